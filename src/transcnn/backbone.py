@@ -1,0 +1,565 @@
+"""TransCNN and HAT-Net: convolutional networks with H-MHSA in every block, and the table of their variants.
+
+Papers: Y. Liu et al., "Transformer in Convolutional Neural Networks", arXiv 2106.03180v1 (TransCNN), and its later
+version "Vision Transformers with Hierarchical Attention" (HAT-Net). Read :mod:`transcnn.attention` first.
+
+A network is a stem, four stages, and a pooled linear head; a stage is a downsampling (but for the first) and a row of
+blocks. The map stays (B, C, H, W) throughout; stage i has a stride of ``stem_stride·2^i``, sizes rounded up.
+Importing this module registers every name of ``VARIANTS`` with timm, so ``timm.create_model`` knows them.
+
+Letters as in ``attention.py``; a comment at a line's end is the shape that the line makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, get_act_layer, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from .attention import HMHSA
+from .checkpoints import convert_state_dict
+
+__all__ = ["VARIANTS", "TransCNN"]
+
+NORM_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "batchnorm2d": nn.BatchNorm2d,
+    "groupnorm1": partial(nn.GroupNorm, 1, eps=1e-6),
+}
+STEM_STRIDES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}  # of the stem's two convolutions
+Levels = (
+    int | Sequence[int]
+)  # one stage's grid sizes or pool ratios: a number a level; none means plain attention
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expansion, depthwise convolution, 1x1 projection, (B, C, H, W) -> (B, C, H, W); no residual inside.
+
+    ``pre_norm=False`` (TransCNN) normalises after each convolution, ``pre_norm=True`` (HAT-Net) before the first and
+    after the last.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        expansion: int,
+        kernel_size: int,
+        *,
+        pre_norm: bool,
+        norm_layer: Callable[[int], nn.Module],
+        act_layer: Callable[[], nn.Module],
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        hidden = dim * expansion
+        expand = nn.Conv2d(dim, hidden, 1, bias=False, **dd)
+        depthwise = nn.Conv2d(
+            hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden, bias=False, **dd
+        )
+        project = nn.Conv2d(hidden, dim, 1, bias=False, **dd)
+        if pre_norm:
+            self.conv1 = nn.Sequential(norm_layer(dim), expand, act_layer())
+            self.conv2 = nn.Sequential(depthwise, act_layer())
+        else:
+            self.conv1 = nn.Sequential(expand, norm_layer(hidden), act_layer())
+            self.conv2 = nn.Sequential(depthwise, norm_layer(hidden), act_layer())
+        self.conv3 = nn.Sequential(project, norm_layer(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return self.conv3(self.conv2(self.conv1(x)))
+
+
+class Block(nn.Module):
+    """x + DropPath(H-MHSA(x)), then x + DropPath(InvertedResidual(x)); (B, C, H, W) -> (B, C, H, W).
+
+    ``proj_norm`` is a layer that the published HAT-Net weights hold and its forward pass never uses: it is kept, frozen,
+    so that parameter counts and checkpoints are the published ones; frozen, it costs neither training nor DDP anything.
+    """
+
+    def __init__(
+        self, attn: HMHSA, irb: InvertedResidual, drop_path: float = 0.0, proj_norm: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.attn = attn
+        self.irb = irb
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        if proj_norm is not None:
+            self.proj_norm = proj_norm.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        x = x + self.drop_path(self.attn(x))
+        return x + self.drop_path(self.irb(x))
+
+
+class ConvDownsample(nn.Module):
+    """HAT-Net's halving: conv3x3/2, norm; (B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
+
+    def __init__(
+        self, in_chs: int, out_chs: int, *, norm_layer: Callable[[int], nn.Module], **dd: Any
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_chs, out_chs, 3, stride=2, padding=1, **dd)
+        self.norm = norm_layer(out_chs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
+        return self.norm(self.conv(x))
+
+
+class DualDownsample(nn.Module):
+    """TransCNN's halving, a convolution and a pooling branch summed; (B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        *,
+        norm_layer: Callable[[int], nn.Module],
+        act_layer: Callable[[], nn.Module],
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_chs, out_chs, 3, stride=2, padding=1, **dd)
+        self.norm1 = norm_layer(out_chs)
+        self.pool = nn.MaxPool2d(2, ceil_mode=True)  # rounds odd sizes up, as the strided convolution does
+        self.residual = nn.Conv2d(in_chs, out_chs, 1, **dd)
+        self.norm2 = norm_layer(out_chs)
+        self.act = act_layer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
+        return self.act(self.norm1(self.conv(x)) + self.norm2(self.residual(self.pool(x))))
+
+
+class Stage(nn.Module):
+    """A downsampling and a row of blocks, (B, C, H, W) -> (B, C', H', W')."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[Block]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class TransCNN(nn.Module):
+    """A CNN with H-MHSA in every block: the class of all TransCNN and HAT-Net variants.
+
+    Images (B, ``in_chans``, H, W) of any size from 32x32 up (smaller ones work too) become logits
+    (B, ``num_classes``). The arguments that differ between the variants are in ``VARIANTS``; make a model with
+    ``transcnn.create_model(name, **changes)``. Lists hold one entry a stage.
+
+    Args:
+        num_classes: Outputs of the head; 0 leaves the pooled features.
+        in_chans: Channels of the images.
+        global_pool: timm's pooling types: ``avg``, ``max``, ``avgmax``, ``catavgmax``, or ``""`` for none.
+        output_stride: Only 32 (times ``stem_stride``/4); here because segmentation libraries ask for it.
+        dims: Channels C of each stage.
+        depths: Blocks in each stage.
+        expansions: How much wider the inverted residual's hidden layer is.
+        kernel_sizes: Side of the depthwise convolutions.
+        head_dim: Channels of one attention head, for all stages or each; must divide ``dims``.
+        grid_sizes: Side of the grids, for each stage a number a level (an int stands for one level);
+            an empty tuple or None means plain attention.
+        pool_ratios: Side of the merged patches, in the same form; levels that the stage lacks grids for are ignored
+            where the ratio is 1.
+        design: ``transcnn`` or ``hatnet``: order of layers in the inverted residual, kind of downsampling.
+        stem_width: Channels of the stem's first convolution.
+        stem_stride: 4 as published; 2 or 1 for small images.
+        norm_layer: ``batchnorm2d`` (TransCNN), ``groupnorm1`` (HAT-Net), or anything that makes a layer from a
+            number of channels.
+        act_layer: timm's name of the activation.
+        drop_rate: Dropout before the head's linear layer.
+        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
+        device, dtype: Where and as what the parameters are made.
+
+    Raises:
+        ValueError: An argument outside the values above, or lists of different lengths.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        output_stride: int = 32,
+        *,
+        dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (2, 2, 4, 2),
+        expansions: Sequence[int] = (4, 4, 4, 4),
+        kernel_sizes: Sequence[int] = (5, 3, 5, 3),
+        head_dim: int | Sequence[int | None] | None = 64,
+        grid_sizes: Sequence[Levels | None] = (8, 8, 8, None),
+        pool_ratios: Sequence[Levels | None] = (8, 4, 2, None),
+        design: str = "transcnn",
+        stem_width: int = 16,
+        stem_stride: int = 4,
+        norm_layer: str | Callable[[int], nn.Module] = "batchnorm2d",
+        act_layer: str = "silu",
+        drop_rate: float = 0.2,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        stages = len(dims)
+        head_dims = [head_dim] * stages if head_dim is None or isinstance(head_dim, int) else list(head_dim)
+        _check_arguments(
+            design,
+            stem_stride,
+            norm_layer,
+            output_stride,
+            dims=dims,
+            depths=depths,
+            expansions=expansions,
+            kernel_sizes=kernel_sizes,
+            head_dim=head_dims,
+            grid_sizes=grid_sizes,
+            pool_ratios=pool_ratios,
+        )
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        make_norm = NORM_LAYERS[norm_layer] if isinstance(norm_layer, str) else norm_layer
+
+        def norm(channels: int) -> nn.Module:
+            return make_norm(channels).to(**dd)
+
+        act: Callable[[], nn.Module] = partial(get_act_layer(act_layer), inplace=True)  # pyright: ignore
+
+        def downsample(i: int) -> nn.Module:
+            if i == 0:
+                return nn.Identity()
+            if design == "hatnet":
+                return ConvDownsample(dims[i - 1], dims[i], norm_layer=norm, **dd)
+            return DualDownsample(dims[i - 1], dims[i], norm_layer=norm, act_layer=act, **dd)
+
+        def block(i: int, drop_path: float) -> Block:
+            grids = _levels(grid_sizes[i])
+            attn = HMHSA(
+                dims[i],
+                head_dim=head_dims[i],
+                grid_sizes=grids,
+                pool_ratios=_levels(pool_ratios[i]) if grids else (),
+                norm_layer=norm,
+                **dd,
+            )
+            irb = InvertedResidual(
+                dims[i],
+                expansions[i],
+                kernel_sizes[i],
+                pre_norm=design == "hatnet",
+                norm_layer=norm,
+                act_layer=act,
+                **dd,
+            )
+            return Block(attn, irb, drop_path, proj_norm=norm(dims[i]) if design == "hatnet" else None)
+
+        strides = STEM_STRIDES[stem_stride]
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_chans, stem_width, 3, stride=strides[0], padding=1, **dd),
+            norm(stem_width),
+            act(),
+            nn.Conv2d(stem_width, dims[0], 3, stride=strides[1], padding=1, **dd),
+        )
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=False)
+        rates: list[list[float]] = _per_stage(drop_path_rates, depths)
+        self.stages = nn.Sequential(
+            *(Stage(downsample(i), [block(i, rate) for rate in rates[i]]) for i in range(stages))
+        )
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.num_features = dims[-1]
+        self.drop_rate = drop_rate
+        self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+        self.feature_info = [
+            {"num_chs": dim, "reduction": stem_stride * 2**i, "module": f"stages.{i}"}
+            for i, dim in enumerate(dims)
+        ]
+        self.apply(_init_weights)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images to the last stage's map, (B, in_chans, H, W) -> (B, num_features, H', W')."""
+        return self.stages(self.stem(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool and classify, (B, num_features, H', W') -> (B, num_classes), or (B, C) with ``pre_logits``."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The outputs of chosen stages, and the last one's (timm's interface).
+
+        Args:
+            x: Images (B, in_chans, H, W).
+            indices: Stages to return (negative ones count from the end), the last n of them, or None for all.
+            norm: Here for timm; there is no norm after the stages.
+            stop_early: Leave out the stages after the last one asked for.
+            output_fmt: Only ``NCHW``.
+            intermediates_only: Return the list alone.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        wanted = _stage_indices(indices, len(self.stages))
+        intermediates = []
+        x = self.stem(x)
+        for i, stage in enumerate(self.stages):
+            if stop_early and i > max(wanted):
+                break
+            x = stage(x)
+            if i in wanted:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last of ``indices`` (and the head), and return the indices (timm's interface)."""
+        wanted = _stage_indices(indices, len(self.stages))
+        self.stages = self.stages[: max(wanted) + 1]
+        if prune_head:
+            self.reset_classifier(0, "")
+        return wanted
+
+    def get_classifier(self) -> nn.Module:
+        """The head's linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh head for ``num_classes`` (0 for none), with another pooling if given."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+        self.head_hidden_size = self.head.num_features
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass: less memory, about a third more time."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable  # pyright: ignore
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """How parameters group into layers, for layer-wise learning rates (timm's interface)."""
+        blocks: Any = r"^stages\.(\d+)"
+        if not coarse:
+            blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        return {"stem": r"^stem", "blocks": blocks}
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters to leave out of weight decay besides the usual one-dimensional ones: none."""
+        return set()
+
+
+def _per_stage(rates: Sequence[float], depths: Sequence[int]) -> list[list[float]]:
+    starts = [sum(depths[:i]) for i in range(len(depths))]
+    return [list(rates[start : start + depth]) for start, depth in zip(starts, depths, strict=True)]
+
+
+def _levels(sizes: Levels | None) -> tuple[int, ...]:
+    return (sizes,) if isinstance(sizes, int) else tuple(sizes or ())
+
+
+def _stage_indices(indices: int | Sequence[int] | None, stages: int) -> list[int]:
+    """timm's notation of stages as absolute indices: None is all, an int the last that many."""
+    if indices is None:
+        return list(range(stages))
+    wanted = list(range(-indices, 0)) if isinstance(indices, int) else list(indices)
+    if not wanted or any(not -stages <= i < stages for i in wanted):
+        raise ValueError(f"stages must be within {-stages} and {stages - 1}, got indices={indices}")
+    return [i % stages for i in wanted]
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Truncated normal of standard deviation 0.02, biases 0; norms keep PyTorch's 1 and 0."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _check_arguments(
+    design: str, stem_stride: int, norm_layer: object, output_stride: int, **per_stage: Sequence[Any]
+) -> None:
+    for name, value, allowed in (
+        ("design", design, ("transcnn", "hatnet")),
+        ("stem_stride", stem_stride, tuple(STEM_STRIDES)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+    if isinstance(norm_layer, str) and norm_layer not in NORM_LAYERS:
+        raise ValueError(f"norm_layer must be one of {tuple(NORM_LAYERS)} or a callable, got {norm_layer!r}")
+    if output_stride != 32:
+        raise ValueError(f"output_stride must be 32 (dilated stages are not supported), got {output_stride}")
+    stages = len(per_stage["dims"])
+    for name, values in per_stage.items():
+        if len(values) != stages:
+            raise ValueError(
+                f"{name} must have one entry for each of the {stages} stages of dims, got {values!r}"
+            )
+
+
+# --- variants -------------------------------------------------------------------------------------------------------
+
+_HATNET: dict[str, Any] = dict(
+    design="hatnet", norm_layer="groupnorm1", expansions=(8, 8, 4, 4), grid_sizes=(8, 7, 7, None)
+)
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "transcnn_tiny": dict(),
+    "transcnn_small": dict(depths=(3, 4, 8, 3), expansions=(4, 4, 6, 6)),
+    "transcnn_medium": dict(dims=(64, 128, 320, 640), depths=(3, 4, 12, 3), expansions=(4, 4, 6, 6)),
+    "transcnn_large": dict(dims=(64, 128, 384, 768), depths=(3, 4, 16, 3), expansions=(4, 4, 6, 6)),
+    "hatnet_tiny": dict(
+        _HATNET, dims=(48, 96, 240, 384), head_dim=48, depths=(2, 2, 6, 3), kernel_sizes=(3, 3, 3, 3)
+    ),
+    "hatnet_small": dict(_HATNET, dims=(64, 128, 320, 512), depths=(2, 3, 8, 3), kernel_sizes=(3, 3, 3, 3)),
+    "hatnet_medium": dict(_HATNET, dims=(64, 128, 320, 512), depths=(3, 6, 18, 3)),
+    "hatnet_large": dict(_HATNET, dims=(64, 128, 320, 640), depths=(3, 8, 27, 3), kernel_sizes=(3, 3, 3, 3)),
+    # Ours: for 32x32 images, and for tests in milliseconds.
+    "transcnn_nano": dict(
+        dims=(48, 96, 160, 192),
+        depths=(1, 2, 3, 1),
+        kernel_sizes=(3, 3, 3, 3),
+        head_dim=None,
+        stem_stride=2,
+        grid_sizes=(8, 4, None, None),
+        pool_ratios=(4, 2, None, None),
+        drop_rate=0.0,
+    ),
+    "transcnn_test": dict(
+        dims=(8, 16, 16, 32),
+        depths=(1, 1, 1, 1),
+        expansions=(2, 2, 2, 2),
+        kernel_sizes=(3, 3, 3, 3),
+        head_dim=8,
+        stem_width=8,
+        grid_sizes=(4, 4, 2, None),
+        pool_ratios=(4, 2, 2, None),
+        drop_rate=0.0,
+    ),
+}
+
+
+def _cfg(file: str | None = None, size: int = 256, **changes: Any) -> dict[str, Any]:
+    """timm's description of one set of weights; ``file`` is under the releases of the paper's repository."""
+    source = "https://github.com/yun-liu/TransCNN"
+    return {
+        "url": f"{source}/releases/download/{file}" if file else "",
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "pool_size": (-(-size // 32), -(-size // 32)),
+        "fixed_input_size": False,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "stem.0",
+        "classifier": "head.fc",
+        "paper_ids": "arXiv:2106.03180",
+        "origin_url": source,
+        **changes,
+    }
+
+
+_SMALL_IMAGES = dict(size=32, num_classes=10, crop_pct=1.0, pool_size=(2, 2))
+
+default_cfgs = generate_default_cfgs(
+    {
+        **{f"transcnn_{s}.in1k": _cfg(f"v1.0/TransCNN-{s.title()}.pth") for s in ("tiny", "small", "medium", "large")},
+        **{f"hatnet_{s}.in1k": _cfg(f"v2.0/HAT-Net_{s.title()}.pth", 224) for s in ("tiny", "small", "medium", "large")},
+        "transcnn_nano.untrained": _cfg(**_SMALL_IMAGES),
+        "transcnn_test.untrained": _cfg(size=64, num_classes=10, crop_pct=1.0),
+    }
+)  # fmt: skip
+
+
+def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> TransCNN:
+    return build_model_with_cfg(
+        TransCNN,
+        variant,
+        pretrained,
+        pretrained_filter_fn=convert_state_dict,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+        kwargs_filter=("img_size",),  # any size works, so there is nothing to set
+        **{**VARIANTS[variant], **kwargs},
+    )
+
+
+@register_model
+def transcnn_tiny(pretrained: bool = False, **kwargs: Any) -> TransCNN:
+    """TransCNN-Tiny, 13.3 M parameters (2106.03180v1, table 1)."""
+    return _create("transcnn_tiny", pretrained, **kwargs)
+
+
+@register_model
+def transcnn_small(pretrained: bool = False, **kwargs: Any) -> TransCNN:
+    """TransCNN-Small, 26.5 M parameters (2106.03180v1, table 1)."""
+    return _create("transcnn_small", pretrained, **kwargs)
+
+
+@register_model
+def transcnn_medium(pretrained: bool = False, **kwargs: Any) -> TransCNN:
+    """TransCNN-Medium, 48.3 M parameters (2106.03180v1, table 1)."""
+    return _create("transcnn_medium", pretrained, **kwargs)
+
+
+@register_model
+def transcnn_large(pretrained: bool = False, **kwargs: Any) -> TransCNN:
+    """TransCNN-Large, 80.0 M parameters (2106.03180v1, table 1)."""
+    return _create("transcnn_large", pretrained, **kwargs)
+
+
+@register_model
+def hatnet_tiny(pretrained: bool = False, **kwargs: Any) -> TransCNN:
+    """HAT-Net-Tiny, 12.7 M parameters (2106.03180, later version)."""
+    return _create("hatnet_tiny", pretrained, **kwargs)
+
+
+@register_model
+def hatnet_small(pretrained: bool = False, **kwargs: Any) -> TransCNN:
+    """HAT-Net-Small, 25.7 M parameters (2106.03180, later version)."""
+    return _create("hatnet_small", pretrained, **kwargs)
+
+
+@register_model
+def hatnet_medium(pretrained: bool = False, **kwargs: Any) -> TransCNN:
+    """HAT-Net-Medium, 42.9 M parameters (2106.03180, later version)."""
+    return _create("hatnet_medium", pretrained, **kwargs)
+
+
+@register_model
+def hatnet_large(pretrained: bool = False, **kwargs: Any) -> TransCNN:
+    """HAT-Net-Large, 63.1 M parameters (2106.03180, later version)."""
+    return _create("hatnet_large", pretrained, **kwargs)
+
+
+@register_model
+def transcnn_nano(pretrained: bool = False, **kwargs: Any) -> TransCNN:
+    """Ours, for images of about 32x32: at most 1.5 M parameters, a stem of stride 2."""
+    return _create("transcnn_nano", pretrained, **kwargs)
+
+
+@register_model
+def transcnn_test(pretrained: bool = False, **kwargs: Any) -> TransCNN:
+    """Ours, for tests: a few thousand parameters, a forward pass in milliseconds."""
+    return _create("transcnn_test", pretrained, **kwargs)
