@@ -89,9 +89,7 @@ class HMHSA(nn.Module):
         def norm() -> nn.Module:
             return norm_layer(dim).to(device=device, dtype=dtype)
 
-        self.local = nn.ModuleList(
-            LocalStep(norm(), project(3 * dim), norm(), head_dim, g) for g in grid_sizes
-        )
+        self.local = nn.ModuleList(LocalStep(norm(), project(3 * dim), norm(), head_dim, g) for g in grid_sizes)
         if self.local:
             self.ds_norm = norm()  # "down-sampled norm": the released code's name for the norm of T_L
             self.q = project(dim)
@@ -133,9 +131,7 @@ class LocalStep(nn.Module):
     The layers are made by :class:`HMHSA`; the output channels of ``qkv`` are ordered (q, k, v) × heads × head_dim.
     """
 
-    def __init__(
-        self, norm: nn.Module, qkv: nn.Conv2d, grid_norm: nn.Module, head_dim: int, grid_size: int
-    ) -> None:
+    def __init__(self, norm: nn.Module, qkv: nn.Conv2d, grid_norm: nn.Module, head_dim: int, grid_size: int) -> None:
         super().__init__()
         self.norm = norm
         self.qkv = qkv
@@ -219,9 +215,7 @@ def default_head_dim(dim: int) -> int:
     return next(d for d in (64, 48, 32, 16, 8, 4, 2, 1) if dim % d == 0)
 
 
-def _real_positions(
-    height: int, width: int, rows: int, columns: int, size: int, device: torch.device
-) -> Tensor:
+def _real_positions(height: int, width: int, rows: int, columns: int, size: int, device: torch.device) -> Tensor:
     """Which positions of each grid lie inside the map, (G, N)."""
     y = torch.arange(rows * size, device=device) < height
     x = torch.arange(columns * size, device=device) < width
@@ -233,9 +227,7 @@ def _is_symbolic(*sizes: int) -> bool:
     return torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in sizes)
 
 
-def _check_arguments(
-    dim: int, head_dim: int, grid_sizes: tuple[int, ...], pool_ratios: tuple[int, ...]
-) -> None:
+def _check_arguments(dim: int, head_dim: int, grid_sizes: tuple[int, ...], pool_ratios: tuple[int, ...]) -> None:
     if dim < 1:
         raise ValueError(f"dim must be 1 or more, got {dim}")
     if head_dim < 1 or dim % head_dim:

@@ -31,9 +31,7 @@ NORM_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "groupnorm1": partial(nn.GroupNorm, 1, eps=1e-6),
 }
 STEM_STRIDES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}  # of the stem's two convolutions
-Levels = (
-    int | Sequence[int]
-)  # one stage's grid sizes or pool ratios: a number a level; none means plain attention
+Levels = int | Sequence[int]  # one stage's grid sizes or pool ratios: a number a level; none means plain attention
 
 
 class InvertedResidual(nn.Module):
@@ -57,9 +55,7 @@ class InvertedResidual(nn.Module):
         super().__init__()
         hidden = dim * expansion
         expand = nn.Conv2d(dim, hidden, 1, bias=False, **dd)
-        depthwise = nn.Conv2d(
-            hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden, bias=False, **dd
-        )
+        depthwise = nn.Conv2d(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden, bias=False, **dd)
         project = nn.Conv2d(hidden, dim, 1, bias=False, **dd)
         if pre_norm:
             self.conv1 = nn.Sequential(norm_layer(dim), expand, act_layer())
@@ -77,8 +73,8 @@ class InvertedResidual(nn.Module):
 class Block(nn.Module):
     """x + DropPath(H-MHSA(x)), then x + DropPath(InvertedResidual(x)); (B, C, H, W) -> (B, C, H, W).
 
-    ``proj_norm`` is a layer that the published HAT-Net weights hold and its forward pass never uses: it is kept, frozen,
-    so that parameter counts and checkpoints are the published ones; frozen, it costs neither training nor DDP anything.
+    ``proj_norm`` is a layer that the published HAT-Net weights hold and its forward pass never uses. It is kept so that
+    parameter counts and checkpoints are the published ones, and frozen so that optimizers and DDP pass it by.
     """
 
     def __init__(
@@ -100,9 +96,7 @@ class Block(nn.Module):
 class ConvDownsample(nn.Module):
     """HAT-Net's halving: conv3x3/2, norm; (B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
 
-    def __init__(
-        self, in_chs: int, out_chs: int, *, norm_layer: Callable[[int], nn.Module], **dd: Any
-    ) -> None:
+    def __init__(self, in_chs: int, out_chs: int, *, norm_layer: Callable[[int], nn.Module], **dd: Any) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_chs, out_chs, 3, stride=2, padding=1, **dd)
         self.norm = norm_layer(out_chs)
@@ -149,7 +143,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
         x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
+        if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
 
@@ -272,10 +266,9 @@ class TransCNN(nn.Module):
             act(),
             nn.Conv2d(stem_width, dims[0], 3, stride=strides[1], padding=1, **dd),
         )
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=False)
-        rates: list[list[float]] = _per_stage(drop_path_rates, depths)
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.stages = nn.Sequential(
-            *(Stage(downsample(i), [block(i, rate) for rate in rates[i]]) for i in range(stages))
+            *(Stage(downsample(i), [block(i, rate) for rate in rates[i]]) for i in range(stages))  # pyright: ignore
         )
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -284,8 +277,7 @@ class TransCNN(nn.Module):
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         self.feature_info = [
-            {"num_chs": dim, "reduction": stem_stride * 2**i, "module": f"stages.{i}"}
-            for i, dim in enumerate(dims)
+            {"num_chs": dim, "reduction": stem_stride * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
         ]
         self.apply(_init_weights)
 
@@ -370,11 +362,6 @@ class TransCNN(nn.Module):
         return set()
 
 
-def _per_stage(rates: Sequence[float], depths: Sequence[int]) -> list[list[float]]:
-    starts = [sum(depths[:i]) for i in range(len(depths))]
-    return [list(rates[start : start + depth]) for start, depth in zip(starts, depths, strict=True)]
-
-
 def _levels(sizes: Levels | None) -> tuple[int, ...]:
     return (sizes,) if isinstance(sizes, int) else tuple(sizes or ())
 
@@ -413,9 +400,7 @@ def _check_arguments(
     stages = len(per_stage["dims"])
     for name, values in per_stage.items():
         if len(values) != stages:
-            raise ValueError(
-                f"{name} must have one entry for each of the {stages} stages of dims, got {values!r}"
-            )
+            raise ValueError(f"{name} must have one entry for each of the {stages} stages of dims, got {values!r}")
 
 
 # --- variants -------------------------------------------------------------------------------------------------------
@@ -429,9 +414,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "transcnn_small": dict(depths=(3, 4, 8, 3), expansions=(4, 4, 6, 6)),
     "transcnn_medium": dict(dims=(64, 128, 320, 640), depths=(3, 4, 12, 3), expansions=(4, 4, 6, 6)),
     "transcnn_large": dict(dims=(64, 128, 384, 768), depths=(3, 4, 16, 3), expansions=(4, 4, 6, 6)),
-    "hatnet_tiny": dict(
-        _HATNET, dims=(48, 96, 240, 384), head_dim=48, depths=(2, 2, 6, 3), kernel_sizes=(3, 3, 3, 3)
-    ),
+    "hatnet_tiny": dict(_HATNET, dims=(48, 96, 240, 384), head_dim=48, depths=(2, 2, 6, 3), kernel_sizes=(3, 3, 3, 3)),
     "hatnet_small": dict(_HATNET, dims=(64, 128, 320, 512), depths=(2, 3, 8, 3), kernel_sizes=(3, 3, 3, 3)),
     "hatnet_medium": dict(_HATNET, dims=(64, 128, 320, 512), depths=(3, 6, 18, 3)),
     "hatnet_large": dict(_HATNET, dims=(64, 128, 320, 640), depths=(3, 8, 27, 3), kernel_sizes=(3, 3, 3, 3)),
@@ -481,16 +464,16 @@ def _cfg(file: str | None = None, size: int = 256, **changes: Any) -> dict[str, 
     }
 
 
-_SMALL_IMAGES = dict(size=32, num_classes=10, crop_pct=1.0, pool_size=(2, 2))
+_SIZES = ("tiny", "small", "medium", "large")
 
 default_cfgs = generate_default_cfgs(
     {
-        **{f"transcnn_{s}.in1k": _cfg(f"v1.0/TransCNN-{s.title()}.pth") for s in ("tiny", "small", "medium", "large")},
-        **{f"hatnet_{s}.in1k": _cfg(f"v2.0/HAT-Net_{s.title()}.pth", 224) for s in ("tiny", "small", "medium", "large")},
-        "transcnn_nano.untrained": _cfg(**_SMALL_IMAGES),
+        **{f"transcnn_{size}.in1k": _cfg(f"v1.0/TransCNN-{size.title()}.pth") for size in _SIZES},
+        **{f"hatnet_{size}.in1k": _cfg(f"v2.0/HAT-Net_{size.title()}.pth", 224) for size in _SIZES},
+        "transcnn_nano.untrained": _cfg(size=32, num_classes=10, crop_pct=1.0, pool_size=(2, 2)),
         "transcnn_test.untrained": _cfg(size=64, num_classes=10, crop_pct=1.0),
     }
-)  # fmt: skip
+)
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> TransCNN:
