@@ -1,0 +1,138 @@
+"""What every test gets: no network, no window, fixed seeds, few threads; and the fixtures that several files use."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+# matplotlib and the hub read these when they are imported, which nothing above does.
+os.environ["MPLBACKEND"] = "Agg"
+for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ[_name] = "1"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The same examples on every machine and in every run; look further with: pytest --hypothesis-profile=explore
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile("default")
+
+# With pytest-xdist each core has a process of its own.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """Every test draws the same random numbers, alone or among others."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  (third-party code draws from the global generator)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_network() -> Iterator[None]:
+    """Connections leave this machine in no test; servers of its own on the loopback interface are fine."""
+
+    def guard(connect: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(self: socket.socket, address: Any) -> Any:
+            internet = self.family in (socket.AF_INET, socket.AF_INET6)
+            if internet and address[0] not in ("127.0.0.1", "::1", "localhost"):
+                raise OSError(f"a test tried to reach {address}: tests work without a network")
+            return connect(self, address)
+
+        return guarded
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guard(socket.socket.connect))
+        patch.setattr(socket.socket, "connect_ex", guard(socket.socket.connect_ex))
+        yield
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of material that isn't part of the repository (data packs, parity files); without it, skip.
+
+    It lies beside the repository or where the environment variable ``TRANSCNN_SHARED`` says.
+    """
+    path = Path(os.environ.get("TRANSCNN_SHARED") or ROOT.parent / "shared")
+    if not path.is_dir():
+        pytest.skip("needs the shared folder (set TRANSCNN_SHARED)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def class_image() -> Callable[..., Image.Image]:
+    """Makes an image whose class is easy to learn: ``class_image(label, index, size=32, mode="RGB")``.
+
+    The class is the angle of its stripes, everything else (phase, colours, noise) varies with ``index``.
+    """
+
+    def make(label: int, index: int = 0, size: int | tuple[int, int] = 32, mode: str = "RGB") -> Image.Image:
+        width, height = (size, size) if isinstance(size, int) else size
+        rng = np.random.default_rng([label, index])
+        y, x = np.mgrid[:height, :width]
+        angle = label * 0.61
+        stripes = np.sin((x * np.cos(angle) + y * np.sin(angle)) * 0.9 + rng.uniform(0, 6.3))
+        colours = rng.uniform(40, 110, 3) * rng.choice((-1, 1))
+        values = 128 + stripes[..., None] * colours + rng.normal(0, 8, (height, width, 3))
+        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert(mode)
+
+    return make
+
+
+@pytest.fixture
+def make_class_folder(tmp_path: Path, class_image: Callable[..., Image.Image]) -> Callable[..., Path]:
+    """Writes a folder of class folders: ``make_class_folder(classes=3, per_class=8, splits=(), size=32, ...)``.
+
+    With ``splits`` (for instance ``("train", "val")``) the class folders lie inside folders of those names, and no
+    image is in two of them. Returns the folder.
+    """
+
+    def make(
+        classes: int = 3,
+        per_class: int = 8,
+        splits: tuple[str, ...] = (),
+        size: int | tuple[int, int] = 32,
+        mode: str = "RGB",
+        name: str = "images",
+        suffix: str = ".png",
+    ) -> Path:
+        folder = tmp_path / name
+        for part, split in enumerate(splits or (".",)):
+            for label in range(classes):
+                target = folder / split / f"class_{label}"
+                target.mkdir(parents=True)
+                for i in range(per_class):
+                    class_image(label, part * per_class + i, size, mode).save(target / f"{i:03}{suffix}")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def class_folder(make_class_folder: Callable[..., Path]) -> Path:
+    """A folder of three class folders with eight 32x32 images each, not split."""
+    return make_class_folder()
+
+
+@pytest.fixture
+def split_folder(make_class_folder: Callable[..., Path]) -> Path:
+    """The same with ``train`` and ``val`` folders, eight images a class in each."""
+    return make_class_folder(splits=("train", "val"))
