@@ -410,8 +410,8 @@ _HATNET: dict[str, Any] = dict(
 )
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "transcnn_tiny": dict(),
-    "transcnn_small": dict(depths=(3, 4, 8, 3), expansions=(4, 4, 6, 6)),
+    "transcnn_tiny": dict(dims=(64, 128, 256, 512)),
+    "transcnn_small": dict(dims=(64, 128, 256, 512), depths=(3, 4, 8, 3), expansions=(4, 4, 6, 6)),
     "transcnn_medium": dict(dims=(64, 128, 320, 640), depths=(3, 4, 12, 3), expansions=(4, 4, 6, 6)),
     "transcnn_large": dict(dims=(64, 128, 384, 768), depths=(3, 4, 16, 3), expansions=(4, 4, 6, 6)),
     "hatnet_tiny": dict(_HATNET, dims=(48, 96, 240, 384), head_dim=48, depths=(2, 2, 6, 3), kernel_sizes=(3, 3, 3, 3)),
@@ -420,13 +420,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hatnet_large": dict(_HATNET, dims=(64, 128, 320, 640), depths=(3, 8, 27, 3), kernel_sizes=(3, 3, 3, 3)),
     # Ours: for 32x32 images, and for tests in milliseconds.
     "transcnn_nano": dict(
-        dims=(48, 96, 160, 192),
-        depths=(1, 2, 3, 1),
-        kernel_sizes=(3, 3, 3, 3),
+        dims=(48, 96, 192),
+        depths=(1, 3, 2),
+        expansions=(2, 2, 2),
+        kernel_sizes=(3, 3, 3),
         head_dim=None,
         stem_stride=2,
-        grid_sizes=(8, 4, None, None),
-        pool_ratios=(4, 2, None, None),
+        grid_sizes=(8, 4, None),
+        pool_ratios=(4, 2, None),
         drop_rate=0.0,
     ),
     "transcnn_test": dict(
@@ -470,21 +471,22 @@ default_cfgs = generate_default_cfgs(
     {
         **{f"transcnn_{size}.in1k": _cfg(f"v1.0/TransCNN-{size.title()}.pth") for size in _SIZES},
         **{f"hatnet_{size}.in1k": _cfg(f"v2.0/HAT-Net_{size.title()}.pth", 224) for size in _SIZES},
-        "transcnn_nano.untrained": _cfg(size=32, num_classes=10, crop_pct=1.0, pool_size=(2, 2)),
+        "transcnn_nano.untrained": _cfg(size=32, num_classes=10, crop_pct=1.0, pool_size=(4, 4)),
         "transcnn_test.untrained": _cfg(size=64, num_classes=10, crop_pct=1.0),
     }
 )
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> TransCNN:
+    kwargs = {**VARIANTS[variant], **kwargs}
     return build_model_with_cfg(
         TransCNN,
         variant,
         pretrained,
         pretrained_filter_fn=convert_state_dict,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+        feature_cfg={"out_indices": tuple(range(len(kwargs["dims"]))), "flatten_sequential": True},
         kwargs_filter=("img_size",),  # any size works, so there is nothing to set
-        **{**VARIANTS[variant], **kwargs},
+        **kwargs,
     )
 
 
