@@ -1,0 +1,273 @@
+"""Pictures for reports, drawn from plain arrays.
+
+Everything reads on paper and without colour too: a few hues that colour-blind readers tell apart, told apart by line
+style and lightness as well. Class names that are too long for their place are cut in the middle.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["Wrong", "new_figure", "plot_classes", "plot_confusion", "plot_history", "plot_pairs", "plot_wrong", "style"]
+
+BLUE, ORANGE, GREY = "#0060a8", "#d55e00", "#8a8a8a"
+# Colour of each split, and the dashes of its first and its further measures.
+LINES = {"train": (GREY, ("--", ":")), "val": (BLUE, ("-", "-.")), "test": (ORANGE, ("-", "-."))}
+MAX_BARS = 50  # more classes than that: the lowest ones and how all are spread
+MAX_WRONG = 30
+
+
+class Wrong(NamedTuple):
+    """One wrong answer; ``truth`` and ``guess`` are indices or names of classes, ``score`` is the guess's, 0 to 1."""
+
+    image: Image.Image | np.ndarray
+    truth: int | str
+    guess: int | str
+    score: float
+    name: str
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """How all pictures look; names are taken literally (no formulas), in any script that a font is there for."""
+    import matplotlib
+    from matplotlib.font_manager import fontManager
+
+    there = {font.name for font in fontManager.ttflist}
+    further = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans Arabic", "Noto Sans Devanagari", "WenQuanYi Zen Hei")
+    settings: dict[Any, Any] = {
+        "font.family": ["DejaVu Sans", *(font for font in further if font in there)],
+        "font.size": 9.5,
+        "axes.titlesize": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "text.parse_math": False,
+        "figure.constrained_layout.w_pad": 0.1,
+        "figure.constrained_layout.h_pad": 0.1,
+        "savefig.dpi": 150,
+        "figure.facecolor": "white",
+    }
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
+
+
+def new_figure(width: float, height: float, layout: str = "constrained") -> Figure:
+    """A figure in inches that needs no window and no global state."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout=layout)  # pyright: ignore[reportArgumentType]
+
+
+def plot_history(columns: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure | None:
+    """Loss, accuracy and learning rate over the epochs, a panel for each that there is; None without any."""
+    panels: dict[str, dict[str, Any]] = {"Loss": {}, "Accuracy": {}, "Learning rate": {}}
+    for name, column in columns.items():
+        words = re.split(r"[/_\-.]", name.lower())
+        if "step" in words:
+            continue
+        if "loss" in words:
+            panels["Loss"][name] = column
+        elif words[0] == "lr":
+            # Parameter groups differ by a factor only: the one with the highest rate stands for all.
+            best = panels["Learning rate"].get("lr", column)
+            panels["Learning rate"]["lr"] = max(best, column, key=lambda c: c[1].max())
+        elif any(word.startswith(("acc", "top", "miou", "map")) for word in words):
+            panels["Accuracy"][name] = column
+    panels = {title: lines for title, lines in panels.items() if lines}
+    if not panels:
+        return None
+    figure = new_figure(4.2 * len(panels), 3.5)
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        _draw_lines(axes, title, lines)
+    return figure
+
+
+def _draw_lines(axes: Axes, title: str, lines: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    drawn: Counter[str] = Counter()
+    for name, (epochs, values) in lines.items():
+        split = next((split for split in LINES if name.lower().startswith(split)), "val")
+        colour, dashes = LINES[split]
+        marker = "os^"[drawn[split] % 3] if len(epochs) == 1 else None
+        line = dashes[min(drawn[split], len(dashes) - 1)]
+        axes.plot(epochs, values, line, color=colour, linewidth=1.8, marker=marker, label=re.sub("[/_]", " ", name))
+        drawn[split] += 1
+    axes.set(title=title, xlabel="Epoch")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    if title == "Accuracy":
+        whole = max(values.max() for _, values in lines.values()) > 1.5  # given in percent already
+        axes.yaxis.set_major_formatter(PercentFormatter(100 if whole else 1))
+    elif title == "Learning rate":
+        axes.ticklabel_format(axis="y", scilimits=(-2, 3), useMathText=False)
+    if title != "Learning rate":
+        axes.legend(frameon=False)
+
+
+def plot_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """The confusion matrix in per cent of each true class, a row for each; meant for up to 100 classes."""
+    from matplotlib.colors import PowerNorm
+
+    count = len(class_names)
+    share = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    labels = [_short(name, 24 if count <= 40 else 18) for name in class_names]
+    side = min(max(3.2, 0.5 * count), 7.5 if count <= 40 else 13.0)
+    font = min(10.0, max(5.0, 62 * side / count))
+    longest = max(map(len, labels))
+    upright = count > 3 and longest > 2
+    margin = 0.0085 * font * longest + 0.5  # inches
+    figure = new_figure(side + margin + 1.1, side + (margin if upright else 0.5) + 0.4)
+    axes = figure.add_subplot()
+    # Mistakes are few, and what matters: the scale gives them most of its range.
+    image = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.4, 0, 100))
+    ticks = range(count)
+    axes.set_xticks(ticks, labels, fontsize=font, rotation=90 if upright else 0)
+    axes.set_yticks(ticks, labels, fontsize=font)
+    axes.set(xlabel="Guess", ylabel="Truth", title=f"{confusion.trace()} of {confusion.sum()} images right")
+    axes.set_xticks(np.arange(count + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(count + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="#d8d8d8", linewidth=0.4)
+    axes.tick_params(which="both", length=0)
+    bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 4 / side), ticks=[0, 1, 5, 20, 50, 100], pad=0.02)
+    bar.set_label("per cent of the true class")
+    if count <= 25:
+        for (row, column), images in np.ndenumerate(confusion):
+            if images:
+                colour = "white" if share[row, column] > 20 else "black"
+                size = min(11.0, 72 * side / count / max(2, len(str(images))))  # digits are 0.64 of it wide
+                axes.text(column, row, str(images), ha="center", va="center", color=colour, fontsize=size)
+    return figure
+
+
+def plot_pairs(pairs: Sequence[Mapping[str, Any]], most: int = 25) -> Figure | None:
+    """The first ``most`` rows of :func:`transcnn.report.confused_pairs` as bars; None without any."""
+    from matplotlib.ticker import MaxNLocator
+
+    if not pairs:
+        return None
+    pairs = pairs[:most]
+    figure = new_figure(8.5, 0.28 * len(pairs) + 1.2)
+    axes = figure.add_subplot()
+    names = [f"{_short(pair['truth'], 26)} → {_short(pair['guess'], 26)}" for pair in pairs]
+    ends = [f"{pair['images']} ({pair['share']:.0%})" for pair in pairs]
+    _bars(axes, names, [pair["images"] for pair in pairs], ends)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.set(xlabel="Images (share of the true class)", title=f"The {len(pairs)} most confused pairs, truth → guess")
+    return figure
+
+
+def plot_classes(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """The rows of :func:`transcnn.report.class_table` as bars; above 50 the lowest ones and how all are spread."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    many = len(rows) > MAX_BARS
+    shown = rows[:30] if many else rows
+    figure = new_figure(11.0 if many else 7.5, 0.27 * len(shown) + 1.2)
+    axes = figure.add_subplot(1, 2, 1) if many else figure.add_subplot()
+    ends = [
+        f"{row['accuracy']:.1%}  ({row['right']} of {row['images']})" if row["images"] else "no images" for row in shown
+    ]
+    _bars(axes, [_short(row["class"], 30) for row in shown], [row["accuracy"] or 0.0 for row in shown], ends)
+    axes.set(xlim=(0, 1.4), xlabel="Accuracy", title="The 30 lowest classes" if many else "Accuracy of each class")
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    if many:
+        spread = figure.add_subplot(1, 2, 2)
+        values = np.array([row["accuracy"] for row in rows if row["accuracy"] is not None])
+        spread.hist(values, bins=np.linspace(0, 1, 21).tolist(), color=BLUE, edgecolor="white")
+        if len(values):
+            spread.axvline(values.mean(), color=ORANGE, linestyle="--", linewidth=2, label=f"mean {values.mean():.1%}")
+            spread.legend(frameon=False, loc="upper left")
+        spread.set(xlim=(0, 1), xlabel="Accuracy", ylabel="Classes", title=f"All {len(rows)} classes")
+        spread.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        spread.xaxis.set_major_formatter(PercentFormatter(1))
+    return figure
+
+
+def _bars(axes: Axes, names: Sequence[str], values: Sequence[float], ends: Sequence[str]) -> None:
+    """Horizontal bars from top to bottom, each with a text at its end."""
+    places = np.arange(len(names))
+    bars = axes.barh(places, values, color=BLUE, height=0.7)
+    axes.bar_label(bars, ends, padding=4, fontsize=8.5)
+    axes.set_yticks(places, names)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.margins(x=0.18)
+
+
+def plot_wrong(wrong: Sequence[tuple[Any, ...]], class_names: Sequence[str]) -> Figure | None:
+    """A sheet of up to 30 wrong answers, the surest first: image, truth, guess with its score; None without any."""
+    if not wrong:
+        return None
+    shown = sorted((Wrong(*entry) for entry in wrong), key=lambda entry: -entry.score)[:MAX_WRONG]
+    columns = min(6, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    # Laid out by hand: captions have a fixed height, and cells keep their size however few there are.
+    width, height, top = max(columns * 1.8, 3.6), rows * 2.4 + 0.5, 0.5
+    figure = new_figure(width, height, layout="none")
+    figure.text(0.5, 1 - 0.3 / height, "Wrong answers, the surest first", ha="center", va="center", fontsize=12)
+    for i, entry in enumerate(shown):
+        left, low = (i % columns) * 1.8 + (width - columns * 1.8) / 2, height - top - (i // columns + 1) * 2.4
+        axes = figure.add_axes((left / width + 0.1 / width, (low + 0.7) / height, 1.6 / width, 1.6 / height))
+        pixels = _pixels(entry.image)
+        axes.imshow(
+            pixels, cmap="gray", vmin=0, vmax=255, interpolation="auto" if min(pixels.shape[:2]) > 96 else "nearest"
+        )
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+        lines = (
+            (f"is {_short(_name(entry.truth, class_names), 21)}", 0.58, "bold", "black"),
+            (f"taken for {_short(_name(entry.guess, class_names), 17)}", 0.42, "normal", "black"),
+            (f"{entry.score:.0%}  {_short(Path(entry.name).name, 22)}", 0.26, "normal", "#555555"),
+        )
+        for text, offset, weight, colour in lines:
+            x, y = (left + 0.9) / width, (low + offset) / height
+            figure.text(x, y, text, ha="center", va="center", fontsize=7.5, weight=weight, color=colour)
+    return figure
+
+
+def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
+    """An image as uint8 (H, W) or (H, W, 3): transparency on white; of other channel counts, the first is shown."""
+    if isinstance(image, Image.Image):
+        if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(image.convert("L" if image.mode in ("1", "L", "I", "I;16", "F") else "RGB"))
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8:
+        pixels = (pixels.astype(np.float64).clip(0, 1) * 255).round().astype(np.uint8)
+    if pixels.ndim == 3 and pixels.shape[2] != 3:
+        return pixels[:, :, 0] if pixels.shape[2] != 4 else _pixels(Image.fromarray(pixels))
+    return pixels
+
+
+def _short(name: str, length: int) -> str:
+    """At most ``length`` characters on one line, the middle left out: endings tell names apart as beginnings do."""
+    name = " ".join(str(name).split())
+    if any(unicodedata.east_asian_width(letter) in "WF" for letter in name):
+        length //= 2  # letters as wide as two
+    if len(name) <= length:
+        return name
+    tail = (length - 1) // 3
+    return f"{name[: length - 1 - tail]}…{name[len(name) - tail :]}"
+
+
+def _name(label: int | str, class_names: Sequence[str]) -> str:
+    return label if isinstance(label, str) else class_names[int(label)]
