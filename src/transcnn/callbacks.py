@@ -1,0 +1,294 @@
+"""What happens around the training steps: averaged weights, a line and a row an epoch, checkpoints, a bar, signals."""
+
+from __future__ import annotations
+
+import csv
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint, WeightAveraging
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from torch import Tensor
+
+from .errors import UserError
+from .runs import save_weights, write_whole
+
+__all__ = ["Bar", "Ema", "History", "Interrupted", "KeepWeights", "StopOnSignal"]
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to stop and has written its last checkpoint; ``signum`` is the signal that asked."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+class Ema(WeightAveraging):
+    """Exponential moving average of weights and statistics: what is validated and kept.
+
+    Before update n the old average keeps ``min(decay, (1 + n) / (warmup + n))``, so that it soon forgets the random
+    weights of the start.
+    """
+
+    def __init__(self, decay: float, warmup: int = 10) -> None:
+        if not 0 <= decay < 1:
+            raise UserError(f"ema_decay must be from 0 to below 1, got {decay}")
+
+        def average(averaged: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
+            n = int(updates)
+            new_share = 1 - min(decay, (1 + n) / (warmup + n))
+            with torch.no_grad():
+                if averaged[0].is_floating_point():
+                    torch._foreach_lerp_(averaged, current, new_share)
+                else:  # counters
+                    for mean, value in zip(averaged, current, strict=True):
+                        mean.copy_(value)
+
+        super().__init__(multi_avg_fn=average)
+
+    @property
+    def average(self) -> L.LightningModule | None:
+        """The averaged copy, while fitting."""
+        return self._average_model.module if self._average_model is not None else None  # pyright: ignore
+
+
+class History(Callback):
+    """``metrics.csv``, a row for each epoch, and a line on standard error to go with it.
+
+    A resumed run drops the rows of the epochs that it does again.
+    """
+
+    def __init__(self, run_dir: Path, quiet: bool = False) -> None:
+        self.path = run_dir / "metrics.csv"
+        self.quiet = quiet
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.rows: list[dict[str, Any]] = []
+        self.images = 0
+        self.train_seconds = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                rows = list(csv.DictReader(file))
+            self.rows = [row for row in rows if int(row["epoch"]) <= trainer.current_epoch]
+        self.began = self.epoch_began = time.monotonic()
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.images = 0
+        self.epoch_began = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.images += len(batch[0]) * trainer.world_size
+        self.train_seconds = time.monotonic() - self.epoch_began
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        row: dict[str, Any] = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
+        row |= {name: f"{value:.6g}" for name, value in sorted(values.items())}
+        row["lr"] = f"{max(group['lr'] for group in trainer.optimizers[0].param_groups):.6g}"
+        row["images_per_second"] = f"{self.images / max(self.train_seconds, 1e-9):.1f}"
+        row["seconds"] = f"{time.monotonic() - self.epoch_began:.2f}"
+        self.rows.append(row)
+        if trainer.is_global_zero:
+            write_whole(self.path, self._write)
+            if not self.quiet:
+                self._say(trainer, values, row)
+
+    def _write(self, path: Path) -> None:
+        with path.open("w", newline="") as file:
+            names = dict.fromkeys(name for row in self.rows for name in row)
+            writer = csv.DictWriter(file, list(names))
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def _say(self, trainer: L.Trainer, values: dict[str, float], row: dict[str, Any]) -> None:
+        done, epochs = trainer.current_epoch + 1, trainer.max_epochs or 0
+        times = [float(r["seconds"]) for r in self.rows[-3:]]
+        left = (epochs - done) * sum(times) / len(times)
+        shown = [f"{name.replace('_', ' ')} {values[name]:.4g}" for name in values if name != "val_images"]
+        speed = f"{float(row['images_per_second']):.0f} images/s"
+        self.console.print(f"epoch {done}/{epochs}  {'  '.join(shown)}  {speed}  {_clock(left)} left")
+
+
+class KeepWeights(Checkpoint):
+    """``last.ckpt`` after each epoch, and ``best.safetensors`` whenever the validation score rises.
+
+    ``last.ckpt`` holds all that is needed to go on (weights, their average, optimizer, schedule, loops), and the
+    run's settings and model under ``transcnn``. Both are written whole or not at all.
+
+    Args:
+        run_dir: Where to.
+        info: What is stored beside the weights: model, model_args, class_names, data_config, task, ...
+        settings: The run's settings, for ``--resume``.
+        every: Also write ``last.ckpt`` each this many batches.
+    """
+
+    def __init__(self, run_dir: Path, info: dict[str, Any], settings: dict[str, Any], every: int | None = None) -> None:
+        self.run_dir = run_dir
+        self.info = info
+        self.settings = settings
+        self.every = every
+        self.best: float | None = None
+        self.best_epoch = 0
+
+    @property
+    def last_path(self) -> Path:
+        """Where the checkpoint to go on from lies."""
+        return self.run_dir / "last.ckpt"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "best_epoch": self.best_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.best_epoch = state_dict["best"], state_dict["best_epoch"]
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["transcnn"] = {**self.info, "settings": self.settings}
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        name = f"val_{pl_module.score}"
+        value = float(trainer.callback_metrics[name])
+        if self.best is not None and value <= self.best:
+            return
+        self.best, self.best_epoch = value, trainer.current_epoch + 1
+        average = next((c.average for c in trainer.callbacks if isinstance(c, Ema)), None)  # pyright: ignore
+        if trainer.is_global_zero:
+            info = {**self.info, "settings": self.settings, name: value, "epoch": self.best_epoch}
+            save_weights(self.run_dir / "best.safetensors", (average or pl_module).model, info)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # The last batch of an epoch waits for the epoch's end: validation belongs to it.
+        if self.every and (batch_idx + 1) % self.every == 0 and batch_idx + 1 < trainer.num_training_batches:
+            self.save(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.save(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write ``last.ckpt`` now; every process calls this."""
+        if trainer.is_global_zero:
+            write_whole(self.last_path, lambda path: trainer.save_checkpoint(path))
+        else:
+            trainer.save_checkpoint(self.last_path)  # takes part in gathering, writes nothing
+
+
+class StopOnSignal(Callback):
+    """SIGTERM and SIGINT (Ctrl-C) end the run after the running step, with a checkpoint; a second Ctrl-C at once."""
+
+    def __init__(self, keep: KeepWeights) -> None:
+        self.keep = keep
+        self.asked = 0
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        with suppress(ValueError):  # signals are the main thread's alone
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self._before[signum] = signal.signal(signum, self._ask)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.asked and batch_idx + 1 < trainer.num_training_batches:
+            self.keep.save(trainer)
+            self._stop(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.asked:
+            self.keep.save(trainer)
+            self._stop(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _ask(self, signum: int, frame: Any) -> None:
+        if self.asked and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = signum
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        step, path = trainer.global_step, self.keep.run_dir
+        raise _Stop(f"after update {step}; go on with: transcnn train --resume {path}", self.asked)
+
+    def _restore(self) -> None:
+        while self._before:
+            signum, handler = self._before.popitem()
+            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+
+
+class _Stop(Exception):
+    """Leaves Lightning's loops, which end the process on a ``KeyboardInterrupt``; ``train`` turns it into one."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+class Bar(Callback):
+    """A bar for the running epoch with images/s and the time that is left, where standard error is a terminal."""
+
+    def __init__(self) -> None:
+        self.progress: Progress | None = None
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not (trainer.is_global_zero and sys.stderr.isatty()):
+            return
+        text = TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}  {task.fields[what]}")
+        speed = TextColumn("{task.fields[speed]:.0f} images/s  {task.fields[left]} left")
+        console = Console(stderr=True)
+        self.progress = Progress(text, BarColumn(), MofNCompleteColumn(), speed, console=console, transient=True)
+        self.task = self.progress.add_task(
+            "",
+            total=int(trainer.num_training_batches),
+            epoch=trainer.current_epoch + 1,
+            epochs=trainer.max_epochs,
+            what="train",
+            speed=0.0,
+            left="-:--",
+        )
+        self.progress.start()
+        self.began, self.first, self.images = time.monotonic(), None, 0
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.progress is None:
+            return
+        self.first = batch_idx if self.first is None else self.first
+        self.images += len(batch[0]) * trainer.world_size
+        seconds = time.monotonic() - self.began
+        batches = trainer.num_training_batches
+        to_do = batches * (trainer.max_epochs - trainer.current_epoch) - batch_idx - 1
+        left = seconds / (batch_idx + 1 - self.first) * to_do
+        self.progress.update(self.task, completed=batch_idx + 1, speed=self.images / seconds, left=_clock(left))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.progress is not None:
+            self.progress.update(self.task, what="validate")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+
+def _clock(seconds: float) -> str:
+    """Seconds as a person reads them: 45 s, 3:20 min, 2:05 h."""
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    if whole < 6000:
+        return f"{whole // 60}:{whole % 60:02} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02} h"

@@ -1,0 +1,159 @@
+"""``transcnn eval``: a trained model's scores on a data set."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+
+from .engine import choose_precision, quiet_libraries
+from .errors import UserError
+from .runs import Loaded, load, write_whole
+from .tasks import get_task
+from .tasks.base import Task
+
+__all__ = ["evaluate", "measure", "write_results"]
+
+
+def evaluate(
+    checkpoint: str,
+    data: str | None = None,
+    *,
+    split: Literal["auto", "train", "val", "test", "all"] = "auto",
+    batch_size: int = 128,
+    img_size: int | None = None,
+    precision: Literal["auto", "32", "bf16", "16"] = "32",
+    accelerator: str = "auto",
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    strict_data: bool = False,
+    num_workers: int = 0,
+    out: str | None = None,
+    report: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Score a trained network on images, print the figures and write them to metrics.json.
+
+    Args:
+        checkpoint: A run's directory, a .safetensors or .ckpt of ours, or the name of a published model.
+        data: As for transcnn train; without it, what the network was trained on.
+        split: The part to score on; auto is the test part, else the validation part, else everything.
+        batch_size: Images at a time.
+        img_size: Another size than the network was trained at.
+        precision: Arithmetic; 32 is exact, auto is bf16 where the processor has it.
+        accelerator: cpu, gpu, or auto.
+        val_fraction: Where data has no validation part: the share that training held back.
+        seed: And the seed it was held back with.
+        strict_data: Stop at the first image that can't be read, instead of leaving it out.
+        num_workers: Processes that read images.
+        out: Directory for metrics.json; without it the run's eval/, or none where there is no run.
+        report: Also draw the report.
+        quiet: Print nothing but errors.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        UserError: No such checkpoint or data, or data of other classes.
+    """
+    with quiet_libraries():
+        loaded = load(checkpoint)
+        if img_size is not None:
+            loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
+        trained = loaded.info.get("settings") or {}
+        if data is None and "data" in trained:
+            data = trained["data"]
+            val_fraction, seed = trained["val_fraction"], trained["seed"]
+        part = get_task(loaded.task).open_part(
+            data, split, loaded.class_names, val_fraction=val_fraction, seed=seed, strict=strict_data
+        )
+        learner, scores = measure(
+            loaded, part, batch_size=batch_size, num_workers=num_workers, precision=precision, accelerator=accelerator
+        )
+    metrics = {**learner.summary(scores), "split": split, "data": data or "digits", "checkpoint": loaded.source}
+    target = Path(out) if out else Path(checkpoint) / "eval" if Path(checkpoint).is_dir() else None
+    if target is not None:
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"can't write to {target}: {error.strerror or error}") from error
+        write_results(target, learner, scores, part, metrics, part.broken, report=report)
+    if not quiet:
+        learner.print_table(metrics)
+        if target is not None:
+            print(f"written: {target / 'metrics.json'}")
+    return metrics
+
+
+def measure(
+    loaded: Loaded,
+    part: Any,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    precision: str = "32",
+    accelerator: str = "auto",
+    limit: int | None = None,
+) -> tuple[Task, dict[str, Any]]:
+    """The task that counted, and a model's scores on one part of a data set (``Task.scores``, and ``seconds``)."""
+    learner = get_task(loaded.task)(loaded.model, loaded.class_names, loaded.preprocessing)
+    loader = learner.part_loader(part, loaded.preprocessing, batch_size=batch_size, num_workers=num_workers)
+    trainer = L.Trainer(
+        accelerator=accelerator,
+        devices=1,
+        precision=choose_precision(precision, accelerator),  # pyright: ignore
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        limit_test_batches=limit,
+    )
+    began = time.monotonic()
+    trainer.test(learner, loader, verbose=False)
+    return learner, {**learner.test_scores, "seconds": time.monotonic() - began}
+
+
+def write_results(
+    folder: Path,
+    learner: Task,
+    scores: dict[str, Any],
+    part: Any,
+    metrics: dict[str, Any],
+    broken: list[tuple[str, str]],
+    *,
+    report: bool = True,
+) -> None:
+    """``metrics.json``, ``skipped.csv`` where files could not be read, and the report."""
+    metrics["skipped"] = len(broken)
+    metrics["versions"] = versions()
+    text = json.dumps(metrics, indent=2, ensure_ascii=False) + "\n"
+    write_whole(folder / "metrics.json", lambda path: path.write_text(text, encoding="utf-8"))
+    if broken:
+        write_whole(folder / "skipped.csv", lambda path: _write_skipped(path, broken))
+    if report:
+        learner.write_report(folder, scores, part, metrics)
+
+
+def versions() -> dict[str, str]:
+    """What the figures were made with."""
+    names = ("transcnn", "torch", "torchvision", "timm", "lightning")
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {"python": platform.python_version(), **found, "device": _device()}
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return str(torch.cpu.get_capabilities().get("cpu_name", platform.machine()))
+
+
+def _write_skipped(path: Path, broken: list[tuple[str, str]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("file", "reason"), *broken])

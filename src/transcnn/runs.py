@@ -1,0 +1,192 @@
+"""Run directories, and models loaded from whatever names one.
+
+A run directory holds ``config.yaml`` (every setting), ``metrics.csv`` (a row an epoch), TensorBoard events,
+``last.ckpt`` (to go on from), ``best.safetensors`` (to use), ``metrics.json``, ``report/``, and ``skipped.csv`` where
+files could not be read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.data import ImageNetInfo, resolve_data_config
+from torch import nn
+
+from . import backbone as _registers_our_models  # noqa: F401
+from .checkpoints import load_checkpoint
+from .errors import UserError
+
+__all__ = ["Loaded", "build_model", "data_config_of", "load", "new_run_dir", "save_weights", "write_whole"]
+
+
+@dataclass
+class Loaded:
+    """A model ready for use.
+
+    Attributes:
+        model: In evaluation mode.
+        task: ``classify``, ``segment`` or ``detect``.
+        class_names: In the order of the outputs.
+        preprocessing: timm's data config (``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ...).
+        source: Where it was read from.
+        info: All that was stored beside the weights.
+    """
+
+    model: nn.Module
+    task: str
+    class_names: list[str]
+    preprocessing: dict[str, Any]
+    source: str
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def new_run_dir(out: str | os.PathLike[str] | None, model: str, data: str) -> Path:
+    """Make a fresh run directory, ``runs/<date-time>-<model>-<data>`` unless ``out`` says otherwise.
+
+    Raises:
+        UserError: ``out`` holds something already, or can't be made or written to.
+    """
+    if out is None:
+        name = re.sub(r"[^\w.-]+", "-", f"{time.strftime('%Y%m%d-%H%M%S')}-{model}-{data}").strip("-")
+        path = Path("runs") / name
+        for i in range(2, 1000):
+            if not path.exists():
+                break
+            path = Path("runs") / f"{name}-{i}"
+    else:
+        path = Path(out)
+    try:
+        if path.is_dir() and any(path.iterdir()):
+            raise UserError(f"the run directory {path} is not empty; give another --out, or go on with --resume {path}")
+        path.mkdir(parents=True, exist_ok=True)
+        (path / ".probe").write_bytes(b"\0" * 4096)
+        (path / ".probe").unlink()
+    except OSError as error:
+        raise UserError(f"can't write to the run directory {path}: {error.strerror or error}") from error
+    return path
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` make a file under a temporary name, then put it in place: whole, or not at all.
+
+    Raises:
+        UserError: The disk is full or can't be written; what was there before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"can't write {path}: {reason}") from error
+
+
+def build_model(name: str, **kwargs: Any) -> nn.Module:
+    """``timm.create_model``, with errors for users: near names of one that is unknown, arguments that it refuses."""
+    base = name.split(".")[0].split("/")[-1]
+    if ":" not in name and not timm.is_model(base):
+        near = difflib.get_close_matches(base, timm.list_models(), n=4, cutoff=0.5)
+        hint = f"near ones: {', '.join(near)}" if near else "transcnn models lists ours, timm.list_models() all"
+        raise UserError(f"no model is named {name!r}; {hint}")
+    try:
+        return timm.create_model(name, **kwargs)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"can't make {name} with {kwargs}: {error}") from error
+    except RuntimeError as error:
+        raise UserError(f"can't make {name}: {str(error).splitlines()[0]}") from error
+
+
+def data_config_of(model: nn.Module, in_chans: int, img_size: int | None = None) -> dict[str, Any]:
+    """How images become the model's input, in timm's words, with plain lists and numbers."""
+    config = resolve_data_config({"img_size": img_size, "in_chans": in_chans}, model=model)
+    size = tuple(config["input_size"])[1:]
+    if in_chans != 3:  # RGB figures of ImageNet say nothing about other channels
+        config |= {"mean": (0.5,) * in_chans, "std": (0.25,) * in_chans}
+    config["input_size"] = (in_chans, *size)
+    if max(size) <= 64:  # cutting a margin off small images loses what they show
+        config["crop_pct"] = 1.0
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+
+
+def save_weights(path: Path, model: nn.Module, info: dict[str, Any]) -> None:
+    """Weights and what is needed to use them (``info``, as JSON in the header) in one safetensors file."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    header = {key: json.dumps(value) for key, value in info.items()}
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+
+
+def load(source: str | os.PathLike[str]) -> Loaded:
+    """The model that a run directory, a .safetensors or .ckpt of ours, or the name of published weights stands for.
+
+    Raises:
+        UserError: There is no such thing, it is damaged, or its weights don't fit.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = [path / name for name in ("best.safetensors", "last.ckpt") if (path / name).is_file()]
+        if not found:
+            raise UserError(f"{path} is no run directory: it holds neither best.safetensors nor last.ckpt")
+        path = found[0]
+    if path.is_file():
+        return _load_file(path)
+    name = os.fspath(source)
+    if (os.sep in name and ":" not in name) or path.suffix in (".safetensors", ".ckpt", ".pth", ".pt"):
+        raise UserError(f"no such file or directory: {name}")
+    return _load_published(name)
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """What was stored beside the weights of a file of ours; empty for files of others."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+            return {key: json.loads(value) for key, value in metadata.items() if key != "format"}
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return checkpoint.get("transcnn", {}) if isinstance(checkpoint, dict) else {}
+    except (json.JSONDecodeError, AttributeError):
+        return {}
+    except Exception as error:  # damaged files fail in many ways; torch's refusal of code has a long text
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"can't read {path}: {reason}") from error
+
+
+def _load_file(path: Path) -> Loaded:
+    info = read_info(path)
+    if not info.get("model"):
+        raise UserError(
+            f"{path} doesn't say which model it is for; from Python: transcnn.load_checkpoint(create_model(...), path)"
+        )
+    config = info["data_config"]
+    names = info["class_names"]
+    model = build_model(
+        info["model"], num_classes=len(names), in_chans=config["input_size"][0], **(info.get("model_args") or {})
+    )
+    load_checkpoint(model, path)
+    return Loaded(model.eval(), info.get("task", "classify"), names, config, str(path), info)
+
+
+def _load_published(name: str) -> Loaded:
+    model = build_model(name, pretrained=True).eval()
+    classes = int(model.num_classes)  # pyright: ignore
+    info = ImageNetInfo()
+    names = [str(i) for i in range(classes)]
+    if classes == 1000:
+        names = [str(info.index_to_description(i)).split(",")[0] for i in range(classes)]
+    in_chans = int(getattr(model, "in_chans", 3))
+    return Loaded(model, "classify", names, data_config_of(model, in_chans), name, {"model": name})

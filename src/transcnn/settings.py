@@ -1,0 +1,104 @@
+"""The settings of a training run that come in groups; ``train.py`` holds the rest as plain arguments.
+
+On the command line each has a flag of its own, with or without the group's name (``--optim.clip_grad 1``,
+``--clip_grad 1``); in a recipe they stand under the group. Names are timm's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Augment", "Ema", "Optim"]
+
+
+@dataclass
+class Optim:
+    """How the weights are learnt, beyond ``lr``.
+
+    Args:
+        opt: Optimizer, any name of ``timm.optim.list_optimizers()``.
+        weight_decay: Weight decay; norms and biases have none.
+        layer_decay: Each layer's rate is this times that of the layer above it (0.65 to 0.8 to fine-tune).
+        betas: The optimizer's betas, if it has any.
+        momentum: The optimizer's momentum, if it has any.
+        sched: Schedule of the rate: cosine, step, poly, constant, ... (those of ``timm.scheduler``).
+        warmup_epochs: Epochs of linear warm-up, of which a part is fine; they count among ``epochs``.
+        warmup_lr: Rate at the start of the warm-up.
+        min_lr: Rate at the end of the cosine.
+        lr_batch: The images per update that ``lr`` is meant for: the rate used is lr · (images per update) / lr_batch.
+            Without it ``lr`` is used as it stands.
+        clip_grad: Largest norm of the gradient; larger ones are scaled down.
+        accumulate: Batches whose gradients are summed before an update.
+    """
+
+    opt: str = "adamw"
+    weight_decay: float = 0.05
+    layer_decay: float | None = None
+    betas: tuple[float, float] | None = None
+    momentum: float = 0.9
+    sched: str = "cosine"
+    warmup_epochs: float = 2.0
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-6
+    lr_batch: int | None = None
+    clip_grad: float | None = 1.0
+    accumulate: int = 1
+
+
+@dataclass
+class Augment:
+    """How training images and labels are varied.
+
+    Args:
+        policy: ``small``: the whole image, shifted by a few pixels; ``imagenet``: a part of random size and shape, for
+            photographs; ``none``; ``auto`` is ``small`` up to 64 pixels, else ``imagenet``.
+        pad: Pixels that ``small`` shifts by at most; None is an eighth of ``img_size``.
+        degrees: Largest rotation (``small``).
+        zoom: Largest relative change of size (``small``).
+        scale: Smallest and largest part of the image that ``imagenet`` takes.
+        ratio: Smallest and largest width / height of that part.
+        hflip: Probability to mirror left and right (0 where sides matter, as in digits).
+        vflip: Probability to mirror top and bottom.
+        color_jitter: Strength of changes of brightness, contrast and saturation.
+        aa: RandAugment in timm's notation, such as ``rand-m9-mstd0.5-inc1``.
+        reprob: Probability to erase a rectangle.
+        remode: What it is filled with: ``pixel`` noise or the mean colour (``const``).
+        mixup: Mixup's alpha; 0 is off.
+        cutmix: CutMix's alpha; 0 is off. With both, one of them is drawn for each batch.
+        mix_prob: Probability that a batch is mixed at all.
+        smoothing: Label smoothing.
+    """
+
+    policy: Literal["auto", "imagenet", "small", "none"] = "auto"
+    pad: int | None = None
+    degrees: float = 0.0
+    zoom: float = 0.0
+    scale: tuple[float, float] = (0.35, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float | None = None
+    aa: str | None = None
+    reprob: float = 0.0
+    remode: Literal["pixel", "const"] = "pixel"
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_prob: float = 1.0
+    smoothing: float = 0.1
+
+
+@dataclass
+class Ema:
+    """A moving average of the weights, which is what is scored and kept.
+
+    Args:
+        ema: Whether to keep one.
+        ema_decay: Share of the old average that stays at each update, once warmed up.
+        ema_warmup: Updates n after which the share is still (1 + n) / (ema_warmup + n) at most, so that the first,
+            random weights are soon forgotten.
+    """
+
+    ema: bool = True
+    ema_decay: float = 0.999
+    ema_warmup: int = 10

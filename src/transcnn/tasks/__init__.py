@@ -1,0 +1,23 @@
+"""What is learnt and how it is scored: one module a task, found by its name."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from .base import Task
+
+__all__ = ["TASKS", "get_task"]
+
+TASKS = {"classify": "classify:Classify"}  # name -> module:class, imported when asked for
+
+
+def get_task(name: str) -> type[Task]:
+    """The class of a task."""
+    if name not in TASKS:
+        raise UserError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
+    module, cls = TASKS[name].split(":")
+    return getattr(importlib.import_module(f".{module}", __name__), cls)

@@ -1,0 +1,201 @@
+"""What every task has in common: optimizer and schedule, seeds, the road from a data set to scores.
+
+A task is one small class: which data it opens, what its loss is and how it is scored. Runs, checkpoints, resume,
+reports and errors are the same for all of them (``train.py``, ``callbacks.py``, ``runs.py``).
+"""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning as L
+import numpy as np
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..settings import Augment, Optim
+
+__all__ = ["Task"]
+
+
+class Task(L.LightningModule):
+    """A model with what it learns and how it is scored.
+
+    Args:
+        model: The network.
+        class_names: Names of the classes, in the order of the model's outputs.
+        data_config: How an image becomes the model's input, in timm's words: ``input_size`` (C, H, W), ``mean``,
+            ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``.
+        lr: Learning rate for the images of one update (see ``Optim.lr_batch``).
+        epochs: Length of the schedule.
+        optim: The optimizer's and schedule's settings.
+        augment: The settings of what is mixed and smoothed in a batch.
+        seed: Every random draw of step n follows from this and n alone, so that a resumed run draws the same.
+        channels_last: Whether images are given to the model in that memory format.
+    """
+
+    name: ClassVar[str]
+    score: ClassVar[str]  # the metric that chooses the best epoch, larger is better; logged as val_<score>
+
+    def __init__(
+        self,
+        model: nn.Module,
+        class_names: list[str],
+        data_config: dict[str, Any],
+        *,
+        lr: float = 1e-3,
+        epochs: int = 1,
+        optim: Optim | None = None,
+        augment: Augment | None = None,
+        seed: int = 0,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model.to(memory_format=torch.channels_last) if channels_last else model  # pyright: ignore
+        self.class_names = class_names
+        self.data_config = data_config
+        self.lr = lr
+        self.epochs = epochs
+        self.optim = optim or Optim()
+        self.augment = augment or Augment()
+        self.seed = seed
+        self.channels_last = channels_last
+        self.updates_per_epoch = 1  # set before fitting
+
+    # --- what a task fills in ---------------------------------------------------------------------------------------
+
+    @staticmethod
+    @abstractmethod
+    def open_data(data: str | None, *, val_fraction: float, seed: int, strict: bool, in_chans: int | None) -> Any:
+        """The parts of what the user named: ``train``, ``val``, ``test`` (or None), ``class_names``, ``in_chans``,
+        ``name`` and ``broken``; raises ``UserError`` for what can't be read so."""
+
+    @staticmethod
+    @abstractmethod
+    def loaders(splits: Any, data_config: dict[str, Any], augment: Augment, **settings: Any) -> L.LightningDataModule:
+        """A data module over the parts; ``settings``: ``batch_size``, ``num_workers``, ``seed``, ``progress``."""
+
+    @staticmethod
+    @abstractmethod
+    def open_part(data: str | None, split: str, class_names: list[str], **settings: Any) -> Any:
+        """One part of a data set, for evaluation; ``settings`` are ``val_fraction``, ``seed`` and ``strict``."""
+
+    @staticmethod
+    @abstractmethod
+    def part_loader(part: Any, data_config: dict[str, Any], **settings: Any) -> Any:
+        """A loader over one part, in its order; ``settings`` are ``batch_size`` and ``num_workers``."""
+
+    @abstractmethod
+    def loss(self, batch: Any) -> Tensor:
+        """The loss of one training batch."""
+
+    @abstractmethod
+    def judge(self, batch: Any, batch_idx: int) -> None:
+        """Take one batch into the scores."""
+
+    @abstractmethod
+    def scores(self) -> dict[str, Any]:
+        """The scores of all batches since the last call; numbers are logged, other things are for the report."""
+
+    @abstractmethod
+    def summary(self, scores: dict[str, Any]) -> dict[str, Any]:
+        """The scores as ``metrics.json`` holds them, with ``images``, ``seconds`` and ``images_per_second``."""
+
+    @abstractmethod
+    def headline(self, metrics: dict[str, Any]) -> str:
+        """The figure that counts, in a few words."""
+
+    @abstractmethod
+    def print_table(self, metrics: dict[str, Any]) -> None:
+        """The figures as a table on standard output."""
+
+    @abstractmethod
+    def write_report(self, folder: Path, scores: dict[str, Any], part: Any, metrics: dict[str, Any]) -> None:
+        """Draw ``report/`` from what was scored on ``part``."""
+
+    # --- the same for all -------------------------------------------------------------------------------------------
+
+    def forward(self, x: Any) -> Any:
+        """Images to the model's output."""
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.model(x)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed dropout, stochastic depth and mixing for this very step: nothing random needs to be in a checkpoint."""
+        step = (self.seed, self.current_epoch, batch_idx, self.global_rank)
+        state = int(np.random.SeedSequence(step).generate_state(1)[0])
+        torch.manual_seed(state)
+        np.random.seed(state)  # noqa: NPY002  (timm's Mixup draws from the global generator)
+        random.seed(state)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One batch's loss."""
+        loss = self.loss(batch)
+        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=_images(batch), sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Score one batch of the validation split."""
+        self.judge(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation scores as ``val_...``."""
+        numbers = {f"val_{name}": value for name, value in self.scores().items() if isinstance(value, int | float)}
+        self.log_dict(numbers, rank_zero_only=False)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Score one batch of any split."""
+        self.judge(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Keep the scores for whoever asked (``evaluate.measure``)."""
+        self.test_scores = self.scores()
+
+    def configure_optimizers(self) -> Any:
+        """timm's optimizer and schedule; the schedule steps with each update."""
+        o = self.optim
+        if o.opt not in list_optimizers():
+            raise UserError(f"no optimizer is named {o.opt!r}; some that are: adamw, sgd, lamb, lion, nadamw")
+        extra = {"betas": tuple(o.betas)} if o.betas else {}
+        optimizer = create_optimizer_v2(
+            self.model,
+            o.opt,
+            lr=self.lr,
+            weight_decay=o.weight_decay,
+            momentum=o.momentum,
+            layer_decay=o.layer_decay,
+            **extra,
+        )
+        updates = self.updates_per_epoch
+        try:
+            scheduler, _ = create_scheduler_v2(
+                optimizer,
+                o.sched,
+                num_epochs=self.epochs,
+                warmup_epochs=round(o.warmup_epochs * updates) / updates,  # pyright: ignore  (whole updates)
+                warmup_lr=min(o.warmup_lr, self.lr),
+                min_lr=min(o.min_lr, self.lr),
+                step_on_epochs=False,
+                updates_per_epoch=updates,
+            )
+        except (ValueError, AssertionError) as error:
+            raise UserError(f"sched={o.sched!r}: {error}") from error
+        if scheduler is None:  # sched="none"
+            return optimizer
+        scheduler.step_update(0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """timm's schedulers are told the number of updates made."""
+        scheduler.step_update(self.global_step)
+
+
+def _images(batch: Any) -> int:
+    return len(batch[0]) if isinstance(batch, list | tuple) else len(batch)

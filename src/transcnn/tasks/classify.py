@@ -1,0 +1,212 @@
+"""Classification: one label an image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from ..data.classify import ClassifyData, ImageSet, eval_transform, make_loader, open_set, open_splits, train_transform
+from ..errors import UserError
+from ..report import write_report
+from ..settings import Augment
+from .base import Task
+
+__all__ = ["Classify", "image_transform"]
+
+WRONG_KEPT = 48  # wrong answers kept for the report, the surest first
+
+
+class Classify(Task):
+    """Image classification: cross entropy with smoothed or mixed labels, scored by accuracy.
+
+    Batches are (images (B, C, H, W), labels (B,)).
+    """
+
+    name = "classify"
+    score = "top1"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        a, classes = self.augment, len(self.class_names)
+        self.mixup = None
+        self.train_loss: nn.Module = LabelSmoothingCrossEntropy(a.smoothing)
+        if a.mixup > 0 or a.cutmix > 0:
+            self.mixup = Mixup(a.mixup, a.cutmix, prob=a.mix_prob, label_smoothing=a.smoothing, num_classes=classes)
+            self.train_loss = SoftTargetCrossEntropy()
+        self.confusion = MulticlassConfusionMatrix(classes) if classes > 1 else None
+        self._forget()
+
+    @staticmethod
+    def open_data(data: str | None, *, val_fraction: float, seed: int, strict: bool, in_chans: int | None) -> Any:
+        """The parts of a classification data set."""
+        return open_splits(data, val_fraction=val_fraction, seed=seed, strict=strict, in_chans=in_chans)
+
+    @staticmethod
+    def loaders(splits: Any, data_config: dict[str, Any], augment: Augment, **settings: Any) -> ClassifyData:
+        """Loaders whose training part is varied as ``augment`` says."""
+        in_chans, *size = data_config["input_size"]
+        a = augment
+        train = train_transform(
+            tuple(size),
+            in_chans=in_chans,
+            policy=a.policy,
+            mean=data_config["mean"],
+            std=data_config["std"],
+            interpolation=data_config["interpolation"],
+            scale=a.scale,
+            ratio=a.ratio,
+            pad=a.pad,
+            hflip=a.hflip,
+            vflip=a.vflip,
+            degrees=a.degrees,
+            zoom=a.zoom,
+            color_jitter=a.color_jitter,
+            aa=a.aa,
+            re_prob=a.reprob,
+            re_mode=a.remode,
+        )
+        return ClassifyData(splits, train, image_transform(data_config), **settings)
+
+    @staticmethod
+    def open_part(data: str | None, split: str, class_names: list[str], **settings: Any) -> ImageSet:
+        """One part of a classification data set."""
+        return open_set(data, split, class_names=class_names, **settings)
+
+    @staticmethod
+    def part_loader(part: ImageSet, data_config: dict[str, Any], **settings: Any) -> Any:
+        """A loader of (images, labels) over one part."""
+        part.transform = image_transform(data_config)
+        return make_loader(part, **settings)
+
+    def loss(self, batch: Any) -> Tensor:
+        """Cross entropy, after mixing where that is asked for."""
+        images, labels = batch
+        if self.mixup is not None:
+            if len(images) % 2:  # images are mixed in pairs
+                images, labels = images[:-1], labels[:-1]
+            images, labels = self.mixup(images, labels)
+        return self.train_loss(self(images).float(), labels)
+
+    def judge(self, batch: Any, batch_idx: int) -> None:
+        """Count right answers; keep the surest wrong ones with their place in the set."""
+        images, labels = batch
+        counted = labels >= 0  # broken files and padding are not to be scored
+        places = torch.arange(self._seen, self._seen + len(labels))[counted.cpu()]
+        self._seen += len(labels)
+        logits, labels = self(images).float()[counted], labels[counted]
+        self._loss += F.cross_entropy(logits, labels, reduction="sum").double()
+        self._top5 += _hits(logits, labels, 5)
+        probability, guess = logits.softmax(1).max(1)
+        if self.confusion is not None:
+            self.confusion.update(guess, labels)
+        wrong = (guess != labels).cpu()
+        rows = zip(
+            places[wrong].tolist(),
+            labels.cpu()[wrong].tolist(),
+            guess.cpu()[wrong].tolist(),
+            probability.cpu()[wrong].tolist(),
+            strict=True,
+        )
+        self._wrong = sorted([*self._wrong, *rows], key=lambda row: -row[3])[:WRONG_KEPT]
+
+    def scores(self) -> dict[str, Any]:
+        """``top1``, ``top5`` (more than five classes only), ``loss``; ``confusion``, ``wrong`` and ``images``.
+
+        Each row of ``wrong`` is (place in the set, true class, guessed class, its probability). Over several processes
+        counts are summed; ``wrong`` is that of the first process.
+        """
+        if self.confusion is None:
+            raise UserError("there must be at least two classes to score")
+        confusion = self.confusion.compute().cpu()
+        totals = torch.stack([self._loss.to(self.device), self._top5.to(self.device)])
+        totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
+        images = max(1, int(confusion.sum()))
+        result: dict[str, Any] = {"top1": confusion.diagonal().sum().item() / images * 100}
+        if len(self.class_names) > 5:
+            result["top5"] = totals[1].item() / images * 100
+        result |= {"loss": totals[0].item() / images}
+        result |= {"images": torch.tensor(images), "confusion": confusion, "wrong": self._wrong}
+        self._forget()
+        return result
+
+    def summary(self, scores: dict[str, Any]) -> dict[str, Any]:
+        """Accuracies in percent: ``top1``, ``top5``, ``class_accuracy`` by name (None for a class without images)."""
+        confusion = scores["confusion"]
+        totals, right = confusion.sum(1).tolist(), confusion.diagonal().tolist()
+        per_class = {
+            name: round(100 * r / n, 3) if n else None
+            for name, r, n in zip(self.class_names, right, totals, strict=True)
+        }
+        numbers = {name: round(scores[name], 4) for name in ("top1", "top5", "loss") if name in scores}
+        images, seconds = int(scores["images"]), scores["seconds"]
+        speed = {"images": images, "seconds": round(seconds, 2), "images_per_second": round(images / seconds, 1)}
+        return {"task": self.name, **numbers, **speed, "class_accuracy": per_class}
+
+    def headline(self, metrics: dict[str, Any]) -> str:
+        """For instance ``top-1 98.61 %``."""
+        return f"top-1 {metrics['top1']:.2f} %"
+
+    def print_table(self, metrics: dict[str, Any]) -> None:
+        """Accuracies, and the ten classes with the lowest."""
+        table = Table(box=None, show_header=False)
+        for name, word in (("top1", "top-1"), ("top5", "top-5")):
+            if name in metrics:
+                table.add_row(word, f"{metrics[name]:.2f} %")
+        table.add_row("loss", f"{metrics['loss']:.4f}")
+        table.add_row("images", f"{metrics['images']:,} ({metrics['split']} of {metrics['data']})")
+        table.add_row("speed", f"{metrics['images_per_second']:.0f} images/s")
+        known = [(value, name) for name, value in metrics["class_accuracy"].items() if value is not None]
+        table.add_row()
+        for value, name in sorted(known)[:10]:
+            table.add_row(name, f"{value:.2f} %")
+        if len(known) > 10:
+            table.add_row("...", f"{len(known) - 10} classes above")
+        Console(highlight=False).print(table)
+
+    def write_report(self, folder: Path, scores: dict[str, Any], part: ImageSet, metrics: dict[str, Any]) -> None:
+        """Curves, confusion matrix, classes and the surest wrong answers."""
+        history = folder / "metrics.csv"
+        names = self.class_names
+        wrong = []
+        for place, truth, guess, score in scores["wrong"]:
+            image, _, name = part.read(place)
+            wrong.append((image, names[truth], names[guess], score, Path(name).name))
+        confusion = scores["confusion"].numpy()
+        shown = {key: value for key, value in metrics.items() if not isinstance(value, dict)}
+        write_report(folder, history if history.exists() else None, confusion, names, wrong, shown)
+
+    def _forget(self) -> None:
+        if self.confusion is not None:
+            self.confusion.reset()
+        self._loss = torch.zeros((), dtype=torch.float64)
+        self._top5 = torch.zeros((), dtype=torch.float64)
+        self._seen = 0
+        self._wrong: list[tuple[int, int, int, float]] = []
+
+
+def _hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """How many labels are among the k largest logits."""
+    best = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return (best == labels[:, None]).any(1).sum()
+
+
+def image_transform(data_config: dict[str, Any]) -> Any:
+    """What an image goes through before a trained model sees it."""
+    in_chans, *size = data_config["input_size"]
+    return eval_transform(
+        tuple(size),
+        in_chans=in_chans,
+        mean=data_config["mean"],
+        std=data_config["std"],
+        interpolation=data_config["interpolation"],
+        crop_pct=data_config["crop_pct"],
+    )

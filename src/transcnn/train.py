@@ -1,0 +1,341 @@
+"""``transcnn train``: from images to a run directory with a trained network, on Lightning's Trainer."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from .callbacks import Bar, History, Interrupted, KeepWeights, StopOnSignal, _Stop
+from .callbacks import Ema as EmaCallback
+from .checkpoints import load_checkpoint
+from .engine import choose_precision, keep_freed_memory, quiet_libraries
+from .errors import UserError
+from .evaluate import measure, write_results
+from .runs import build_model, data_config_of, load, new_run_dir, read_info, write_whole
+from .settings import Augment, Ema, Optim
+from .tasks import get_task
+from .tasks.base import Task
+
+__all__ = ["TrainResult", "train"]
+
+# What a resumed run may have otherwise than the run it goes on with; all else decides what is learnt.
+FREE = {"data", "resume", "out", "epochs", "num_workers", "early_stop", "save_every", "accelerator", "quiet"}
+
+
+@dataclass
+class TrainResult:
+    """What :func:`train` hands back: the run's directory, and its ``metrics.json`` as a dictionary."""
+
+    run_dir: Path
+    metrics: dict[str, Any]
+
+
+def train(
+    data: str | None = None,
+    *,
+    task: Literal["classify"] = "classify",
+    model: str = "transcnn_nano",
+    epochs: int = 50,
+    batch_size: int = 64,
+    lr: float = 1e-3,
+    img_size: int | None = None,
+    in_chans: int | None = None,
+    out: str | None = None,
+    seed: int = 0,
+    precision: Literal["auto", "32", "bf16", "16"] = "auto",
+    resume: str | None = None,
+    init_from: str | None = None,
+    pretrained: bool = False,
+    model_args: dict[str, Any] | None = None,
+    drop_rate: float | None = None,
+    drop_path_rate: float = 0.0,
+    optim: Optim = Optim(),  # noqa: B008  (never changed; so written, each field becomes a flag)
+    augment: Augment = Augment(),  # noqa: B008
+    ema: Ema = Ema(),  # noqa: B008
+    val_fraction: float = 0.1,
+    strict_data: bool = False,
+    num_workers: int | None = None,
+    early_stop: int | None = None,
+    save_every: int | None = None,
+    grad_checkpointing: bool = False,
+    channels_last: bool = True,
+    accelerator: str = "auto",
+    limit_batches: int | None = None,
+    quiet: bool = False,
+) -> TrainResult:
+    """Train a network on images; the run's directory then holds its weights, figures and report.
+
+    The best epoch is chosen on the validation part; the test part, if there is one, is looked at once at the end.
+
+    Args:
+        data: A folder of class folders (or of train/ with val/ or test/ that hold them), a Parquet file or a folder of
+            them, torch/..., hfds/..., wds/... as timm's readers know them; without it, the embedded handwritten digits.
+        task: What is learnt.
+        model: A network of this package (see transcnn models) or any other of timm's.
+        epochs: Times that the training images are gone through.
+        batch_size: Images a step, on each device.
+        lr: Learning rate (see lr_batch).
+        img_size: Side of the images that the network is given; without it, what the network was made for.
+        in_chans: Channels of the images, 1 to 4; without it 1 for grey images, else 3.
+        out: The run's directory, new or empty; without it runs/DATE-TIME-MODEL-DATA.
+        seed: Of the weights, the split, the order and the augmentation.
+        precision: auto is bf16 where the processor has it, else 32; 16 needs a GPU.
+        resume: A run's directory or last.ckpt: go on exactly where it stopped, with its settings.
+        init_from: Weights to start from: a run's directory, a checkpoint of ours or a published one.
+        pretrained: Start from the model's published weights.
+        model_args: Further arguments of the model, such as {stem_stride: 1}.
+        drop_rate: Dropout before the last layer; without it the model's own.
+        drop_path_rate: Stochastic depth of the last block, growing from 0 at the first.
+        optim: How the weights are learnt.
+        augment: How training images are varied.
+        ema: The average of the weights that is scored and kept.
+        val_fraction: Share of the training images held back where the data has no validation part.
+        strict_data: Stop at the first image that can't be read, instead of leaving it out.
+        num_workers: Processes that read images; without it, one for each core but one, and none for images in memory.
+        early_stop: Stop after this many epochs without a better validation score.
+        save_every: Write last.ckpt each this many steps, not only after each epoch.
+        grad_checkpointing: Less memory for about a third more time.
+        channels_last: The memory format that is usually quicker.
+        accelerator: cpu, gpu, or auto.
+        limit_batches: Only this many batches an epoch, for trying out.
+        quiet: Print nothing but errors.
+
+    Returns:
+        The run's directory and what was measured.
+
+    Raises:
+        UserError: Data, model or settings that can't be used, or a run directory that can't be written to.
+        KeyboardInterrupt: The run was asked to stop (:class:`~transcnn.callbacks.Interrupted`), after a checkpoint.
+    """
+    settings = _plain(dict(locals()))
+    resumed = _find_resumed(resume) if resume else None
+    if resumed:
+        settings = _resumed_settings(settings, resumed)
+    with quiet_libraries():
+        return _run(SimpleNamespace(**settings), resumed)
+
+
+def _run(s: SimpleNamespace, resumed: Path | None) -> TrainResult:
+    """Build everything, fit, measure."""
+    _check(s)
+    began = time.monotonic()
+    keep_freed_memory()
+    L.seed_everything(s.seed, verbose=False)
+    task_class = get_task(s.task)
+    splits = task_class.open_data(
+        s.data, val_fraction=s.val_fraction, seed=s.seed, strict=s.strict_data, in_chans=s.in_chans
+    )
+    network, args = _build(s, splits)
+    config = data_config_of(network, splits.in_chans, s.img_size)
+    augment, optim, ema = Augment(**s.augment), Optim(**s.optim), Ema(**s.ema)
+    workers = max(0, (os.cpu_count() or 1) - 1) if s.num_workers is None else s.num_workers
+    loaders = task_class.loaders(splits, config, augment, batch_size=s.batch_size, num_workers=workers, seed=s.seed)
+
+    info = {"model": s.model, "model_args": args, "class_names": splits.class_names, "data_config": config}
+    info |= {"task": s.task, "data": splits.name}
+    run_dir = resumed.parent if resumed and s.out is None else new_run_dir(s.out, s.model, splits.name)
+    keep = KeepWeights(run_dir, info, vars(s), s.save_every)
+    trainer = _trainer(s, run_dir, [EmaCallback(ema.ema_decay, ema.ema_warmup)] if ema.ema else [], keep, task_class)
+    images = s.batch_size * trainer.world_size  # a step
+    learner = task_class(
+        network,
+        splits.class_names,
+        config,
+        lr=s.lr * images * optim.accumulate / (optim.lr_batch or images * optim.accumulate),
+        epochs=s.epochs,
+        optim=optim,
+        augment=augment,
+        seed=s.seed,
+        channels_last=s.channels_last,
+    )
+    batches = min(max(1, len(splits.train) // images), s.limit_batches or sys.maxsize)
+    learner.updates_per_epoch = -(-batches // optim.accumulate)
+    if trainer.is_global_zero:
+        write_whole(run_dir / "config.yaml", lambda path: path.write_text(_as_yaml(s)))
+        if not s.quiet:
+            _announce(s, splits, network, config, run_dir, trainer)
+    _fit(trainer, learner, loaders, resumed)
+    return _finish(s, task_class, splits, run_dir, trainer, keep, time.monotonic() - began)
+
+
+def _fit(trainer: L.Trainer, learner: Task, loaders: Any, resumed: Path | None) -> None:
+    try:
+        trainer.fit(learner, datamodule=loaders, ckpt_path=resumed, weights_only=True)
+    except _Stop as stop:
+        raise Interrupted(str(stop), stop.signum) from None
+
+
+def _build(s: SimpleNamespace, splits: Any) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The network, and the arguments that make it again."""
+    args = dict(s.model_args or {})
+    if s.drop_rate is not None:
+        args["drop_rate"] = s.drop_rate
+    drop_path = {"drop_path_rate": s.drop_path_rate} if s.drop_path_rate else {}
+    network = build_model(
+        s.model,
+        pretrained=s.pretrained,
+        num_classes=len(splits.class_names),
+        in_chans=splits.in_chans,
+        **args,
+        **drop_path,
+    )
+    if s.grad_checkpointing:
+        network.set_grad_checkpointing(True)  # pyright: ignore
+    if s.init_from:
+        _init_from(network, s.init_from)
+    return network, args
+
+
+def _init_from(network: torch.nn.Module, source: str) -> None:
+    path = Path(source)
+    if path.is_dir():
+        path = Path(load(path).source)
+    load_checkpoint(network, path)
+
+
+def _trainer(
+    s: SimpleNamespace, run_dir: Path, callbacks: list[Callback], keep: KeepWeights, task_class: type[Task]
+) -> L.Trainer:
+    callbacks = [*callbacks, History(run_dir, s.quiet), StopOnSignal(keep)]
+    if not s.quiet:
+        callbacks.append(Bar())
+    if s.early_stop:
+        callbacks.append(EarlyStopping(f"val_{task_class.score}", mode="max", patience=s.early_stop))
+    return L.Trainer(
+        accelerator=s.accelerator,
+        devices=1,
+        precision=choose_precision(s.precision, s.accelerator),  # pyright: ignore
+        max_epochs=s.epochs,
+        callbacks=[*callbacks, keep],
+        logger=TensorBoardLogger(run_dir, name="", version=""),
+        gradient_clip_val=s.optim["clip_grad"],
+        accumulate_grad_batches=s.optim["accumulate"],
+        limit_train_batches=s.limit_batches,
+        limit_val_batches=s.limit_batches,
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _finish(
+    s: SimpleNamespace,
+    task_class: type[Task],
+    splits: Any,
+    run_dir: Path,
+    trainer: L.Trainer,
+    keep: KeepWeights,
+    seconds: float,
+) -> TrainResult:
+    """Measure the best weights, write figures and report, say where they lie."""
+    part, split = (splits.val, "val") if splits.test is None else (splits.test, "test")
+    loaded = load(run_dir)
+    learner, scores = measure(
+        loaded,
+        part,
+        batch_size=2 * s.batch_size,
+        precision=s.precision,
+        accelerator=s.accelerator,
+        limit=s.limit_batches,
+    )
+    metrics = learner.summary(scores)
+    metrics |= {"split": split, "data": splits.name, "chosen_on": "val", f"val_{task_class.score}": keep.best}
+    metrics |= {"best_epoch": keep.best_epoch, "epochs": trainer.current_epoch, "train_seconds": round(seconds, 1)}
+    write_results(run_dir, learner, scores, part, metrics, splits.broken)
+    if not s.quiet:
+        what = "test images" if split == "test" else "validation images, which also chose the epoch"
+        print(f"{learner.headline(metrics)} on {metrics['images']} {what} (epoch {keep.best_epoch} of {s.epochs})")
+        print(f"report: {run_dir / 'report' / 'index.html'}")
+    return TrainResult(run_dir, metrics)
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses and tuples as what YAML and a checkpoint can hold."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _defaults() -> dict[str, Any]:
+    return _plain({name: p.default for name, p in inspect.signature(train).parameters.items()})
+
+
+def _find_resumed(resume: str) -> Path:
+    path = Path(resume)
+    path = path / "last.ckpt" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"nothing to resume: there is no {path}")
+    return path
+
+
+def _resumed_settings(given: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """The settings of the run that goes on; of the given ones only those of ``FREE`` can change them."""
+    saved = read_info(checkpoint).get("settings")
+    if not saved:
+        raise UserError(f"{checkpoint} was not written by transcnn train; to start from its weights use --init_from")
+    defaults = _defaults()
+    settings = {**defaults, **saved}
+    for name, value in given.items():
+        if value == defaults[name] or value == settings[name]:
+            continue
+        if name not in FREE:
+            raise UserError(f"a resumed run keeps its settings: {name} is {settings[name]} there, got {value}")
+        settings[name] = value
+    return {**settings, "resume": given["resume"], "out": given["out"]}
+
+
+def _check(s: SimpleNamespace) -> None:
+    for name, value, least in (
+        ("epochs", s.epochs, 1),
+        ("batch_size", s.batch_size, 1),
+        ("img_size", s.img_size, 1),
+        ("accumulate", s.optim["accumulate"], 1),
+        ("early_stop", s.early_stop, 1),
+        ("save_every", s.save_every, 1),
+        ("limit_batches", s.limit_batches, 1),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"{name} must be {least} or more, got {value}")
+    if s.lr <= 0:
+        raise UserError(f"lr must be above 0, got {s.lr}")
+    for name in ("smoothing", "mix_prob"):
+        if not 0 <= s.augment[name] <= 1:
+            raise UserError(f"{name} must be from 0 to 1, got {s.augment[name]}")
+
+
+def _as_yaml(s: SimpleNamespace) -> str:
+    return yaml.safe_dump(vars(s), sort_keys=False, allow_unicode=True)
+
+
+def _announce(
+    s: SimpleNamespace, splits: Any, network: torch.nn.Module, config: dict[str, Any], run_dir: Path, trainer: L.Trainer
+) -> None:
+    parameters = sum(p.numel() for p in network.parameters())
+    sizes = [f"{len(part):,} {name}" for name, part in (("train", splits.train), ("val", splits.val)) if part]
+    sizes += [f"{len(splits.test):,} test"] if splits.test is not None else []
+    shape = "x".join(str(n) for n in config["input_size"])
+    device = trainer.strategy.root_device.type
+    lines = (
+        f"{splits.name}: {', '.join(sizes)} images of {len(splits.class_names)} classes",
+        f"{s.model}: {parameters / 1e6:.2f} M parameters, input {shape}, {trainer.precision} on {device}",
+        f"run: {run_dir}",
+    )
+    print("\n".join(lines), file=sys.stderr)
