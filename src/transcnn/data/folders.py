@@ -1,0 +1,117 @@
+"""A folder with a folder of images for each class, as it is or in ``train/``, ``val/`` and ``test/``."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..errors import UserError
+from .images import is_dir, is_image_name, list_images, read_image
+from .sources import PARTS, Parts, Source, few
+
+__all__ = ["open_folder", "part_folder"]
+
+logger = logging.getLogger(__name__)
+
+
+class PathList:
+    """Many file names in little memory: one block of bytes and an offset each, and cheap to send to workers."""
+
+    def __init__(self, root: Path, names: Iterable[str]) -> None:
+        self.root = os.fspath(root)
+        block = bytearray()
+        ends = [0]
+        for name in names:
+            block += os.fsencode(name)
+            ends.append(len(block))
+        self.block, self.ends = bytes(block), np.array(ends, dtype=np.int64)
+
+    def name(self, i: int) -> str:
+        return os.fsdecode(self.block[self.ends[i] : self.ends[i + 1]])
+
+    def load(self, i: int) -> Image.Image:
+        return read_image(os.path.join(self.root, self.name(i)))
+
+
+def open_folder(root: Path) -> Parts:
+    name = root.resolve().name or "data"
+    folders = {part: part_folder(root, names) for part, names in PARTS.items()}
+    if folders["train"] is None or not _subfolders(folders["train"]):  # "train" may also be a class, beside "car"
+        alone = [part for part in ("val", "test") if folders[part] is not None]
+        if alone and len(alone) == len(_subfolders(root)):
+            sources = {part: _class_folders(folders[part]) for part in alone}  # pyright: ignore[reportArgumentType]
+            return Parts.of(name, sources)
+        return Parts(name, _class_folders(root))
+    train = _class_folders(folders["train"])
+    others = {
+        part: None if folder is None else _class_folders(folder, train.class_names)
+        for part, folder in folders.items()
+        if part != "train"
+    }
+    return Parts.of(name, {"train": train, **others})
+
+
+def part_folder(root: Path, names: Sequence[str]) -> Path | None:
+    return next((root / name for name in names if (root / name).is_dir()), None)
+
+
+def _subfolders(root: Path) -> list[str]:
+    """Names of the class folders; what is hidden or can't be listed is left out."""
+    try:
+        with os.scandir(root) as entries:
+            found = [entry.name for entry in entries if not entry.name.startswith(".") and is_dir(entry)]
+    except OSError as error:
+        raise UserError(f"can't list {str(root)!r}: {error.strerror}") from error
+    odd = [name for name in found if is_image_name(name)]
+    if odd:
+        logger.warning("%s: folders named like images are left out: %s", root, few(odd))
+        found = [name for name in found if name not in odd]
+    return sorted(found)
+
+
+def _class_folders(root: Path, class_names: Sequence[str] | None = None) -> Source:
+    """A folder with one folder for each class; files beside the class folders are not looked at.
+
+    Class folders that differ only in case are kept apart, as the file system does, and logged.
+    """
+    names: list[str] = []
+    counts: dict[str, int] = {}
+    for label in _subfolders(root):
+        before = len(names)
+        names.extend(path[len(str(root)) + 1 :] for path in _list_class(root / label))
+        counts[label] = len(names) - before
+    found = [label for label, count in counts.items() if count]
+    if not found:
+        raise UserError(f"no images in {str(root)!r}; expected a folder for each class with images in it")
+    _warn_of_names(root, counts)
+    classes = list(class_names) if class_names is not None else found
+    unknown = [label for label in found if label not in classes]
+    if unknown:
+        raise UserError(f"{str(root)!r} holds classes that training has not: {few(unknown)}; allowed: {few(classes)}")
+    paths = PathList(root, names)
+    labels = np.repeat([classes.index(label) for label in found], [counts[label] for label in found])
+    return Source(labels.astype(np.int64), classes, paths.load, paths.name)
+
+
+def _list_class(folder: Path) -> Iterable[str]:
+    try:
+        yield from list_images(folder)
+    except OSError as error:
+        logger.warning("%s is left out: %s", folder, error.strerror)
+
+
+def _warn_of_names(root: Path, counts: dict[str, int]) -> None:
+    empty = [label for label, count in counts.items() if not count]
+    if empty:
+        logger.warning("%s: no images in class folder %s", root, few(empty))
+    folded: dict[str, list[str]] = {}
+    for label in counts:
+        folded.setdefault(label.casefold(), []).append(label)
+    for same in folded.values():
+        if len(same) > 1:
+            logger.warning("%s: class folders %s differ only in case and are kept apart", root, few(same))

@@ -1,0 +1,225 @@
+"""Reading one image file right, or saying why it can't be read.
+
+Everything that a folder of photographs holds sooner or later is dealt with here and nowhere else: orientation tags,
+16-bit and palette images, transparency, CMYK, animations, truncated files, links to nothing, decompression bombs.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ..errors import UserError
+
+__all__ = ["EXTENSIONS", "BrokenImage", "is_dir", "is_image_name", "list_images", "read_image", "to_channels"]
+
+# What Pillow may open. Formats that start other programs (EPS) or that nobody trains on are left out.
+FORMATS = "JPEG MPO PNG GIF BMP DIB TIFF WEBP AVIF PPM TGA ICO JPEG2000 QOI PCX"
+EXTENSIONS = frozenset(
+    f".{ending}"
+    for endings in (
+        "jpg jpeg jpe jfif mpo png apng gif bmp dib tif tiff webp avif",
+        "ppm pgm pbm pnm tga ico jp2 j2k qoi pcx",
+    )
+    for ending in endings.split()
+)
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # by number of channels
+
+
+class BrokenImage(ValueError):
+    """An image that can't be read; the message is the reason, without the file's name."""
+
+
+def read_image(source: str | os.PathLike[str] | bytes | BinaryIO) -> Image.Image:
+    """Read and decode one image, upright, 8 bits a channel, in mode L, LA, RGB or RGBA.
+
+    The EXIF orientation is applied; of an animation the first frame is taken; a palette becomes colours (with alpha
+    if it has any); CMYK and other colour spaces become RGB; 16-bit grey is divided by 257, 32-bit and float grey is
+    scaled from 0..1, 0..255 or 0..65535 where its values fit one of these, else from its own smallest and largest.
+
+    Args:
+        source: A path, the bytes of a file, or a binary file object (which stays open).
+
+    Raises:
+        BrokenImage: No such file, not a regular file, no permission, empty, no known image format, damaged or
+            truncated, or more pixels than ``PIL.Image.MAX_IMAGE_PIXELS`` (checked before memory is taken for them).
+    """
+    if isinstance(source, str | os.PathLike):
+        with _open_file(source) as file:
+            return _decode(file)
+    if isinstance(source, bytes | bytearray | memoryview):
+        if not len(source):
+            raise BrokenImage("empty file")
+        return _decode(io.BytesIO(source))
+    return _decode(source)
+
+
+def to_channels(image: Image.Image, in_chans: int) -> Image.Image:
+    """Give the image 1 (L), 2 (LA), 3 (RGB) or 4 (RGBA) channels; where alpha goes, the image is put on white.
+
+    Raises:
+        UserError: ``in_chans`` is not 1, 2, 3 or 4.
+    """
+    if in_chans not in MODES:
+        raise UserError(f"images have 1, 2, 3 or 4 channels (L, LA, RGB, RGBA), got in_chans={in_chans}")
+    mode = MODES[in_chans]
+    if image.mode == mode:
+        return image
+    if in_chans in (1, 3) and image.mode in ("LA", "RGBA"):
+        alpha = image.getchannel("A")
+        image = image.convert(image.mode[:-1])
+        if alpha.getextrema() != (255, 255):
+            image = Image.composite(image, Image.new(image.mode, image.size, "white"), alpha)
+    if mode == "LA" and image.mode == "RGB":
+        image = image.convert("L")
+    elif mode == "RGBA" and image.mode == "LA":
+        return image.convert("RGBA")
+    return image.convert(mode)
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file's name says that it is an image, and not a hidden file."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def list_images(folder: str | os.PathLike[str]) -> Iterator[str]:
+    """The image files below a folder by name, sorted folder by folder, as paths; hidden ones are left out.
+
+    Links to folders are followed, but into no folder that is already being listed, so loops end.
+
+    Yields:
+        Also what only looks like an image (a dangling link, a folder named x.jpg): reading it tells what is wrong.
+    """
+    yield from _list(os.fspath(folder), ())
+
+
+def _list(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    status = os.stat(folder)
+    above = (*above, (status.st_dev, status.st_ino))
+    folders: list[str] = []
+    files: list[str] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if is_image_name(entry.name):
+                files.append(entry.name)
+            elif is_dir(entry):
+                folders.append(entry.name)
+    for name in sorted(files):
+        yield os.path.join(folder, name)
+    del files
+    for name in sorted(folders):
+        path = os.path.join(folder, name)
+        inner = os.stat(path)
+        if (inner.st_dev, inner.st_ino) not in above and os.access(path, os.R_OK | os.X_OK):
+            yield from _list(path, above)
+
+
+def is_dir(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or a link to one; a link to itself isn't."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads round in circles
+        return False
+
+
+def _open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file; anything else (a pipe would wait for ever) is refused by what it is."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise BrokenImage("is a folder" if stat.S_ISDIR(status.st_mode) else "is not a regular file")
+        if not status.st_size:
+            raise BrokenImage("empty file")
+        return Path(path).open("rb")
+    except FileNotFoundError as error:
+        raise BrokenImage("a link to nothing" if os.path.islink(path) else "no such file") from error
+    except PermissionError as error:
+        raise BrokenImage("no permission to read it") from error
+    except OSError as error:  # link loops, names that are too long, disks that fail
+        raise BrokenImage(error.strerror or str(error)) from error
+    except ValueError as error:
+        if isinstance(error, BrokenImage):
+            raise
+        raise BrokenImage(str(error)) from error  # a null byte in the name
+
+
+def _decode(file: BinaryIO) -> Image.Image:
+    Image.init()
+    limit = Image.MAX_IMAGE_PIXELS
+    try:
+        with warnings.catch_warnings():
+            # Pillow only warns up to twice its limit; the check below refuses what it warns of. Its other warnings
+            # are about damaged metadata, which doesn't concern us.
+            warnings.simplefilter("ignore")
+            image = Image.open(file, formats=[name for name in FORMATS.split() if name in Image.OPEN])
+            if limit and image.width * image.height > limit:
+                raise BrokenImage(_too_large(image.size, limit))
+            image.load()
+            if image.format == "PNG":
+                _check_png(file)
+            return _to_eight_bits(_upright(image))
+    except BrokenImage:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise BrokenImage("not an image, or of a format that is not read here") from error
+    except Image.DecompressionBombError as error:
+        raise BrokenImage(f"{error}".split(", could")[0]) from error
+    except Exception as error:  # decoders raise nearly anything on damaged data
+        raise BrokenImage(f"damaged: {error or type(error).__name__}") from error
+
+
+def _too_large(size: tuple[int, int], limit: int) -> str:
+    return f"{size[0]}x{size[1]} pixels are more than the limit of {limit} (PIL.Image.MAX_IMAGE_PIXELS)"
+
+
+def _check_png(file: BinaryIO) -> None:
+    """Pillow doesn't look at the checksums of the pixel data; its ``verify`` does, on a file opened afresh."""
+    file.seek(0)
+    with Image.open(file, formats=["PNG"]) as image:
+        image.verify()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF: the pixels are fine
+        return image
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode in MODES.values() and "transparency" not in image.info:
+        return image
+    if image.mode in ("P", "PA"):
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if image.mode == "1":
+        return image.convert("L")
+    if image.mode in ("L", "RGB"):  # one grey value or colour stands for transparent
+        return image.convert("LA" if image.mode == "L" else "RGBA")
+    if image.mode in ("La", "RGBa"):  # premultiplied
+        return image.convert(image.mode.upper())
+    if image.mode[0] in "IF":
+        return Image.fromarray(_grey_to_eight_bits(np.asarray(image), sixteen=image.mode.startswith("I;16")))
+    if image.mode in MODES.values():
+        return image
+    return image.convert("RGB")
+
+
+def _grey_to_eight_bits(values: np.ndarray, *, sixteen: bool) -> np.ndarray:
+    if sixteen:
+        return (values.astype(np.float32) / 257 + 0.5).astype(np.uint8)
+    values = np.nan_to_num(values.astype(np.float64))
+    low, high = values.min(), values.max()
+    fits = [top for top in (1, 255, 65535) if low >= 0 and high <= top]
+    if fits and not (fits[0] == 1 and np.issubdtype(values.dtype, np.integer)):
+        low, high = 0.0, float(fits[0])
+    return ((values - low) / max(high - low, 1e-12) * 255 + 0.5).clip(0, 255).astype(np.uint8)

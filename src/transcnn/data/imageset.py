@@ -1,0 +1,188 @@
+"""Labelled images as a dataset: decoded, transformed, and whole in spite of files that can't be read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..errors import UserError
+from .augment import Transform
+from .images import BrokenImage
+from .randomness import sample_seeds
+from .sampling import Sample
+from .sources import Source
+
+__all__ = ["IGNORE", "ImageSet"]
+
+IGNORE = -1  # the label of what is not to be counted in evaluation: a broken file, or padding between processes
+CACHE_BYTES = 1 << 30  # decoded images are kept in memory up to this size, each set for itself
+
+logger = logging.getLogger(__name__)
+
+
+class ImageSet(Dataset):
+    """Labelled images as a map-style dataset; ``set[i]`` is (float tensor (C, H, W), label).
+
+    ``i`` is an index, or a :class:`~.sampling.Sample` that also says the epoch, as the loaders send it. Whatever
+    ``transform`` draws at random depends on ``seed``, the epoch and the index only.
+
+    A file that can't be read is recorded in ``broken``. In a training set another sample takes its place (always
+    the same one in an epoch); with ``replace=False``, as for evaluation, a black image labelled ``IGNORE`` (-1)
+    does, which must not be counted. ``strict=True`` raises :class:`UserError` at the first one instead.
+
+    Args:
+        source: Where the images are.
+        indices: Which of the source's images are in the set; None is all.
+        transform: Must be set before samples are taken, here or as an attribute.
+        seed: What random numbers depend on, beside epoch and index.
+        strict, replace: What to do about a file that can't be read, see above.
+
+    Attributes:
+        labels: int64, one for each image.
+        class_names: In the order of the labels.
+        epoch: The epoch that plain indices are taken to be of.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        indices: np.ndarray | None = None,
+        *,
+        transform: Transform | None = None,
+        seed: int = 0,
+        strict: bool = False,
+        replace: bool = True,
+    ) -> None:
+        self.source = source
+        self.indices = np.arange(len(source)) if indices is None else indices
+        self.labels = source.labels[self.indices]
+        self.class_names = source.class_names
+        self.transform = transform
+        self.seed = seed
+        self.epoch = 0
+        self.strict = strict
+        self.replace = replace
+        self.listed: list[tuple[str, str]] = []  # files without a sample that were found broken when listing
+        self._cache: Tensor | None = None  # uint8 (N, C, H, W), what the transform's first step gives
+        self._cached_for: object = None
+        # Loader workers are processes of their own: this memory is shared, a list would stay theirs.
+        self._is_broken = torch.zeros(len(self.indices), dtype=torch.uint8).share_memory_()
+        self._reasons: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, i: int) -> str:
+        """The i-th image's file name, or what stands for one."""
+        return self.source.name_of(int(self.indices[i]))
+
+    def read(self, i: int) -> tuple[Image.Image, int, str]:
+        """The i-th image as it lies there (mode L, LA, RGB or RGBA), its label and its name.
+
+        Raises:
+            BrokenImage: It can't be read.
+        """
+        return self.source.load(int(self.indices[i])), int(self.labels[i]), self.name(i)
+
+    @property
+    def broken(self) -> list[tuple[str, str]]:
+        """(name, reason) of each file that could not be read so far, by this process and its loader's workers."""
+        for i in torch.nonzero(self._is_broken).flatten().tolist():
+            if i not in self._reasons:  # a worker met it; what was wrong is found out by trying again
+                try:
+                    self.read(i)
+                    self._reasons[i] = "could be read at a second try only"
+                except BrokenImage as error:
+                    self._reasons[i] = str(error)
+        return [*self.listed, *((self.name(i), self._reasons[i]) for i in sorted(self._reasons))]
+
+    def __getitem__(self, i: int | Sample) -> tuple[Tensor, int]:
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, wanted: Sequence[int | Sample]) -> list[tuple[Tensor, int]]:
+        """Samples for a whole batch: its last steps are done on all images together."""
+        transform = self._need_transform()
+        samples = [i if isinstance(i, Sample) else Sample(range(len(self))[i], self.epoch) for i in wanted]
+        indices, epochs = np.array([s.i for s in samples]), np.array([s.epoch for s in samples])
+        seeds = sample_seeds(self.seed, epochs, indices)
+        if self._cache is not None and self._cached_for == transform.prepare_key and not self._is_broken.any():
+            raw, labels = self._cache[torch.from_numpy(indices)], self.labels[indices]
+        else:
+            pairs = [self._prepared(i, int(seed)) for i, seed in zip(indices.tolist(), seeds, strict=True)]
+            raw, labels = torch.stack([image for image, _ in pairs]), np.array([label for _, label in pairs])
+        labels = np.where([s.counts for s in samples], labels, IGNORE)
+        return list(zip(transform.finish(raw, seeds), labels.tolist(), strict=True))
+
+    def fill_cache(self, limit: int = CACHE_BYTES, *, progress: bool = False) -> bool:
+        """Decode all images once and keep them as uint8, if the transform allows it and ``limit`` bytes suffice.
+
+        Returns:
+            Whether they are in memory now.
+        """
+        transform = self._need_transform()
+        height, width = transform.size
+        if not transform.cacheable or len(self) * transform.in_chans * height * width > limit:
+            return False
+        key = transform.prepare_key
+        if self._cache is not None and self._cached_for == key:
+            return True
+        cache = torch.zeros(len(self), transform.in_chans, height, width, dtype=torch.uint8)
+        for i in _track(range(len(self)), f"reading {len(self)} images", progress):
+            image = self._try(i, 0)
+            if image is not None:
+                cache[i] = image
+        self._cache, self._cached_for = cache, key
+        return True
+
+    def _need_transform(self) -> Transform:
+        if self.transform is None:
+            raise ValueError("the set has no transform yet: set its attribute `transform`")
+        return self.transform
+
+    def _prepared(self, i: int, seed: int) -> tuple[Tensor, int]:
+        """uint8 (C, H, W) and label of sample i, or of what takes its place."""
+        image = self._try(i, seed)
+        if image is not None:
+            return image, int(self.labels[i])
+        transform = self._need_transform()
+        if not self.replace:
+            return torch.zeros(transform.in_chans, *transform.size, dtype=torch.uint8), IGNORE
+        order = np.random.default_rng(seed).permutation(len(self))
+        for other in order.tolist():
+            image = self._try(other, seed)
+            if image is not None:
+                return image, int(self.labels[other])
+        name, reason = self.broken[0]
+        raise UserError(f"none of the {len(self)} images can be read; the first is {name!r}: {reason}")
+
+    def _try(self, i: int, seed: int) -> Tensor | None:
+        """uint8 (C, H, W) of sample i, None if it is broken."""
+        if self._is_broken[i]:
+            return None
+        transform = self._need_transform()
+        if self._cache is not None and self._cached_for == transform.prepare_key:
+            return self._cache[i]
+        try:
+            return transform.prepare(self.source.load(int(self.indices[i])), seed)
+        except BrokenImage as error:
+            if self.strict:
+                raise UserError(f"{self.name(i)!r} can't be read: {error}") from error
+            self._is_broken[i] = 1
+            self._reasons[i] = str(error)
+            logger.debug("%s is left out: %s", self.name(i), error)
+            return None
+
+
+def _track(items: Iterable[int], text: str, show: bool) -> Iterable[int]:
+    if not show:
+        return items
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, text, console=Console(stderr=True), transient=True)

@@ -1,0 +1,105 @@
+"""Data sets by name, through timm's readers: ``torch/NAME`` of torchvision, ``hfds/NAME`` of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from timm.data import create_dataset
+
+from ..errors import UserError, require
+from .folders import part_folder
+from .images import BrokenImage, read_image
+from .sources import PARTS, Parts, Source, few, line
+
+__all__ = ["open_hfds", "open_torch"]
+
+
+def open_torch(rest: str) -> Parts:
+    """torch/NAME or torch/NAME:FOLDER, a torchvision dataset in (or downloaded to) FOLDER, by default ``data``."""
+    name, _, root = rest.partition(":")
+    root = root or "data"
+    if name in ("image_folder", "folder"):
+        if not os.path.isdir(root):
+            raise UserError(f"no such folder: {root!r} (torch/{name}:FOLDER)")
+        present = [part for part in PARTS if part_folder(Path(root), PARTS[part])]
+        splits = {part: part for part in present} if "train" in present else {"train": ""}
+    elif name in ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist"):
+        splits = {"train": "train", "test": "test"}
+    else:
+        splits = {"train": "train", "val": "val"}
+    return Parts.of(name, {part: _torch_part(name, root, split) for part, split in splits.items()})
+
+
+def _torch_part(name: str, root: str, split: str) -> Source:
+    if name in ("image_folder", "folder"):
+        folder = part_folder(Path(root), PARTS[split]) if split else Path(root)
+        root, split = str(folder), ""
+    try:
+        dataset: Any = create_dataset(f"torch/{name}", root=root, split=split, download=not name.endswith("folder"))
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"torch/{name} can't be opened in {root!r}: {line(error)}") from error
+    targets = getattr(dataset, "targets", None)
+    if targets is None:
+        targets = [target for _, target in getattr(dataset, "samples", None) or dataset.imgs]
+    classes = [str(value) if isinstance(value, str) else str(value[0]) for value in dataset.classes]
+    labels = np.asarray(targets, dtype=np.int64).reshape(len(dataset), -1)[:, 0]
+    return Source(labels, classes, partial(_torch_load, dataset), partial(_torch_name, dataset, f"{name}/{split}"))
+
+
+def _torch_load(dataset: Any, i: int) -> Image.Image:
+    if hasattr(dataset, "samples"):
+        return read_image(dataset.samples[i][0])
+    return dataset[i][0]
+
+
+def _torch_name(dataset: Any, prefix: str, i: int) -> str:
+    if hasattr(dataset, "samples"):
+        return os.path.relpath(dataset.samples[i][0], dataset.root)
+    return f"{prefix}/{i}"
+
+
+def open_hfds(name: str) -> Parts:
+    """hfds/NAME, a data set of the Hugging Face hub or a local folder of one."""
+    datasets: Any = require("datasets", "data")
+    try:
+        available = datasets.get_dataset_split_names(name)
+        found = {part: next((s for s in names if s in available), None) for part, names in PARTS.items()}
+        sources = {part: _hfds_part(name, split) for part, split in found.items() if split}
+    except UserError:
+        raise
+    except Exception as error:  # the library raises its own, the hub's and the network's errors
+        raise UserError(f"hfds/{name} can't be opened: {line(error)}") from error
+    if not sources:
+        raise UserError(f"hfds/{name} has splits {few(available)}; expected train, validation or test")
+    return Parts.of(name.strip("/").rpartition("/")[2], sources)
+
+
+def _hfds_part(name: str, split: str) -> Source | None:
+    reader: Any = create_dataset(f"hfds/{name}", split=split).reader  # pyright: ignore[reportAttributeAccessIssue]
+    labels = np.asarray(list(reader.iter_targets()), dtype=np.int64)
+    if len(labels) and (labels < 0).all():
+        return None
+    names = sorted(reader.class_to_idx, key=reader.class_to_idx.get) if reader.class_to_idx else None
+    names = names or [str(i) for i in range(int(labels.max()) + 1)]
+    return Source(labels, names, partial(_hfds_load, reader), partial(_hfds_name, reader, f"{name}/{split}"))
+
+
+def _hfds_load(reader: Any, i: int) -> Image.Image:
+    try:
+        file, _ = reader[i]
+    except (AssertionError, OSError) as error:
+        raise BrokenImage(line(error)) from error
+    with file:
+        return read_image(file.read())
+
+
+def _hfds_name(reader: Any, prefix: str, i: int) -> str:
+    try:
+        return reader.filename(i)
+    except (AssertionError, KeyError, TypeError):  # this set keeps no file names
+        return f"{prefix}/{i}"

@@ -1,0 +1,65 @@
+"""From what the user named to the parts of a data set."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import UserError, require
+from .folders import open_folder
+from .named import open_hfds, open_torch
+from .shards import open_shards
+from .sources import Parts, Source, split_stratified
+from .tables import open_parquet
+
+__all__ = ["open_parts"]
+
+
+def open_parts(data: str | None) -> Parts:
+    """Find out what kind of data it is, and open its parts.
+
+    Raises:
+        UserError: No such path, nothing readable in it, or labels that make no sense.
+    """
+    if data is None:
+        return _digits()
+    prefix, _, rest = os.fspath(data).partition("/")
+    if not os.path.exists(data):
+        opener = {"torch": open_torch, "hfds": open_hfds, "wds": open_shards}.get(prefix.lower())
+        if opener and rest:
+            return opener(rest)
+        raise UserError(
+            f"no such data: {data!r}; allowed: a folder of class folders, a Parquet file or folder, torch/NAME, "
+            "hfds/NAME, wds/SHARDS, or nothing for the embedded digits"
+        )
+    path = Path(data)
+    if path.is_dir():
+        if any(path.glob("*.parquet")) or any(path.glob("*/*.parquet")):
+            return open_parquet(path, sorted([*path.glob("*.parquet"), *path.glob("*/*.parquet")]))
+        return open_folder(path)
+    if path.suffix.lower() in (".parquet", ".pq"):
+        return open_parquet(path, [path])
+    if path.suffix.lower() == ".tar":
+        return open_shards(data)
+    raise UserError(f"{data!r} is neither a folder nor a Parquet file nor a tar of samples")
+
+
+def _digits() -> Parts:
+    digits: Any = require("sklearn.datasets", "train").load_digits()
+    pixels = (digits.images * (255 / 16) + 0.5).astype(np.uint8)  # (1797, 8, 8), from 0..16
+    source = Source(
+        digits.target.astype(np.int64),
+        [str(i) for i in range(10)],
+        partial(_digit, pixels),
+        "digits/{:04d}".format,
+    )
+    return Parts("digits", source, test_indices=split_stratified(source.labels, 0.2, seed=0)[1])
+
+
+def _digit(pixels: np.ndarray, i: int) -> Image.Image:
+    return Image.fromarray(pixels[i])

@@ -1,0 +1,107 @@
+"""WebDataset shards on a local disk: tar files of images, each with its class in a ``.cls`` beside it."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import UserError, require
+from .images import BrokenImage, is_image_name, read_image
+from .sources import PARTS, Parts, Source, few, line, part_of, read_class_names
+
+__all__ = ["open_shards"]
+
+
+class Members:
+    """Images inside tar files, read by their place in the file: any order, any process, nothing unpacked."""
+
+    def __init__(self) -> None:
+        self.files: list[str] = []
+        self.at: list[tuple[int, int, int]] = []  # file, offset, size
+        self.names: list[str] = []
+
+    def name(self, i: int) -> str:
+        return self.names[i]
+
+    def load(self, i: int) -> Image.Image:
+        number, offset, size = self.at[i]
+        try:
+            with open(self.files[number], "rb") as file:
+                file.seek(offset)
+                return read_image(file.read(size))
+        except OSError as error:
+            raise BrokenImage(error.strerror or str(error)) from error
+
+
+def open_shards(pattern: str) -> Parts:
+    """wds/PATH with {000..015} in it, a folder of train-*.tar, val-*.tar, ..., or one tar: local WebDataset shards.
+
+    A sample is an image and a ``.cls`` of equal stem. The tars' tables of contents are read once and samples are then
+    fetched by their place, so that shuffling is complete and each sample is given exactly once an epoch.
+    """
+    files = _expand(pattern)
+    by_part: dict[str, list[str]] = {}
+    for file in files:
+        by_part.setdefault(part_of(os.path.basename(file)) if os.path.isdir(pattern) else "train", []).append(file)
+    names = read_class_names(Path(files[0]).parent)
+    sources = {part: _shards_part(by_part[part], names) for part in PARTS if part in by_part}
+    if names is None:  # numbers: as many classes as the part with the most
+        most = max((source.class_names for source in sources.values()), key=len)
+        for source in sources.values():
+            source.class_names = most
+    name = os.path.basename(os.path.dirname(os.path.abspath(files[0]))) or "shards"
+    return Parts.of(name, sources)
+
+
+def _expand(pattern: str) -> list[str]:
+    if "://" in pattern:
+        raise UserError(f"shards must lie on a local disk, got {pattern!r}")
+    if os.path.isdir(pattern):
+        files = sorted(str(path) for path in Path(pattern).glob("*.tar"))
+    else:
+        braces: Any = require("webdataset", "data")
+        files = list(braces.shardlists.expand_urls(pattern))
+    missing = [file for file in files if not os.path.isfile(file)]
+    if missing or not files:
+        raise UserError(f"no such shards: {few(missing) or pattern}")
+    return files
+
+
+def _shards_part(files: list[str], names: list[str] | None) -> Source:
+    members, labels, broken = Members(), [], []
+    for number, path in enumerate(files):
+        members.files.append(path)
+        images: dict[str, tuple[int, int, int]] = {}
+        classes: dict[str, int] = {}
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    stem, dot, kind = member.name.rpartition(".")
+                    if not member.isfile() or not dot:
+                        continue
+                    if kind == "cls":
+                        classes[stem] = int((tar.extractfile(member) or io.BytesIO()).read(20))
+                    elif is_image_name(os.path.basename(member.name)):
+                        images[stem] = (number, member.offset_data, member.size)
+        except (tarfile.TarError, OSError, ValueError) as error:
+            broken.append((path, f"damaged shard: {line(error)}"))
+        for stem, place in images.items():
+            if classes.get(stem, -1) < 0:
+                broken.append((f"{path}/{stem}", "no class beside it"))
+                continue
+            members.at.append(place)
+            members.names.append(f"{os.path.basename(path)}/{stem}")
+            labels.append(classes[stem])
+    if not labels:
+        raise UserError(f"no samples in {few(files)}; expected images with a .cls file each")
+    numbers = np.array(labels, dtype=np.int64)
+    names = names or [str(i) for i in range(numbers.max() + 1)]
+    if numbers.max() >= len(names):
+        raise UserError(f"{few(files)} has labels up to {numbers.max()}; allowed: 0 to {len(names) - 1}")
+    return Source(numbers, names, members.load, members.name, broken)

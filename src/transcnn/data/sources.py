@@ -1,0 +1,93 @@
+"""What every kind of data comes down to: labelled images that are read one by one, in parts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+__all__ = ["PARTS", "Parts", "Source", "few", "line", "part_of", "read_class_names", "split_stratified"]
+
+PARTS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "eval"),
+    "test": ("test", "testing"),
+}
+
+
+@dataclass
+class Source:
+    """Labelled images that are read one by one.
+
+    Attributes:
+        labels: int64, one for each image.
+        class_names: In the order of the labels.
+        load: Index -> decoded image; raises BrokenImage.
+        name_of: Index -> the image's name, for reports.
+        broken: (name, reason) of what was found but is no image at all.
+    """
+
+    labels: np.ndarray
+    class_names: list[str]
+    load: Callable[[int], Image.Image]
+    name_of: Callable[[int], str]
+    broken: list[tuple[str, str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass
+class Parts:
+    """The parts of a data set as they lie there; ``train`` is everything where it isn't split."""
+
+    name: str
+    train: Source | None
+    val: Source | None = None
+    test: Source | None = None
+    test_indices: np.ndarray | None = None  # of ``train``, where the test part is split off by convention
+
+    @classmethod
+    def of(cls, name: str, sources: Mapping[str, Source | None]) -> Parts:
+        """From sources by the names of the parts; a missing one is None."""
+        return cls(name, sources.get("train"), sources.get("val"), sources.get("test"))
+
+
+def split_stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the rest and of a ``fraction`` of each class, at least one of each class that has two or more.
+
+    (scikit-learn's split refuses classes with one member, which photograph folders have.)
+    """
+    rng = np.random.default_rng(seed)
+    taken: list[np.ndarray] = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        count = max(1, round(fraction * len(members))) if len(members) > 1 else 0
+        taken.append(members[: min(count, len(members) - 1)])
+    part = np.sort(np.concatenate(taken))
+    return np.setdiff1d(np.arange(len(labels)), part), part
+
+
+def part_of(name: str) -> str:
+    """Which part a file's name speaks of: train-00000-of-00002.parquet is of train; without a word it is train."""
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((part for part, synonyms in PARTS.items() if any(word in synonyms for word in words)), "train")
+
+
+def read_class_names(folder: Path) -> list[str] | None:
+    file = folder / "classes.txt"
+    return [line for line in file.read_text(encoding="utf-8").splitlines() if line] if file.is_file() else None
+
+
+def few(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:8])
+    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown
+
+
+def line(error: BaseException) -> str:
+    """The first line of an error, for a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

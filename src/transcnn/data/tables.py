@@ -1,0 +1,138 @@
+"""Parquet files with a column of encoded images and one of labels, as Hugging Face datasets write them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import UserError, require
+from .images import BrokenImage, read_image
+from .sources import PARTS, Parts, Source, few, line, part_of, read_class_names
+
+__all__ = ["open_parquet"]
+
+IN_MEMORY = 2 << 30  # bytes of a part that are read into memory; larger ones are mapped from disk
+IMAGE_COLUMNS = ("image", "img", "jpg", "png")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "cls")
+
+
+def open_parquet(path: Path, files: list[Path]) -> Parts:
+    folder = path if path.is_dir() else path.parent
+    by_part: dict[str, list[Path]] = {}
+    for file in files:
+        by_part.setdefault(part_of(file.name) if path.is_dir() else "train", []).append(file)
+    names = read_class_names(folder)
+    sources = {part: _parquet_part(by_part[part], folder, names) for part in PARTS if part in by_part}
+    first = next((source for source in sources.values() if source is not None), None)
+    if first is None:
+        raise UserError(f"nothing in {str(path)!r} has a label (all are below 0)")
+    for part in ("val", "test"):
+        source = sources.get(part)
+        if source is not None and source.class_names != first.class_names:
+            if not set(source.class_names) <= set(first.class_names):
+                raise UserError(f"{part} of {str(path)!r} has other classes than train: {few(source.class_names)}")
+            order = np.array([first.class_names.index(name) for name in source.class_names])
+            source.labels, source.class_names = order[source.labels], first.class_names
+    name = folder.resolve().name if path.is_dir() else path.stem
+    return Parts.of(name, sources)
+
+
+def _parquet_part(files: list[Path], folder: Path, names: list[str] | None) -> Source | None:
+    """The rows of some files as a source; None where nothing is labelled (-1), as test parts often are."""
+    arrow: Any = require("pyarrow", "train")
+    parquet: Any = require("pyarrow.parquet", "train")
+    try:
+        opened = [parquet.ParquetFile(file) for file in files]
+    except (arrow.ArrowException, OSError) as error:
+        raise UserError(f"can't read {few([str(file) for file in files])} as Parquet: {line(error)}") from error
+    schema = opened[0].schema_arrow
+    image, label = (_column(schema.names, known, files[0]) for known in (IMAGE_COLUMNS, LABEL_COLUMNS))
+    size = sum(
+        group.total_byte_size
+        for file in opened
+        for group in map(file.metadata.row_group, range(file.metadata.num_row_groups))
+    )
+    try:
+        if size <= IN_MEMORY:
+            table = arrow.concat_tables([file.read(columns=[image, label]) for file in opened])
+        else:  # Hugging Face datasets keeps a decompressed copy in its cache and maps it
+            datasets: Any = require("datasets", "data")
+            table = datasets.Dataset.from_parquet([str(file) for file in files]).data.table
+    except (arrow.ArrowException, OSError) as error:
+        raise UserError(f"can't read {few([str(file) for file in files])}: {line(error)}") from error
+    labels, class_names = _labels(table[label], _feature_names(schema, label) or names, files[0])
+    if len(labels) and (labels < 0).all():
+        return None
+    if not len(labels):
+        raise UserError(f"no rows in {few([str(file) for file in files])}")
+    rows = Rows(table[image], folder, "+".join(file.stem for file in files[:1]))
+    return Source(labels, class_names, rows.load, rows.name)
+
+
+class Rows:
+    """An image column: struct{bytes, path} as Hugging Face datasets write it, or plain bytes."""
+
+    def __init__(self, column: Any, folder: Path, title: str) -> None:
+        self.column, self.folder, self.title = column, folder.resolve(), title
+
+    def name(self, i: int) -> str:
+        value = self.column[i]
+        path = value["path"].as_py() if hasattr(value, "keys") and "path" in value.keys() and value.is_valid else None  # noqa: SIM118
+        return path or f"{self.title}/{i}"
+
+    def load(self, i: int) -> Image.Image:
+        value = self.column[i].as_py()
+        if isinstance(value, dict):
+            if value.get("bytes") is None and value.get("path"):
+                path = (self.folder / value["path"]).resolve()
+                if not path.is_relative_to(self.folder):
+                    raise BrokenImage(f"its path leads out of the data's folder: {value['path']}")
+                return read_image(path)
+            value = value.get("bytes")
+        if not isinstance(value, bytes):
+            raise BrokenImage("no image in this row")
+        return read_image(value)
+
+
+def _column(columns: Sequence[str], known: Sequence[str], file: Path) -> str:
+    found = next((name for name in known if name in columns), None)
+    if found is None:
+        raise UserError(f"{str(file)!r} has columns {few(columns)}; expected one named {' or '.join(known)}")
+    return found
+
+
+def _feature_names(schema: Any, label: str) -> list[str] | None:
+    """Class names from the features that Hugging Face datasets keep in the schema's metadata."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return list(features[label]["names"])
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def _labels(column: Any, names: list[str] | None, file: Path) -> tuple[np.ndarray, list[str]]:
+    if column.null_count:
+        raise UserError(f"{str(file)!r} has {column.null_count} rows without a label")
+    values = column.to_numpy() if column.num_chunks else np.zeros(0, np.int64)
+    if values.dtype.kind in "OUS":  # names
+        text = values.astype(str)
+        class_names = names or sorted(set(text.tolist()))
+        missing = sorted(set(text.tolist()) - set(class_names))
+        if missing:
+            raise UserError(f"{str(file)!r} has labels {few(missing)} that are not among {few(class_names)}")
+        index = {name: i for i, name in enumerate(class_names)}
+        return np.array([index[name] for name in text.tolist()], dtype=np.int64), class_names
+    if values.dtype.kind not in "iub":
+        raise UserError(f"{str(file)!r} has labels of type {values.dtype}; allowed: whole numbers or names")
+    values = values.astype(np.int64)
+    class_names = names or [str(i) for i in range(values.max(initial=-1) + 1)]
+    if len(values) and (values.max() >= len(class_names) or (values.min() < 0 and not (values < 0).all())):
+        raise UserError(
+            f"{str(file)!r} has labels from {values.min()} to {values.max()}; allowed: 0 to {len(class_names) - 1}"
+        )
+    return values, class_names
