@@ -1,0 +1,319 @@
+"""Where H-MHSA can go in a network: its places, found by running one example through it.
+
+A *place* is a module whose output is one (B, C, H, W) tensor. :func:`trunk` lists those along the network's trunk,
+:func:`find` answers ``at="auto"``, names and glob patterns. :mod:`transcnn.plug` puts the H-MHSA there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+
+__all__ = ["Place", "default_levels", "find", "resting", "trunk"]
+
+AUTO_STRIDES = (8, 16, 32)
+# Their output doesn't say where the trunk is: a size of its own, or the very input.
+_NO_PLACES = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Identity, nn.Dropout, nn.Dropout2d)
+_Shape = tuple[int, ...]
+Example = Tensor | tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One module that H-MHSA can follow: its dotted name, and the map that it makes from the example.
+
+    ``stride`` is how many positions of the image's side one position of the map stands for, as a power of two;
+    ``size`` is the map's (H, W), ``in_size`` that of the module's input.
+    """
+
+    name: str
+    channels: int
+    stride: int
+    size: tuple[int, int]
+    in_channels: int = 0
+    in_size: tuple[int, int] = (0, 0)
+
+
+@dataclass
+class _Call:
+    """One call of one module during the example: the shapes of its input and output maps, and the calls inside."""
+
+    name: str
+    module: nn.Module
+    before: _Shape | None = None  # the coarsest map among its inputs, if any
+    after: _Shape | None = None  # its output, if that is one (B, C, H, W) tensor
+    inside: list[_Call] = field(default_factory=list)
+
+
+def find(model: nn.Module, at: str | Iterable[str], example: Example | None = None) -> list[Place]:
+    """The places that ``at`` means, in the order in which the network runs them.
+
+    Args:
+        model: The network; it is run once, in evaluation mode and without gradients, and left as it was.
+        at: ``"auto"``: the last place of the trunk at each of strides 8, 16 and 32 (or, in a network that has none
+            of these, at its three largest strides). Else dotted module names or glob patterns, as a list or one
+            string with commas; ``*`` stays within one part of a name, so ``layer4.*.conv2`` is one conv per block.
+        example: A batch to run, a tensor or a tuple of arguments; None takes one black image of the size that the
+            network's ``pretrained_cfg`` names, or 224x224.
+
+    Raises:
+        UserError: A pattern matches nothing; a module doesn't run, runs more than once, or its output isn't one
+            (B, C, H, W) tensor; the network can't be run on the example.
+    """
+    root, image = _record(model, example)
+    if at == "auto":
+        chosen = _automatic(_trunk_calls(root), image)
+        if not chosen:
+            raise UserError("at='auto' found no module with a (B, C, H, W) output; name the places yourself")
+        return chosen
+    patterns = at.split(",") if isinstance(at, str) else list(at)
+    calls: dict[str, list[_Call]] = {}
+    for call in _walk(root):
+        calls.setdefault(call.name, []).append(call)
+    names = _match([pattern.strip() for pattern in patterns], [name for name, _ in model.named_modules() if name])
+    places = {name: _as_place(name, calls.get(name, []), image) for name in names}
+    return [places[name] for name in calls if name in places]
+
+
+def trunk(model: nn.Module, example: Example | None = None) -> list[Place]:
+    """The modules that the network's main path runs one after the other, each with one downsampling at most.
+
+    Containers that span several strides (``features``, ``blocks``, ``stages``) are looked into; blocks and stages
+    aren't. The trunk ends where maps grow again (a decoder) or shrink to few channels (a head).
+    """
+    root, image = _record(model, example)
+    return [_as_place(call.name, [call], image) for call in _trunk_calls(root)]
+
+
+def default_levels(height: int, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Grid sizes and pool ratios that fit a map, by the rule of the paper's networks.
+
+    Theirs at 256x256 are grids of 8 and ratios 8, 4, 2 for maps of side 64, 32, 16, and plain attention at 8; HAT-Net's
+    at 224x224 are grids of 7 at 28 and 14. So: the ratio is the power of two that leaves about 8 (or 7) merged tokens
+    to a side, the grid is 7 where only that divides the map and else 8, and a map of up to 10 has no grids.
+    """
+    side = max(height, width)
+    ratio = 2 ** max(round(math.log2(side / 7.5)), 0)
+    if ratio == 1:
+        return (), ()
+    sevens = all(n % 7 == 0 and n % 8 for n in (height, width))
+    return (7 if sevens else 8,), (ratio,)
+
+
+@contextmanager
+def resting(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards each module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            yield model.eval()  # pyright: ignore
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def example_for(model: nn.Module, size: tuple[int, int] | None = None) -> tuple[Any, ...]:
+    """One black image that the network should take: its channels, size (if not given), device and dtype."""
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None:
+        raise UserError(f"{type(model).__name__} holds no Conv2d, so there is no feature map to put H-MHSA on")
+    config = getattr(model, "pretrained_cfg", None) or {}
+    height, width = size or config.get("input_size", (3, 224, 224))[1:]
+    # timm's models say how many channels they take: the first convolution may follow a space-to-depth.
+    in_chans = getattr(model, "in_chans", None) or (first.in_channels if first.in_channels <= 4 else 3)
+    return (first.weight.new_zeros(1, in_chans, height, width),)
+
+
+def run(model: nn.Module, example: Example | None, meta: bool = False) -> tuple[int, int]:
+    """Run the example through the network, and return its (H, W).
+
+    With ``meta`` on tensors without numbers: nothing is computed, so that even a large network takes a moment.
+    """
+    arguments = example_for(model) if example is None else example if isinstance(example, tuple) else (example,)
+    image = _coarsest(arguments)
+    if image is None:
+        raise UserError("example must hold a (B, C, H, W) tensor")
+    if meta:
+        arguments = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in arguments)
+    try:
+        call(model, arguments, {})
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{type(model).__name__} can't be run on an example of shape {image} ({reason}); "
+            "give one that it takes, as example=torch.zeros(B, C, H, W)"
+        ) from error
+    return image[2], image[3]
+
+
+def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the module makes of these arguments at rest, on the meta device if that is where they are."""
+    with resting(module):
+        if not any(x.is_meta for x in _tensors((args, kwargs))):
+            return module(*args, **kwargs)
+        own = itertools.chain(module.named_parameters(), module.named_buffers())
+        return torch.func.functional_call(module, {name: tensor.to("meta") for name, tensor in own}, args, kwargs)
+
+
+def _record(model: nn.Module, example: Example | None) -> tuple[_Call, tuple[int, int]]:
+    """Run the example, and return the tree of module calls and the example's (H, W)."""
+    try:
+        return _record_on(model, example, meta=True)
+    except UserError:  # some networks look at numbers, or hold tensors that are no buffers
+        return _record_on(model, example, meta=False)
+
+
+def _record_on(model: nn.Module, example: Example | None, meta: bool) -> tuple[_Call, tuple[int, int]]:
+    top = _Call("", nn.Identity())
+    stack = [top]
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            entered = _Call(name, module, before=_coarsest((args, kwargs)))
+            stack[-1].inside.append(entered)
+            stack.append(entered)
+
+        return hook
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        left = stack.pop()
+        if isinstance(output, Tensor) and output.ndim == 4:
+            left.after = tuple(output.shape)
+
+    handles = []
+    try:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(leave))
+        image = run(model, example, meta)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return top.inside[0], image
+
+
+def _coarsest(value: Any) -> _Shape | None:
+    """The shape of the smallest map within nested arguments."""
+    maps = [tuple(x.shape) for x in _tensors(value) if x.ndim == 4]
+    return min(maps, key=lambda shape: shape[2] * shape[3]) if maps else None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from itertools.chain.from_iterable(_tensors(v) for v in value.values())
+    elif isinstance(value, list | tuple):
+        yield from itertools.chain.from_iterable(_tensors(v) for v in value)
+
+
+def _walk(call: _Call) -> Iterator[_Call]:
+    yield call
+    for inner in call.inside:
+        yield from _walk(inner)
+
+
+def _shrinkage(before: _Shape, after: _Shape) -> float:
+    return math.sqrt(before[2] * before[3] / (after[2] * after[3]))
+
+
+def _trunk_calls(root: _Call) -> list[_Call]:
+    calls: list[_Call] = []
+    _collect(root, calls)
+    times: dict[str, int] = {}
+    for call in _walk(root):
+        times[call.name] = times.get(call.name, 0) + 1
+    return [call for call in calls if times[call.name] == 1]
+
+
+def _collect(call: _Call, into: list[_Call]) -> bool:
+    """Add the trunk's calls within ``call`` to ``into``; False once the trunk has ended."""
+    if isinstance(call.module, _NO_PLACES):
+        pooled = call.before and call.after and call.before != call.after and call.after[2:] == (1, 1)
+        return not pooled
+    if call.before and call.after:
+        shrinkage = _shrinkage(call.before, call.after)
+        if (call.name and shrinkage < 0.7) or call.after[1] * 8 < call.before[1]:
+            return False  # a decoder's maps grow, a dense head leaves few channels
+        if call.name and (shrinkage < 2.9 or not call.inside):  # Inception's unpadded convolutions pass 2 a little
+            into.append(call)
+            return True
+    return all(_collect(inner, into) for inner in call.inside)
+
+
+def _automatic(calls: Sequence[_Call], image: tuple[int, int]) -> list[Place]:
+    by_stride: dict[int, list[_Call]] = {}
+    for call in calls:
+        by_stride.setdefault(_stride(image, call.after), []).append(call)
+    strides = [stride for stride in AUTO_STRIDES if stride in by_stride]
+    if not strides:
+        strides = sorted(stride for stride in by_stride if 1 < stride < min(image))[-3:]
+    return [_as_place(_last(by_stride[stride]).name, [_last(by_stride[stride])], image) for stride in strides]
+
+
+def _last(calls: Sequence[_Call]) -> _Call:
+    """The last of these calls, short of a head's 1x1 convolution that only widens the channels for the classifier."""
+
+    def channels(call: _Call) -> int:
+        return call.after[1] if call.after else 0
+
+    base = max((i for i, call in enumerate(calls) if _is_spatial(call.module)), default=0)
+    last = calls[base]
+    for call in calls[base + 1 :]:
+        if channels(call) != channels(last):
+            break
+        last = call
+    return last
+
+
+def _is_spatial(module: nn.Module) -> bool:
+    def mixes_positions(m: nn.Module) -> bool:
+        return any(k != 1 for k in m.kernel_size) if isinstance(m, nn.Conv2d) else "Pool" in type(m).__name__
+
+    return any(mixes_positions(m) for m in module.modules())
+
+
+def _stride(image: tuple[int, int], shape: _Shape | None) -> int:
+    assert shape is not None
+    return 2 ** max(round(math.log2(math.sqrt(image[0] * image[1] / (shape[2] * shape[3])))), 0)
+
+
+def _match(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The names that match any pattern, part by part between the dots."""
+    matched: dict[str, None] = {}
+    for pattern in patterns:
+        parts = pattern.split(".")
+        hits = [
+            name
+            for name in names
+            if len(split := name.split(".")) == len(parts) and all(map(fnmatchcase, split, parts))
+        ]
+        if not hits:
+            near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.4)
+            if not near:
+                near = [name for name in names if "." not in name][:8]
+            raise UserError(f"no module is called {pattern!r}; near: {', '.join(near)}")
+        matched.update(dict.fromkeys(hits))
+    return list(matched)
+
+
+def _as_place(name: str, calls: Sequence[_Call], image: tuple[int, int]) -> Place:
+    if len(calls) != 1:
+        times = f"runs {len(calls)} times" if calls else "doesn't run"
+        raise UserError(f"{name} {times} when the network runs once; H-MHSA can follow modules that run exactly once")
+    before, after = calls[0].before, calls[0].after
+    if after is None:
+        raise UserError(f"the output of {name} is not one (B, C, H, W) tensor, so H-MHSA can't follow it")
+    before = before or (0, 0, 0, 0)
+    return Place(name, after[1], _stride(image, after), after[2:], before[1], before[2:])  # pyright: ignore
