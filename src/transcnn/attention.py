@@ -150,7 +150,7 @@ def grid_attention(qkv: Tensor, head_dim: int, grid_size: int) -> Tensor:
     tokens, mask = cut_into_grids(qkv, grid_size)  # (B·G, N, 3C), (B·G, 1, 1, N)
     tokens = tokens.unflatten(2, (3, channels // 3 // head_dim, head_dim))  # (B·G, N, 3, h, d)
     q, k, v = tokens.permute(2, 0, 3, 1, 4)  # (B·G, h, N, d) each
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = attend(q, k, v, mask)
     return join_grids(out.transpose(1, 2).flatten(2), grid_size, batch, height, width)
 
 
@@ -163,8 +163,19 @@ def global_attention(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> Tensor:
     def split(x: Tensor) -> Tensor:
         return x.flatten(2).unflatten(1, (-1, head_dim)).transpose(2, 3)  # (B, h, H·W, d)
 
-    out = F.scaled_dot_product_attention(split(q), split(k), split(v))  # (B, h, H·W, d)
+    out = attend(split(q), split(k), split(v))  # (B, h, H·W, d)
     return out.transpose(2, 3).reshape(q.shape)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(Q·Kᵀ/√d)·V where ``mask`` is true, (..., N, d) and twice (..., M, d) -> (..., N, d)."""
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and k.shape[-2] <= 256:
+        # A processor's fused kernel takes up to six times as long, most of it in the backward pass (docs/speed.md).
+        scores = q @ k.mT * q.shape[-1] ** -0.5  # (..., N, M)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def cut_into_grids(x: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
@@ -174,8 +185,8 @@ def cut_into_grids(x: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
     positions from those, (B·G, 1, 1, N) and ready to be an attention mask. It is None where all are real.
     """
     batch, _, height, width = x.shape
-    below, beside = -height % size, -width % size
-    rows, columns = (height + below) // size, (width + beside) // size
+    rows, columns = _grids(height, size), _grids(width, size)
+    below, beside = rows * size - height, columns * size - width
     # A graph that is exported for any size can't ask whether sizes divide: it always fills up and masks.
     ragged = _is_symbolic(height, width) or below or beside
     x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
@@ -190,7 +201,7 @@ def cut_into_grids(x: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
 
 def join_grids(x: Tensor, size: int, batch: int, height: int, width: int) -> Tensor:
     """Put grids back to where :func:`cut_into_grids` took them from, (B·G, N, C) -> (B, C, H, W)."""
-    rows, columns = -(-height // size), -(-width // size)
+    rows, columns = _grids(height, size), _grids(width, size)
     x = x.reshape(batch, rows, columns, size, size, x.shape[2]).transpose(2, 3)  # (B, rows, g, columns, g, C)
     x = x.reshape(batch, rows * size, columns * size, x.shape[5])
     return x[:, :height, :width].permute(0, 3, 1, 2)
@@ -213,6 +224,11 @@ def spread(x: Tensor, ratio: int, like: Tensor) -> Tensor:
 def default_head_dim(dim: int) -> int:
     """The largest of 64, 48, 32, 16, 8, 4, 2, 1 that divides ``dim``."""
     return next(d for d in (64, 48, 32, 16, 8, 4, 2, 1) if dim % d == 0)
+
+
+def _grids(length: int, size: int) -> int:
+    """How many grids cover a side, ⌈length/size⌉; without negative numbers, whose division ONNX rounds otherwise."""
+    return (length + size - 1) // size
 
 
 def _real_positions(height: int, width: int, rows: int, columns: int, size: int, device: torch.device) -> Tensor:
@@ -248,6 +264,8 @@ def _check_input(x: Tensor, dim: int) -> None:
         raise ValueError(f"expected a (B, {dim}, H, W) tensor, got {x.ndim} dimensions: {tuple(x.shape)}")
     if x.shape[1] != dim:
         raise ValueError(f"expected {dim} channels, got {x.shape[1]} in {tuple(x.shape)}")
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"expected H and W of 1 or more, got {tuple(x.shape)}")
 
 
 # Functions that look at sizes stay whole when torch.fx traces a model (timm's feature extraction does).
