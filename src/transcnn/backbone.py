@@ -16,20 +16,22 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import timm
 import torch
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, get_act_layer, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, is_model, register_model
 from torch import Tensor, nn
 
 from .attention import HMHSA
 from .checkpoints import convert_state_dict
 
-__all__ = ["VARIANTS", "TransCNN"]
+__all__ = ["VARIANTS", "TransCNN", "create_model", "list_models"]
 
 NORM_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "batchnorm2d": nn.BatchNorm2d,
     "groupnorm1": partial(nn.GroupNorm, 1, eps=1e-6),
 }
+POOLS = ("avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax", "")
 STEM_STRIDES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}  # of the stem's two convolutions
 Levels = int | Sequence[int]  # one stage's grid sizes or pool ratios: a number a level; none means plain attention
 
@@ -158,7 +160,8 @@ class TransCNN(nn.Module):
     Args:
         num_classes: Outputs of the head; 0 leaves the pooled features.
         in_chans: Channels of the images.
-        global_pool: timm's pooling types: ``avg``, ``max``, ``avgmax``, ``catavgmax``, or ``""`` for none.
+        global_pool: timm's pooling types: ``avg``, ``max``, ``avgmax``, ``catavgmax``, or ``""`` for none (which needs
+            ``num_classes=0``).
         output_stride: Only 32 (times ``stem_stride``/4); here because segmentation libraries ask for it.
         dims: Channels C of each stage.
         depths: Blocks in each stage.
@@ -211,18 +214,24 @@ class TransCNN(nn.Module):
         stages = len(dims)
         head_dims = [head_dim] * stages if head_dim is None or isinstance(head_dim, int) else list(head_dim)
         _check_arguments(
-            design,
-            stem_stride,
-            norm_layer,
-            output_stride,
-            dims=dims,
-            depths=depths,
-            expansions=expansions,
-            kernel_sizes=kernel_sizes,
-            head_dim=head_dims,
-            grid_sizes=grid_sizes,
-            pool_ratios=pool_ratios,
+            dict(
+                dims=dims,
+                depths=depths,
+                expansions=expansions,
+                kernel_sizes=kernel_sizes,
+                head_dim=head_dims,
+                grid_sizes=grid_sizes,
+                pool_ratios=pool_ratios,
+            ),
+            norm_layer=norm_layer,
+            act_layer=act_layer,
+            drop_path_rate=drop_path_rate,
+            in_chans=in_chans,
+            design=design,
+            stem_stride=stem_stride,
+            output_stride=output_stride,
         )
+        _check_head(num_classes, global_pool)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         make_norm = NORM_LAYERS[norm_layer] if isinstance(norm_layer, str) else norm_layer
 
@@ -341,12 +350,17 @@ class TransCNN(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh head for ``num_classes`` (0 for none), with another pooling if given."""
+        _check_head(num_classes, self.head.global_pool.pool_type if global_pool is None else global_pool)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
         self.head_hidden_size = self.head.num_features
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass: less memory, about a third more time."""
+        """Recompute each block in the backward pass: less memory, about a third more time.
+
+        Outputs and gradients stay the same; as everywhere in PyTorch, BatchNorm sees each batch twice, so that its
+        running statistics follow the batches faster.
+        """
         for stage in self.stages:
             stage.grad_checkpointing = enable  # pyright: ignore
 
@@ -385,22 +399,43 @@ def _init_weights(module: nn.Module) -> None:
 
 
 def _check_arguments(
-    design: str, stem_stride: int, norm_layer: object, output_stride: int, **per_stage: Sequence[Any]
+    per_stage: dict[str, Any],
+    *,
+    norm_layer: object,
+    act_layer: str,
+    drop_path_rate: float,
+    in_chans: int,
+    **one_of: Any,
 ) -> None:
-    for name, value, allowed in (
-        ("design", design, ("transcnn", "hatnet")),
-        ("stem_stride", stem_stride, tuple(STEM_STRIDES)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+    choices = {"design": ("transcnn", "hatnet"), "stem_stride": tuple(STEM_STRIDES), "output_stride": (32,)}
+    for name, value in one_of.items():
+        if value not in choices[name]:
+            raise ValueError(f"{name} must be one of {choices[name]}, got {value!r}")
     if isinstance(norm_layer, str) and norm_layer not in NORM_LAYERS:
         raise ValueError(f"norm_layer must be one of {tuple(NORM_LAYERS)} or a callable, got {norm_layer!r}")
-    if output_stride != 32:
-        raise ValueError(f"output_stride must be 32 (dilated stages are not supported), got {output_stride}")
+    try:
+        get_act_layer(act_layer)
+    except KeyError:
+        raise ValueError(f"act_layer must be timm's name of one, such as 'silu' or 'gelu', got {act_layer!r}") from None
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"drop_path_rate must be from 0 to below 1, got {drop_path_rate}")
+    if in_chans < 1:
+        raise ValueError(f"in_chans must be 1 or more, got {in_chans}")
     stages = len(per_stage["dims"])
     for name, values in per_stage.items():
-        if len(values) != stages:
+        if not isinstance(values, Sequence) or len(values) != stages:
             raise ValueError(f"{name} must have one entry for each of the {stages} stages of dims, got {values!r}")
+    if any(size % 2 == 0 for size in per_stage["kernel_sizes"]):
+        raise ValueError(f"kernel_sizes must be odd, got {per_stage['kernel_sizes']}")
+
+
+def _check_head(num_classes: int, global_pool: str | None) -> None:
+    if num_classes < 0:
+        raise ValueError(f"num_classes must be 0 (no head) or more, got {num_classes}")
+    if (global_pool or "") not in POOLS:
+        raise ValueError(f"global_pool must be one of {POOLS}, got {global_pool!r}")
+    if num_classes and not global_pool:
+        raise ValueError(f"without global_pool there is a map, not classes: num_classes must be 0, got {num_classes}")
 
 
 # --- variants -------------------------------------------------------------------------------------------------------
@@ -548,3 +583,25 @@ def transcnn_nano(pretrained: bool = False, **kwargs: Any) -> TransCNN:
 def transcnn_test(pretrained: bool = False, **kwargs: Any) -> TransCNN:
     """Ours, for tests: a few thousand parameters, a forward pass in milliseconds."""
     return _create("transcnn_test", pretrained, **kwargs)
+
+
+def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Make a network by name: ``timm.create_model``, for which importing this package has registered its names.
+
+    Args:
+        name: One of :func:`list_models`, with a tag or without (``transcnn_tiny.in1k``), or whatever timm knows,
+            ``local-dir:DIRECTORY`` and ``hf-hub:ID`` included.
+        pretrained: Load the published weights; they are downloaded once and kept in torch.hub's cache.
+        kwargs: ``num_classes``, ``in_chans``, ``features_only`` and the like, and any argument of :class:`TransCNN`.
+
+    Raises:
+        ValueError: No such network, or an argument outside its values.
+    """
+    if ":" not in name and not is_model(name):
+        raise ValueError(f"no network is called {name!r}; this package has {', '.join(VARIANTS)}")
+    return timm.create_model(name, pretrained=pretrained, **kwargs)
+
+
+def list_models() -> list[str]:
+    """The names of this package's networks; ``timm.create_model`` knows them too."""
+    return list(VARIANTS)
