@@ -1,0 +1,280 @@
+"""The house: what an import needs, which room may know which, and that the words around the code are true."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib.metadata import metadata
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import transcnn
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "src" / "transcnn"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# What the extras bring: none of it is there after `pip install transcnn`.
+EXTRAS = "datasets gradio jsonargparse lightning matplotlib onnx onnxruntime onnxscript openvino pandas pyarrow rich"
+EXTRAS += " segmentation_models_pytorch sklearn tensorboard torchmetrics transformers webdataset"
+
+# Hides the extras from an interpreter, as if they were not installed.
+HIDE = f"""
+import sys
+from importlib.machinery import PathFinder
+class WithoutExtras(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {set(EXTRAS.split())!r} else super().find_spec(name, path, target)
+sys.meta_path = [WithoutExtras if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+
+
+def name_of(path: Path) -> str:
+    """The dotted name of a module within the package, '' for the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, top_level: bool = False) -> set[str]:
+    """Dotted names that a module imports (of ``from a import b`` both a and a.b); ours begin with 'transcnn'."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level else ast.walk(tree)
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                own = ["transcnn", *path.relative_to(PACKAGE).parts[:-1]]
+                base = ".".join([*own[: len(own) - node.level + 1], *base.split(".")]).rstrip(".")
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ours(path: Path, top_level: bool = False) -> set[str]:
+    """The modules of ours that a module imports, as :func:`name_of` names them."""
+    names = {name_of(module) for module in MODULES} - {""}
+    return {name.removeprefix("transcnn.") for name in imports(path, top_level)} & names
+
+
+# --- imports --------------------------------------------------------------------------------------------------------
+
+
+def test_core_alone_builds_every_model() -> None:
+    """With none of the extras installed, the package imports, and its networks run."""
+    result = run_python(
+        HIDE + "import torch, transcnn, timm\n"
+        "model = timm.create_model('transcnn_test').eval()\n"
+        "print(tuple(model(torch.zeros(1, 3, 64, 64)).shape))"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "(1, 10)"
+
+
+def test_missing_extra_is_named() -> None:
+    commands = [["train"], ["eval", "run"], ["predict", "run", "a.png"]]
+    result = run_python(HIDE + f"from transcnn.cli import main\nprint([main(command) for command in {commands}])")
+    assert result.stdout.strip() == "[2, 2, 2]", result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == len(commands)
+    assert all('pip install "transcnn[train]"' in line for line in lines)
+
+
+def test_import_is_quick() -> None:
+    """Under one second of processor time beyond torch and timm, and nothing heavy comes along."""
+    result = run_python(
+        "import sys, time, torch, timm\n"
+        "began = time.process_time()\n"
+        "import transcnn\n"
+        "print(time.process_time() - began)\n"
+        f"print(*sorted({set(EXTRAS.split())!r} & set(sys.modules)))"
+    )
+    seconds, heavy = result.stdout.split("\n")[:2]
+    assert float(seconds) < 1
+    assert heavy == ""
+
+
+def test_attention_needs_torch_alone() -> None:
+    roots = {name.partition(".")[0] for name in imports(PACKAGE / "attention.py")}
+    assert roots - set(sys.stdlib_module_names) == {"torch"}
+
+
+ARROWS = {
+    "errors": set(),
+    "attention": set(),
+    "checkpoints": {"errors"},
+    "backbone": {"attention", "checkpoints", "errors"},
+    "plots": {"errors"},
+    "report": {"plots", "errors"},
+}
+
+
+@pytest.mark.parametrize(("room", "allowed"), ARROWS.items(), ids=list(ARROWS))
+def test_what_a_module_may_know(room: str, allowed: set[str]) -> None:
+    assert ours(PACKAGE / f"{room}.py") <= allowed
+
+
+COMMANDS = {"cli", "train", "evaluate", "predict", "models", "explain", "export", "compare", "demo"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_arrows_point_one_way(path: Path) -> None:
+    """cli → commands → tasks → data, backbone → attention."""
+    name, known = name_of(path), ours(path)
+    assert "cli" not in known or name == "__main__"
+    if name.startswith("data"):
+        assert {other for other in known if not other.startswith("data")} <= {"errors", "settings"}
+    if name.startswith("tasks"):
+        assert not known & COMMANDS
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    graph = {name_of(path): ours(path, top_level=True) - {name_of(path)} for path in MODULES}
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    assert set(order) >= {"attention", "backbone", "errors"}
+
+
+PUBLIC_TIMM = {
+    "timm",
+    "timm.models",
+    "timm.layers",
+    "timm.data",
+    "timm.optim",
+    "timm.scheduler",
+    "timm.loss",
+    "timm.utils",
+}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_public_timm(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            assert all(a.name in PUBLIC_TIMM for a in node.names if a.name.partition(".")[0] == "timm")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "timm":
+            assert node.module in PUBLIC_TIMM
+            assert not [alias.name for alias in node.names if alias.name.startswith("_")]
+
+
+# --- the words around the code --------------------------------------------------------------------------------------
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after another, as a reader would."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(timm.create_model("transcnn_tiny").state_dict(), "TransCNN-Tiny.pth")
+    snippets = blocks("python")
+    assert len(snippets) >= 4
+    names: dict[str, object] = {}
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names)
+    logits, maps, y = names["logits"], names["maps"], names["y"]
+    assert tuple(logits.shape) == (2, 10)  # pyright: ignore
+    assert [tuple(m.shape[2:]) for m in maps] == [(25, 33), (13, 17), (7, 9), (4, 5)]  # pyright: ignore
+    assert tuple(y.shape) == (2, 64, 45, 60)  # pyright: ignore
+
+
+def shell_lines() -> list[str]:
+    return [line for block in blocks("sh") for line in block.splitlines() if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("transcnn ")])
+def test_readme_commands_parse(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transcnn.cli import load_command, parse
+
+    monkeypatch.chdir(ROOT)
+    _, command, *arguments = shlex.split(line)
+    parsed = parse(command, load_command(command), arguments)
+    assert parsed
+
+
+@pytest.mark.skipif(not Path("/usr/bin/make").exists(), reason="needs make")
+@pytest.mark.parametrize("target", ["demo", "test", "lint", "install"])
+def test_makefile_knows(target: str) -> None:
+    result = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_readme_names_the_make_targets_that_are() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    named = set(re.findall(r"`?make ([a-z]+)`?$", "\n".join(shell_lines()), re.MULTILINE))
+    named |= set(re.findall(r"`make ([a-z]+)`", README))
+    assert named >= {"demo", "test"}
+    assert [target for target in named if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
+
+
+def test_readme_links_lead_somewhere() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert "docs/images/hmhsa.png" in links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+ROWS = re.findall(r"^\| ((?:transcnn|hatnet)_\w+) \| ([\d.]+) M \| (\d+) \|", README, re.MULTILINE)
+
+
+def test_readme_table_has_all_published_models() -> None:
+    published = {name.partition(".")[0] for name in timm.list_models(module="backbone", pretrained=True)}
+    assert len(published) == 8
+    assert {name for name, _, _ in ROWS} == published
+
+
+@pytest.mark.parametrize(("name", "millions", "size"), ROWS, ids=[row[0] for row in ROWS])
+def test_readme_table(name: str, millions: str, size: str) -> None:
+    model = timm.create_model(name, device="meta")
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}" == millions
+    assert timm.get_pretrained_cfg(name).input_size[1:] == (int(size), int(size))
+
+
+def test_one_version() -> None:
+    """The package's own attribute is the source; the other files must not fall behind."""
+    version = transcnn.__version__
+    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
+    assert re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE).group(1) == version  # pyright: ignore
+    assert re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE).group(1) == version  # pyright: ignore
+    literals = [path for path in MODULES if version in re.findall(r'["\'](\d+\.\d+\.\d+)["\']', path.read_text())]
+    assert literals == [PACKAGE / "__init__.py"]
+
+
+def test_pins_satisfy_the_ranges() -> None:
+    """constraints.txt pins each package that pyproject.toml names, within its range."""
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            pin = Requirement(line)
+            pins[re.sub(r"[-_.]+", "-", pin.name).lower()] = next(iter(pin.specifier)).version
+    wanted = [Requirement(line) for line in metadata("transcnn").get_all("Requires-Dist") or []]
+    assert len(wanted) > 20
+    for requirement in wanted:
+        if requirement.name != "transcnn":
+            pinned = pins.get(re.sub(r"[-_.]+", "-", requirement.name).lower())
+            assert pinned, f"{requirement.name} has no pin in constraints.txt"
+            assert Version(pinned) in requirement.specifier, f"{requirement} and {pinned}"
+
+
+def test_ci_can_run() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+    assert (PACKAGE / "py.typed").exists()
