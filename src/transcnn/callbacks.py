@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, WeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from .errors import UserError
 from .runs import save_weights, write_whole
 
-__all__ = ["Bar", "Ema", "History", "Interrupted", "KeepWeights", "StopOnSignal"]
+__all__ = ["Bar", "Ema", "Events", "History", "Interrupted", "KeepWeights", "Stop", "StopOnSignal"]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -116,6 +117,13 @@ class History(Callback):
         shown = [f"{name.replace('_', ' ')} {values[name]:.4g}" for name in values if name != "val_images"]
         speed = f"{float(row['images_per_second']):.0f} images/s"
         self.console.print(f"epoch {done}/{epochs}  {'  '.join(shown)}  {speed}  {_clock(left)} left")
+
+
+class Events(TensorBoardLogger):
+    """TensorBoard events alone; settings are in ``config.yaml``, so Lightning's file of them isn't written."""
+
+    def save(self) -> None:
+        self.experiment.flush()
 
 
 class KeepWeights(Checkpoint):
@@ -216,7 +224,7 @@ class StopOnSignal(Callback):
 
     def _stop(self, trainer: L.Trainer) -> None:
         step, path = trainer.global_step, self.keep.run_dir
-        raise _Stop(f"after update {step}; go on with: transcnn train --resume {path}", self.asked)
+        raise Stop(f"after update {step}; go on with: transcnn train --resume {path}", self.asked)
 
     def _restore(self) -> None:
         while self._before:
@@ -224,7 +232,7 @@ class StopOnSignal(Callback):
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Leaves Lightning's loops, which end the process on a ``KeyboardInterrupt``; ``train`` turns it into one."""
 
     def __init__(self, message: str, signum: int) -> None:

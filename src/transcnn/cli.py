@@ -6,10 +6,12 @@ the help, and ``--config FILE.yaml`` sets any of them. Modules are imported when
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import inspect
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as error:  # --help and --print_config end so
         return error.code if isinstance(error.code, int) else 0
     except KeyboardInterrupt as error:
-        print(f"transcnn: stopped{f'; {error}' if str(error) else ''}", file=sys.stderr)
-        return 130
+        print(f"transcnn: stopped {error}".strip(), file=sys.stderr)
+        return 0 if getattr(error, "signum", None) == signal.SIGTERM else 130
     except BrokenPipeError:  # the reader of our output went away, as head does
         sys.stderr.close()
         return 141
@@ -72,13 +74,11 @@ def load_command(name: str) -> Callable[..., Any]:
 
 def parse(name: str, function: Callable[..., Any], argv: Sequence[str]) -> dict[str, Any]:
     """The arguments of ``function`` as the command line ``argv`` (without the command's name) gives them."""
-    from jsonargparse import ArgumentError
-
     parser = make_parser(name, function)
     try:
         config = parser.parse_args(_spell_out(parser, function, list(argv)))
         arguments = parser.instantiate(config).as_dict()
-    except ArgumentError as error:
+    except argparse.ArgumentError as error:
         raise UserError(_one_line(error)) from error
     arguments.pop("config", None)
     return arguments

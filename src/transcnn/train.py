@@ -15,10 +15,8 @@ import lightning as L
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback, EarlyStopping
-from lightning.pytorch.loggers import TensorBoardLogger
 
-from .callbacks import Bar, History, Interrupted, KeepWeights, StopOnSignal, _Stop
-from .callbacks import Ema as EmaCallback
+from . import callbacks as cb
 from .checkpoints import load_checkpoint
 from .engine import choose_precision, keep_freed_memory, quiet_libraries
 from .errors import UserError
@@ -141,13 +139,21 @@ def _run(s: SimpleNamespace, resumed: Path | None) -> TrainResult:
     config = data_config_of(network, splits.in_chans, s.img_size)
     augment, optim, ema = Augment(**s.augment), Optim(**s.optim), Ema(**s.ema)
     workers = max(0, (os.cpu_count() or 1) - 1) if s.num_workers is None else s.num_workers
-    loaders = task_class.loaders(splits, config, augment, batch_size=s.batch_size, num_workers=workers, seed=s.seed)
+    loaders = task_class.loaders(
+        splits,
+        config,
+        augment,
+        batch_size=s.batch_size,
+        num_workers=workers,
+        seed=s.seed,
+        progress=sys.stderr.isatty() and not s.quiet,
+    )
 
     info = {"model": s.model, "model_args": args, "class_names": splits.class_names, "data_config": config}
     info |= {"task": s.task, "data": splits.name}
     run_dir = resumed.parent if resumed and s.out is None else new_run_dir(s.out, s.model, splits.name)
-    keep = KeepWeights(run_dir, info, vars(s), s.save_every)
-    trainer = _trainer(s, run_dir, [EmaCallback(ema.ema_decay, ema.ema_warmup)] if ema.ema else [], keep, task_class)
+    keep = cb.KeepWeights(run_dir, info, vars(s), s.save_every)
+    trainer = _trainer(s, run_dir, [cb.Ema(ema.ema_decay, ema.ema_warmup)] if ema.ema else [], keep, task_class)
     images = s.batch_size * trainer.world_size  # a step
     learner = task_class(
         network,
@@ -173,8 +179,8 @@ def _run(s: SimpleNamespace, resumed: Path | None) -> TrainResult:
 def _fit(trainer: L.Trainer, learner: Task, loaders: Any, resumed: Path | None) -> None:
     try:
         trainer.fit(learner, datamodule=loaders, ckpt_path=resumed, weights_only=True)
-    except _Stop as stop:
-        raise Interrupted(str(stop), stop.signum) from None
+    except cb.Stop as stop:
+        raise cb.Interrupted(str(stop), stop.signum) from None
 
 
 def _build(s: SimpleNamespace, splits: Any) -> tuple[torch.nn.Module, dict[str, Any]]:
@@ -206,11 +212,11 @@ def _init_from(network: torch.nn.Module, source: str) -> None:
 
 
 def _trainer(
-    s: SimpleNamespace, run_dir: Path, callbacks: list[Callback], keep: KeepWeights, task_class: type[Task]
+    s: SimpleNamespace, run_dir: Path, callbacks: list[Callback], keep: cb.KeepWeights, task_class: type[Task]
 ) -> L.Trainer:
-    callbacks = [*callbacks, History(run_dir, s.quiet), StopOnSignal(keep)]
+    callbacks = [*callbacks, cb.History(run_dir, s.quiet), cb.StopOnSignal(keep)]
     if not s.quiet:
-        callbacks.append(Bar())
+        callbacks.append(cb.Bar())
     if s.early_stop:
         callbacks.append(EarlyStopping(f"val_{task_class.score}", mode="max", patience=s.early_stop))
     return L.Trainer(
@@ -219,7 +225,7 @@ def _trainer(
         precision=choose_precision(s.precision, s.accelerator),  # pyright: ignore
         max_epochs=s.epochs,
         callbacks=[*callbacks, keep],
-        logger=TensorBoardLogger(run_dir, name="", version=""),
+        logger=cb.Events(run_dir, name="", version=""),
         gradient_clip_val=s.optim["clip_grad"],
         accumulate_grad_batches=s.optim["accumulate"],
         limit_train_batches=s.limit_batches,
@@ -237,7 +243,7 @@ def _finish(
     splits: Any,
     run_dir: Path,
     trainer: L.Trainer,
-    keep: KeepWeights,
+    keep: cb.KeepWeights,
     seconds: float,
 ) -> TrainResult:
     """Measure the best weights, write figures and report, say where they lie."""

@@ -103,6 +103,16 @@ class Task(L.LightningModule):
     def scores(self) -> dict[str, Any]:
         """The scores of all batches since the last call; numbers are logged, other things are for the report."""
 
+    @staticmethod
+    @abstractmethod
+    def image_transform(data_config: dict[str, Any]) -> Any:
+        """What one image goes through before a trained model sees it, called as ``transform(image, seed)``."""
+
+    @staticmethod
+    @abstractmethod
+    def answers(outputs: Any, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
+        """A batch of the model's outputs as what ``predict`` tells about each image (``top``, ``boxes``, ``mask``)."""
+
     @abstractmethod
     def summary(self, scores: dict[str, Any]) -> dict[str, Any]:
         """The scores as ``metrics.json`` holds them, with ``images``, ``seconds`` and ``images_per_second``."""

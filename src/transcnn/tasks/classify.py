@@ -14,13 +14,14 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from ..data.augment import Transform
 from ..data.classify import ClassifyData, ImageSet, eval_transform, make_loader, open_set, open_splits, train_transform
 from ..errors import UserError
 from ..report import write_report
 from ..settings import Augment
 from .base import Task
 
-__all__ = ["Classify", "image_transform"]
+__all__ = ["Classify"]
 
 WRONG_KEPT = 48  # wrong answers kept for the report, the surest first
 
@@ -74,7 +75,7 @@ class Classify(Task):
             re_prob=a.reprob,
             re_mode=a.remode,
         )
-        return ClassifyData(splits, train, image_transform(data_config), **settings)
+        return ClassifyData(splits, train, Classify.image_transform(data_config), **settings)
 
     @staticmethod
     def open_part(data: str | None, split: str, class_names: list[str], **settings: Any) -> ImageSet:
@@ -84,8 +85,28 @@ class Classify(Task):
     @staticmethod
     def part_loader(part: ImageSet, data_config: dict[str, Any], **settings: Any) -> Any:
         """A loader of (images, labels) over one part."""
-        part.transform = image_transform(data_config)
+        part.transform = Classify.image_transform(data_config)
         return make_loader(part, **settings)
+
+    @staticmethod
+    def image_transform(data_config: dict[str, Any]) -> Transform:
+        """Resize, cut out the middle, normalise, as ``data_config`` says."""
+        in_chans, *size = data_config["input_size"]
+        return eval_transform(
+            tuple(size),
+            in_chans=in_chans,
+            mean=data_config["mean"],
+            std=data_config["std"],
+            interpolation=data_config["interpolation"],
+            crop_pct=data_config["crop_pct"],
+        )
+
+    @staticmethod
+    def answers(outputs: Tensor, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
+        """``{"top": [{"label": ..., "score": ...}, ...]}`` for each image; scores are probabilities."""
+        scores, classes = outputs.float().softmax(1).topk(min(top_k, outputs.shape[1]), dim=1)
+        pairs = zip(scores.tolist(), classes.tolist(), strict=True)
+        return [{"top": [{"label": class_names[c], "score": s} for s, c in zip(*row, strict=True)]} for row in pairs]
 
     def loss(self, batch: Any) -> Tensor:
         """Cross entropy, after mixing where that is asked for."""
@@ -197,16 +218,3 @@ def _hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:
     """How many labels are among the k largest logits."""
     best = logits.topk(min(k, logits.shape[1]), dim=1).indices
     return (best == labels[:, None]).any(1).sum()
-
-
-def image_transform(data_config: dict[str, Any]) -> Any:
-    """What an image goes through before a trained model sees it."""
-    in_chans, *size = data_config["input_size"]
-    return eval_transform(
-        tuple(size),
-        in_chans=in_chans,
-        mean=data_config["mean"],
-        std=data_config["std"],
-        interpolation=data_config["interpolation"],
-        crop_pct=data_config["crop_pct"],
-    )

@@ -1,0 +1,154 @@
+"""``transcnn predict``: what images show, by a trained network."""
+
+from __future__ import annotations
+
+import csv as csv_format
+import glob
+import json as json_format
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .data.images import BrokenImage, list_images, read_image
+from .engine import choose_precision, quiet_libraries
+from .errors import UserError
+from .runs import Loaded, load, write_whole
+from .tasks import get_task
+
+__all__ = ["find_images", "predict"]
+
+
+def predict(
+    checkpoint: str,
+    images: list[str],
+    *,
+    top_k: int = 5,
+    json: bool = False,
+    csv: str | None = None,
+    batch_size: int = 32,
+    img_size: int | None = None,
+    precision: Literal["auto", "32", "bf16", "16"] = "32",
+    accelerator: str = "auto",
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """Name what images show: a table on the screen, a JSON list, or a CSV file.
+
+    Args:
+        checkpoint: A run's directory, a .safetensors or .ckpt of ours, or the name of a published model.
+        images: Files, folders (with all below them) and patterns such as 'photos/*.jpg'.
+        top_k: Classes to tell for each image.
+        json: Print a JSON list on standard output, one object an image, instead of the table.
+        csv: Also write a CSV file here: file, error, label and score of each rank.
+        batch_size: Images at a time.
+        img_size: Another size than the network was trained at.
+        precision: Arithmetic; 32 is exact, auto is bf16 where the processor has it.
+        accelerator: cpu, gpu, or auto.
+        quiet: Print nothing but errors.
+
+    Returns:
+        For each image in order ``{"file": ..., "top": [{"label": ..., "score": ...}, ...]}``, or
+        ``{"file": ..., "error": ...}`` for one that can't be read.
+
+    Raises:
+        UserError: No such checkpoint, or a path or pattern that names nothing.
+    """
+    for name, value in (("top_k", top_k), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name} must be 1 or more, got {value}")
+    files = find_images(images)
+    with quiet_libraries():
+        loaded = load(checkpoint)
+    if img_size is not None:
+        loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
+    rows = list(_predict(loaded, files, top_k, batch_size, precision, accelerator))
+    if csv:
+        write_whole(Path(csv), lambda path: _write_csv(path, rows, top_k))
+    if json:
+        print(json_format.dumps(rows, indent=2, ensure_ascii=False))
+    elif not quiet:
+        _print_table(rows)
+    return rows
+
+
+def find_images(names: Sequence[str]) -> list[str]:
+    """The files that ``names`` stand for, each once, in order; a folder stands for all images below it.
+
+    Raises:
+        UserError: A folder without images, or a pattern or path that names nothing.
+    """
+    if isinstance(names, str):
+        names = [names]
+    found: dict[str, None] = {}
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            inside = list(list_images(path))
+            if not inside:
+                raise UserError(f"there are no images in the folder {name}")
+        elif glob.has_magic(name) and not path.exists():
+            inside = [file for file in sorted(glob.glob(name, recursive=True)) if not Path(file).is_dir()]
+            if not inside:
+                raise UserError(f"no file matches {name}")
+        else:
+            inside = [name]  # whether it can be read shows when it is read
+        found |= dict.fromkeys(inside)
+    if not found:
+        raise UserError("no images given")
+    return list(found)
+
+
+def _predict(
+    loaded: Loaded, files: list[str], top_k: int, batch_size: int, precision: str, accelerator: str
+) -> Iterator[dict[str, Any]]:
+    """One row for each file, in order."""
+    task = get_task(loaded.task)
+    transform = task.image_transform(loaded.preprocessing)
+    device = torch.device("cuda" if torch.cuda.is_available() and accelerator != "cpu" else "cpu")
+    model = loaded.model.to(device)
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(choose_precision(precision, accelerator))
+    for start in range(0, len(files), batch_size):
+        chosen = files[start : start + batch_size]
+        errors: dict[str, str] = {}
+        tensors = []
+        for file in chosen:
+            try:
+                tensors.append(transform(read_image(file), 0))
+            except BrokenImage as error:  # noqa: PERF203
+                errors[file] = str(error)
+        answers = iter(())
+        if tensors:
+            with torch.inference_mode(), torch.autocast(device.type, dtype) if dtype else nullcontext():
+                answers = iter(task.answers(model(torch.stack(tensors).to(device)), loaded.class_names, top_k))
+        for file in chosen:
+            yield {"file": file, **({"error": errors[file]} if file in errors else next(answers))}
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]], top_k: int) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv_format.writer(file)
+        ranks = range(1, max((len(row.get("top", ())) for row in rows), default=top_k) + 1)
+        writer.writerow(["file", "error", *(f"{word}_{rank}" for rank in ranks for word in ("label", "score"))])
+        for row in rows:
+            cells = [value for top in row.get("top", ()) for value in (top["label"], f"{top['score']:.6f}")]
+            writer.writerow([row["file"], row.get("error", ""), *cells])
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    table.add_column("file", overflow="fold")
+    table.add_column("guesses, the surest first")
+    for row in rows:
+        text = "  ".join(f"{escape(top['label'])} {100 * top['score']:.1f} %" for top in row.get("top", ()))
+        table.add_row(escape(row["file"]), text or f"[red]can't be read: {escape(row['error'])}[/red]")
+    console = Console(highlight=False)
+    if not sys.stdout.isatty():
+        console.width = 10_000  # one line for each image, however long, for what reads them
+    console.print(table)
