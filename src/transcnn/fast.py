@@ -1,0 +1,190 @@
+"""The same function, faster: :func:`optimize` makes a copy of a trained network for inference."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._pytree import tree_map_only
+
+from .attention import HMHSA
+from .backbone import Block, ConvDownsample, DualDownsample, TransCNN
+from .errors import UserError
+from .kernels.tokens import FastBlock, FastDualDownsample, FastHMHSA, Frozen, OnTokens, affine
+
+__all__ = ["fold_batchnorms", "optimize"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NAMES = {
+    "32": torch.float32,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def optimize(
+    model: nn.Module, dtype: torch.dtype | str | None = None, compile: bool = False, example: Any = None
+) -> nn.Module:
+    """A copy of ``model`` that computes the same, faster, for inference alone; ``model`` itself stays as it is.
+
+    Works on TransCNN and HAT-Net, on any network that holds :class:`transcnn.HMHSA` (plugged CNNs, networks for dense
+    prediction), and, less spectacularly, on any other CNN. What it does: BatchNorms are folded into the convolutions
+    before and after them and GridNorm into V; maps are channels-last throughout, so that 1x1 convolutions are matrix
+    products and cutting into grids is one copy; bias, activation and residual are part of the product where oneDNN
+    can do so. Outputs equal the model's up to rounding, at every input size.
+
+    Args:
+        model: A network; its evaluation mode is what is copied.
+        dtype: What to compute in: ``torch.float32``, ``torch.bfloat16``, ``torch.float16`` or "fp32", "bf16", "fp16";
+            None keeps the model's. Inputs are cast to it, outputs back to what the input was.
+        compile: Also run it through ``torch.compile`` with frozen weights: a minute at the first call of each size.
+        example: An input (or a tuple of inputs) to warm up with; any further one may have another size.
+
+    Returns:
+        The copy, in evaluation mode. It can't be trained; its state dict isn't the model's.
+
+    Raises:
+        UserError: ``dtype`` is none of those above.
+    """
+    kind = _NAMES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and kind not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(_NAMES)} or None, got {dtype!r}")
+    fast = copy.deepcopy(model).eval()
+    for parameter in fast.parameters():
+        parameter.requires_grad_(False)
+    fast = _replace(fast)
+    fold_batchnorms(fast)
+    fast = fast.to(memory_format=torch.channels_last)  # pyright: ignore
+    if kind is not None:
+        _cast(fast, kind)
+    if compile:
+        fast.compile(options={"freezing": True})
+    if example is not None:
+        with torch.no_grad():
+            fast(*example) if isinstance(example, tuple) else fast(example)
+    return fast
+
+
+def fold_batchnorms(model: nn.Module) -> list[str]:
+    """Fold every BatchNorm of ``model`` (in evaluation mode, in place) that follows a convolution read by it alone.
+
+    Which those are is told by a symbolic trace; where a network can't be traced, its parts are. Modules with hooks
+    are left alone. The names of the folded norms are returned; identities take their places.
+    """
+    modules = dict(model.named_modules())
+    folded = []
+    for conv_name, norm_name in _pairs(model):
+        conv, norm = modules[conv_name], modules[norm_name]
+        parent, _, child = norm_name.rpartition(".")
+        conv_parent, _, conv_child = conv_name.rpartition(".")
+        setattr(modules[conv_parent], conv_child, fuse_conv_bn_eval(conv, norm))  # pyright: ignore
+        setattr(modules[parent], child, _after_norm(norm))
+        folded.append(norm_name)
+    return folded
+
+
+def _replace(module: nn.Module) -> nn.Module:
+    """``module`` with every part that has a faster form replaced by it; modules with hooks stay what they are."""
+    if not _hooked(module):
+        if isinstance(module, Block) and not _hooked(module.attn):
+            parts = (module.irb.conv1, module.irb.conv2, module.irb.conv3)
+            return FastBlock(module.attn, parts)
+        if isinstance(module, HMHSA) and type(module).forward is HMHSA.forward:
+            return FastHMHSA(module)
+        if isinstance(module, DualDownsample):
+            return FastDualDownsample(
+                (module.conv, module.norm1), module.pool, (module.residual, module.norm2), module.act
+            )
+        if isinstance(module, ConvDownsample):
+            return OnTokens((module.conv, module.norm))
+    for name, child in module.named_children():
+        if isinstance(module, TransCNN) and name == "stem":
+            setattr(module, name, OnTokens([child]))
+        else:
+            setattr(module, name, _replace(child))
+    return module
+
+
+class _Tracer(torch.fx.Tracer):
+    """Sees into everything but PyTorch's layers and what was replaced already."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Frozen) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _pairs(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Names of each convolution and the BatchNorm that alone reads it."""
+    if isinstance(model, Frozen) or not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        return
+    try:
+        graph = _Tracer().trace(model)
+    except Exception:  # tracing runs the network's own code, which may fail on a proxy in any way
+        for name, child in model.named_children():
+            yield from _pairs(child, f"{prefix}{name}.")
+        return
+    modules = dict(model.named_modules())
+    calls = [node.target for node in graph.nodes if node.op == "call_module"]
+    for node in graph.nodes:
+        source = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(source, torch.fx.Node) or source.op != "call_module" or len(source.users) != 1:
+            continue
+        conv, norm = modules[str(source.target)], modules[str(node.target)]
+        once = calls.count(source.target) == 1 and calls.count(node.target) == 1
+        if once and type(conv) is nn.Conv2d and _foldable(norm) and not _hooked(conv) and not _hooked(norm):
+            yield prefix + str(source.target), prefix + str(node.target)
+
+
+def _foldable(norm: nn.Module) -> bool:
+    """Whether this is a BatchNorm with fixed statistics, PyTorch's or timm's with an activation of its own."""
+    from timm.layers import BatchNormAct2d
+
+    return affine(norm) is not None or (type(norm) is BatchNormAct2d and norm.running_mean is not None)
+
+
+def _after_norm(norm: nn.Module) -> nn.Module:
+    """What is left of a BatchNorm that was folded: its activation if it has one."""
+    act = getattr(norm, "act", None)
+    return act if isinstance(act, nn.Module) else nn.Identity()
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Compute in ``dtype``; what goes in is cast to it, what comes out to what came in.
+
+    torchvision's detectors keep everything but their backbone, for boxes need more digits than bf16 has.
+    """
+    detector = isinstance(getattr(model, "backbone", None), nn.Module) and hasattr(model, "transform")
+    part: nn.Module = model.backbone if detector else model  # pyright: ignore
+    for module in part.modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):  # whose statistics need more digits, too
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(dtype)
+    part.register_forward_pre_hook(partial(_cast_inputs, dtype=dtype))
+    part.register_forward_hook(_cast_outputs)
+
+
+def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...], *, dtype: torch.dtype) -> tuple[Any, ...]:
+    floating = [x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
+    module._input_dtype = floating[0].dtype if floating else dtype  # pyright: ignore
+    return _tree(inputs, dtype)
+
+
+def _cast_outputs(module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> Any:
+    return _tree(outputs, module._input_dtype)  # pyright: ignore
+
+
+def _tree(x: Any, dtype: torch.dtype) -> Any:
+    """``x`` with every floating-point tensor in it, however deep, cast."""
+    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, x)

@@ -1,0 +1,369 @@
+"""The layers of the networks as inference wants them: on channels-last tokens, norms folded, activations fused.
+
+A map (B, C, H, W) whose memory is channels-last is, without a copy, a row of tokens (B, H, W, C): a 1x1 convolution is
+then one matrix product. Every layer here takes and gives tokens; :mod:`transcnn.fast` puts them where modules were.
+They equal the modules that they are made from up to rounding, and are for inference alone.
+
+Folding. In evaluation a BatchNorm is ``a·x + b`` with fixed a and b for each channel, so it disappears into the
+convolution before it, or into a 1x1 convolution after it. GridNorm stands after a sum, ``a·(X + Attn) + b``: as the
+rows of a softmax sum to one, scaling and shifting V does to Attn what ``a·Attn + b`` would, and ``a·X + Attn'``
+remains, one multiply-add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention import HMHSA, LocalStep, merge, spread
+from ..errors import UserError
+from .attend import attend
+
+__all__ = ["Convolution", "FastBlock", "FastDualDownsample", "FastHMHSA", "Frozen", "Matrix", "affine", "fuse"]
+
+Affine = tuple[Tensor, Tensor]  # scale and shift of each channel, in double precision
+
+
+class Frozen(nn.Module):
+    """A module that only infers: it has no training mode, and no gradient flows through it."""
+
+    def train(self, mode: bool = True) -> Frozen:
+        """Refuses ``mode=True``."""
+        if mode:
+            raise UserError(
+                "an optimized model only infers; train the model that it was made from, then optimize again"
+            )
+        return super().train(False)
+
+
+def frozen(tensor: Tensor, like: Tensor) -> nn.Parameter:
+    """A parameter of the dtype of ``like`` that nothing trains."""
+    return nn.Parameter(tensor.to(like.dtype).contiguous(), requires_grad=False)
+
+
+def affine(norm: nn.Module) -> Affine | None:
+    """The scale and shift that a BatchNorm applies in evaluation; None for a layer that isn't that simple."""
+    if not isinstance(norm, nn.BatchNorm2d) or type(norm).forward is not nn.BatchNorm2d.forward:
+        return None
+    if norm.running_mean is None or norm.running_var is None:  # it would normalise by the batch's own statistics
+        return None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    return scale.detach(), shift.detach()
+
+
+class Matrix(Frozen):
+    """A 1x1 convolution with the norms before and after it folded in, (..., C) -> (..., C').
+
+    ``silu`` fuses that activation, ``forward(x, residual)`` adds to the result.
+    """
+
+    def __init__(self, conv: nn.Conv2d, before: Affine | None = None, after: Affine | None = None) -> None:
+        super().__init__()
+        weight = conv.weight.detach().double().flatten(1)  # (C', C)
+        bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach().double()
+        if before is not None:
+            bias = bias + weight @ before[1]
+            weight = weight * before[0]
+        if after is not None:
+            weight = weight * after[0][:, None]
+            bias = bias * after[0] + after[1]
+        self.weight = frozen(weight, conv.weight)
+        self.bias = frozen(bias, conv.weight)
+        self.silu = False
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(..., C) -> (..., C'), plus ``residual`` (..., C') where given."""
+        if _onednn(x):
+            op = torch.ops.mkldnn._linear_pointwise
+            if residual is not None:
+                return op.binary(x, residual, self.weight, self.bias, "add")
+            return op(x, self.weight, self.bias, "swish" if self.silu else "none", [], "")
+        y = F.linear(x, self.weight, self.bias)
+        if self.silu:
+            y = F.silu(y, inplace=True)
+        return y if residual is None else y.add_(residual)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, silu={self.silu}"
+
+
+class Convolution(Frozen):
+    """Any other convolution with the norm after it folded in, (B, H, W, C) -> (B, H', W', C')."""
+
+    def __init__(self, conv: nn.Conv2d, after: Affine | None = None) -> None:
+        super().__init__()
+        weight = conv.weight.detach().double()
+        bias = None if conv.bias is None else conv.bias.detach().double()
+        if after is not None:
+            weight = weight * after[0][:, None, None, None]
+            bias = after[1] if bias is None else bias * after[0] + after[1]
+        self.weight = frozen(weight, conv.weight)
+        self.weight.data = self.weight.data.to(memory_format=torch.channels_last)
+        self.bias = None if bias is None else frozen(bias, conv.weight)
+        self.options = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        self.silu = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H', W', C')."""
+        y = F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, *self.options)  # pyright: ignore
+        y = F.silu(y, inplace=True) if self.silu else y
+        return y.permute(0, 2, 3, 1).contiguous()
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, options={self.options}, silu={self.silu}"
+
+
+class OnMap(Frozen):
+    """Any module made for maps, on tokens: (B, H, W, C) -> (B, H', W', C')."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H', W', C')."""
+        return self.module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+
+
+class WholeNorm(Frozen):
+    """GroupNorm with one group: all of an image's numbers together, (B, H, W, C) -> (B, H, W, C)."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        x = x.contiguous()
+        return F.group_norm(x.permute(0, 3, 1, 2), 1, self.weight, self.bias, self.eps).permute(0, 2, 3, 1)
+
+
+def fuse(layers: Iterable[nn.Module]) -> nn.Sequential:
+    """A row of norms, convolutions and activations on maps, as one on tokens with all folded that can be."""
+    row = [layer for layer in _flatten(layers) if not isinstance(layer, nn.Identity | nn.Dropout)]
+    fused: list[nn.Module] = []
+    i, before = 0, None
+    while i < len(row):
+        layer = row[i]
+        following = row[i + 1] if i + 1 < len(row) else None
+        scale = affine(layer)
+        if scale is not None and before is None and isinstance(following, nn.Conv2d) and _pointwise(following):
+            before = scale
+        elif isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros":
+            after = None if following is None else affine(following)
+            i += after is not None
+            fused.append(Matrix(layer, before, after) if _pointwise(layer) else Convolution(layer, after))
+            before = None
+            if i + 1 < len(row) and isinstance(row[i + 1], nn.SiLU):
+                fused[-1].silu = True  # pyright: ignore
+                i += 1
+        elif isinstance(layer, nn.GroupNorm) and layer.num_groups == 1:
+            fused.append(WholeNorm(layer))
+        else:
+            fused.append(OnMap(layer))
+        i += 1
+    return nn.Sequential(*fused)
+
+
+class FastLocalStep(Frozen):
+    """:class:`transcnn.attention.LocalStep` on tokens, (B, H, W, C) -> (B, H, W, C)."""
+
+    def __init__(self, step: LocalStep) -> None:
+        super().__init__()
+        self.head_dim, self.grid_size = step.head_dim, step.grid_size
+        before, grid = affine(step.norm), affine(step.grid_norm)
+        values = None
+        if grid is not None:  # scale and shift the rows of V alone
+            one, zero = torch.ones_like(grid[0]), torch.zeros_like(grid[0])
+            values = torch.cat((one, one, grid[0])), torch.cat((zero, zero, grid[1]))
+        self.norm = None if before is not None else fuse([step.norm])
+        self.qkv = Matrix(step.qkv, before, values)
+        self.scale = None if grid is None else frozen(grid[0], step.qkv.weight)
+        self.grid_norm = None if grid is not None else fuse([step.grid_norm])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        batch, height, width, channels = x.shape
+        size = self.grid_size
+        rows, columns = (height + size - 1) // size, (width + size - 1) // size
+        padding = (0, 0, 0, columns * size - width, 0, rows * size - height)
+        ragged = any(padding)
+        normed = x if self.norm is None else self.norm(x)
+        if ragged:
+            normed = F.pad(normed, padding)
+            x = normed if self.norm is None else F.pad(x, padding)
+
+        def grids(tokens: Tensor) -> Tensor:
+            return tokens.view(batch, rows, size, columns, size, channels).transpose(
+                2, 3
+            )  # (B, rows, columns, g, g, C)
+
+        qkv = self.qkv(grids(normed).reshape(-1, size * size, channels))  # (B·G, N, 3C)
+        qkv = qkv.unflatten(2, (3, channels // self.head_dim, self.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B·G, h, N, d) each
+        mask = _real(height, width, rows, columns, size, batch, x.device) if ragged else None
+        out = attend(q, k, v, mask).transpose(1, 2).reshape(batch, rows, columns, size, size, channels)
+        a = torch.empty_like(x)  # sum and join in one pass: each result is written to its place in the map
+        if self.scale is None:
+            torch.add(out, grids(x), out=grids(a))
+        else:
+            torch.addcmul(out, grids(x), self.scale, out=grids(a))
+        a = a[:, :height, :width].contiguous()
+        return a if self.grid_norm is None else self.grid_norm(a)
+
+
+class FastHMHSA(Frozen):
+    """:class:`transcnn.HMHSA` for inference, (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, attn: HMHSA) -> None:
+        super().__init__()
+        self.dim, self.head_dim, self.num_heads = attn.dim, attn.head_dim, attn.num_heads
+        self.grid_sizes, self.pool_ratios = attn.grid_sizes, attn.pool_ratios
+        self.local = nn.ModuleList(FastLocalStep(step) for step in attn.local)  # pyright: ignore
+        self.norm_kv = None
+        if self.local:
+            before = affine(attn.ds_norm)
+            self.norm_kv = None if before is not None else fuse([attn.ds_norm])
+            self.q = Matrix(attn.q)
+            self.kv = Matrix(attn.kv, before)
+        else:
+            before = affine(attn.norm)
+            self.norm_kv = None if before is not None else fuse([attn.norm])
+            self.qkv = Matrix(attn.qkv, before)
+        self.proj = Matrix(attn.proj)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        if x.ndim != 4 or x.shape[1] != self.dim:
+            raise ValueError(f"expected a (B, {self.dim}, H, W) tensor, got {tuple(x.shape)}")
+        return to_map(self.tokens(to_tokens(x)))
+
+    def tokens(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The same on tokens, (B, H, W, C) -> (B, H, W, C), plus ``residual`` where given."""
+        batch, height, width, _ = x.shape
+        if not self.local:
+            normed = x if self.norm_kv is None else self.norm_kv(x)
+            qkv = self.qkv(normed).view(batch, height * width, 3, self.num_heads, self.head_dim)
+            out = attend(*qkv.permute(2, 0, 3, 1, 4))  # (B, h, H·W, d)
+            return self.proj(out.transpose(1, 2).reshape(x.shape), residual)
+
+        merged, ratio = x, 1
+        y, a1 = None, x
+        for step, pool_ratio in zip(self.local, self.pool_ratios, strict=True):
+            a = step(merged)  # (B, ⌈H/ratio⌉, ⌈W/ratio⌉, C)
+            if ratio == 1:
+                a1 = a
+            else:
+                up = to_tokens(spread(to_map(a), ratio, to_map(a1)))
+                y = up if y is None else y.add_(up)
+            merged = to_tokens(merge(to_map(a), pool_ratio))
+            ratio *= pool_ratio
+        merged = merged if self.norm_kv is None else self.norm_kv(merged)
+        kv = self.kv(merged).view(batch, -1, 2, self.num_heads, self.head_dim)
+        q = self.q(a1).view(batch, height * width, self.num_heads, self.head_dim)
+        out = attend(q.transpose(1, 2), *kv.permute(2, 0, 3, 1, 4))  # (B, h, H·W, d)
+        out = out.transpose(1, 2).reshape(x.shape).add_(a1)
+        return self.proj(out if y is None else out.add_(y), residual)
+
+
+class FastBlock(Frozen):
+    """A block of TransCNN or HAT-Net for inference, (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, attn: HMHSA, irb: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.attn = FastHMHSA(attn)
+        self.irb = fuse(irb)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        x = to_tokens(x)
+        x = self.attn.tokens(x, residual=x)
+        *first, last = self.irb
+        y = x
+        for layer in first:
+            y = layer(y)
+        if isinstance(last, Matrix):
+            return to_map(last(y, x))
+        return to_map(last(y).add(x))
+
+
+class FastDualDownsample(Frozen):
+    """TransCNN's halving for inference, (B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
+
+    def __init__(
+        self, conv: Iterable[nn.Module], pool: nn.Module, residual: Iterable[nn.Module], act: nn.Module
+    ) -> None:
+        super().__init__()
+        self.conv, self.pool, self.residual, self.act = fuse(conv), pool, fuse(residual), act
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
+        y = self.conv(to_tokens(x)).add_(self.residual(to_tokens(self.pool(x))))
+        return self.act(to_map(y))
+
+
+class OnTokens(Frozen):
+    """A row of token layers where a map is expected, (B, C, H, W) -> (B, C', H', W'); casts to the layers' dtype."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.layers = fuse(layers)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        dtype = next(self.layers.parameters()).dtype
+        return to_map(self.layers(to_tokens(x.to(dtype))))
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H, W, C), a copy only if the memory isn't channels-last."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def to_map(x: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, C, H, W), never a copy."""
+    return x.permute(0, 3, 1, 2)
+
+
+def _flatten(layers: Iterable[nn.Module]) -> Iterable[nn.Module]:
+    for layer in layers:
+        if isinstance(layer, nn.Sequential):
+            yield from _flatten(layer)
+        else:
+            yield layer
+
+
+def _pointwise(conv: nn.Conv2d) -> bool:
+    padded = conv.padding not in ((0, 0), 0, "valid")
+    return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and not padded
+
+
+def _onednn(x: Tensor) -> bool:
+    """Whether oneDNN's matrix product with fused bias, sum and activation can run."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+    )
+
+
+def _real(height: int, width: int, rows: int, columns: int, size: int, batch: int, device: torch.device) -> Tensor:
+    """Which positions of each grid lie inside the map, (B·G, 1, 1, N)."""
+    from ..attention import _real_positions
+
+    return _real_positions(height, width, rows, columns, size, device).repeat(batch, 1)[:, None, None]
