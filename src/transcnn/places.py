@@ -71,6 +71,8 @@ def find(model: nn.Module, at: str | Iterable[str], example: Example | None = No
         UserError: A pattern matches nothing; a module doesn't run, runs more than once, or its output isn't one
             (B, C, H, W) tensor; the network can't be run on the example.
     """
+    if getattr(model, "output_fmt", "NCHW") == "NHWC":  # timm's mark of MambaOut, Swin and the like
+        raise UserError(f"{type(model).__name__} keeps its maps as (B, H, W, C); H-MHSA needs (B, C, H, W)")
     root, image = _record(model, example)
     if at == "auto":
         chosen = _automatic(_trunk_calls(root), image)

@@ -292,20 +292,28 @@ def _read(line: Mapping[str, Any]) -> Plug:
 
 
 def _attach(model: nn.Module, plugs: Iterable[Plug]) -> nn.Module:
-    for each in plugs:
+    made = [(each, _make(model, each)) for each in plugs]  # all first: an error leaves the network as it was
+    for each, new in made:
         module = model.get_submodule(each.at)
+        new.train(module.training)
         if each.mode == "replace":
-            assert isinstance(module, nn.Conv2d)
-            model.set_submodule(each.at, ConvReplacement(each, module).train(module.training))
+            model.set_submodule(each.at, new)
             continue
-        like = next(itertools.chain(module.parameters(), model.parameters()), None)
-        branch = HMHSABranch(each, like).train(module.training)
-        module.get_submodule(each.inside).add_module(NAME, branch)
+        module.get_submodule(each.inside).add_module(NAME, new)
         if each.hooked:
             path = f"{each.inside}.{NAME}".lstrip(".")
             # First of the module's hooks, so that others (timm's feature hooks) see what the branch makes.
             module.register_forward_hook(functools.partial(_run_branch, path=path), prepend=True)
     return model
+
+
+def _make(model: nn.Module, plug: Plug) -> HMHSABranch | ConvReplacement:
+    module = model.get_submodule(plug.at)
+    if plug.mode == "add":
+        return HMHSABranch(plug, next(itertools.chain(module.parameters(), model.parameters()), None))
+    if not isinstance(module, nn.Conv2d):
+        raise UserError(f"{plug.at} is no Conv2d to replace")
+    return ConvReplacement(plug, module)
 
 
 def _check_free(model: nn.Module, plugs: Sequence[Plug]) -> None:
