@@ -74,6 +74,14 @@ class History(Callback):
         self.rows: list[dict[str, Any]] = []
         self.images = 0
         self.train_seconds = 0.0
+        self.losses: Tensor | None = None  # sum over the epoch's batches so far
+        self.batches = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": self.losses, "batches": self.batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.losses, self.batches = state_dict["losses"], state_dict["batches"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.path.exists():
@@ -83,21 +91,29 @@ class History(Callback):
         self.began = self.epoch_began = time.monotonic()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.images = 0
+        self.images = self.batches = 0
+        self.losses = None
         self.epoch_began = time.monotonic()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        loss = pl_module.last_loss.double()
+        self.losses = loss if self.losses is None else self.losses.to(loss.device) + loss
+        self.batches += 1
         self.images += len(batch[0]) * trainer.world_size
         self.train_seconds = time.monotonic() - self.epoch_began
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        loss = trainer.strategy.reduce(self.losses / self.batches, reduce_op="mean")  # pyright: ignore
+        lr = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()} | {"train_loss": float(loss)}
         row: dict[str, Any] = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
         row |= {name: f"{value:.6g}" for name, value in sorted(values.items())}
-        row["lr"] = f"{max(group['lr'] for group in trainer.optimizers[0].param_groups):.6g}"
+        row["lr"] = f"{lr:.6g}"
         row["images_per_second"] = f"{self.images / max(self.train_seconds, 1e-9):.1f}"
         row["seconds"] = f"{time.monotonic() - self.epoch_began:.2f}"
         self.rows.append(row)
+        for logger in trainer.loggers:
+            logger.log_metrics({"train_loss": float(loss), "lr": lr}, trainer.global_step)
         if trainer.is_global_zero:
             write_whole(self.path, self._write)
             if not self.quiet:
@@ -136,7 +152,7 @@ class KeepWeights(Checkpoint):
         run_dir: Where to.
         info: What is stored beside the weights: model, model_args, class_names, data_config, task, ...
         settings: The run's settings, for ``--resume``.
-        every: Also write ``last.ckpt`` each this many batches.
+        every: Also write ``last.ckpt`` each this many updates.
     """
 
     def __init__(self, run_dir: Path, info: dict[str, Any], settings: dict[str, Any], every: int | None = None) -> None:
@@ -167,14 +183,15 @@ class KeepWeights(Checkpoint):
         if self.best is not None and value <= self.best:
             return
         self.best, self.best_epoch = value, trainer.current_epoch + 1
-        average = next((c.average for c in trainer.callbacks if isinstance(c, Ema)), None)  # pyright: ignore
+        averages = [c.average for c in trainer.callbacks if isinstance(c, Ema)]  # pyright: ignore
+        kept: Any = averages[0] if averages else pl_module
         if trainer.is_global_zero:
             info = {**self.info, "settings": self.settings, name: value, "epoch": self.best_epoch}
-            save_weights(self.run_dir / "best.safetensors", (average or pl_module).model, info)
+            save_weights(self.run_dir / "best.safetensors", kept.model, info)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # The last batch of an epoch waits for the epoch's end: validation belongs to it.
-        if self.every and (batch_idx + 1) % self.every == 0 and batch_idx + 1 < trainer.num_training_batches:
+        updates = (batch_idx + 1) // trainer.accumulate_grad_batches
+        if self.every and _can_save(trainer, batch_idx) and updates % self.every == 0:
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -189,7 +206,7 @@ class KeepWeights(Checkpoint):
 
 
 class StopOnSignal(Callback):
-    """SIGTERM and SIGINT (Ctrl-C) end the run after the running step, with a checkpoint; a second Ctrl-C at once."""
+    """SIGTERM and SIGINT (Ctrl-C) end the run after the next update, with a checkpoint; a second Ctrl-C at once."""
 
     def __init__(self, keep: KeepWeights) -> None:
         self.keep = keep
@@ -202,7 +219,7 @@ class StopOnSignal(Callback):
                 self._before[signum] = signal.signal(signum, self._ask)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.asked and batch_idx + 1 < trainer.num_training_batches:
+        if self.asked and _can_save(trainer, batch_idx):
             self.keep.save(trainer)
             self._stop(trainer)
 
@@ -290,6 +307,16 @@ class Bar(Callback):
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
+
+
+def _can_save(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether a checkpoint after this batch holds all that counts.
+
+    Gradients that are being accumulated aren't in it; and the last batch of an epoch waits for the epoch's end, as
+    validation belongs to it.
+    """
+    between_updates = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+    return between_updates and batch_idx + 1 < trainer.num_training_batches
 
 
 def _clock(seconds: float) -> str:

@@ -143,13 +143,19 @@ def _spell_out(parser: Any, function: Callable[..., Any], argv: list[str]) -> li
             i += 1
         else:
             raise UserError(f"{token} needs a value")
-    return _name_words(function, words) + result
+    # A file's values are what all others override, wherever it is named.
+    result.sort(key=lambda token: not token.startswith("--config="))
+    files = sum(token.startswith("--config=") for token in result)
+    return result[:files] + _name_words(function, words) + result[files:]
 
 
 def _find_flag(flag: str, flags: dict[str, Any]) -> tuple[str, bool]:
     """The parser's spelling of a flag, and whether it was negated with ``--no-``."""
     spelled = flag.replace("-", "_").replace("__", "--", 1)
     for candidate, negated in ((spelled, False), ("--" + spelled.removeprefix("--no_"), True)):
+        own = f"{candidate}.{candidate[2:]}"  # --ema means ema.ema, not the whole group
+        if own in flags:
+            return own, negated
         if candidate in flags:
             return candidate, negated
         ends = [known for known in flags if known.endswith("." + candidate[2:])]

@@ -24,6 +24,7 @@ PAPER_TOP1 = {
     "hatnet_medium": 84.0,
     "hatnet_large": 84.2,
 }
+LAYERS = (torch.ops.aten.convolution, torch.ops.aten.addmm)
 
 
 def models(names: list[str] | None = None, *, img_size: int | None = None, csv: str | None = None) -> None:
@@ -42,34 +43,43 @@ def models(names: list[str] | None = None, *, img_size: int | None = None, csv: 
 
     rows = [describe(name, img_size) for name in names or VARIANTS]
     table = Table(box=None, header_style="bold")
-    for column in ("name", "parameters", "multiply-adds", "input", "top-1 (paper)"):
+    for column in ("name", "parameters", "multiply-adds", "of which layers", "input", "top-1 (paper)"):
         table.add_column(column, justify="left" if column == "name" else "right")
     for row in rows:
         top1 = "-" if row["paper_top1"] is None else f"{row['paper_top1']:.1f} %"
         size = "x".join(str(side) for side in row["input_size"])
-        table.add_row(row["name"], f"{row['params'] / 1e6:.2f} M", f"{row['macs'] / 1e9:.3f} G", size, top1)
+        counts = [f"{row['params'] / 1e6:.2f} M", *(f"{row[key] / 1e9:.3f} G" for key in ("macs", "layer_macs"))]
+        table.add_row(row["name"], *counts, size, top1)
     Console(highlight=False).print(table)
-    print("top-1 is the paper's figure on ImageNet-1K; everything else was counted just now.")
+    print("Layers are what the paper counts: all but the products inside attention. Top-1 is the paper's figure on")
+    print("ImageNet-1K; everything else was counted just now.")
     if csv:
         _write_csv(csv, rows)
 
 
 def describe(name: str, img_size: int | None = None) -> dict[str, Any]:
-    """A network's ``name``, ``params``, ``macs`` (multiply-adds of one image), ``input_size`` and ``paper_top1``."""
+    """A network's figures: ``name``, ``params``, ``macs``, ``layer_macs``, ``input_size`` and ``paper_top1``.
+
+    ``macs`` are the multiply-adds of one image, ``layer_macs`` those of convolutions and linear layers alone, which is
+    what the paper's FLOPs are.
+    """
     # Nothing is computed on the meta device: shapes are all that counting needs.
     with torch.device("meta"):
         model = build_model(name).eval()
-        channels, *size = model.pretrained_cfg["input_size"]  # pyright: ignore
+        config: Any = model.pretrained_cfg
+        channels, *size = config["input_size"]
         size = [img_size, img_size] if img_size else size
         if min(size) < 1:
             raise UserError(f"img_size must be 1 or more, got {img_size}")
         counter = FlopCounterMode(display=False)
         with torch.no_grad(), counter:
             model(torch.empty(1, channels, *size))
+    operations = counter.get_flop_counts()["Global"]
     return {
         "name": name,
         "params": sum(p.numel() for p in model.parameters()),
         "macs": counter.get_total_flops() // 2,
+        "layer_macs": sum(operations.get(op, 0) for op in LAYERS) // 2,
         "input_size": [channels, *size],
         "paper_top1": PAPER_TOP1.get(name),
     }

@@ -78,7 +78,7 @@ def new_run_dir(out: str | os.PathLike[str] | None, model: str, data: str) -> Pa
     return path
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file under a temporary name, then put it in place: whole, or not at all.
 
     Raises:
@@ -140,11 +140,17 @@ def save_weights(path: Path, model: nn.Module, info: dict[str, Any]) -> None:
 def load(source: str | os.PathLike[str]) -> Loaded:
     """The model that a run directory, a .safetensors or .ckpt of ours, or the name of published weights stands for.
 
+    A directory that ``save_pretrained`` wrote is one as well.
+
     Raises:
         UserError: There is no such thing, it is damaged, or its weights don't fit.
     """
     path = Path(source)
     if path.is_dir():
+        if (path / "config.json").is_file():
+            from .share import load_folder  # the hub's libraries take time to import
+
+            return load_folder(path)
         found = [path / name for name in ("best.safetensors", "last.ckpt") if (path / name).is_file()]
         if not found:
             raise UserError(f"{path} is no run directory: it holds neither best.safetensors nor last.ckpt")
@@ -191,9 +197,11 @@ def _load_file(path: Path) -> Loaded:
 def _load_published(name: str) -> Loaded:
     model = build_model(name, pretrained=True).eval()
     classes = int(model.num_classes)  # pyright: ignore
-    info = ImageNetInfo()
-    names = [str(i) for i in range(classes)]
-    if classes == 1000:
-        names = [str(info.index_to_description(i)).split(",")[0] for i in range(classes)]
+    names = list((getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ())
+    if len(names) != classes:
+        names = [str(i) for i in range(classes)]
+        if classes == 1000:
+            info = ImageNetInfo()
+            names = [str(info.index_to_description(i)).split(",")[0] for i in range(classes)]
     in_chans = int(getattr(model, "in_chans", 3))
     return Loaded(model, "classify", names, data_config_of(model, in_chans), name, {"model": name})

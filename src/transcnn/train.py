@@ -103,7 +103,7 @@ def train(
         strict_data: Stop at the first image that can't be read, instead of leaving it out.
         num_workers: Processes that read images; without it, one for each core but one, and none for images in memory.
         early_stop: Stop after this many epochs without a better validation score.
-        save_every: Write last.ckpt each this many steps, not only after each epoch.
+        save_every: Write last.ckpt each this many updates, not only after each epoch.
         grad_checkpointing: Less memory for about a third more time.
         channels_last: The memory format that is usually quicker.
         accelerator: cpu, gpu, or auto.

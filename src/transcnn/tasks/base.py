@@ -146,9 +146,9 @@ class Task(L.LightningModule):
         random.seed(state)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """One batch's loss."""
+        """One batch's loss; ``last_loss`` keeps it for the epoch's mean."""
         loss = self.loss(batch)
-        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=_images(batch), sync_dist=True)
+        self.last_loss = loss.detach()
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -173,7 +173,7 @@ class Task(L.LightningModule):
         o = self.optim
         if o.opt not in list_optimizers():
             raise UserError(f"no optimizer is named {o.opt!r}; some that are: adamw, sgd, lamb, lion, nadamw")
-        extra = {"betas": tuple(o.betas)} if o.betas else {}
+        extra: dict[str, Any] = {"betas": tuple(o.betas)} if o.betas else {}
         optimizer = create_optimizer_v2(
             self.model,
             o.opt,
@@ -205,7 +205,3 @@ class Task(L.LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """timm's schedulers are told the number of updates made."""
         scheduler.step_update(self.global_step)
-
-
-def _images(batch: Any) -> int:
-    return len(batch[0]) if isinstance(batch, list | tuple) else len(batch)

@@ -1,0 +1,174 @@
+"""The command line: spellings, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from transcnn import cli
+from transcnn.callbacks import Interrupted
+from transcnn.errors import UserError
+from transcnn.predict import predict
+from transcnn.train import train
+
+
+def parse_train(*argv: str) -> dict[str, Any]:
+    return cli.parse("train", train, argv)
+
+
+def test_flags_in_both_spellings_and_in_short():
+    arguments = parse_train(
+        "my data", "--img-size", "48", "--batch_size=8", "--mixup", "0.8", "--optim.clip_grad", "null"
+    )
+    assert arguments["data"] == "my data"
+    assert arguments["img_size"] == 48
+    assert arguments["batch_size"] == 8
+    assert arguments["augment"].mixup == 0.8
+    assert arguments["augment"].smoothing == 0.1  # the others of the group stay
+    assert arguments["optim"].clip_grad is None
+    assert parse_train("--model-args", "{stem_stride: 1}")["model_args"] == {"stem_stride": 1}
+    assert parse_train("--precision", "32")["precision"] == "32"
+    assert parse_train("--hflip", "0", "--betas", "[0.8, 0.9]")["optim"].betas == (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [(["--quiet"], True), (["--quiet", "true"], True), (["--no-quiet"], False), (["--quiet=false"], False)],
+)
+def test_switches_need_no_value(argv, value):
+    assert parse_train(*argv)["quiet"] is value
+    assert parse_train(*argv, "--ema", "--no-channels-last")["channels_last"] is False
+
+
+def test_words_without_a_flag_go_where_they_belong():
+    arguments = cli.parse("predict", predict, ["run", "a.png", "--json", "b c.png", "--top-k", "3", "--", "--odd.png"])
+    assert arguments["checkpoint"] == "run"
+    assert arguments["images"] == ["a.png", "b c.png", "--odd.png"]
+    assert arguments["json"] is True
+    assert arguments["top_k"] == 3
+    with pytest.raises(UserError, match="too many arguments: b"):
+        parse_train("a", "b")
+
+
+def test_config_sets_arguments_and_flags_override_it(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("data: pictures\nlr: 0.5\noptim: {opt: sgd, momentum: 0.8}\n")
+    arguments = parse_train("--config", str(config), "--lr", "0.25", "--momentum", "0.7")
+    assert arguments["data"] == "pictures"
+    assert arguments["lr"] == 0.25
+    assert arguments["optim"].opt == "sgd"
+    assert arguments["optim"].momentum == 0.7
+    assert parse_train("others", "--config", str(config))["data"] == "others"
+    assert parse_train("--config", str(config), "others")["data"] == "others"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["tran"], "no such command: tran; did you mean train?"),
+        (["sing"], "there are: models, train"),
+        (["train", "--lrr", "1"], "no such argument: --lrr; did you mean --lr?"),
+        (["train", "--lr"], "--lr needs a value"),
+        (["train", "--lr", "much"], "Got value: much"),
+        (["train", "--precision", "8"], "'bf16'"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "--model", "transcn_nano", "--quiet"], "near ones: transcnn_nano"),
+        (["train", "nowhere"], "nowhere"),
+        (["eval"], "checkpoint"),
+        (["eval", "nowhere.ckpt"], "no such file or directory: nowhere.ckpt"),
+        (["predict", "nowhere.ckpt"], "images"),
+        (["predict", "nowhere.ckpt", "x.png"], "nowhere.ckpt"),
+        (["models", "resnet18x"], "no model is named 'resnet18x'"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("transcnn: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert not list(tmp_path.iterdir())  # no run directory is left behind
+
+
+def test_data_that_can_not_be_learnt_from(capsys, tmp_path, make_class_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for data, message in (("empty", "empty"), (str(make_class_folder(classes=1)), "one class only")):
+        assert cli.main(["train", data, "--quiet"]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_lists_all_commands_and_shows_docstrings(capsys):
+    assert cli.main([]) == 0
+    overview = capsys.readouterr().out
+    assert all(name in overview for name in cli.COMMANDS)
+    for name in cli.COMMANDS:
+        assert cli.main([name, "--help"]) == 0
+        text = capsys.readouterr().out
+        summary = (cli.load_command(name).__doc__ or "").splitlines()[0]
+        assert " ".join(summary.split())[:40] in " ".join(text.split())
+        assert f"usage: transcnn {name}" in text
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip().count(".") == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyboardInterrupt(), 130),
+        (Interrupted("after update 3", signal.SIGINT), 130),
+        (Interrupted("after update 3", signal.SIGTERM), 0),
+    ],
+)
+def test_exit_codes_of_a_stopped_command(monkeypatch, capsys, error, code):
+    def stopped(names: list[str] | None = None) -> None:
+        """Stop."""
+        raise error
+
+    monkeypatch.setattr(cli, "load_command", lambda name: stopped)
+    assert cli.main(["models"]) == code
+    assert str(error) in capsys.readouterr().err
+
+
+def test_the_command_line_loads_nothing_heavy_by_itself():
+    heavy = ("lightning", "matplotlib", "jsonargparse", "sklearn")
+    code = f"import sys, transcnn.cli; print([name for name in {heavy} if name in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+def test_train_eval_predict_end_to_end(class_folder, tmp_path, capsys):
+    run = str(tmp_path / "run")
+    flags = [
+        "--model",
+        "transcnn_test",
+        "--img-size",
+        "32",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "8",
+        "--accelerator",
+        "cpu",
+    ]
+    assert cli.main(["train", str(class_folder), "--out", run, *flags]) == 0
+    captured = capsys.readouterr()
+    assert "top-1" in captured.out
+    assert "index.html" in captured.out
+    assert "epoch 1/1" in captured.err
+    assert cli.main(["train", str(class_folder), "--out", run, *flags]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert cli.main(["eval", run, "--split", "val", "--accelerator", "cpu"]) == 0  # the data it was trained on
+    assert "top-1" in capsys.readouterr().out
+    assert cli.main(["predict", run, str(class_folder / "class_0"), "--json", "--accelerator", "cpu"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 8

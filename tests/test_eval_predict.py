@@ -1,0 +1,156 @@
+"""Scoring and naming with a trained network, through the functions that the commands are."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from transcnn.errors import UserError
+from transcnn.evaluate import evaluate
+from transcnn.models import describe, models
+from transcnn.predict import find_images, predict
+from transcnn.runs import build_model, data_config_of, load, save_weights
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory with random weights for three classes."""
+    torch.manual_seed(3)
+    network = build_model("transcnn_test", num_classes=3)
+    for parameter in network.parameters():  # answers that differ from image to image
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else None
+    folder = tmp_path / "run"
+    folder.mkdir()
+    names = ["class_0", "class_1", "class_2"]
+    config = data_config_of(network, 3, 32)
+    save_weights(
+        folder / "best.safetensors",
+        network,
+        {"model": "transcnn_test", "model_args": {}, "class_names": names, "data_config": config, "task": "classify"},
+    )
+    return folder
+
+
+def test_eval_counts_as_a_loop_would(run, class_folder, capsys):
+    metrics = evaluate(str(run), str(class_folder), precision="32", accelerator="cpu", report=True)
+    rows = predict(str(run), [str(class_folder)], accelerator="cpu", quiet=True)
+    truths = [Path(row["file"]).parent.name for row in rows]
+    right = [row["top"][0]["label"] == truth for row, truth in zip(rows, truths, strict=True)]
+    assert len(rows) == metrics["images"] == 24
+    assert metrics["top1"] == pytest.approx(100 * sum(right) / 24, abs=1e-3)
+    for name, accuracy in metrics["class_accuracy"].items():
+        of_class = [hit for hit, truth in zip(right, truths, strict=True) if truth == name]
+        assert accuracy == pytest.approx(100 * sum(of_class) / 8, abs=1e-3)
+    assert json.loads((run / "eval" / "metrics.json").read_text()) == metrics
+    assert (run / "eval" / "report" / "index.html").is_file()
+    assert "top-1" in capsys.readouterr().out
+
+
+def test_eval_leaves_broken_files_out_and_lists_them(run, class_folder):
+    (class_folder / "class_1" / "000.png").write_bytes(b"")
+    metrics = evaluate(str(run), str(class_folder), accelerator="cpu", quiet=True)
+    assert metrics["images"] == 23
+    assert metrics["skipped"] == 1
+    with (run / "eval" / "skipped.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["file", "reason"]
+    assert rows[1][0].endswith("000.png")
+    with pytest.raises(UserError, match=r"000\.png"):
+        evaluate(str(run), str(class_folder), accelerator="cpu", strict_data=True, quiet=True)
+
+
+def test_eval_of_other_classes_is_refused(run, make_class_folder):
+    with pytest.raises(UserError, match="does not know"):
+        evaluate(str(run), str(make_class_folder(classes=5, per_class=1, name="more")), accelerator="cpu")
+
+
+def test_predict_json_is_what_the_design_says(run, class_folder, capsys):
+    broken = class_folder / "class_0" / "zz broken é.png"
+    broken.write_text("not an image")
+    good = str(class_folder / "class_0" / "000.png")
+    predict(str(run), [str(broken), good, "missing.png"], json=True, top_k=2, accelerator="cpu")
+    captured = capsys.readouterr()
+    rows = json.loads(captured.out)
+    assert [row["file"] for row in rows] == [str(broken), good, "missing.png"]
+    assert set(rows[0]) == set(rows[2]) == {"file", "error"}
+    assert set(rows[1]) == {"file", "top"}
+    assert [set(top) for top in rows[1]["top"]] == [{"label", "score"}] * 2
+    assert rows[1]["top"][0]["score"] >= rows[1]["top"][1]["score"]
+
+
+def test_predict_is_the_network_and_batches_do_not_matter(run, class_folder):
+    one = predict(str(run), [str(class_folder)], batch_size=1, accelerator="cpu", quiet=True)
+    many = predict(str(run), [str(class_folder)], batch_size=7, accelerator="cpu", quiet=True)
+    for a, b in zip(one, many, strict=True):
+        assert a["file"] == b["file"]
+        assert [top["label"] for top in a["top"]] == [top["label"] for top in b["top"]]
+        assert [top["score"] for top in a["top"]] == pytest.approx([top["score"] for top in b["top"]], abs=1e-5)
+        assert sum(top["score"] for top in a["top"]) == pytest.approx(1, abs=1e-5)  # three classes, all of them told
+    loaded = load(run)
+    from PIL import Image
+
+    from transcnn.tasks.classify import Classify
+
+    x = Classify.image_transform(loaded.preprocessing)(Image.open(one[0]["file"]), 0)
+    best = loaded.model(x[None]).softmax(1).max()
+    assert one[0]["top"][0]["score"] == pytest.approx(best.item(), abs=1e-5)
+
+
+def test_predict_table_and_csv(run, class_folder, tmp_path, capsys):
+    (class_folder / "class_0" / "000.png").write_bytes(b"")
+    target = tmp_path / "out.csv"
+    predict(str(run), [str(class_folder / "class_0")], csv=str(target), top_k=1, accelerator="cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("can't be read: empty file" in line for line in lines) == 1
+    assert sum("%" in line for line in lines) == 7
+    with target.open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["file", "error", "label_1", "score_1"]
+    assert rows[0]["error"] == "empty file"
+    assert all(row["label_1"].startswith("class_") and float(row["score_1"]) > 0 for row in rows[1:])
+
+
+def test_images_by_file_folder_and_pattern(class_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(class_folder)
+    assert len(find_images(["class_0", "class_1/00[01].png"])) == 10
+    assert find_images(["class_0/000.png", "class_0/000.png"]) == ["class_0/000.png"]  # each once
+    assert len(find_images(["**/*.png"])) == 24
+    odd = class_folder / "a [1].png"
+    odd.touch()
+    assert find_images(["a [1].png"]) == ["a [1].png"]  # a name before it is a pattern
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no images in the folder"):
+        find_images([str(tmp_path / "empty")])
+    with pytest.raises(UserError, match="no file matches"):
+        find_images(["nothing*.png"])
+
+
+@pytest.mark.parametrize(("settings", "message"), [(dict(top_k=0), "top_k"), (dict(batch_size=0), "batch_size")])
+def test_predict_refuses_wrong_numbers(run, class_folder, settings: dict[str, Any], message):
+    with pytest.raises(UserError, match=message):
+        predict(str(run), [str(class_folder)], **settings)
+
+
+def test_models_are_the_published_ones(tmp_path, capsys):
+    paper = {"hatnet_tiny": 2.0, "hatnet_small": 4.3}  # it counts layers, not the products inside attention
+    figures = {name: describe(name) for name in ("transcnn_tiny", *paper)}
+    assert figures["transcnn_tiny"]["params"] == 13_315_976
+    assert figures["hatnet_tiny"]["params"] == 12_655_912
+    for name, giga in paper.items():
+        assert figures[name]["layer_macs"] / 1e9 == pytest.approx(giga, abs=0.05)
+        assert figures[name]["macs"] > figures[name]["layer_macs"]
+    models(["transcnn_tiny", "resnet18"], img_size=64, csv=str(tmp_path / "models.csv"))
+    out = capsys.readouterr().out
+    assert "80.4 %" in out
+    assert "paper" in out
+    with (tmp_path / "models.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["transcnn_tiny", "resnet18"]
+    assert rows[1]["paper_top1"] == ""
+    with pytest.raises(UserError, match="img_size"):
+        describe("transcnn_test", -1)
