@@ -1,0 +1,251 @@
+"""One picture of where a network looks, for somebody who hasn't read the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..plots import BLUE, GREY, ORANGE, new_figure
+from .geometry import edges
+from .maps import AttentionMap
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["Explanation", "draw"]
+
+MARK = "#00d5ff"  # the spot asked about; in none of the colours of the maps
+PANEL = 2.55  # inches
+NO_GRIDS = "No grids here:\nthe map is so small that each\ncell looks at all others at once\n(see the last row)."
+
+
+@dataclass
+class Explanation:
+    """All that the picture shows.
+
+    Attributes:
+        image: What the network saw, uint8 (H, W) or (H, W, 3).
+        query: Row and column of the pixel asked about.
+        stages: The maps of one block of each stage, local ones first.
+        top: The likeliest classes with their probabilities, the likeliest first.
+        class_name: The class that ``cam`` and ``taken`` are about.
+        cam: Grad-CAM, (H, W).
+        taken: Gradient times attention, (H, W).
+        title: Of the whole.
+        note: Small print at the foot.
+    """
+
+    image: np.ndarray
+    query: tuple[int, int]
+    stages: Sequence[Sequence[AttentionMap]]
+    top: Sequence[tuple[str, float]]
+    class_name: str
+    cam: np.ndarray
+    taken: np.ndarray
+    title: str
+    note: str = ""
+
+
+def draw(e: Explanation) -> Figure:
+    """The picture: image, answer and evidence in the first row; below, a column a stage and a row a step."""
+    columns = max(4, len(e.stages))
+    levels = max(len(maps) for maps in e.stages) - 1
+    rows = levels + 1
+    heights = [PANEL + 0.95] + [PANEL + 0.75] * rows
+    width, height = columns * (PANEL + 0.3) + 0.3, sum(heights) + 1.75
+    page = _Page(new_figure(width, height, layout="none"), width, height)
+    page.write(width / 2, 0.3, e.title, size=15, weight="bold", align="center")
+
+    top = 0.62
+    lefts = [0.3 + (PANEL + 0.3) * (i + (columns - 4) / 2) for i in range(4)]
+    _draw_image(page.panel(lefts[0], top + 0.3), e)
+    page.caption(lefts[0], top, "The image", "Blue square: the spot that the\nmaps below are asked about.")
+    _draw_answers(page.panel(lefts[1] + 0.08, top + 0.3, PANEL - 0.16), e)
+    page.caption(lefts[1], top, "The answer", "The likeliest classes.")
+    name = f"“{_cut(e.class_name, 13)}”"
+    about = (
+        (f"What speaks for {name}", "Grad-CAM: the parts of the image that\nraise the score of this class.", e.cam),
+        (
+            "What attention uses for it",
+            "Gradient × attention: what attention\ntook from here raised that score.",
+            e.taken,
+        ),
+    )
+    for left, (title, text, values) in zip(lefts[2:], about, strict=True):
+        _draw_heat(page.panel(left, top + 0.3), e.image, values)
+        page.caption(left, top, title, text)
+
+    lefts = [0.3 + (PANEL + 0.3) * (i + (columns - len(e.stages)) / 2) for i in range(len(e.stages))]
+    for row in range(rows):
+        top = 0.62 + heights[0] + 0.65 + sum(heights[1 : row + 1])
+        if row == 0:
+            page.rule(top - 0.68)
+            words = "Where does the marked spot look? Brighter: it takes more from there."
+            page.write(width / 2, top - 0.47, words, size=12, weight="bold", align="center")
+            words = "The network cuts the image into cells; each cell first looks around in its grid, then far away."
+            page.write(width / 2, top - 0.22, words, size=9.5, colour="#333333", align="center")
+        for i, (left, maps) in enumerate(zip(lefts, e.stages, strict=True)):
+            local = [m for m in maps if m.step == "local"]
+            found = maps[-1] if row == levels else local[row] if row < len(local) else None
+            title = f"Stage {i + 1}: {_step_name(row, levels)}"
+            if found is None:
+                page.caption(left, top, title, "")
+                page.write(
+                    left + PANEL / 2, top + 0.3 + PANEL / 2, NO_GRIDS, size=9.5, colour="#555555", align="center"
+                )
+                continue
+            _draw_map(page.panel(left, top + 0.3), e.image, found)
+            page.caption(left, top, title, _describe(found))
+    page.write(width / 2, height - 0.22, e.note, size=8.5, colour="#555555", align="center")
+    return page.figure
+
+
+class _Page:
+    """A figure measured in inches from its top left corner."""
+
+    def __init__(self, figure: Figure, width: float, height: float) -> None:
+        self.figure, self.width, self.height = figure, width, height
+
+    def panel(self, left: float, top: float, width: float = PANEL) -> Axes:
+        box = (left / self.width, 1 - (top + PANEL) / self.height, width / self.width, PANEL / self.height)
+        return self.figure.add_axes(box)
+
+    def caption(self, left: float, top: float, title: str, text: str) -> None:
+        """A title above a panel whose row begins at ``top``, and plain words below it."""
+        self.write(left, top + 0.16, title, size=10.5, weight="bold")
+        self.write(left, top + 0.3 + PANEL + 0.07, text, size=8.5, colour="#333333", vertical="top")
+
+    def write(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        *,
+        size: float,
+        weight: str = "normal",
+        colour: str = "black",
+        align: str = "left",
+        vertical: str = "center",
+    ) -> None:
+        place = (x / self.width, 1 - y / self.height)
+        self.figure.text(*place, text, fontsize=size, weight=weight, color=colour, ha=align, va=vertical)
+
+    def rule(self, y: float) -> None:
+        from matplotlib.lines import Line2D
+
+        place = 1 - y / self.height
+        self.figure.add_artist(Line2D([0.02, 0.98], [place, place], color="#cccccc", linewidth=1))
+
+
+def _step_name(row: int, levels: int) -> str:
+    if row == levels:
+        return "far, the whole image"
+    return "near, inside its grid" if row == 0 else f"farther, grids of level {row + 1}"
+
+
+def _describe(m: AttentionMap) -> str:
+    """Two lines about one map in plain words."""
+    tall, wide = (_first_step(n, had) * m.ratio for n, had in zip(m.size, m.map_size, strict=True))
+    cell = f"{min(tall, m.size[0])}×{min(wide, m.size[1])} pixels"
+    strongest = float(m.weights.max()) * m.seen
+    share = "An even look: from all alike." if strongest < 1.05 else f"Brightest: {strongest:.1f} × an even share."
+    if m.grid_size is not None:
+        return f"Sees {m.seen} cells of {cell} (white frame).\n{share}"
+    what = "averages over" if m.ratio > 1 else "cells of"
+    return f"Sees {m.seen} {what} {cell}.\n{share}"
+
+
+def _first_step(pixels: int, count: int) -> int:
+    return edges(pixels, count)[1]
+
+
+def _draw_image(axes: Axes, e: Explanation) -> None:
+    _show(axes, e.image)
+    side = max(1.0, max(e.image.shape[:2]) / 40)
+    _frame(axes, (e.query[0] + 0.5 - side / 2, e.query[1] + 0.5 - side / 2, side, side), MARK, 2.2)
+
+
+def _draw_answers(axes: Axes, e: Explanation) -> None:
+    names, shares = [name for name, _ in e.top], [share for _, share in e.top]
+    places = np.arange(len(names))
+    colours = [ORANGE if name == e.class_name else BLUE for name in names]
+    axes.barh(places, shares, color=colours, height=0.36)
+    for place, name, share in zip(places, names, shares, strict=True):
+        axes.text(0, place - 0.3, f"{_cut(name, 24)}  {share:.1%}", va="bottom", ha="left", fontsize=9.5)
+    axes.set(xlim=(0, 1), ylim=(4.45, -0.75))
+    axes.axis("off")
+    axes.axvline(0, color=GREY, linewidth=1)
+
+
+def _draw_heat(axes: Axes, image: np.ndarray, values: np.ndarray) -> None:
+    _show(axes, _heat(image, values))
+
+
+def _draw_map(axes: Axes, image: np.ndarray, m: AttentionMap) -> None:
+    """One attention map over the image, with grid lines, the position's own grid, and the position."""
+    _show(axes, _heat(image, m.pixels.double().numpy()))
+    (rows, columns), (height, width) = m.map_size, m.size
+    ys, xs = edges(height, rows), edges(width, columns)
+    if m.grid_size is not None:
+        step = m.grid_size * m.ratio
+        for y in ys[:-1:step][1:]:
+            axes.axhline(y - 0.5, color="white", linewidth=0.7, alpha=0.7)
+        for x in xs[:-1:step][1:]:
+            axes.axvline(x - 0.5, color="white", linewidth=0.7, alpha=0.7)
+        top, left, bottom, right = m.box
+        _frame(axes, (top, left, bottom - top, right - left), "white", 2.4)
+        # Grids are small in early stages: show the own one and those around it.
+        tall, wide = 3 * _span(ys, step), 3 * _span(xs, step)
+        if tall < height and wide < width:
+            middle_y, middle_x = (top + bottom) / 2, (left + right) / 2
+            low_y = min(max(0.0, middle_y - tall / 2), height - tall)
+            low_x = min(max(0.0, middle_x - wide / 2), width - wide)
+            axes.set(xlim=(low_x - 0.5, low_x + wide - 0.5), ylim=(low_y + tall - 0.5, low_y - 0.5))
+    y, x = m.query
+    ratio = m.ratio if m.grid_size is not None else 1
+    ends = ys[min((y + 1) * ratio, rows)], xs[min((x + 1) * ratio, columns)]
+    _frame(axes, (ys[y * ratio], xs[x * ratio], ends[0] - ys[y * ratio], ends[1] - xs[x * ratio]), MARK, 2.0)
+
+
+def _span(lines: Sequence[int], step: int) -> int:
+    return lines[min(step, len(lines) - 1)]
+
+
+def _heat(image: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """A dim grey image with colours over it, the brighter the larger, from 0 to the largest value; (H, W, 3)."""
+    import matplotlib
+
+    pixels = image.astype(float) / 255
+    grey = pixels if pixels.ndim == 2 else pixels @ np.array([0.299, 0.587, 0.114])
+    largest = values.max()
+    heat = values / largest if largest > 0 else np.zeros_like(values)
+    colours = matplotlib.colormaps["inferno"](0.25 + 0.7 * heat)[..., :3]
+    strength = 0.8 * heat[..., None] ** 0.6
+    return (1 - strength) * (0.12 + 0.5 * grey[..., None]) + strength * colours
+
+
+def _show(axes: Axes, image: np.ndarray) -> None:
+    small = max(image.shape[:2]) <= 96
+    axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest" if small else "auto")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+
+
+def _frame(axes: Axes, box: tuple[float, float, float, float], colour: str, width: float) -> None:
+    """A rectangle (top, left, height, width) in pixels."""
+    from matplotlib.patches import Rectangle
+
+    top, left, height, wide = box
+    common: dict[str, Any] = {"fill": False, "joinstyle": "miter", "clip_on": False}
+    axes.add_patch(Rectangle((left - 0.5, top - 0.5), wide, height, edgecolor="black", linewidth=width + 1.4, **common))
+    axes.add_patch(Rectangle((left - 0.5, top - 0.5), wide, height, edgecolor=colour, linewidth=width, **common))
+
+
+def _cut(name: str, length: int) -> str:
+    name = " ".join(name.split())
+    return name if len(name) <= length else f"{name[: length - 1]}…"

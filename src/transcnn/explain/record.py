@@ -1,0 +1,240 @@
+"""What each H-MHSA did in one forward pass, told by hooks; the modules and their forward stay as they are.
+
+``forward`` runs attention as one fused call and never holds the weights. Here they are computed again from the very
+queries and keys that the layers gave, with the same cutting into grids.
+
+Letters as in :mod:`transcnn.attention`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..attention import HMHSA, cut_into_grids
+from ..data.images import BrokenImage, read_image, to_channels
+from ..errors import UserError
+from ..runs import Loaded, data_config_of
+
+__all__ = ["ImageLike", "Record", "as_input", "check_stage", "heads_of", "local_weights", "record", "token_weights"]
+
+ImageLike = Tensor | Image.Image | str | os.PathLike[str]
+
+
+@dataclass
+class Record:
+    """One H-MHSA in one forward pass of one image.
+
+    Attributes:
+        name: The module's dotted name.
+        attn: The module.
+        owner: The module that holds it: a block, a plugged branch, or itself.
+        stage: Which stage it belongs to, from 0.
+        x: Its input, (1, C, H, W).
+        qkv: Queries, keys and values of each local step, (1, 3C, H_l, W_l).
+        mixed: X + Attn of each local step, before GridNorm, (1, C, H_l, W_l).
+        q: Queries of the global step, (1, C, H, W).
+        k, v: Its keys and values, (1, C, H_L, W_L).
+        summed: What goes into the last projection, (1, C, H, W).
+        y: Its output, (1, C, H, W).
+        output: The owner's output.
+    """
+
+    name: str
+    attn: HMHSA
+    owner: nn.Module
+    x: Tensor
+    stage: int = 0
+    qkv: list[Tensor] = field(default_factory=list)
+    mixed: list[Tensor] = field(default_factory=list)
+    q: Tensor = field(init=False)
+    k: Tensor = field(init=False)
+    v: Tensor = field(init=False)
+    summed: Tensor = field(init=False)
+    y: Tensor = field(init=False)
+    output: Tensor = field(init=False)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the map."""
+        return self.x.shape[2], self.x.shape[3]
+
+
+def as_input(model: nn.Module | Loaded, image: ImageLike) -> tuple[nn.Module, Tensor]:
+    """The module and its input (1, C, H, W), on the module's device.
+
+    A tensor is taken as normalised already. A PIL image or a file is normalised as the model wants it and keeps its
+    size: any size works.
+
+    Raises:
+        UserError: The file can't be read, or the tensor isn't one image.
+    """
+    module = model.model if isinstance(model, Loaded) else model
+    if isinstance(image, str | os.PathLike):
+        try:
+            image = read_image(Path(image))
+        except BrokenImage as error:
+            raise UserError(f"can't read {os.fspath(image)}: {error}") from error
+    if isinstance(image, Image.Image):
+        from torchvision.transforms import functional as tvf
+
+        from ..data.augment import channel_stats
+
+        in_chans = model.preprocessing["input_size"][0] if isinstance(model, Loaded) else getattr(model, "in_chans", 3)
+        config = model.preprocessing if isinstance(model, Loaded) else data_config_of(module, in_chans)
+        mean, std = channel_stats(config["mean"], in_chans), channel_stats(config["std"], in_chans)
+        pixels = tvf.pil_to_tensor(to_channels(image, in_chans)).float() / 255
+        image = tvf.normalize(pixels, list(mean), list(std))
+    image = image[None] if image.ndim == 3 else image
+    if image.ndim != 4 or len(image) != 1:
+        raise UserError(f"expected one image, (C, H, W) or (1, C, H, W), got {tuple(image.shape)}")
+    like = next(module.parameters(), image)
+    return module, image.detach().to(device=like.device, dtype=like.dtype)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and without recomputation of blocks; afterwards as it was."""
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    checkpointing = [m for m in modules if getattr(m, "grad_checkpointing", None) is True]
+    model.eval()
+    for module in checkpointing:
+        module.grad_checkpointing = False  # pyright: ignore
+    try:
+        yield
+    finally:
+        for module, was in zip(modules, training, strict=True):
+            module.training = was
+        for module in checkpointing:
+            module.grad_checkpointing = True  # pyright: ignore
+
+
+def record(model: nn.Module, image: Tensor, *, gradients: bool = False) -> tuple[Any, list[Record]]:
+    """Run the model on one image; its output, and a record of each H-MHSA in the order in which they ran.
+
+    With ``gradients`` the tensors stay in the graph, also where no parameter asks for gradients.
+
+    Raises:
+        UserError: No H-MHSA ran.
+    """
+    modules = dict(model.named_modules())
+    records: list[Record] = []
+    handles: list[Any] = []
+    try:
+        for name, module in modules.items():
+            if isinstance(module, HMHSA):
+                owner = modules[name.rpartition(".")[0]] if name else module
+                plain = isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict) or owner is model
+                handles += _watch(name, module, module if plain else owner, records)
+        with evaluating(model), torch.set_grad_enabled(gradients):
+            output = model(image.requires_grad_() if gradients else image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not records:
+        raise UserError(f"{type(model).__name__} ran no H-MHSA, so there is no attention to show; see transcnn.plug")
+    _number_stages(records)
+    return output, records
+
+
+def _watch(name: str, attn: HMHSA, owner: nn.Module, records: list[Record]) -> list[Any]:
+    """Hooks that begin a record when ``attn`` is called, and fill the latest one of it."""
+
+    def latest() -> Record:
+        return next(r for r in reversed(records) if r.attn is attn)
+
+    def begin(_: nn.Module, args: Any) -> None:
+        records.append(Record(name, attn, owner, args[0]))
+
+    def keep(put: Callable[[Record, Tensor], None]) -> Callable[..., None]:
+        return lambda module, args, output: put(latest(), output)
+
+    def end(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        latest().output = output
+        return output.clone()  # what comes next may write into it
+
+    def both(r: Record, kv: Tensor) -> None:
+        r.k, r.v = kv.chunk(2, dim=1)
+
+    def all_three(r: Record, qkv: Tensor) -> None:
+        r.q, r.k, r.v = qkv.chunk(3, dim=1)
+
+    def summed(_: nn.Module, args: Any) -> None:
+        latest().summed = args[0]
+
+    def mixed(_: nn.Module, args: Any) -> None:
+        latest().mixed.append(args[0])
+
+    handles = [attn.register_forward_pre_hook(begin), attn.proj.register_forward_pre_hook(summed)]
+    for step in attn.local:
+        handles.append(step.qkv.register_forward_hook(keep(lambda r, out: r.qkv.append(out))))  # pyright: ignore
+        handles.append(step.grid_norm.register_forward_pre_hook(mixed))  # pyright: ignore
+    if attn.local:
+        handles.append(attn.q.register_forward_hook(keep(lambda r, out: setattr(r, "q", out))))
+        handles.append(attn.kv.register_forward_hook(keep(both)))
+    else:
+        handles.append(attn.qkv.register_forward_hook(keep(all_three)))
+    handles.append(attn.register_forward_hook(keep(lambda r, out: setattr(r, "y", out))))
+    handles.append(owner.register_forward_hook(end))
+    return handles
+
+
+def _number_stages(records: Sequence[Record]) -> None:
+    """Our own networks' stages by their names; in others, neighbours with maps of one shape are one stage."""
+    named = [re.search(r"(?:^|\.)stages[._](\d+)\.", r.name) for r in records]
+    stage = -1
+    shape = None
+    for r, match in zip(records, named, strict=True):
+        if r.x.shape != shape:
+            stage, shape = stage + 1, r.x.shape
+        r.stage = int(match[1]) if match and all(named) else stage
+
+
+def check_stage(records: Sequence[Record], stage: int | None) -> list[Record]:
+    """The records of one stage (negative numbers count from the end), or all of them.
+
+    Raises:
+        UserError: There is no such stage.
+    """
+    if stage is None:
+        return list(records)
+    stages = sorted({r.stage for r in records})
+    if stage < 0 and -stage <= len(stages):
+        stage = stages[stage]
+    if stage not in stages:
+        raise UserError(f"stage must be one of {', '.join(map(str, stages))} (or negative, from the end), got {stage}")
+    return [r for r in records if r.stage == stage]
+
+
+# --- weights ----------------------------------------------------------------------------------------------------
+
+
+def token_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(Q·Kᵀ/√d) where ``mask`` is true, (..., N, d) and (..., M, d) -> (..., N, M), in float32 or better."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(dtype) @ k.to(dtype).mT * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1)
+
+
+def local_weights(qkv: Tensor, head_dim: int, grid_size: int) -> tuple[Tensor, Tensor]:
+    """Weights and values inside each grid, (1, 3C, H, W) -> (G, h, N, N) and (G, h, N, d)."""
+    tokens, mask = cut_into_grids(qkv, grid_size)  # (G, N, 3C)
+    q, k, v = tokens.unflatten(2, (3, -1, head_dim)).permute(2, 0, 3, 1, 4)  # (G, h, N, d) each
+    return token_weights(q, k, mask), v
+
+
+def heads_of(x: Tensor, head_dim: int) -> Tensor:
+    """(1, C, H, W) -> (h, H·W, d)."""
+    return x[0].flatten(1).unflatten(0, (-1, head_dim)).mT
