@@ -22,14 +22,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import create_transform
-from timm.data.auto_augment import rand_augment_transform
+from timm.data import create_transform, rand_augment_transform
 from torch import Tensor
 from torchvision import transforms as tv
 from torchvision.transforms import functional as tvf
 
 from ..errors import UserError
-from .images import to_channels
+from .images import cut_ends, to_channels
 from .randomness import Draws, seeded
 
 __all__ = ["Transform", "eval_transform", "train_transform"]
@@ -181,7 +180,7 @@ class Transform:
 
     def prepare(self, image: Image.Image, seed: int = 0) -> Tensor:
         """Any PIL image -> uint8 (C, H, W); ``seed`` matters only where not ``cacheable``."""
-        image = _tame(to_channels(image, self.in_chans))
+        image = cut_ends(to_channels(image, self.in_chans))
         if self.cacheable:
             return self._prepare(image)
         with seeded(seed):
@@ -298,19 +297,6 @@ def _resize(
         raise UserError(f"interpolation must be nearest, bilinear, bicubic or lanczos, got {interpolation!r}")
     resize: Any = create_transform((in_chans, *size), interpolation=interpolation, crop_pct=crop_pct, normalize=False)
     return resize, (in_chans, size, interpolation, crop_pct)
-
-
-def _tame(image: Image.Image) -> Image.Image:
-    """Cut the ends off an image more than 8 times as long as wide: resized by its short side it would be huge.
-
-    What is cut off lies outside the middle that evaluation looks at.
-    """
-    width, height = image.size
-    if max(width, height) <= 8 * min(width, height):
-        return image
-    keep_width, keep_height = min(width, 8 * height), min(height, 8 * width)
-    left, top = (width - keep_width) // 2, (height - keep_height) // 2
-    return image.crop((left, top, left + keep_width, top + keep_height))
 
 
 def _per_image(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -22,17 +23,24 @@ logger = logging.getLogger(__name__)
 class PathList:
     """Many file names in little memory: one block of bytes and an offset each, and cheap to send to workers."""
 
-    def __init__(self, root: Path, names: Iterable[str]) -> None:
+    def __init__(self, root: Path) -> None:
         self.root = os.fspath(root)
-        block = bytearray()
-        ends = [0]
-        for name in names:
-            block += os.fsencode(name)
-            ends.append(len(block))
-        self.block, self.ends = bytes(block), np.array(ends, dtype=np.int64)
+        self.block = bytearray()
+        self.ends = array("q", [0])
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def add(self, paths: Iterable[str]) -> int:
+        """Take in paths below the root, and return how many there were."""
+        before = len(self)
+        for path in paths:
+            self.block += os.fsencode(path[len(self.root) + 1 :])
+            self.ends.append(len(self.block))
+        return len(self) - before
 
     def name(self, i: int) -> str:
-        return os.fsdecode(self.block[self.ends[i] : self.ends[i + 1]])
+        return os.fsdecode(bytes(self.block[self.ends[i] : self.ends[i + 1]]))
 
     def load(self, i: int) -> Image.Image:
         return read_image(os.path.join(self.root, self.name(i)))
@@ -79,12 +87,8 @@ def _class_folders(root: Path, class_names: Sequence[str] | None = None) -> Sour
 
     Class folders that differ only in case are kept apart, as the file system does, and logged.
     """
-    names: list[str] = []
-    counts: dict[str, int] = {}
-    for label in _subfolders(root):
-        before = len(names)
-        names.extend(path[len(str(root)) + 1 :] for path in _list_class(root / label))
-        counts[label] = len(names) - before
+    paths = PathList(root)
+    counts = {label: paths.add(_list_class(root, label)) for label in _subfolders(root)}
     found = [label for label, count in counts.items() if count]
     if not found:
         raise UserError(f"no images in {str(root)!r}; expected a folder for each class with images in it")
@@ -93,16 +97,15 @@ def _class_folders(root: Path, class_names: Sequence[str] | None = None) -> Sour
     unknown = [label for label in found if label not in classes]
     if unknown:
         raise UserError(f"{str(root)!r} holds classes that training has not: {few(unknown)}; allowed: {few(classes)}")
-    paths = PathList(root, names)
     labels = np.repeat([classes.index(label) for label in found], [counts[label] for label in found])
     return Source(labels.astype(np.int64), classes, paths.load, paths.name)
 
 
-def _list_class(folder: Path) -> Iterable[str]:
+def _list_class(root: Path, label: str) -> Iterable[str]:
     try:
-        yield from list_images(folder)
+        yield from list_images(root / label, root)
     except OSError as error:
-        logger.warning("%s is left out: %s", folder, error.strerror)
+        logger.warning("%s is left out: %s", root / label, error.strerror)
 
 
 def _warn_of_names(root: Path, counts: dict[str, int]) -> None:

@@ -19,18 +19,21 @@ from PIL import Image, ImageOps
 
 from ..errors import UserError
 
-__all__ = ["EXTENSIONS", "BrokenImage", "is_dir", "is_image_name", "list_images", "read_image", "to_channels"]
+__all__ = [
+    "EXTENSIONS",
+    "BrokenImage",
+    "cut_ends",
+    "is_dir",
+    "is_image_name",
+    "list_images",
+    "read_image",
+    "to_channels",
+]
 
 # What Pillow may open. Formats that start other programs (EPS) or that nobody trains on are left out.
 FORMATS = "JPEG MPO PNG GIF BMP DIB TIFF WEBP AVIF PPM TGA ICO JPEG2000 QOI PCX"
-EXTENSIONS = frozenset(
-    f".{ending}"
-    for endings in (
-        "jpg jpeg jpe jfif mpo png apng gif bmp dib tif tiff webp avif",
-        "ppm pgm pbm pnm tga ico jp2 j2k qoi pcx",
-    )
-    for ending in endings.split()
-)
+ENDINGS = "jpg jpeg jpe jfif mpo png apng gif bmp dib tif tiff webp avif ppm pgm pbm pnm tga ico jp2 j2k qoi pcx"
+EXTENSIONS = frozenset(f".{ending}" for ending in ENDINGS.split())
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # by number of channels
 
 
@@ -42,8 +45,8 @@ def read_image(source: str | os.PathLike[str] | bytes | BinaryIO) -> Image.Image
     """Read and decode one image, upright, 8 bits a channel, in mode L, LA, RGB or RGBA.
 
     The EXIF orientation is applied; of an animation the first frame is taken; a palette becomes colours (with alpha
-    if it has any); CMYK and other colour spaces become RGB; 16-bit grey is divided by 257, 32-bit and float grey is
-    scaled from 0..1, 0..255 or 0..65535 where its values fit one of these, else from its own smallest and largest.
+    if it has any); CMYK and other colour spaces become RGB; 16-bit grey is divided by 257; 32-bit and float grey is
+    scaled from 0..1 (float only), 0..255 or 0..65535 where its values fit one of these, else from its own range.
 
     Args:
         source: A path, the bytes of a file, or a binary file object (which stays open).
@@ -85,25 +88,38 @@ def to_channels(image: Image.Image, in_chans: int) -> Image.Image:
     return image.convert(mode)
 
 
+def cut_ends(image: Image.Image) -> Image.Image:
+    """Cut the ends off an image more than 8 times as long as wide: resized by its short side it would be huge.
+
+    What is cut off lies outside the middle that evaluation looks at.
+    """
+    width, height = image.size
+    if max(width, height) <= 8 * min(width, height):
+        return image
+    keep_width, keep_height = min(width, 8 * height), min(height, 8 * width)
+    left, top = (width - keep_width) // 2, (height - keep_height) // 2
+    return image.crop((left, top, left + keep_width, top + keep_height))
+
+
 def is_image_name(name: str) -> bool:
     """Whether a file's name says that it is an image, and not a hidden file."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
-def list_images(folder: str | os.PathLike[str]) -> Iterator[str]:
+def list_images(folder: str | os.PathLike[str], within: str | os.PathLike[str] | None = None) -> Iterator[str]:
     """The image files below a folder by name, sorted folder by folder, as paths; hidden ones are left out.
 
-    Links to folders are followed, but into no folder that is already being listed, so loops end.
+    Links to folders are followed, but into no folder that is being listed already, nor into ``within``, the folder
+    of the whole data set: so loops end, and no class gets another's images.
 
     Yields:
         Also what only looks like an image (a dangling link, a folder named x.jpg): reading it tells what is wrong.
     """
-    yield from _list(os.fspath(folder), ())
+    yield from _list(os.fspath(folder), () if within is None else (_identity(within),))
 
 
 def _list(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    status = os.stat(folder)
-    above = (*above, (status.st_dev, status.st_ino))
+    above = (*above, _identity(folder))
     folders: list[str] = []
     files: list[str] = []
     with os.scandir(folder) as entries:
@@ -119,9 +135,13 @@ def _list(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
     del files
     for name in sorted(folders):
         path = os.path.join(folder, name)
-        inner = os.stat(path)
-        if (inner.st_dev, inner.st_ino) not in above and os.access(path, os.R_OK | os.X_OK):
+        if _identity(path) not in above and os.access(path, os.R_OK | os.X_OK):
             yield from _list(path, above)
+
+
+def _identity(folder: str | os.PathLike[str]) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def is_dir(entry: os.DirEntry[str]) -> bool:
@@ -217,9 +237,10 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 def _grey_to_eight_bits(values: np.ndarray, *, sixteen: bool) -> np.ndarray:
     if sixteen:
         return (values.astype(np.float32) / 257 + 0.5).astype(np.uint8)
+    tops = (255, 65535) if values.dtype.kind in "iu" else (1, 255, 65535)
     values = np.nan_to_num(values.astype(np.float64))
     low, high = values.min(), values.max()
-    fits = [top for top in (1, 255, 65535) if low >= 0 and high <= top]
-    if fits and not (fits[0] == 1 and np.issubdtype(values.dtype, np.integer)):
+    fits = [top for top in tops if low >= 0 and high <= top]
+    if fits:
         low, high = 0.0, float(fits[0])
     return ((values - low) / max(high - low, 1e-12) * 255 + 0.5).clip(0, 255).astype(np.uint8)
