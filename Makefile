@@ -33,16 +33,17 @@ $(BIN)/pip:
 	    || { echo "Python has no venv module; on Debian: apt install python3-venv" >&2; exit 2; }
 	$(PYTHON) -m venv --clear $(VENV)
 
-# Where every extra is there already, the smaller sets are too: their stamps then need no pip.
+# A set that a larger one brought already needs no pip: its stamp alone is missing.
+UNLESS = @for larger in $(1); do \
+    if [ $$larger -nt pyproject.toml ] && [ $$larger -nt constraints.txt ]; then touch $@; exit 0; fi; done; \
+    echo "Installing what the $(2) needs into $(VENV) (once, some minutes) ..."; \
+    $(INSTALL) "$(3)" && touch $@
+
 $(VENV)/.installed-train: $(PINS) | $(BIN)/pip
-	@if [ $(EVERYTHING) -nt pyproject.toml ] && [ $(EVERYTHING) -nt constraints.txt ]; then :; else \
-	    echo "Installing what the demo needs into $(VENV) (once, some minutes) ..."; $(INSTALL) ".[train]"; fi
-	@touch $@
+	$(call UNLESS,$(VENV)/.installed-dev $(EVERYTHING),demo,.[train])
 
 $(VENV)/.installed-dev: $(PINS) | $(BIN)/pip
-	@if [ $(EVERYTHING) -nt pyproject.toml ] && [ $(EVERYTHING) -nt constraints.txt ]; then :; else \
-	    echo "Installing what the tests need into $(VENV) (once, some minutes) ..."; $(INSTALL) ".[dev]"; fi
-	@touch $@
+	$(call UNLESS,$(EVERYTHING),test suite,.[dev])
 
 $(EVERYTHING): $(PINS) | $(BIN)/pip
 	@echo "Installing every extra into $(VENV) (once, some minutes) ..."
