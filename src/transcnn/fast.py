@@ -114,10 +114,12 @@ def _replace(module: nn.Module) -> nn.Module:
 
 
 class _Tracer(torch.fx.Tracer):
-    """Sees into everything but PyTorch's layers and what was replaced already."""
+    """Sees into everything but PyTorch's layers, norms of any library, and what was replaced already."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Frozen) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, Frozen | nn.modules.batchnorm._BatchNorm) or super().is_leaf_module(
+            m, module_qualified_name
+        )
 
 
 def _pairs(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:

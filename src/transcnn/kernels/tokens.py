@@ -7,7 +7,7 @@ They equal the modules that they are made from up to rounding, and are for infer
 Folding. In evaluation a BatchNorm is ``a·x + b`` with fixed a and b for each channel, so it disappears into the
 convolution before it, or into a 1x1 convolution after it. GridNorm stands after a sum, ``a·(X + Attn) + b``: as the
 rows of a softmax sum to one, scaling and shifting V does to Attn what ``a·Attn + b`` would, and ``a·X + Attn'``
-remains, one multiply-add.
+remains, one multiply-add. The 1/√d of attention goes into the rows of Q.
 """
 
 from __future__ import annotations
@@ -180,12 +180,11 @@ class FastLocalStep(Frozen):
         super().__init__()
         self.head_dim, self.grid_size = step.head_dim, step.grid_size
         before, grid = affine(step.norm), affine(step.grid_norm)
-        values = None
-        if grid is not None:  # scale and shift the rows of V alone
-            one, zero = torch.ones_like(grid[0]), torch.zeros_like(grid[0])
-            values = torch.cat((one, one, grid[0])), torch.cat((zero, zero, grid[1]))
+        one = step.qkv.weight.new_ones(step.qkv.in_channels, dtype=torch.double)
+        scale, shift = (one, 0 * one) if grid is None else grid
+        after = torch.cat((one * step.head_dim**-0.5, one, scale)), torch.cat((0 * one, 0 * one, shift))
         self.norm = None if before is not None else fuse([step.norm])
-        self.qkv = Matrix(step.qkv, before, values)
+        self.qkv = Matrix(step.qkv, before, after)
         self.scale = None if grid is None else frozen(grid[0], step.qkv.weight)
         self.grid_norm = None if grid is not None else fuse([step.grid_norm])
 
@@ -229,15 +228,17 @@ class FastHMHSA(Frozen):
         self.grid_sizes, self.pool_ratios = attn.grid_sizes, attn.pool_ratios
         self.local = nn.ModuleList(FastLocalStep(step) for step in attn.local)  # pyright: ignore
         self.norm_kv = None
+        one = attn.proj.weight.new_ones(attn.dim, dtype=torch.double)
         if self.local:
             before = affine(attn.ds_norm)
             self.norm_kv = None if before is not None else fuse([attn.ds_norm])
-            self.q = Matrix(attn.q)
+            self.q = Matrix(attn.q, after=(one * attn.head_dim**-0.5, 0 * one))
             self.kv = Matrix(attn.kv, before)
         else:
             before = affine(attn.norm)
             self.norm_kv = None if before is not None else fuse([attn.norm])
-            self.qkv = Matrix(attn.qkv, before)
+            after = torch.cat((one * attn.head_dim**-0.5, one, one)), torch.cat((0 * one, 0 * one, 0 * one))
+            self.qkv = Matrix(attn.qkv, before, after)
         self.proj = Matrix(attn.proj)
 
     @torch.no_grad()

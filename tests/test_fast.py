@@ -1,0 +1,234 @@
+"""optimize() gives the same answers: every design, odd sizes, plugged and dense networks, both precisions."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import transcnn
+from transcnn.attention import attend as training_attend
+from transcnn.errors import UserError
+from transcnn.fast import fold_batchnorms, optimize
+from transcnn.kernels import attend as kernel
+from transcnn.kernels.tokens import FastBlock, FastHMHSA
+
+SIZES = [(64, 64), (97, 131), (33, 40)]
+NETWORKS = {
+    "transcnn": {},
+    "hatnet": dict(design="hatnet", norm_layer="groupnorm1", grid_sizes=(8, 7, 7, None)),
+    "three levels": dict(grid_sizes=((4, 2), (4, 2), 4, None), pool_ratios=((2, 2), (2, 3), 2, None)),
+    "ratio that doesn't divide the grid": dict(grid_sizes=(4, 4, 4, 4), pool_ratios=(3, 5, 2, 1)),
+    "wide heads": dict(dims=(32, 64, 64, 64), head_dim=32),
+    "norms that can't be folded": dict(norm_layer=lambda channels: nn.InstanceNorm2d(channels, affine=True)),
+    "batch statistics": dict(norm_layer=lambda channels: nn.BatchNorm2d(channels, track_running_stats=False)),
+    "another activation": dict(act_layer="gelu"),
+}
+
+
+def fill(model: nn.Module) -> nn.Module:
+    """Weights with which every layer matters and nothing saturates."""
+    for name, p in model.named_parameters():
+        if p.ndim > 1:
+            nn.init.normal_(p, std=0.5 / p[0].numel() ** 0.5)
+        else:
+            nn.init.uniform_(p, 0.4, 0.8) if name.endswith("weight") else nn.init.normal_(p, std=0.1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.4, 0.8)
+    return model.eval()
+
+
+def network(**changes) -> nn.Module:
+    return fill(timm.create_model("transcnn_test", **changes))
+
+
+def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    return float(((ours.double() - exact.double()).norm() / exact.double().norm()).detach())
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@torch.no_grad()
+def test_equal_at_every_size(kind):
+    model = network(**NETWORKS[kind])
+    fast = optimize(model)
+    assert any(isinstance(module, FastBlock) for module in fast.modules())
+    for size in SIZES:
+        x = torch.randn(2, 3, *size)
+        assert error(fast(x), model(x)) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["transcnn", "hatnet", "three levels"])
+@torch.no_grad()
+def test_bf16_rounds_no_worse_than_autocast_does(kind):
+    model = network(**NETWORKS[kind])
+    x = torch.randn(4, 3, 97, 131)
+    exact = copy.deepcopy(model).double()(x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        usual = error(model(x), exact)
+    y = optimize(model, "bf16")(x)
+    assert y.dtype == torch.float32  # as the input
+    assert error(y, exact) <= 2 * usual
+
+
+@torch.no_grad()
+def test_features_and_intermediates():
+    model = network()
+    fast = optimize(model)
+    x = torch.randn(1, 3, 70, 50)
+    for ours, theirs in zip(
+        fast.forward_intermediates(x, intermediates_only=True),
+        model.forward_intermediates(x, intermediates_only=True),
+        strict=True,
+    ):
+        assert error(ours, theirs) <= 1e-5
+    features = fill(timm.create_model("transcnn_test", features_only=True))
+    for ours, theirs in zip(optimize(features)(x), features(x), strict=True):
+        assert error(ours, theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("host", ["resnet18", "mobilenetv3_small_050", "regnetx_002"])
+@torch.no_grad()
+def test_a_plugged_host(host):
+    from transcnn.plug import plug
+
+    model = fill(plug(fill(timm.create_model(host, num_classes=7))))
+    x = torch.randn(2, 3, 97, 131)
+    fast = optimize(model)
+    assert any(isinstance(module, FastHMHSA) for module in fast.modules())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+    assert error(fast(x), model(x)) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_dense_model():
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    model = fill(smp.FPN("tu-transcnn_test", encoder_weights=None, encoder_depth=5, classes=4))
+    x = torch.randn(1, 3, 96, 128)
+    assert error(optimize(model)(x), model(x)) <= 1e-5
+
+
+@torch.no_grad()
+def test_the_model_itself_stays_as_it_was():
+    model = network().train()
+    before = copy.deepcopy(model.state_dict())
+    fast = optimize(model, torch.bfloat16, example=torch.randn(1, 3, 40, 40))
+    assert model.training
+    assert not fast.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    again = copy.deepcopy(fast)
+    x = torch.randn(1, 3, 40, 40)
+    assert torch.equal(again(x), fast(x))
+
+
+def test_errors():
+    fast = optimize(network())
+    with pytest.raises(UserError, match="only infers"):
+        fast.train()
+    with pytest.raises(UserError, match=r"dtype must be one of .*bf16.* got 'int8'"):
+        optimize(network(), "int8")
+    with pytest.raises(ValueError, match=r"expected a \(B, 8, H, W\) tensor, got \(1, 4, 5, 5\)"):
+        FastHMHSA(transcnn.HMHSA(8))(torch.zeros(1, 4, 5, 5))
+
+
+class Odd(nn.Module):
+    """A convolution that two read, one called twice, one with a hook, and one that can be folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.read_twice, self.norm1 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.twice, self.norm2 = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.hooked, self.norm3 = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.plain, self.norm4 = nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3)
+        self.hooked.register_forward_hook(lambda module, inputs, output: output * 2)
+
+    def forward(self, x):
+        y = self.read_twice(x)
+        x = self.norm1(y) + y
+        x = self.norm2(self.twice(self.twice(x)))
+        return self.norm4(self.plain(self.norm3(self.hooked(x))))
+
+
+@torch.no_grad()
+def test_only_norms_that_alone_read_a_convolution_are_folded():
+    model = fill(Odd())
+    folded = copy.deepcopy(model)
+    assert fold_batchnorms(folded) == ["norm4"]
+    x = torch.randn(1, 3, 9, 9)
+    assert error(folded(x), model(x)) <= 1e-6
+    assert error(optimize(model)(x), model(x)) <= 1e-6
+
+
+@torch.no_grad()
+def test_a_model_that_cannot_be_traced_is_folded_in_parts():
+    class Untraceable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+        def forward(self, x):
+            return self.body(x) if x.mean() > 0 else self.body(-x)
+
+    model = fill(Untraceable())
+    folded = copy.deepcopy(model)
+    assert fold_batchnorms(folded) == ["body.1"]
+    x = torch.randn(1, 3, 9, 9)
+    assert error(folded(x), model(x)) <= 1e-6
+
+
+@pytest.mark.parametrize("scores", [1, 40, 300, 2**22])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_chunks(scores, masked, monkeypatch):
+    monkeypatch.setattr(kernel, "SCORES", scores)
+    q, k, v = (torch.randn(3, 2, n, 8) for n in (11, 6, 6))
+    mask = (torch.rand(3, 1, 1, 6) > 0.4).index_fill(3, torch.tensor(0), True) if masked else None
+    exact = F.scaled_dot_product_attention(q, k, v, mask, scale=1.0)
+    assert error(kernel._chunked(q, k, v, mask), exact) <= 1e-6
+    assert error(kernel.attend(q, k, v, mask), exact) <= 1e-6
+    assert error(kernel.attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask), exact) <= 2e-2
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_training_equals_the_fused_kernel(masked):
+    leaves = [torch.randn(4, 2, n, 16, requires_grad=True) for n in (20, 9, 9)]
+    mask = (torch.rand(4, 1, 1, 9) > 0.4).index_fill(3, torch.tensor(0), True) if masked else None
+    exact = F.scaled_dot_product_attention(*leaves, attn_mask=mask)
+    up = torch.randn_like(exact)
+    expected = torch.autograd.grad(exact, leaves, up)
+    halves = [x.detach().bfloat16().requires_grad_() for x in leaves]
+    out = training_attend(*halves, mask)
+    assert out.dtype == torch.bfloat16
+    assert error(out, exact) <= 1e-2
+    for ours, theirs in zip(torch.autograd.grad(out, halves, up.bfloat16()), expected, strict=True):
+        assert error(ours, theirs) <= 2e-2
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled():
+    model = network()
+    fast = optimize(model, compile=True)
+    for size in ((64, 64), (48, 80)):
+        x = torch.randn(2, 3, *size)
+        assert error(fast(x), model(x)) <= 1e-5
+
+
+@torch.no_grad()
+def test_published_weights(shared):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("parity_weights", shared / "parity" / "weights.py")
+    published = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(published)
+    from transcnn.checkpoints import convert_state_dict
+
+    for name in ("transcnn_tiny", "hatnet_tiny"):
+        model = timm.create_model(name).eval()
+        tensors = {key: torch.from_numpy(value) for key, value in published.state_dict(name).items()}
+        model.load_state_dict(convert_state_dict(tensors, model))
+        x = torch.from_numpy(published.images(1, 97, 131))
+        assert error(optimize(model)(x), model(x)) <= 1e-5
