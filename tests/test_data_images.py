@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import os
 import struct
-import time
-import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from transcnn.data.images import BrokenImage, is_image_name, list_images, read_image, to_channels
 from transcnn.errors import UserError
@@ -167,13 +165,12 @@ def test_bad_checksum() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(60000, 60000), (2**31 - 1, 2**31 - 1), (10000, 9500)])
-def test_bombs_are_refused_before_memory_is_taken(width: int, height: int) -> None:
-    tracemalloc.start()
-    with pytest.raises(BrokenImage, match=r"pixels|damaged"):
+def test_bombs_are_refused_before_memory_is_taken(width: int, height: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[object] = []
+    monkeypatch.setattr(ImageFile.ImageFile, "load", decoded.append)
+    with pytest.raises(BrokenImage, match="pixels"):
         read_image(png(width, height))
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 4 << 20
+    assert not decoded
 
 
 def test_the_limit_is_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,12 +263,14 @@ def test_listing_follows_links_but_no_loops(tmp_path: Path) -> None:
     assert found == ["a.png", "b.png", "inner/deep/d.png", "linked/f.png"]
 
 
-def test_listing_is_fast(tmp_path: Path) -> None:
-    for i in range(5000):
+def test_listing_looks_at_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(300):
         (tmp_path / f"{i:05}.jpg").touch()
-    start = time.perf_counter()
-    assert len(list(list_images(tmp_path))) == 5000
-    assert time.perf_counter() - start < 2  # 20 ms when nothing else runs
+    looked: list[object] = []
+    stat = os.stat
+    monkeypatch.setattr(os, "stat", lambda *args, **kwargs: (looked.append(args), stat(*args, **kwargs))[1])
+    assert len(list(list_images(tmp_path))) == 300
+    assert len(looked) <= 2  # the folder itself: a million files take one pass over their names
 
 
 SEEDS = [encoded(gradient(), kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO")]
