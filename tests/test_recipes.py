@@ -1,0 +1,58 @@
+"""Each recipe fits the function it is for, builds its network, and takes two steps on made-up data."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from transcnn import cli
+from transcnn.runs import build_model
+from transcnn.train import train
+
+RECIPES = sorted((Path(__file__).resolve().parent.parent / "recipes").glob("*.yaml"))
+CLASSIFY = [path for path in RECIPES if "task: " not in path.read_text() or "task: classify" in path.read_text()]
+
+
+def test_the_recipes_are_there():
+    assert {"cifar10.yaml", "digits.yaml", "folder_finetune.yaml", "imagenet1k.yaml"} <= {p.name for p in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_header_says_command_hardware_time_and_result(path):
+    header = path.read_text().split("\nmodel:")[0]
+    for word in ("command", "hardware", "time", "result"):
+        assert re.search(rf"^# {word} +\S", header, re.MULTILINE), f"{path.name} has no line for {word}"
+    assert "transcnn train" in header
+    assert f"--config recipes/{path.name}" in header
+
+
+@pytest.mark.parametrize("path", CLASSIFY, ids=lambda path: path.stem)
+def test_a_recipe_takes_two_steps(path, make_class_folder, tmp_path):
+    small = [
+        "--model",
+        "transcnn_test",
+        "--img_size",
+        "32",
+        "--batch_size",
+        "4",
+        "--epochs",
+        "1",
+        "--limit_batches",
+        "2",
+    ]
+    machine = ["--accelerator", "cpu", "--precision", "32", "--num_workers", "0", "--quiet", "--accumulate", "1"]
+    data = str(make_class_folder(classes=2, per_class=6))
+    flags = ["--config", str(path), *small, *machine, "--warmup_epochs", "0", "--out", str(tmp_path / "run")]
+    arguments = cli.parse("train", train, [data, *flags])
+    result = train(**arguments)
+    assert result.metrics["images"] > 0
+    assert (tmp_path / "run" / "best.safetensors").is_file()
+
+
+@pytest.mark.parametrize("path", CLASSIFY, ids=lambda path: path.stem)
+def test_a_recipes_own_network_can_be_built(path):
+    arguments = cli.parse("train", train, ["--config", str(path)])
+    network = build_model(arguments["model"], num_classes=2, **(arguments["model_args"] or {}))
+    assert sum(p.numel() for p in network.parameters()) > 100_000

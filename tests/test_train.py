@@ -1,0 +1,319 @@
+"""Training: what it learns, what it writes, and that a run which was cut off goes on as if it had not been."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from timm.optim import create_optimizer_v2
+
+from transcnn import callbacks, engine
+from transcnn.errors import UserError
+from transcnn.runs import load, read_info
+from transcnn.settings import Augment, Ema, Optim
+from transcnn.tasks import get_task
+from transcnn.tasks.classify import Classify
+from transcnn.train import train
+
+QUICK: dict[str, Any] = dict(
+    model="transcnn_test", batch_size=4, precision="32", accelerator="cpu", num_workers=0, img_size=32, quiet=True
+)
+# Everything that draws random numbers or keeps a state of its own.
+BUSY: dict[str, Any] = dict(
+    QUICK,
+    drop_rate=0.2,
+    drop_path_rate=0.2,
+    augment=Augment(mixup=0.4, cutmix=1.0, reprob=0.5, policy="small"),
+    optim=Optim(warmup_epochs=0.5, accumulate=2),
+    lr=3e-3,
+    epochs=3,
+)
+
+
+@pytest.fixture
+def folder(make_class_folder) -> str:
+    """Two classes, 12 images each: 22 for training (5 batches an epoch), 2 for validation."""
+    return str(make_class_folder(classes=2, per_class=12))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, class_image) -> tuple[str, Path]:
+    """The same images, and a run on them that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    for label in range(2):
+        (folder / "images" / f"class_{label}").mkdir(parents=True)
+        for i in range(12):
+            class_image(label, i).save(folder / "images" / f"class_{label}" / f"{i:03}.png")
+    return str(folder / "images"), train(str(folder / "images"), **BUSY, out=str(folder / "run")).run_dir
+
+
+def rows_of(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def steady(run: Path) -> list[dict[str, str]]:
+    """The rows without what a clock measured."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows_of(run)]
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "last.ckpt", weights_only=True)["current_model_state"]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    one, two = weights_of(a), weights_of(b)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    best = [load(run).model.state_dict() for run in (a, b)]
+    assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
+    assert steady(a) == steady(b)
+
+
+def test_a_network_learns_and_the_run_directory_is_complete(make_class_folder, tmp_path):
+    data = make_class_folder(classes=3, per_class=30)
+    result = train(
+        str(data), **dict(QUICK, batch_size=8), epochs=12, lr=5e-3, ema=Ema(ema_decay=0.9), out=str(tmp_path / "run")
+    )
+    run = result.run_dir
+    assert sorted(p.name for p in run.iterdir() if "tfevents" not in p.name) == [
+        "best.safetensors",
+        "config.yaml",
+        "last.ckpt",
+        "metrics.csv",
+        "metrics.json",
+        "report",
+    ]
+    assert len([p for p in run.iterdir() if "tfevents" in p.name]) == 1
+    assert (run / "report" / "index.html").is_file()
+    assert yaml.safe_load((run / "config.yaml").read_text())["lr"] == 5e-3
+
+    rows = rows_of(run)
+    assert [int(row["epoch"]) for row in rows] == list(range(1, 13))
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"]) - 0.2
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics == json.loads(json.dumps(result.metrics))
+    assert metrics["top1"] > 80  # a third by chance
+    assert metrics["split"] == "val"
+    assert (
+        metrics["val_top1"] == pytest.approx(metrics["top1"]) == pytest.approx(max(float(r["val_top1"]) for r in rows))
+    )
+    assert set(metrics["class_accuracy"]) == {"class_0", "class_1", "class_2"}
+    assert metrics["images"] == 9
+    assert "top5" not in metrics  # three classes only
+
+    info = read_info(run / "best.safetensors")
+    assert info["model"] == "transcnn_test"
+    assert info["epoch"] == metrics["best_epoch"]
+    assert info["data_config"]["input_size"] == [3, 32, 32]
+
+
+@pytest.mark.parametrize("stop_after", [3, 5, 7])  # inside an update, at the end of an epoch, inside the second
+def test_a_killed_run_goes_on_exactly(whole, tmp_path, monkeypatch, stop_after):
+    folder, undisturbed = whole
+    seen = 0
+    original = callbacks.StopOnSignal.on_train_batch_end
+
+    def die(self: Any, trainer: Any, *args: Any) -> None:
+        nonlocal seen
+        original(self, trainer, *args)
+        seen += 1
+        if seen > stop_after:  # this step is lost: its checkpoint was never written
+            raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.StopOnSignal, "on_train_batch_end", die)
+        with pytest.raises(ZeroDivisionError):
+            train(folder, **BUSY, save_every=1, out=str(tmp_path / "cut"))
+    torch.manual_seed(12345)  # whatever state the process is in
+    train(resume=str(tmp_path / "cut"), quiet=True)
+    assert_same_run(undisturbed, tmp_path / "cut")
+    assert len([p for p in (tmp_path / "cut").iterdir() if p.suffix == ".ckpt"]) == 1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_step_with_a_checkpoint(whole, tmp_path, monkeypatch, signum):
+    folder, undisturbed = whole
+    original = callbacks.History.on_train_batch_end
+
+    def send(self: Any, trainer: Any, *args: Any) -> None:
+        original(self, trainer, *args)
+        if trainer.current_epoch == 1 and args[-1] == 2:
+            os.kill(os.getpid(), signum)
+
+    before = signal.getsignal(signum)
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.History, "on_train_batch_end", send)
+        with pytest.raises(callbacks.Interrupted, match="--resume") as caught:
+            train(folder, **BUSY, out=str(tmp_path / "cut"))
+    assert caught.value.signum == signum
+    assert signal.getsignal(signum) == before
+    train(resume=str(tmp_path / "cut" / "last.ckpt"), quiet=True)
+    assert_same_run(undisturbed, tmp_path / "cut")
+
+
+def test_resume_keeps_the_settings_but_can_train_longer(folder, tmp_path):
+    run = train(folder, **QUICK, epochs=1, out=str(tmp_path / "run")).run_dir
+    with pytest.raises(UserError, match=r"lr is 0.001 there, got 0.5"):
+        train(resume=str(run), lr=0.5)
+    train(resume=str(run), epochs=2, quiet=True)
+    assert [row["epoch"] for row in rows_of(run)] == ["1", "2"]
+    with pytest.raises(UserError, match="nothing to resume"):
+        train(resume=str(tmp_path / "nowhere"))
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="not written by transcnn train"):
+        train(resume=str(tmp_path / "other.ckpt"))
+
+
+def test_a_new_run_never_enters_an_older_ones_directory(folder, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty"):
+        train(folder, **QUICK, out=str(tmp_path / "run"))
+    monkeypatch.chdir(tmp_path)
+    runs = [train(folder, **QUICK, epochs=1, limit_batches=1).run_dir for _ in range(2)]
+    assert runs[0] != runs[1]
+    assert all(run.parent == Path("runs") and "transcnn_test-images" in run.name for run in runs)
+
+
+def test_any_timm_model_and_other_weights_to_start_from(folder, tmp_path):
+    first = train(folder, **dict(QUICK, model="resnet10t"), epochs=1, limit_batches=1, out=str(tmp_path / "a"))
+    start = load(first.run_dir).model.state_dict()
+    second = train(
+        folder,
+        **dict(QUICK, model="resnet10t"),
+        epochs=1,
+        limit_batches=1,
+        lr=1e-12,
+        init_from=str(first.run_dir),
+        ema=Ema(ema=False),
+        out=str(tmp_path / "b"),
+    )
+    after = load(second.run_dir).model.state_dict()
+    assert all(torch.allclose(start[n], after[n]) for n in start if "running" not in n and "num_batches" not in n)
+
+
+def test_bf16_channels_last_and_checkpointing_train(folder, tmp_path):
+    result = train(
+        folder, **dict(QUICK, precision="bf16"), grad_checkpointing=True, epochs=2, out=str(tmp_path / "run")
+    )
+    assert math.isfinite(result.metrics["loss"])
+
+
+def test_early_stop(folder, tmp_path):
+    result = train(folder, **QUICK, lr=1e-12, epochs=9, early_stop=2, out=str(tmp_path / "run"))
+    assert len(rows_of(result.run_dir)) == 3  # one, and two no better
+
+
+def learner(**settings: Any) -> Classify:
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    return Classify(network, ["a", "b", "c"], {}, **settings)
+
+
+def test_schedule_warms_up_and_falls_as_a_cosine():
+    task = learner(lr=1.0, epochs=10, optim=Optim(warmup_epochs=2, warmup_lr=0.0, min_lr=0.0, sched="cosine"))
+    task.updates_per_epoch = 5
+    configured = task.configure_optimizers()
+    scheduler, optimizer = configured["lr_scheduler"]["scheduler"], configured["optimizer"]
+    rates = []
+    for update in range(50):
+        scheduler.step_update(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[:10] == pytest.approx([update / 10 for update in range(10)])
+    assert rates[10:] == pytest.approx([0.5 * (1 + math.cos(math.pi * update / 50)) for update in range(10, 50)])
+
+
+def test_layer_decay_and_weight_decay_reach_the_optimizer():
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2))
+    plain = create_optimizer_v2(network, "adamw", lr=1.0, weight_decay=0.05)
+    assert sorted(group["weight_decay"] for group in plain.param_groups) == [0.0, 0.05]
+    from transcnn.runs import build_model
+
+    task = Classify(build_model("transcnn_test", num_classes=3), list("abc"), {}, lr=1.0, optim=Optim(layer_decay=0.5))
+    groups = task.configure_optimizers()["optimizer"].param_groups
+    scales = sorted({group["lr_scale"] for group in groups})
+    assert scales[-1] == 1.0
+    assert scales[-2] == 0.5
+    with pytest.raises(UserError, match="no optimizer is named 'adamx'"):
+        learner(optim=Optim(opt="adamx")).configure_optimizers()
+    with pytest.raises(UserError, match="sched='cosinus'"):
+        learner(optim=Optim(sched="cosinus")).configure_optimizers()
+
+
+def test_learning_rate_is_scaled_by_the_images_of_an_update(folder, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        "transcnn.train._fit", lambda trainer, task, *_: seen.update(lr=task.lr, n=task.updates_per_epoch) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        train(folder, **QUICK, lr=0.512, optim=Optim(lr_batch=512, accumulate=2), out=str(tmp_path / "run"))
+    assert seen == {"lr": pytest.approx(0.008), "n": 3}  # 4 images, 2 batches an update; 5 batches an epoch
+
+
+def test_ema_forgets_the_start_and_averages_afterwards():
+    source, average = torch.nn.Linear(1, 1), callbacks.Ema(0.9, warmup=10)
+    mean = torch.optim.swa_utils.AveragedModel(source, use_buffers=True, **average._kwargs)
+    expected = None
+    for n in range(30):
+        with torch.no_grad():
+            source.weight.fill_(float(n))
+        mean.update_parameters(source)
+        keep = min(0.9, (1 + n) / (10 + n))
+        expected = 0.0 if expected is None else keep * expected + (1 - keep) * n
+        assert float(mean.module.weight.detach()) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(UserError, match="ema_decay"):
+        callbacks.Ema(1.0)
+
+
+def test_precision_words():
+    assert engine.choose_precision("32") == "32-true"
+    assert engine.choose_precision("bf16", "cpu") == "bf16-mixed"
+    assert engine.choose_precision("auto", "cpu") in ("32-true", "bf16-mixed")
+    with pytest.raises(UserError, match="needs a GPU"):
+        engine.choose_precision("16", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(epochs=0), "epochs must be 1 or more, got 0"),
+        (dict(batch_size=-1), "batch_size must be 1 or more"),
+        (dict(lr=0.0), "lr must be above 0"),
+        (dict(model="transcnn_tinny"), "no model is named 'transcnn_tinny'; near ones: transcnn_tiny"),
+        (dict(augment=Augment(smoothing=2)), "smoothing must be from 0 to 1"),
+        (dict(task="sort"), "task must be one of classify"),
+        (dict(model_args={"depth": 3}), "can't make transcnn_test"),
+        (dict(init_from="nowhere.pth"), "nowhere.pth"),
+    ],
+)
+def test_wrong_settings_are_named(folder, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        train(folder, **{**QUICK, **settings}, out=str(tmp_path / "run"))
+
+
+def test_wrong_answers_and_scores_add_up():
+    task = learner()
+    task.trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=lambda x, reduce_op: x))  # pyright: ignore
+    task.model = torch.nn.Identity()
+    task._trainer = None
+    logits = torch.tensor([[5.0, 0, 0], [0, 3, 0], [0, 9, 0], [0, 0, 2]])
+    labels = torch.tensor([0, 0, -1, 2])  # one wrong, one broken file
+    task.judge((logits, labels), 0)
+    task.judge((logits[:1], torch.tensor([1])), 1)
+    assert [row[:3] for row in task._wrong] == [(4, 1, 0), (1, 0, 1)]  # the surest first
+    assert task.confusion.compute().tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 1]]
+
+
+def test_tasks_are_found_by_name():
+    assert get_task("classify") is Classify
+    with pytest.raises(UserError, match="task must be one of"):
+        get_task("sing")
