@@ -1,8 +1,61 @@
 """Hierarchical multi-head self-attention (H-MHSA) in convolutional networks."""
 
-from .attention import HMHSA
-from .backbone import TransCNN, create_model, list_models
-from .checkpoints import load_checkpoint
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["HMHSA", "TransCNN", "create_model", "list_models", "load_checkpoint"]
+__all__ = [
+    "HMHSA",
+    "TransCNN",
+    "attention_maps",
+    "attention_rollout",
+    "create_model",
+    "list_models",
+    "load_checkpoint",
+    "optimize",
+    "plug",
+    "plugged_parameters",
+    "unplug",
+]
+
+if TYPE_CHECKING:
+    from .attention import HMHSA
+    from .backbone import TransCNN, create_model, list_models
+    from .checkpoints import load_checkpoint
+    from .explain import attention_maps, attention_rollout
+    from .fast import optimize
+    from .plug import plug, plugged_parameters, unplug
+
+_HOMES = {
+    "HMHSA": "attention",
+    "TransCNN": "backbone",
+    "attention_maps": "explain",
+    "attention_rollout": "explain",
+    "create_model": "backbone",
+    "list_models": "backbone",
+    "load_checkpoint": "checkpoints",
+    "optimize": "fast",
+    "plug": "plug",
+    "plugged_parameters": "plug",
+    "unplug": "plug",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for from where it lives."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+# Importing the package makes timm know our names. Our own command is the exception: it imports what each of its parts
+# needs, so that help is there at once and ``transcnn predict model.onnx`` needs no torch.
+if Path(sys.argv[0] if sys.argv else "").stem != "transcnn":
+    for _name in ("HMHSA", "create_model", "load_checkpoint", "plug"):
+        __getattr__(_name)
