@@ -232,13 +232,18 @@ def plug_spec(model: nn.Module) -> list[dict[str, Any]]:
     return spec
 
 
-def plug_like(model: nn.Module, spec: Iterable[Mapping[str, Any]]) -> nn.Module:
+def plug_like(model: nn.Module, spec: str | Iterable[str | Mapping[str, Any]]) -> nn.Module:
     """Plug as ``spec`` of :func:`plug_spec` says, in place, without running the network; returns the network.
+
+    Names and patterns are taken too, and given to :func:`plug`: what a user writes and what a file holds are one.
 
     Raises:
         UserError: A module of ``spec`` isn't in the network, or is plugged already.
     """
-    plugs = [_read(line) for line in spec]
+    spec = spec if isinstance(spec, str) else list(spec)
+    if isinstance(spec, str) or all(isinstance(line, str) for line in spec):
+        return plug(model, spec)  # pyright: ignore
+    plugs = [_read(line) for line in spec]  # pyright: ignore
     modules = dict(model.named_modules())
     for each in plugs:
         if f"{each.at}.{each.inside}".rstrip(".") not in modules:

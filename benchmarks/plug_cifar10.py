@@ -1,0 +1,198 @@
+"""Does H-MHSA help a small CNN? ResNet-20 on CIFAR-10 with nothing, with others' attention, and with H-MHSA.
+
+    python benchmarks/plug_cifar10.py DATA --epochs 30 --seeds 0 1 2
+
+DATA is whatever ``transcnn train`` takes. All variants get the same epochs, recipe, data order and seeds. Writes
+results/plug_cifar10.csv (parameters, multiply-adds, images/s, accuracy: mean and spread over the seeds),
+results/plug_cifar10_runs.csv (each run) and results/plug_cifar10.png. Runs that are there already are not repeated.
+
+The network is ResNet-20 of He et al., arXiv 1512.03385, section 4.2, with 1x1 convolutions in the two widening
+shortcuts. Attention inside each block (se, cbam, eca) sits before the addition, as in their papers; non-local blocks
+and H-MHSA follow whole stages. None of it sees other data or more epochs than the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import create_attn
+from timm.models import create_model, register_model
+from torch import Tensor, nn
+
+from transcnn.plug import plug
+from transcnn.plug_table import cost
+from transcnn.settings import Augment, Ema, Optim
+from transcnn.train import train
+
+STAGES = ("layer1", "layer2", "layer3")  # maps of 32x32, 16x16, 8x8
+VARIANTS: dict[str, str] = {
+    "none": "ResNet-20 as it is",
+    "se": "squeeze-and-excitation in each block",
+    "cbam": "CBAM in each block",
+    "eca": "efficient channel attention in each block",
+    "nonlocal": "non-local blocks after stages 2 and 3",
+    "hmhsa2": "H-MHSA of two levels after each stage",
+    "hmhsa2_late": "H-MHSA of two levels after stages 2 and 3",
+    "hmhsa3": "H-MHSA of three levels after each stage",
+}
+COLUMNS = ["variant", "what", "params", "macs", "images_per_s", "epochs", "seeds", "top1_mean", "top1_spread"]
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions, attention if any, and the shortcut."""
+
+    def __init__(self, before: int, after: int, stride: int, attention: str | None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, after, 3, stride, 1, bias=False)
+        self.bn1, self.act = nn.BatchNorm2d(after), nn.ReLU(inplace=True)
+        self.conv2, self.bn2 = nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after)
+        self.attn = create_attn(attention, after) or nn.Identity()
+        self.shortcut = nn.Identity()
+        if before != after:
+            self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.bn1(self.conv1(x)))
+        return torch.relu(self.attn(self.bn2(self.conv2(y))) + self.shortcut(x))
+
+
+class ResNet20(nn.Module):
+    """Three stages of three blocks of 16, 32 and 64 channels."""
+
+    def __init__(self, num_classes: int = 10, in_chans: int = 3, attention: str | None = None) -> None:
+        super().__init__()
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.stem = nn.Sequential(nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        before = 16
+        for name, after in zip(STAGES, (16, 32, 64), strict=True):
+            first = Block(before, after, 1 if before == after else 2, attention)
+            self.add_module(name, nn.Sequential(first, *(Block(after, after, 1, attention) for _ in range(2))))
+            before = after
+        self.fc = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.layer3(self.layer2(self.layer1(self.stem(x)))).mean((2, 3)))
+
+
+@register_model
+def resnet20_attention(pretrained: bool = False, variant: str = "none", **kwargs: Any) -> nn.Module:
+    """ResNet-20 for 32x32 images with one of ``VARIANTS``."""
+    model = ResNet20(
+        kwargs.get("num_classes", 10), kwargs.get("in_chans", 3), variant if variant in ("se", "cbam", "eca") else None
+    )
+    size = (model.in_chans, 32, 32)
+    model.pretrained_cfg = {"input_size": size, "mean": (0.491, 0.482, 0.447), "std": (0.247, 0.243, 0.262)}  # pyright: ignore
+    if variant == "nonlocal":
+        for name, channels in (("layer2", 32), ("layer3", 64)):
+            getattr(model, name).append(create_attn("nl", channels))
+    example = torch.zeros(1, *size)
+    if variant == "hmhsa2":
+        plug(
+            model, STAGES, example=example
+        )  # by the default rule: grids of 8 and ratios 4, 2; stage 3 has 8x8 positions
+    if variant == "hmhsa2_late":
+        plug(model, STAGES[1:], example=example)
+    if variant == "hmhsa3":
+        for name, grids in zip(STAGES, ((8, 8), (8, 4), (4, 2)), strict=True):
+            plug(model, name, grid_sizes=grids, pool_ratios=(2, 2), example=example)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--limit_batches", type=int, help="only this many batches an epoch, for trying out")
+    parser.add_argument("--runs", type=Path, default=Path("runs/plug_cifar10"))
+    parser.add_argument("--out", type=Path, default=Path("results/plug_cifar10.csv"))
+    options = parser.parse_args()
+    runs = [run(options, variant, seed) for seed in options.seeds for variant in options.variants]
+    table = [summary(variant, [r for r in runs if r["variant"] == variant]) for variant in options.variants]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write(options.out, COLUMNS, table)
+    write(options.out.with_stem(options.out.stem + "_runs"), list(runs[0]), runs)
+    draw(options.out.with_suffix(".png"), table)
+    for row in table:
+        print(
+            f"{row['variant']:12s} {row['top1_mean']:6.2f} ± {row['top1_spread']:.2f} %  {row['params']:8d} parameters"
+        )
+
+
+def run(options: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
+    """Train one variant with one seed, or read what it gave."""
+    folder = options.runs / f"{variant}-e{options.epochs}-s{seed}"
+    file = folder / "metrics.json"
+    if file.is_file():
+        metrics = json.loads(file.read_text())
+    else:
+        metrics = train(
+            options.data,
+            model="resnet20_attention",
+            model_args={"variant": variant},
+            epochs=options.epochs,
+            batch_size=128,
+            lr=options.lr,
+            seed=seed,
+            out=str(folder),
+            optim=Optim(opt="adamw", weight_decay=0.05, warmup_epochs=1),
+            augment=Augment(policy="small"),
+            ema=Ema(ema=False),
+            limit_batches=options.limit_batches,
+            quiet=True,
+        ).metrics
+    row = {"variant": variant, "seed": seed, "epochs": options.epochs, "top1": metrics["top1"]}
+    print(row, flush=True)
+    return row
+
+
+def summary(variant: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """One line of the table; the spread is the standard deviation over the seeds, 0 for one."""
+    figures = cost(create_model("resnet20_attention", variant=variant).eval(), (torch.zeros(1, 3, 32, 32),), 128)
+    accuracies = [each["top1"] for each in runs]
+    return {
+        "variant": variant,
+        "what": VARIANTS[variant],
+        "params": int(figures["params"]),
+        "macs": int(figures["macs"]),
+        "images_per_s": round(figures["images/s"]),
+        "epochs": runs[0]["epochs"],
+        "seeds": len(runs),
+        "top1_mean": statistics.mean(accuracies),
+        "top1_spread": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+    }
+
+
+def write(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw(path: Path, table: list[dict[str, Any]]) -> None:
+    """Accuracy over multiply-adds, a bar for the spread."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for row in table:
+        axes.errorbar(row["macs"] / 1e6, row["top1_mean"], row["top1_spread"], fmt="o", capsize=3)
+        axes.annotate(row["variant"], (row["macs"] / 1e6, row["top1_mean"]), (5, 4), textcoords="offset points")
+    axes.set(xlabel="multiply-adds of one image (M)", ylabel="CIFAR-10 top-1 (%)")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

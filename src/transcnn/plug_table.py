@@ -1,0 +1,158 @@
+"""``transcnn plug``: where H-MHSA can go in a network, and what it costs there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from timm.data import ImageNetInfo
+from timm.models import is_model
+from torch import nn
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import get_model
+from torchvision.models import list_models as torchvision_names
+
+from .attention import HMHSA
+from .errors import UserError
+from .places import Place, call, default_levels, example_for, find, resting, trunk
+from .plug import plug, plug_spec, plugged
+from .runs import build_model, data_config_of, save_weights
+
+__all__ = ["plug_network"]
+
+
+def plug_network(
+    name: str,
+    *,
+    at: str | None = None,
+    mode: Literal["add", "replace"] = "add",
+    head_dim: int | None = None,
+    norm_layer: Literal["groupnorm1", "batchnorm2d"] = "groupnorm1",
+    img_size: int = 224,
+    in_chans: int = 3,
+    num_classes: int = 1000,
+    pretrained: bool = False,
+    batch_size: int = 4,
+    out: str | None = None,
+) -> None:
+    """Show where H-MHSA can go in a network; with --at, what the network costs before and after; with --out, save it.
+
+    Args:
+        name: A network of this package, of timm, or of torchvision (torchvision/resnet50 where both have the name).
+        at: Modules to plug H-MHSA after, with commas; patterns such as layer4.*.conv2; or auto.
+        mode: Add H-MHSA after the modules, or replace 3x3 convolutions (this changes the outputs).
+        head_dim: Channels of one head; without it the largest of 64, 48, 32, 16, 8 that divides the channels.
+        norm_layer: The normalisation inside H-MHSA.
+        img_size: Side of the image that resolutions, multiply-adds and images/s are for.
+        in_chans: Channels of the images.
+        num_classes: Outputs of the network.
+        pretrained: Take the published weights.
+        batch_size: Images at a time when images/s are measured.
+        out: Save the plugged network as this .safetensors file, ready for transcnn train --init-from.
+
+    Raises:
+        UserError: No such network or module, or one that H-MHSA can't follow.
+    """
+    if out and (name.startswith("torchvision/") or not is_model(name)):
+        raise UserError(f"--out needs a network of this package or of timm, which transcnn train can make; got {name}")
+    options: dict[str, Any] = dict(num_classes=num_classes, in_chans=in_chans, pretrained=pretrained)
+    at = at or ("auto" if out else None)
+    with torch.device("cpu" if at else "meta"):  # the table alone needs no numbers
+        model = make_network(name, **options).eval()
+        example = example_for(model, (img_size, img_size))
+    if at is None:
+        _print_places(name, trunk(model, example), [place.name for place in find(model, "auto", example)], head_dim)
+        return
+    before = cost(model, example, batch_size)
+    plug(model, at, mode=mode, head_dim=head_dim, norm_layer=norm_layer, example=example)
+    _print_costs(name, [place for place, _ in plugged(model)], before, cost(model, example, batch_size))
+    if out:
+        _save(Path(out), name, model, in_chans)
+
+
+def make_network(name: str, *, num_classes: int, in_chans: int, pretrained: bool) -> nn.Module:
+    """A network by its name: of this package or timm first, else of torchvision."""
+    plain = name.removeprefix("torchvision/")
+    if (plain == name and is_model(name.split(".")[0])) or plain not in torchvision_names():
+        return build_model(name, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained)
+    if in_chans != 3:
+        raise UserError(f"torchvision's networks take 3 channels, got in_chans={in_chans}")
+    if pretrained and num_classes != 1000:
+        raise UserError(f"torchvision's published weights are for 1000 classes, got num_classes={num_classes}")
+    quiet = {"init_weights": False} if plain in ("googlenet", "inception_v3") and not pretrained else {}
+    return get_model(plain, weights="DEFAULT" if pretrained else None, num_classes=num_classes, **quiet)
+
+
+def cost(model: nn.Module, example: tuple[Any, ...], batch_size: int) -> dict[str, float]:
+    """Parameters, multiply-adds of one image, and images/s (median of about a second, this machine as it is)."""
+    images = example[0].expand(batch_size, -1, -1, -1).contiguous()
+    with resting(model):
+        timer = Timer("model(images)", globals={"model": model, "images": images}, num_threads=torch.get_num_threads())
+        seconds = timer.blocked_autorange(min_run_time=1.0).median
+    return {
+        "params": sum(p.numel() for p in model.parameters()),
+        "macs": _macs(lambda: call(model, (example[0].to("meta"),), {})),
+        "images/s": batch_size / seconds,
+    }
+
+
+def hmhsa_cost(place: Place, head_dim: int | None = None) -> dict[str, int]:
+    """Parameters and multiply-adds that H-MHSA, with the levels that fit, and its scale would add at a place."""
+    grid_sizes, pool_ratios = default_levels(*place.size)
+    attention = HMHSA(place.channels, head_dim=head_dim, grid_sizes=grid_sizes, pool_ratios=pool_ratios, device="meta")
+    x = torch.empty(1, place.channels, *place.size, device="meta")
+    with resting(attention):
+        macs = _macs(lambda: attention(x))
+    return {"params": sum(p.numel() for p in attention.parameters()) + place.channels, "macs": macs}
+
+
+def _macs(run: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() // 2
+
+
+def _print_places(name: str, places: list[Place], automatic: list[str], head_dim: int | None) -> None:
+    rows = []
+    for place in places:
+        added = hmhsa_cost(place, head_dim)
+        mark = "auto" if place.name in automatic else ""
+        size = f"{place.size[0]}x{place.size[1]}"
+        figures = (f"+{added['params'] / 1e6:.3f} M", f"+{added['macs'] / 1e9:.3f} G")
+        rows.append((place.name, str(place.channels), str(place.stride), size, *figures, mark))
+    _print_table(name, ("module", "channels", "stride", "resolution", "parameters", "multiply-adds", ""), rows)
+    print("auto: where --at auto plugs. Any other module with a (B, C, H, W) output will do, by its name or a pattern.")
+
+
+def _print_costs(name: str, at: list[str], before: dict[str, float], after: dict[str, float]) -> None:
+    def row(title: str, figures: dict[str, float]) -> tuple[str, ...]:
+        counts = (f"{figures['params'] / 1e6:.3f} M", f"{figures['macs'] / 1e9:.3f} G", f"{figures['images/s']:.1f}")
+        return title, *counts
+
+    rows = [row(name, before), row(f"with H-MHSA at {', '.join(at)}", after)]
+    _print_table("", ("network", "parameters", "multiply-adds", "images/s"), rows)
+
+
+def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", title=title or None, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
+def _save(path: Path, name: str, model: nn.Module, in_chans: int) -> None:
+    classes = int(model.num_classes)  # pyright: ignore
+    names = [str(i) for i in range(classes)]
+    if classes == 1000:
+        names = [str(ImageNetInfo().index_to_description(i)).split(",")[0] for i in range(classes)]
+    info = {"model": name, "model_args": {"plug": plug_spec(model)}, "task": "classify", "class_names": names}
+    save_weights(path, model, {**info, "data_config": data_config_of(model, in_chans)})
+    print(f"saved {path}; train it with: transcnn train DATA --init_from {path}")

@@ -1,0 +1,78 @@
+"""``transcnn plug``, and the experiment's script in small."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from transcnn.errors import UserError
+from transcnn.plug import plug_like
+from transcnn.plug_table import plug_network
+from transcnn.runs import read_info
+
+
+@pytest.mark.parametrize("name", ["resnet18", "torchvision/resnet18"])
+def test_lists_the_places(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plug_network(name)
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert lines["layer3"] == ["layer3", "256", "16", "14x14", "+0.462", "M", "+0.080", "G", "auto"]
+    assert lines["layer1"][-1] != "auto"
+
+
+def test_compares_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plugged.safetensors"
+    plug_network("test_resnet", at="layer3,layer4", img_size=64, num_classes=3, out=str(out))
+    printed = capsys.readouterr().out
+    assert "with H-MHSA at layer3, layer4" in printed
+    assert "images/s" in printed
+    info = read_info(out)
+    assert info["class_names"] == ["0", "1", "2"]
+    model = plug_like(timm.create_model(info["model"], num_classes=3), info["model_args"]["plug"])
+    model.load_state_dict(load_file(out))
+    with safe_open(out, "pt") as file:
+        assert "layer4.hmhsa.scale" in file.keys()  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(name="resnet1"), "no model is named 'resnet1'"),
+        (dict(name="resnet18", at="layer7"), "no module is called 'layer7'; near: layer"),
+        (dict(name="torchvision/resnet18", out="x.safetensors"), "--out needs a network"),
+        (dict(name="torchvision/resnet18", in_chans=1), "take 3 channels"),
+    ],
+)
+def test_errors(arguments: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plug_network(**arguments)
+
+
+def test_the_experiment_runs_in_small(root: Path, tmp_path: Path, make_class_folder: Callable[..., Path]) -> None:
+    data, out = make_class_folder(per_class=60, splits=("train", "val", "test")), tmp_path / "small.csv"
+    arguments = [data, "--epochs", 1, "--seeds", 0, "--variants", "none", "se", "hmhsa3", "--limit_batches", 1]
+    arguments += ["--runs", tmp_path / "runs", "--out", out]
+    command = [sys.executable, root / "benchmarks/plug_cifar10.py", *arguments]
+    subprocess.run([str(word) for word in command], check=True, cwd=tmp_path)
+    rows = {row["variant"]: row for row in csv.DictReader(out.open())}
+    assert list(rows) == ["none", "se", "hmhsa3"]
+    assert int(rows["none"]["params"]) < int(rows["se"]["params"]) < int(rows["hmhsa3"]["params"])
+    assert all(0 <= float(row["top1_mean"]) <= 100 and row["seeds"] == "1" for row in rows.values())
+    assert out.with_suffix(".png").is_file()
+
+
+def test_reading_a_spec_needs_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = [dict(at="layer4", mode="add", dim=96, head_dim=48, grid_sizes=[], pool_ratios=[], norm_layer="groupnorm1",
+                 stride=[1, 1], inside="", hooked=False)]  # fmt: skip
+    model = timm.create_model("test_resnet", num_classes=3)
+    monkeypatch.setattr(type(model), "forward", None)
+    plug_like(model, [{**spec[0], "dim": model.feature_info[-1]["num_chs"], "head_dim": 1}])
+    assert torch.equal(model.layer4.hmhsa.scale, torch.zeros(model.feature_info[-1]["num_chs"]))
