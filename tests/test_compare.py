@@ -1,0 +1,186 @@
+"""transcnn compare: what it counts, what it refuses, what it writes; levels from the image's size."""
+
+import csv
+
+import pytest
+import timm
+import torch
+
+import transcnn
+from transcnn import compare as module
+from transcnn.compare import PAPER, compare
+from transcnn.engines import build, prepare, prepare_training
+from transcnn.errors import UserError
+from transcnn.levels import auto_levels
+
+QUICK = dict(batch=2, rounds=2, seconds=0.0, memory=False)
+
+
+def test_the_table_and_its_files(tmp_path, capsys):
+    rows = compare("transcnn_test,resnet10t", sizes="32,48", engine="eager,optimize", out=str(tmp_path), **QUICK)
+    assert [(r["model"], r["engine"], r["size"]) for r in rows[:4]] == [
+        ("transcnn_test", "eager", 32),
+        ("transcnn_test", "optimize", 32),
+        ("resnet10t", "eager", 32),
+        ("resnet10t", "optimize", 32),
+    ]
+    assert len(rows) == 8
+    for row in rows:
+        model = timm.create_model(row["model"])
+        assert row["params"] == sum(p.numel() for p in model.parameters())
+        assert row["images_per_s"] > 0
+        assert row["ns_per_pixel"] == pytest.approx(1e9 / (row["images_per_s"] * row["size"] ** 2))
+        assert (row["difference"] is None) == (row["engine"] == "eager")
+        assert row["difference"] is None or row["difference"] <= 1e-5
+    # Twice the pixels on each side are four times the work, but for rounding and the head.
+    assert rows[4]["macs"] == pytest.approx(rows[0]["macs"] * 48**2 / 32**2, rel=0.3)
+    with (tmp_path / "compare.csv").open() as file:
+        written = list(csv.DictReader(file))
+    assert [line["model"] for line in written] == [row["model"] for row in rows]
+    assert written[0]["torch"] == torch.__version__
+    assert int(written[0]["threads"]) == torch.get_num_threads()
+    assert (tmp_path / "compare.png").stat().st_size > 1000
+    assert "resnet10t" in capsys.readouterr().out
+
+
+def test_medians_of_interleaved_rounds(monkeypatch):
+    """One slow round of the machine doesn't move a figure, and rounds go over all cases in turn."""
+    order, clock = [], {"transcnn_test": iter([1.0, 9.0, 1.0]), "resnet10t": iter([2.0, 18.0, 2.0])}
+
+    def fake(run, images, seconds):
+        order.append(run)
+        return next(clock[run])
+
+    def named(case, reference, device, names):
+        return case.model, torch.zeros(1)
+
+    monkeypatch.setattr(module, "_time", fake)
+    monkeypatch.setattr(module, "_prepare", named)
+    rows = compare("transcnn_test,resnet10t", sizes=[32], engine="eager", batch=4, rounds=3, memory=False)
+    assert order == ["transcnn_test", "resnet10t"] * 3
+    assert [row["images_per_s"] for row in rows] == [4.0, 2.0]
+    assert [row["spread"] for row in rows] == [8.0, 8.0]
+
+
+def test_a_reference_gets_the_same_weights(root, tmp_path):
+    rows = compare("transcnn_tiny", sizes="128", engine="eager", reference=f"{root}/benchmarks/plain.py:plain", **QUICK)
+    assert [row["model"] for row in rows] == ["reference", "transcnn_tiny"]
+    assert rows[0]["note"] == ""
+    assert rows[1]["note"] == "weights of the reference"
+    other = tmp_path / "other.py"
+    other.write_text("import torch\ndef make():\n    return torch.nn.Conv2d(3, 4, 3)\n")
+    assert compare("transcnn_test", sizes="32", engine="eager", reference=f"{other}:make", **QUICK)[0]["note"] == (
+        "weights of its own"
+    )
+
+
+@torch.no_grad()
+def test_the_plain_network_equals_ours(root):
+    from transcnn.engines import load_reference, same_weights
+
+    plain, ours = load_reference(f"{root}/benchmarks/plain.py:plain"), build("transcnn_tiny", 128)
+    assert same_weights(plain, ours)
+    x = torch.randn(1, 3, 128, 128)
+    expected = plain(x)
+    assert float((ours(x) - expected).norm() / expected.norm()) <= 1e-5
+
+
+def test_one_that_fails_leaves_the_others(capsys):
+    rows = compare("transcnn_test", sizes="32", dtype="bf16", engine="onnxruntime,optimize", **QUICK)
+    assert rows[0]["images_per_s"] is None
+    assert rows[0]["note"] == "ONNX Runtime computes these networks in fp32 only"
+    assert rows[1]["images_per_s"] > 0
+    assert "fp32 only" in capsys.readouterr().out
+
+
+def test_training_and_memory():
+    (row,) = compare("transcnn_test", sizes="32", dtype="bf16", train=True, batch=2, rounds=1, seconds=0.0)
+    assert row["engine"] == "train"
+    assert row["images_per_s"] > 0
+    assert row["peak_mb"] > row["above_mb"] > 0
+
+
+def test_a_training_step_trains():
+    model = build("transcnn_test", 32)
+    before = [p.clone() for p in model.parameters()]
+    run = prepare_training(model, "fp32")
+    images = torch.randn(4, 3, 32, 32)
+    losses = [float(run(images)) for _ in range(8)]
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))  # a copy is trained
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_other_engines_agree(engine):
+    pytest.importorskip(engine)
+    model = build("transcnn_test", 32)
+    x = torch.randn(2, 3, 32, 32)
+    expected = model(x).detach()
+    answer = prepare(engine, model, "fp32", x)(x)
+    assert float((answer - expected).norm() / expected.norm()) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(models="resnet10t,nosuch"), "neither transcnn, timm nor torchvision has a network called 'nosuch'"),
+        (dict(sizes="0"), "sizes must be whole numbers of 1 or more separated by commas, got '0'"),
+        (dict(sizes="big"), "sizes must be whole numbers of 1 or more separated by commas, got 'big'"),
+        (dict(engine="magic"), "engine must be of eager, channels_last, optimize, .* got 'magic'"),
+        (dict(dtype="int8"), "dtype must be of fp32, bf16, fp16, got 'int8'"),
+        (dict(batch=0), "batch must be 1 or more, got 0"),
+        (dict(reference="nosuch.py:f"), "reference must be FILE.py:FACTORY with an existing file, got 'nosuch.py:f'"),
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(UserError, match=message):
+        compare(**{"models": "transcnn_test", "sizes": "32", **arguments, "rounds": 1, "memory": False})
+
+
+def test_names_and_arguments():
+    assert set(PAPER) <= set(timm.list_models()) | {"regnety_040"}
+    assert all(name in PAPER for name in transcnn.list_models() if not name.endswith(("nano", "test")))
+    assert build("transcnn_test:num_classes=7:act_layer=gelu", 32).num_classes == 7
+    model = build("transcnn_test:grid_sizes=auto:pool_ratios=auto", 512)
+    assert len(model.stages[0].blocks[0].attn.local) == 2
+    assert type(build("vit_tiny_patch16_224", 64)(torch.zeros(1, 3, 64, 64))) is torch.Tensor
+    assert build("shufflenet_v2_x0_5", 32)(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)  # only torchvision has it
+
+
+PUBLISHED = ((8, 8, 8, None), (8, 4, 2, None))
+
+
+@pytest.mark.parametrize("size", [32, 256, 500, (256, 512)])
+def test_small_images_keep_the_published_levels(size):
+    assert auto_levels(*PUBLISHED, size) == (((8,), (8,), (8,), ()), ((8,), (4,), (2,), ()))
+
+
+@pytest.mark.parametrize("size", [513, 1024, 2048, 3000, 4096, 10000])
+def test_few_tokens_are_left_at_any_size(size):
+    grids, ratios = auto_levels(*PUBLISHED, size)
+    for i, (g, r) in enumerate(zip(grids, ratios, strict=True)):
+        assert len(g) == len(r)
+        side = -(-size // (4 * 2**i))
+        for ratio in r:
+            assert side > 1
+            side = -(-side // ratio)
+        assert 2 <= side <= 16
+
+
+def test_cost_grows_with_the_pixels():
+    from transcnn.engines import count
+
+    per_pixel = []
+    for size in (512, 1024, 2048):
+        auto = transcnn.create_model("transcnn_tiny", grid_sizes="auto", pool_ratios="auto", img_size=size)
+        per_pixel.append(count(auto, size)[1] / size**2)
+    assert max(per_pixel) / min(per_pixel) <= 1.1
+
+
+def test_published_weights_have_no_further_levels():
+    with pytest.raises(ValueError, match="hold 2-2-2-1 levels a stage, 'auto' for img_size=2048 wants 3"):
+        transcnn.create_model("transcnn_tiny", pretrained=True, grid_sizes="auto", pool_ratios="auto", img_size=2048)
+    with pytest.raises(ValueError, match="both 'auto' or neither, got 'auto' and"):
+        transcnn.create_model("transcnn_tiny", grid_sizes="auto", img_size=2048)
+    model = transcnn.create_model("transcnn_test", grid_sizes="auto", pool_ratios="auto", img_size=600)
+    assert model(torch.zeros(2, 3, 70, 50)).shape == (2, 10)
