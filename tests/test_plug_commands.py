@@ -58,13 +58,13 @@ def test_errors(arguments: dict, message: str) -> None:
 
 def test_the_experiment_runs_in_small(root: Path, tmp_path: Path, make_class_folder: Callable[..., Path]) -> None:
     data, out = make_class_folder(per_class=60, splits=("train", "val", "test")), tmp_path / "small.csv"
-    arguments = [data, "--epochs", 1, "--seeds", 0, "--variants", "none", "se", "hmhsa3", "--limit_batches", 1]
+    arguments = [data, "--epochs", 1, "--seeds", 0, "--variants", "none", "hmhsa3", "--limit_batches", 1]
     arguments += ["--runs", tmp_path / "runs", "--out", out]
     command = [sys.executable, root / "benchmarks/plug_cifar10.py", *arguments]
     subprocess.run([str(word) for word in command], check=True, cwd=tmp_path)
-    rows = {row["variant"]: row for row in csv.DictReader(out.open())}
-    assert list(rows) == ["none", "se", "hmhsa3"]
-    assert int(rows["none"]["params"]) < int(rows["se"]["params"]) < int(rows["hmhsa3"]["params"])
+    rows = {row["variant"]: row for row in csv.DictReader(out.read_text().splitlines())}
+    assert list(rows) == ["none", "hmhsa3"]
+    assert int(rows["none"]["params"]) < int(rows["hmhsa3"]["params"])
     assert all(0 <= float(row["top1_mean"]) <= 100 and row["seeds"] == "1" for row in rows.values())
     assert out.with_suffix(".png").is_file()
 
