@@ -33,6 +33,7 @@ def test_flags_in_both_spellings_and_in_short():
     assert arguments["optim"].clip_grad is None
     assert parse_train("--model-args", "{stem_stride: 1}")["model_args"] == {"stem_stride": 1}
     assert parse_train("--precision", "32")["precision"] == "32"
+    assert parse_train("--seed", "3")["seed"] == 3  # whose default, 0, equals False
     assert parse_train("--hflip", "0", "--betas", "[0.8, 0.9]")["optim"].betas == (0.8, 0.9)
 
 

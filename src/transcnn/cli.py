@@ -117,7 +117,8 @@ def _spell_out(parser: Any, function: Callable[..., Any], argv: list[str]) -> li
     """
     flags = {flag: action for flag, action in parser._option_string_actions.items() if flag.startswith("--")}
     switches = {flag for flag, action in flags.items() if "{true,false}" in str(action.metavar or "")}
-    switches |= {f"--{p.name}" for p in inspect.signature(function).parameters.values() if p.default in (True, False)}
+    parameters = inspect.signature(function).parameters.values()
+    switches |= {f"--{p.name}" for p in parameters if isinstance(p.default, bool)}
     result, words, i = [], [], 0
     while i < len(argv):
         token = argv[i]
