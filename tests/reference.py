@@ -5,6 +5,8 @@ It shares no code with ``src`` and knows nothing of padding, masks or reshaping;
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 from numpy import ndarray as Array
 
@@ -99,3 +101,19 @@ def patches(x: Array, size: int) -> list[tuple[slice, slice]]:
 
 def per_channel(values: Array) -> Array:
     return values[None, :, None, None]
+
+
+def weights(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Array]:
+    """Reproducible weights that make every layer matter; each tensor depends on its name, shape and the seed alone."""
+    tensors = {}
+    for name, shape in shapes.items():
+        rng = np.random.default_rng(zlib.crc32(f"{seed}:{name}".encode()))
+        if name.endswith("num_batches_tracked"):
+            tensors[name] = np.array(0)
+        elif name.endswith(("bias", "running_mean")):
+            tensors[name] = 0.1 * rng.standard_normal(shape)
+        elif len(shape) == 1:  # a norm's scale or variance
+            tensors[name] = rng.uniform(0.4, 0.8, shape)
+        else:
+            tensors[name] = rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
+    return tensors

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from .attention import HMHSA
 from .checkpoints import convert_state_dict
+from .levels import resolve_auto
 
 __all__ = ["VARIANTS", "TransCNN", "create_model", "list_models"]
 
@@ -500,12 +502,19 @@ def _cfg(file: str | None = None, size: int = 256, **changes: Any) -> dict[str, 
     }
 
 
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _SIZES = ("tiny", "small", "medium", "large")
 
 default_cfgs = generate_default_cfgs(
     {
         **{f"transcnn_{size}.in1k": _cfg(f"v1.0/TransCNN-{size.title()}.pth") for size in _SIZES},
         **{f"hatnet_{size}.in1k": _cfg(f"v2.0/HAT-Net_{size.title()}.pth", 224) for size in _SIZES},
+        # Ours, in the package: made by weights/pack.py.
+        "transcnn_nano.cifar10": {
+            **_cfg(size=32, num_classes=10, crop_pct=1.0, pool_size=(4, 4), origin_url="", license="apache-2.0"),
+            "file": str(Path(__file__).with_name("weights") / "transcnn_nano.cifar10.safetensors"),
+            "label_names": CIFAR10,
+        },
         "transcnn_nano.untrained": _cfg(size=32, num_classes=10, crop_pct=1.0, pool_size=(4, 4)),
         "transcnn_test.untrained": _cfg(size=64, num_classes=10, crop_pct=1.0),
     }
@@ -513,7 +522,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> TransCNN:
-    kwargs = {**VARIANTS[variant], **kwargs}
+    kwargs = resolve_auto(VARIANTS[variant], {**VARIANTS[variant], **kwargs}, pretrained)
     return build_model_with_cfg(
         TransCNN,
         variant,

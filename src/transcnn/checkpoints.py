@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
@@ -45,8 +46,8 @@ _RENAMES = [
         (r"classifier\.1\.", "head.fc."),
     )
 ]
-# There, the layers of a local step lie beside those of the global step; without a ``q`` there are no steps.
-_LOCAL_LAYER = re.compile(r"(stages\.\d+\.blocks\.\d+\.attn\.)((?:norm|qkv|grid_norm)\..*)")
+# There, the layers of a local step lie beside those of the global step.
+_LOCAL_LAYER = re.compile(r"^(stages\.\d+\.blocks\.\d+\.attn\.)(norm|qkv|grid_norm)(?=\.)")
 
 
 def load_checkpoint(model: Model, path: str | Path, *, strict: bool = True) -> Model:
@@ -68,13 +69,14 @@ def load_checkpoint(model: Model, path: str | Path, *, strict: bool = True) -> M
         UserError: No such file, one that can't be read or would run code, or tensors that are missing, unexpected or
             of another shape (all of them listed).
     """
-    found = convert_state_dict(_read(Path(path)), model)
+    content = convert_state_dict(_read(Path(path)), model)
     wanted = model.state_dict()
+    found = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     fresh = _adapt(found, wanted, getattr(model, "pretrained_cfg", None) or {})
     fitting: dict[str, Tensor] = {}
-    unexpected, misshapen = [], []
+    unexpected, misshapen = [name for name in content if name not in found and name not in wanted], []
     for name, value in found.items():
-        if name not in wanted or not isinstance(value, Tensor):
+        if name not in wanted:
             unexpected.append(name)
         elif value.shape != wanted[name].shape:
             misshapen.append(f"{name} {tuple(value.shape)} instead of {tuple(wanted[name].shape)}")
@@ -100,25 +102,23 @@ def convert_state_dict(state_dict: dict[str, Any], model: nn.Module) -> dict[str
     Args:
         state_dict: What a file held: tensors by name, or such a dictionary nested in another. Names in the published
             layout become ours, ours stay, and a prefix that a wrapper put before them is taken off.
-        model: The model they are meant for; its names tell what is a prefix.
+        model: The model they are meant for, also with ``features_only``, where timm flattens ``stages.0`` to
+            ``stages_0``; its names tell what is a prefix.
     """
     while nest := next((key for key in _NESTS if isinstance(state_dict.get(key), dict)), None):
         state_dict = state_dict[nest]
     own = set(model.state_dict())
-    named = {name if name in own else _rename(name): value for name, value in _unwrap(state_dict, own).items()}
-
-    def place(name: str) -> str:
-        layer = None if name in own else _LOCAL_LAYER.fullmatch(name)
-        return f"{layer[1]}local.0.{layer[2]}" if layer and f"{layer[1]}q.weight" in named else name
-
-    return _flatten({place(name): value for name, value in named.items()}, own)
+    return {_place(name, own): value for name, value in _unwrap(state_dict, own).items()}
 
 
-def _rename(name: str) -> str:
-    for pattern, ours in _RENAMES:
-        if pattern.match(name):
-            return pattern.sub(ours, name, count=1)
-    return name
+def _place(name: str, own: Collection[str]) -> str:
+    """What the model calls a tensor; for one that it doesn't know, the name in our layout."""
+    if name in own:
+        return name
+    renamed = next((p.sub(ours, name, count=1) for p, ours in _RENAMES if p.match(name)), name)
+    local = _LOCAL_LAYER.sub(r"\1local.0.\2", renamed)
+    flat = [re.sub(r"^(stem|stages)\.(\d+)\.", r"\1_\2.", choice) for choice in (renamed, local)]
+    return next((choice for choice in (renamed, local, *flat) if choice in own), renamed)
 
 
 def _unwrap(state_dict: dict[str, Any], own: Collection[str]) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _unwrap(state_dict: dict[str, Any], own: Collection[str]) -> dict[str, Any]:
 
     def prefix_of(name: str) -> str | None:
         starts = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
-        return next((name[:i] for i in starts if name[i:] in own or _rename(name[i:]) != name[i:]), None)
+        return next((name[:i] for i in starts if name[i:] in own or _place(name[i:], own) != name[i:]), None)
 
     prefixes = {name: prefix_of(name) for name in state_dict}
     counts = Counter(prefix for prefix in prefixes.values() if prefix is not None)
@@ -143,16 +143,6 @@ def _unwrap(state_dict: dict[str, Any], own: Collection[str]) -> dict[str, Any]:
         for name, value in state_dict.items()
         if prefixes[name] == chosen or prefixes[name] not in copies
     }
-
-
-def _flatten(state_dict: dict[str, Any], own: Collection[str]) -> dict[str, Any]:
-    """timm's feature extractors call ``stages.0`` ``stages_0``."""
-
-    def flat(name: str) -> str:
-        shorter = re.sub(r"^(stem|stages)\.(\d+)\.", r"\1_\2.", name)
-        return shorter if shorter in own else name
-
-    return {flat(name): value for name, value in state_dict.items()}
 
 
 def _adapt(found: dict[str, Any], wanted: dict[str, Tensor], cfg: dict[str, Any]) -> list[str]:
@@ -192,10 +182,11 @@ def _read(path: Path) -> dict[str, Any]:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file makes the readers raise almost anything
-        asks = re.search(r"Unsupported (?:global|class|operand).*?GLOBAL (\S+)", str(error), re.DOTALL)
+        asks = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and asks:
             raise UserError(f"{path} is refused: reading it would run code ({asks[1]}), weights need none") from error
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        says_why = isinstance(error, RuntimeError | OSError | SafetensorError) and str(error)
+        reason = str(error).splitlines()[0] if says_why else "torch.save did not write it"
         raise UserError(f"{path} is no checkpoint that can be read: {reason}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UserError(f"{path} holds no weights by name, but a {type(content).__name__}")

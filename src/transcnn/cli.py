@@ -25,6 +25,10 @@ COMMANDS = {
     "train": ("transcnn.train:train", "train a network on images"),
     "eval": ("transcnn.evaluate:evaluate", "score a trained network on a data set"),
     "predict": ("transcnn.predict:predict", "name what images show"),
+    "explain": ("transcnn.explain.command:explain", "draw where a network looks in an image"),
+    "compare": ("transcnn.compare:compare", "networks side by side: speed, memory, size"),
+    "plug": ("transcnn.plug_table:plug_network", "where H-MHSA can go in a CNN, and what it costs there"),
+    "export": ("transcnn.export:export", "write a trained network as a file for other engines"),
 }
 
 
@@ -159,7 +163,8 @@ def _find_flag(flag: str, flags: dict[str, Any]) -> tuple[str, bool]:
             return own, negated
         if candidate in flags:
             return candidate, negated
-        ends = [known for known in flags if known.endswith("." + candidate[2:])]
+        # --class means --class_name: class is no name for a parameter in Python
+        ends = [known for known in flags if known.endswith("." + candidate[2:]) or known == f"{candidate}_name"]
         if len(ends) == 1:
             return ends[0], negated
         if not candidate.startswith("--") or (spelled == candidate and not spelled.startswith("--no_")):

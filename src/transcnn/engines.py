@@ -44,8 +44,8 @@ def build(spec: str, size: int) -> nn.Module:
     from .backbone import TransCNN
 
     name, *pairs = spec.split(":")
-    arguments = dict(pair.partition("=")[::2] for pair in pairs)
-    arguments = {key: _value(value) for key, value in arguments.items()}
+    given = [pair.partition("=") for pair in pairs]
+    arguments = {key: _value(value) for key, _, value in given}
     torch.manual_seed(0)
     if timm.is_model(name):
         if any(value == "auto" for value in arguments.values()):

@@ -12,7 +12,7 @@ from typing import Any
 
 __all__ = ["auto_levels"]
 
-FEW = 16  # a map of up to FEW x FEW tokens is attended to as a whole
+FEW = 12  # a map of up to FEW x FEW tokens is attended to as a whole
 
 
 def auto_levels(
@@ -21,7 +21,7 @@ def auto_levels(
     """Grid sizes and pool ratios for images of ``img_size`` (a side, or height and width), a tuple a stage.
 
     The given ones, an int or a tuple a stage and None for plain attention, are kept; levels of grids of 8 are added
-    behind them until at most 16x16 tokens are left. Up to 512x512 the published layouts stay as they are.
+    behind them until at most 12x12 tokens are left. Up to 384x384 the published layouts stay as they are.
     """
     sides = [img_size] if isinstance(img_size, int) else list(img_size)
     if not sides or min(sides) < 1:

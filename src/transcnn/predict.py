@@ -1,4 +1,7 @@
-"""``transcnn predict``: what images show, by a trained network."""
+"""``transcnn predict``: what images show, by a trained network.
+
+Nothing here imports torch before a checkpoint is loaded: an exported ONNX file needs none.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,28 @@ import csv as csv_format
 import glob
 import json as json_format
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+import numpy as np
+from PIL import Image
 
-from .data.images import BrokenImage, list_images, read_image
-from .engine import choose_precision, quiet_libraries
+from .data.images import BrokenImage, is_image_name, list_images, read_image
 from .errors import UserError
-from .runs import Loaded, load, write_whole
-from .tasks import get_task
+
+if TYPE_CHECKING:
+    from .runs import Loaded
 
 __all__ = ["find_images", "predict"]
+
+PACKAGED = "transcnn_nano.cifar10"  # the weights that come with the package
 
 
 def predict(
     checkpoint: str,
-    images: list[str],
+    images: list[str] | None = None,
     *,
     top_k: int = 5,
     json: bool = False,
@@ -38,7 +44,8 @@ def predict(
     """Name what images show: a table on the screen, a JSON list, or a CSV file.
 
     Args:
-        checkpoint: A run's directory, a .safetensors or .ckpt of ours, or the name of a published model.
+        checkpoint: A run's directory, a .safetensors or .ckpt of ours, the name of a published model, or an .onnx file
+            of transcnn export, which needs no torch. Left out, the small network that comes with the package looks.
         images: Files, folders (with all below them) and patterns such as 'photos/*.jpg'.
         top_k: Classes to tell for each image.
         json: Print a JSON list on standard output, one object an image, instead of the table.
@@ -59,13 +66,26 @@ def predict(
     for name, value in (("top_k", top_k), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name} must be 1 or more, got {value}")
-    files = find_images(images)
-    with quiet_libraries():
-        loaded = load(checkpoint)
-    if img_size is not None:
-        loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
-    rows = list(_predict(loaded, files, top_k, batch_size, precision, accelerator))
+    if _means_images(checkpoint, alone=not images):
+        checkpoint, images = PACKAGED, [checkpoint, *(images or ())]
+    files = find_images(images or ())
+    if checkpoint.lower().endswith(".onnx"):
+        rows = list(_predict_onnx(checkpoint, files, top_k, batch_size, img_size, accelerator))
+    else:
+        from .engine import quiet_libraries
+        from .runs import load
+
+        with quiet_libraries():
+            loaded = load(checkpoint)
+        if checkpoint == PACKAGED and not quiet:
+            names = ", ".join(loaded.class_names)
+            print(f"The network that comes with the package tells ten things apart: {names}.", file=sys.stderr)
+        if img_size is not None:
+            loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
+        rows = list(_predict(loaded, files, top_k, batch_size, precision, accelerator))
     if csv:
+        from .runs import write_whole
+
         write_whole(Path(csv), lambda path: _write_csv(path, rows, top_k))
     if json:
         print(json_format.dumps(rows, indent=2, ensure_ascii=False))
@@ -101,28 +121,76 @@ def find_images(names: Sequence[str]) -> list[str]:
     return list(found)
 
 
+def _means_images(name: str, alone: bool) -> bool:
+    """Whether what stands in the checkpoint's place is an image or, all alone, a pattern or a folder of images."""
+    path = Path(name)
+    if path.is_dir():
+        network = any(
+            (path / file).exists() for file in ("config.yaml", "config.json", "best.safetensors", "last.ckpt")
+        )
+        return alone and not network and any(True for _ in list_images(path))
+    return is_image_name(path.name) or (alone and glob.has_magic(name) and not path.exists())
+
+
 def _predict(
     loaded: Loaded, files: list[str], top_k: int, batch_size: int, precision: str, accelerator: str
 ) -> Iterator[dict[str, Any]]:
     """One row for each file, in order."""
+    import torch
+
+    from .engine import choose_precision
+    from .tasks import get_task
+
     task = get_task(loaded.task)
     transform = task.image_transform(loaded.preprocessing)
     device = torch.device("cuda" if torch.cuda.is_available() and accelerator != "cpu" else "cpu")
     model = loaded.model.to(device)
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(choose_precision(precision, accelerator))
+
+    def answer(images: list[Any]) -> list[dict[str, Any]]:
+        with torch.inference_mode(), torch.autocast(device.type, dtype) if dtype else nullcontext():
+            return task.answers(model(torch.stack(images).to(device)), loaded.class_names, top_k)
+
+    return _in_batches(files, batch_size, lambda image: transform(image, 0), answer)
+
+
+def _predict_onnx(
+    file: str, files: list[str], top_k: int, batch_size: int, img_size: int | None, accelerator: str
+) -> Iterator[dict[str, Any]]:
+    """The same by an exported file."""
+    from .onnx_predict import OnnxModel, answers, to_input
+
+    model = OnnxModel(file, accelerator=accelerator)
+    if model.task != "classify":
+        raise UserError(
+            f"from an ONNX file only classifiers can predict, {file} is for {model.task}; use the checkpoint"
+        )
+    if img_size is not None:
+        model.resize_to(img_size)
+
+    def answer(images: list[np.ndarray]) -> list[dict[str, Any]]:
+        return answers(model(np.stack(images)), model.class_names, top_k)
+
+    return _in_batches(files, batch_size, lambda image: to_input(image, model.data_config), answer)
+
+
+def _in_batches(
+    files: list[str],
+    batch_size: int,
+    make_input: Callable[[Image.Image], Any],
+    answer: Callable[[list[Any]], list[dict[str, Any]]],
+) -> Iterator[dict[str, Any]]:
+    """One row for each file, in order; those that can't be read get their error."""
     for start in range(0, len(files), batch_size):
         chosen = files[start : start + batch_size]
         errors: dict[str, str] = {}
-        tensors = []
+        inputs = []
         for file in chosen:
             try:
-                tensors.append(transform(read_image(file), 0))
+                inputs.append(make_input(read_image(file)))
             except BrokenImage as error:  # noqa: PERF203
                 errors[file] = str(error)
-        answers = iter(())
-        if tensors:
-            with torch.inference_mode(), torch.autocast(device.type, dtype) if dtype else nullcontext():
-                answers = iter(task.answers(model(torch.stack(tensors).to(device)), loaded.class_names, top_k))
+        answers = iter(answer(inputs) if inputs else ())
         for file in chosen:
             yield {"file": file, **({"error": errors[file]} if file in errors else next(answers))}
 

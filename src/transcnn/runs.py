@@ -197,7 +197,7 @@ def _load_file(path: Path) -> Loaded:
 def _load_published(name: str) -> Loaded:
     model = build_model(name, pretrained=True).eval()
     classes = int(model.num_classes)  # pyright: ignore
-    names = list((getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ())
+    names: list[str] = list((getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ())
     if len(names) != classes:
         names = [str(i) for i in range(classes)]
         if classes == 1000:

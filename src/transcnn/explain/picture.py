@@ -93,10 +93,9 @@ def draw(e: Explanation) -> Figure:
             found = maps[-1] if row == levels else local[row] if row < len(local) else None
             title = f"Stage {i + 1}: {_step_name(row, levels)}"
             if found is None:
+                words = "No further grids here." if local else NO_GRIDS
                 page.caption(left, top, title, "")
-                page.write(
-                    left + PANEL / 2, top + 0.3 + PANEL / 2, NO_GRIDS, size=9.5, colour="#555555", align="center"
-                )
+                page.write(left + PANEL / 2, top + 0.3 + PANEL / 2, words, size=9.5, colour="#555555", align="center")
                 continue
             _draw_map(page.panel(left, top + 0.3), e.image, found)
             page.caption(left, top, title, _describe(found))

@@ -1,0 +1,125 @@
+"""What images show, by an exported network and ONNX Runtime alone: no torch, no timm.
+
+An ONNX file that ``transcnn export`` wrote holds all that it takes beside its weights: the class names, and how an
+image becomes its input. That way is gone here with Pillow and numpy, and ends at timm's numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .data.images import cut_ends, to_channels
+from .errors import UserError, require
+
+__all__ = ["OnnxModel", "answers", "to_input"]
+
+INTERPOLATIONS = {
+    name: getattr(Image.Resampling, name.upper()) for name in ("nearest", "bilinear", "bicubic", "lanczos")
+}
+
+
+class OnnxModel:
+    """A network in an ONNX file: ``model(images)`` gives its outputs, images as :func:`to_input` makes them.
+
+    Args:
+        path: A file that ``transcnn export`` wrote.
+        accelerator: ``cpu``, ``gpu``, or ``auto`` for the GPU where ONNX Runtime can use one.
+        threads: Threads that compute; 0 lets ONNX Runtime choose.
+
+    Attributes:
+        info: All that the file says of itself; ``task``, ``class_names`` and ``data_config`` (timm's words) among it.
+
+    Raises:
+        UserError: No such file, no ONNX file, or one that ``transcnn export`` didn't write.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, accelerator: str = "auto", threads: int = 0) -> None:
+        ort = require("onnxruntime", "onnx")
+        if not Path(path).is_file():
+            raise UserError(f"no such file: {path}")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3  # errors; failures are raised anyway
+        try:
+            self.session = ort.InferenceSession(os.fspath(path), options, providers=_providers(ort, accelerator))
+        except Exception as error:  # ONNX Runtime has a class of its own for each cause
+            raise UserError(f"can't read {path}: {str(error).splitlines()[0]}") from error
+        stored = self.session.get_modelmeta().custom_metadata_map
+        try:
+            self.info: dict[str, Any] = {key: json.loads(value) for key, value in stored.items()}
+            self.class_names: list[str] = self.info["class_names"]
+            self.data_config: dict[str, Any] = self.info["data_config"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{path} was not written by transcnn export: class names and sizes are missing") from error
+        self.task = str(self.info.get("task", "classify"))
+        self._input = self.session.get_inputs()[0]
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """(B, C, H, W) -> (B, classes), float32."""
+        return self.session.run(None, {self._input.name: images})[0]
+
+    def resize_to(self, img_size: int) -> None:
+        """Let images be made ``img_size`` pixels large.
+
+        Raises:
+            UserError: The file was exported for one size.
+        """
+        fixed = self._input.shape[2:]
+        if not all(isinstance(side, str) for side in fixed) and list(fixed) != [img_size, img_size]:
+            raise UserError(f"the file was exported for images of {fixed[0]}x{fixed[1]} alone, got img_size={img_size}")
+        self.data_config["input_size"] = [self.data_config["input_size"][0], img_size, img_size]
+
+
+def to_input(image: Image.Image, data_config: dict[str, Any]) -> np.ndarray:
+    """Make a network's input of an image: resize, cut out the middle, normalise, PIL -> float32 (C, H, W).
+
+    Args:
+        image: As :func:`transcnn.data.images.read_image` gives it.
+        data_config: timm's words: ``input_size`` (C, H, W), ``mean``, ``std``, ``interpolation``, ``crop_pct``.
+    """
+    channels, height, width = data_config["input_size"]
+    mean, std = (np.array(data_config[key], np.float32) for key in ("mean", "std"))
+    image = cut_ends(to_channels(image, channels))
+    resample = INTERPOLATIONS[data_config["interpolation"]]
+    image = image.resize(_scaled(image.size, (width, height), data_config["crop_pct"]), resample)
+    left, top = (round((have - want) / 2) for have, want in zip(image.size, (width, height), strict=True))
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32)  # black where it is too small
+    pixels = np.atleast_3d(pixels).transpose(2, 0, 1)  # (C, H, W)
+    return (pixels - 255 * mean[:, None, None]) / (255 * std[:, None, None])
+
+
+def answers(outputs: np.ndarray, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
+    """``{"top": [{"label": ..., "score": ...}, ...]}`` for each row of (B, classes); scores are probabilities."""
+    scores = np.exp(outputs - outputs.max(1, keepdims=True))
+    scores /= scores.sum(1, keepdims=True)
+    ranks = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
+    return [
+        {"top": [{"label": class_names[c], "score": float(row[c])} for c in rank]}
+        for row, rank in zip(scores, ranks, strict=True)
+    ]
+
+
+def _scaled(size: tuple[int, int], wanted: tuple[int, int], crop_pct: float) -> tuple[int, int]:
+    """The (width, height) to resize to: what is then cut out is ``crop_pct`` of its shorter side, as in timm."""
+    goal = [math.floor(side / crop_pct) for side in wanted]
+    if goal[0] == goal[1]:  # torchvision rounds the longer side down
+        short, long = sorted(size)
+        longer = int(goal[0] * long / short)
+        return (goal[0], longer) if size[0] <= size[1] else (longer, goal[0])
+    ratio = min(have / side for have, side in zip(size, goal, strict=True))
+    return round(size[0] / ratio), round(size[1] / ratio)
+
+
+def _providers(ort: Any, accelerator: str) -> list[str]:
+    there = ort.get_available_providers()
+    if accelerator == "gpu" and "CUDAExecutionProvider" not in there:
+        raise UserError("this ONNX Runtime has no GPU support; it comes with: pip install onnxruntime-gpu")
+    wanted = ("CPUExecutionProvider",) if accelerator == "cpu" else ("CUDAExecutionProvider", "CPUExecutionProvider")
+    return [name for name in wanted if name in there]

@@ -1,0 +1,357 @@
+"""Networks as folders that others load: timm, transformers, the Hugging Face hub, and a card that says what is inside.
+
+A folder is timm's: ``config.json`` and ``model.safetensors``, and ``README.md`` for the card. After ``import transcnn``
+(timm has no other way to learn of our names) all of these give the same logits::
+
+    timm.create_model("local-dir:FOLDER", pretrained=True)
+    transformers.AutoModelForImageClassification.from_pretrained("FOLDER")
+    transcnn.from_pretrained("FOLDER")
+
+A plugged CNN has its H-MHSA in ``config.json`` as well, which only :func:`from_pretrained` understands.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from timm.models import save_for_hf
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .checkpoints import load_checkpoint
+from .errors import UserError
+from .plug import plug_like, plug_spec
+from .runs import Loaded, data_config_of, load, write_whole
+
+__all__ = ["from_pretrained", "load_folder", "model_card", "push_to_hub", "save_pretrained"]
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+CARD = "README.md"
+# Of a data set of ours what the hub calls it, and how it is written; folders stay folders.
+DATA_SETS = {"cifar10": ("uoft-cs/cifar10", "CIFAR-10"), "cifar100": ("uoft-cs/cifar100", "CIFAR-100")}
+
+
+def save_pretrained(
+    source: nn.Module | Loaded | str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    class_names: Sequence[str] | None = None,
+    data_config: dict[str, Any] | None = None,
+    licence: str = "apache-2.0",
+) -> Path:
+    """Write a classifier as a folder that timm, transformers and :func:`from_pretrained` load.
+
+    Args:
+        source: A network, or anything that :func:`transcnn.runs.load` takes: a run directory, a checkpoint, a name.
+            From a run directory the card takes its data, recipe and scores.
+        folder: Made if need be; files of these names in it are replaced.
+        class_names: For a network: the names of its outputs in order; else those stored with it.
+        data_config: For a network: how its images are made (timm's words); else that of its pretrained_cfg.
+        licence: Of the weights, for the card, as the hub writes it.
+
+    Raises:
+        UserError: No such checkpoint, another task than classification, names that aren't as many as the outputs, or a
+            network that timm didn't make.
+    """
+    loaded = _as_loaded(source, class_names, data_config)
+    folder = Path(folder)
+    model = copy.deepcopy(loaded.model).cpu().float()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.contiguous()  # safetensors takes no other; channels_last training leaves others
+    spec = plug_spec(model)
+    try:
+        save_for_hf(
+            model,
+            os.fspath(folder),
+            safe_serialization=True,
+            model_config={"label_names": loaded.class_names, **({"plug": spec} if spec else {})},
+            data_config={key: value for key, value in loaded.preprocessing.items() if key != "test_input_size"},
+        )
+    except OSError as error:
+        raise UserError(f"can't write to {folder}: {error.strerror or error}") from error
+    _mend_config(folder / CONFIG)
+    card = str(model_card(loaded, licence=licence))
+    write_whole(folder / CARD, lambda path: path.write_text(card, encoding="utf-8"))
+    return folder
+
+
+def from_pretrained(source: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
+    """The network of a folder that :func:`save_pretrained` wrote, or of a repository on the hub, for evaluation.
+
+    Its ``pretrained_cfg`` holds ``label_names`` and how images are made.
+
+    Args:
+        source: A folder, or ``user/name`` on the hub.
+        kwargs: Changes for ``timm.create_model``, such as ``num_classes`` (a fresh head) or ``features_only``.
+
+    Raises:
+        UserError: Neither a folder nor a repository, or one without a network in timm's layout.
+    """
+    folder = _find(source)
+    config = _read_config(folder)
+    spec = config.get("plug")
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=not spec, **kwargs)
+        if spec:
+            load_checkpoint(plug_like(model, spec), folder / WEIGHTS)
+    except UserError:
+        raise
+    except (RuntimeError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"can't load {source}: {str(error).splitlines()[0]}") from error
+    return model.eval()
+
+
+def load_folder(folder: str | os.PathLike[str]) -> Loaded:
+    """As :func:`transcnn.runs.load` gives it: the network of a folder, with its class names and preprocessing."""
+    return replace(_as_loaded(from_pretrained(folder), None, None), source=os.fspath(folder))
+
+
+def push_to_hub(
+    source: nn.Module | Loaded | str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    commit_message: str = "Add the model",
+    **kwargs: Any,
+) -> str:
+    """:func:`save_pretrained` into a repository on the Hugging Face hub; returns its address.
+
+    The repository is made if there is none. A card that is there already is kept.
+
+    Args:
+        source: As for :func:`save_pretrained`.
+        repo_id: ``user/name``.
+        private: Whether a new repository is.
+        token: Of the hub; without it the one that ``hf auth login`` stored.
+        commit_message: Of the upload.
+        kwargs: As for :func:`save_pretrained`.
+
+    Raises:
+        UserError: As :func:`save_pretrained`, or the hub refuses; the message is the hub's.
+    """
+    api = HfApi(token=token, library_name="transcnn")
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(source, folder, **kwargs)
+        try:
+            repo = api.create_repo(repo_id, private=private, exist_ok=True)
+            kept = [CARD] if api.file_exists(repo.repo_id, CARD) else None
+            api.upload_folder(
+                repo_id=repo.repo_id, folder_path=folder, commit_message=commit_message, ignore_patterns=kept
+            )
+        except (HfHubHTTPError, HFValidationError) as error:
+            raise UserError(f"the hub refused {repo_id}: {' '.join(str(error).split())}") from error
+    return str(repo)
+
+
+def model_card(loaded: Loaded, *, licence: str = "apache-2.0", metrics: dict[str, Any] | None = None) -> ModelCard:
+    """A card for the hub: data, recipe, measured scores, size, and how to use it; only what is known is said.
+
+    ``metrics`` are what ``transcnn eval`` gives; None takes the metrics.json beside the weights.
+    """
+    info, metrics = loaded.info, _metrics_of(loaded.source) if metrics is None else metrics
+    name = _architecture(loaded)
+    hub_data, data = DATA_SETS.get(str(info.get("data")), (None, info.get("data")))
+    scores = {key: metrics[key] for key in ("top1", "top5") if key in metrics}
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=hub_data or "imagefolder",
+            dataset_name=str(data),
+            dataset_split=metrics.get("split"),
+            metric_type="accuracy",
+            metric_name={"top1": "top-1 accuracy", "top5": "top-5 accuracy"}[key],
+            metric_value=round(value, 2),
+        )
+        for key, value in scores.items()
+    ]
+    header = ModelCardData(
+        license=licence,
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "transcnn", "pytorch"],
+        datasets=[hub_data] if hub_data else None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    parts = [f"# {name}", _about(loaded, name), _size(loaded), _training(info, data), _scores(info, metrics)]
+    parts += [_classes(loaded.class_names), _usage(loaded), f"## Licence\n\n{licence}"]
+    return ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n")
+
+
+# --- the folder -------------------------------------------------------------------------------------------------
+
+
+def _as_loaded(
+    source: nn.Module | Loaded | str | os.PathLike[str],
+    class_names: Sequence[str] | None,
+    data_config: dict[str, Any] | None,
+) -> Loaded:
+    """Any source as one thing, checked to be a classifier that timm knows how to make again."""
+    if isinstance(source, nn.Module):
+        cfg = getattr(source, "pretrained_cfg", None) or {}
+        classes = int(getattr(source, "num_classes", 0))  # pyright: ignore
+        names: list[str] = list(cfg.get("label_names") or ())
+        names = names if len(names) == classes else [str(i) for i in range(classes)]
+        in_chans = int(getattr(source, "in_chans", 3))
+        config = data_config_of(source, in_chans)
+        loaded = Loaded(source, "classify", names, config, "", {"model": cfg.get("architecture")})
+    else:
+        loaded = source if isinstance(source, Loaded) else load(source)
+    loaded = replace(
+        loaded,
+        class_names=list(class_names or loaded.class_names),
+        preprocessing={**loaded.preprocessing, **(data_config or {})},
+    )
+    if loaded.task != "classify":
+        raise UserError(f"only classifiers can be shared so, got a network for {loaded.task}")
+    model = loaded.model
+    if not (getattr(model, "pretrained_cfg", None) or {}).get("architecture"):
+        raise UserError(f"{type(model).__name__} was not made by timm.create_model, so nobody could make it again")
+    if len(loaded.class_names) != model.num_classes:
+        raise UserError(f"{len(loaded.class_names)} class names for {model.num_classes} outputs")
+    return loaded
+
+
+def _mend_config(path: Path) -> None:
+    """Take ``num_classes`` out of ``model_args``: transformers fails there, and timm reads the one outside of it."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _find(source: str | os.PathLike[str]) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    name = os.fspath(source)
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(f"{name} is no folder, and the hub doesn't give it: {reason}") from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is no folder of save_pretrained: it holds no {name}")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        assert isinstance(config, dict)
+        assert isinstance(config["architecture"], str)
+    except (ValueError, KeyError, AssertionError) as error:
+        raise UserError(f"{folder / CONFIG} doesn't name a network of timm") from error
+    return config
+
+
+# --- the card ---------------------------------------------------------------------------------------------------
+
+
+def _architecture(loaded: Loaded) -> str:
+    return str(loaded.info.get("model") or loaded.model.pretrained_cfg["architecture"])  # pyright: ignore
+
+
+def _metrics_of(source: str) -> dict[str, Any]:
+    """The scores that lie beside a run's weights; none elsewhere."""
+    path = Path(source).parent / "metrics.json"
+    if not source or not path.is_file():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _about(loaded: Loaded, name: str) -> str:
+    text = (
+        f"`{name}`, an image classifier for {len(loaded.class_names)} classes, made with the Python package `transcnn`"
+    )
+    spec = plug_spec(loaded.model)
+    if spec:
+        places = ", ".join(f"`{line['at']}`" for line in spec)
+        return f"{text}: H-MHSA (arXiv 2106.03180) plugged in after {places}."
+    return f"{text}: hierarchical multi-head self-attention (H-MHSA, arXiv 2106.03180) in a convolutional network."
+
+
+def _size(loaded: Loaded) -> str:
+    """Parameters and multiply-adds, counted now."""
+    channels, height, width = loaded.preprocessing["input_size"]
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        loaded.model(torch.zeros(1, channels, height, width))
+    parameters = sum(p.numel() for p in loaded.model.parameters())
+    return (
+        f"- parameters: {parameters:,}\n"
+        f"- multiply-adds: {counter.get_total_flops() / 2e6:,.1f} M for one image of {height}x{width}\n"
+        f"- input: {channels} channels, trained at {height}x{width}; any other size works"
+    )
+
+
+def _training(info: dict[str, Any], data: str | None) -> str:
+    """The data and the recipe, from what training stored beside the weights."""
+    settings = info.get("settings")
+    if not settings:
+        return ""
+    optim, augment = settings.get("optim") or {}, settings.get("augment") or {}
+    rows = {
+        "data": data,
+        "epochs": settings.get("epochs"),
+        "weights kept": f"those of epoch {info['epoch']}" if "epoch" in info else None,
+        "batch size": settings.get("batch_size"),
+        "learning rate": settings.get("lr"),
+        "optimizer": ", ".join(f"{key} {value}" for key, value in optim.items() if value is not None),
+        "augmentation": ", ".join(f"{key} {value}" for key, value in augment.items() if value),
+        "started from": _start(settings),
+        "seed": settings.get("seed"),
+    }
+    lines = [f"| {key} | {value} |" for key, value in rows.items() if value not in (None, "")]
+    return "\n".join(["## Training", "", "| | |", "|---|---|", *lines])
+
+
+def _start(settings: dict[str, Any]) -> str:
+    if settings.get("init_from"):
+        return Path(settings["init_from"]).name
+    return "published weights" if settings.get("pretrained") else "scratch"
+
+
+def _scores(info: dict[str, Any], metrics: dict[str, Any]) -> str:
+    if "top1" in metrics:
+        figures = [f"top-1 {metrics['top1']:.2f} %"]
+        figures += [f"top-5 {metrics['top5']:.2f} %"] if "top5" in metrics else []
+        where = f"on {metrics['images']:,} images" if "images" in metrics else ""
+        split = f"({metrics['split']} part of the data)" if "split" in metrics else ""
+        return f"## Measured\n\n{', '.join(figures)} {where} {split}".rstrip()
+    if "val_top1" in info:
+        return f"## Measured\n\ntop-1 {info['val_top1']:.2f} % on the validation images that chose these weights"
+    return ""
+
+
+def _classes(names: Sequence[str], shown: int = 50) -> str:
+    rest = f", and {len(names) - shown} more in `config.json`" if len(names) > shown else ""
+    return f"## Classes\n\n{', '.join(names[:shown])}{rest}"
+
+
+def _usage(loaded: Loaded) -> str:
+    lines = ["import transcnn  # tells timm of this package's networks", ""]
+    if plug_spec(loaded.model):
+        lines += ['model = transcnn.from_pretrained("THIS REPOSITORY OR FOLDER")']
+    else:
+        lines += [
+            "import timm",
+            "from transformers import pipeline",
+            "",
+            'model = timm.create_model("hf-hub:THIS REPOSITORY", pretrained=True).eval()',
+            'classify = pipeline("image-classification", model="THIS REPOSITORY")',
+        ]
+    body = "\n".join(lines)
+    return f"## How to use it\n\n```python\n{body}\n```\n\nOr: `transcnn predict FOLDER photo.jpg`."

@@ -1,0 +1,7 @@
+"""The weights that come with the package; each has its card beside it.
+
+=========================  ==================================================================================
+transcnn_nano.cifar10      ``timm.create_model("transcnn_nano", pretrained=True)``, and ``transcnn predict`` without a
+                           checkpoint: ten classes, images of 32x32
+=========================  ==================================================================================
+"""

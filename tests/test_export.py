@@ -1,0 +1,325 @@
+"""Exported files answer as the network does, say what they are, and run where there is no torch."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from transcnn.data.augment import eval_transform
+from transcnn.data.images import read_image
+from transcnn.errors import UserError
+from transcnn.export import FORMATS, Format, _capture, check, export_model
+from transcnn.onnx_predict import OnnxModel, to_input
+from transcnn.plug import plug
+from transcnn.predict import predict
+from transcnn.runs import Loaded, build_model, load, save_weights
+
+export_module = importlib.import_module("transcnn.export")  # transcnn.export may be the function
+ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+NAMES = ["rising", "steep", "falling"]
+# Two stages, one with grids and one without: all there is to trace, in seconds.
+MICRO = dict(
+    dims=(8, 16),
+    depths=(1, 1),
+    expansions=(2, 2),
+    kernel_sizes=(3, 3),
+    grid_sizes=(4, None),
+    pool_ratios=(4, None),
+    stem_stride=2,
+)
+CONFIG = dict(input_size=[3, 32, 32], mean=[0.5, 0.4, 0.3], std=[0.2, 0.25, 0.3], interpolation="bicubic", crop_pct=0.9)
+
+
+@pytest.fixture(scope="session")
+def stripes(class_image, tmp_path_factory):
+    """Nine images of three classes, of several sizes and modes, and a broken one."""
+    folder = tmp_path_factory.mktemp("stripes")
+    sizes = [(32, 32), (61, 40), (40, 75), (300, 20), (33, 33), (64, 48), (32, 32), (20, 400), (90, 91)]
+    for i, (size, mode) in enumerate(zip(sizes, ["RGB", "L", "RGBA"] * 3, strict=True)):
+        class_image(i % 3, i, size, mode).save(folder / f"{i}.png")
+    (folder / "broken.png").write_bytes(b"\x89PNG nothing more")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(class_image) -> Loaded:
+    """A network that has learnt something: of an untrained one all answers are nearly the same."""
+    torch.manual_seed(0)
+    model = build_model("transcnn_test", num_classes=3, **MICRO)
+    images = [class_image(label, index) for index in range(16) for label in range(3)]
+    x = torch.from_numpy(np.stack([to_input(image, {**CONFIG, "crop_pct": 1.0}) for image in images]))
+    y = torch.arange(3).repeat(16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(30):
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return Loaded(model.eval(), "classify", NAMES, dict(CONFIG), "", {"model": "transcnn_test", "model_args": MICRO})
+
+
+@pytest.fixture(scope="session")
+def run(trained, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    info = {**trained.info, "class_names": NAMES, "data_config": CONFIG, "task": "classify", "val_top1": 93.5}
+    save_weights(folder / "best.safetensors", trained.model, info)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def program(trained):
+    """One trace for all formats: it takes most of the time."""
+    return _capture(trained.model, CONFIG["input_size"], None)
+
+
+@pytest.fixture(scope="session")
+def exported(run, program) -> export_module.Exported:
+    """The ONNX file of the run, made by the command's function."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_module, "_capture", lambda *_: program)
+        return export_module.export(str(run), quiet=True)
+
+
+def random_images(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def answers_of(model: nn.Module, images: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return model(torch.from_numpy(images)).numpy()
+
+
+def test_the_comparison_covers_three_sizes_and_is_not_vacuous(exported, trained):
+    sizes = [(row.batch, row.height, row.width) for row in exported.rows]
+    assert sizes == [(1, 32, 32), (3, 25, 41), (2, 48, 48)]
+    assert all(row.relative <= 1e-5 and row.torch_ms > 0 and row.file_ms > 0 for row in exported.rows)
+    batches = export_module._comparisons(trained, None, None)
+    logits = [answers_of(trained.model, images) for images in batches][1]
+    assert logits.std(axis=0).max() > 0.1  # images with different answers, of which 1e-5 is a small part
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (5, 3, 33, 57), (1, 3, 5, 4), (2, 3, 7, 200), (1, 3, 1, 1)])
+def test_onnx_answers_at_any_size(exported, trained, shape):
+    images = random_images(*shape)
+    wanted = answers_of(trained.model, images)
+    found = OnnxModel(exported.file, accelerator="cpu", threads=1)(images)
+    assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+def test_onnx_is_one_file_with_named_sizes(exported):
+    session = ort.InferenceSession(exported.file)
+    (image,), (logits,) = session.get_inputs(), session.get_outputs()
+    assert (image.name, image.shape) == ("images", ["batch", 3, "height", "width"])
+    assert (logits.name, logits.shape) == ("logits", ["batch", 3])
+    assert sorted(file.name for file in exported.file.parent.iterdir()) == [
+        "best.safetensors",
+        "model.json",
+        "model.onnx",
+    ]
+
+
+def test_the_file_and_the_json_say_what_they_are(exported):
+    stored = OnnxModel(exported.file).info
+    beside = json.loads(exported.file.with_suffix(".json").read_text())
+    assert stored == beside
+    assert beside["class_names"] == NAMES
+    assert beside["data_config"] == CONFIG
+    assert beside["task"] == "classify"
+    assert beside["val_top1"] == 93.5
+    assert beside["input"] == {"name": "images", "dtype": "float32", "shape": ["batch", 3, "height", "width"]}
+    assert any("25" in step or "35x35" in step for step in beside["steps"])
+
+
+@pytest.mark.parametrize("img_size", [None, 45])
+def test_predict_gives_the_same_from_the_file(exported, run, stripes, img_size):
+    wanted = predict(str(run), [str(stripes)], img_size=img_size, accelerator="cpu", quiet=True)
+    found = predict(str(exported.file), [str(stripes)], img_size=img_size, accelerator="cpu", quiet=True, batch_size=4)
+    assert [row["file"] for row in found] == [row["file"] for row in wanted]
+    assert found[-1] == wanted[-1]
+    assert "error" in found[-1]  # broken.png
+    assert len({row["top"][0]["label"] for row in wanted[:-1]}) > 1
+    for ours, theirs in zip(found[:-1], wanted[:-1], strict=True):
+        assert [top["label"] for top in ours["top"]] == [top["label"] for top in theirs["top"]]
+        assert [top["score"] for top in ours["top"]] == pytest.approx([t["score"] for t in theirs["top"]], abs=2e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("size", "crop_pct", "interpolation"),
+    [
+        ((32, 32), 1.0, "bicubic"),
+        ((40, 40), 0.9, "bilinear"),
+        ((31, 31), 0.875, "lanczos"),
+        ((24, 48), 0.9, "bicubic"),
+        ((7, 9), 1.0, "nearest"),
+    ],
+)
+def test_preprocessing_is_the_checkpoints(stripes, channels, size, crop_pct, interpolation):
+    stats = dict(mean=[0.3, 0.4, 0.5, 0.5][:channels], std=[0.1, 0.2, 0.3, 0.5][:channels])
+    transform = eval_transform(size, in_chans=channels, crop_pct=crop_pct, interpolation=interpolation, **stats)
+    config = dict(input_size=[channels, *size], crop_pct=crop_pct, interpolation=interpolation, **stats)
+    for file in sorted(stripes.glob("[0-9].png")):
+        image = read_image(file)
+        np.testing.assert_array_equal(to_input(image, config), transform(image, 0).numpy(), err_msg=file.name)
+
+
+def test_predict_from_the_file_imports_no_torch(exported, stripes):
+    code = (
+        "import sys; sys.argv[0] = 'transcnn'; from transcnn.cli import main; code = main(sys.argv[1:]);"
+        "heavy = {'torch', 'timm', 'torchvision', 'lightning'} & set(sys.modules); sys.exit(f'{code} {heavy}')"
+    )
+    command = [sys.executable, "-c", code, "predict", str(exported.file), str(stripes / "0.png"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.stderr.strip() == "0 set()"
+    assert json.loads(done.stdout)[0]["top"][0]["label"] in NAMES
+
+
+def test_other_formats(program, trained, tmp_path):
+    for name in ("torch", "openvino"):
+        if name == "openvino":
+            pytest.importorskip("openvino")
+        kind = FORMATS[name]
+        file = tmp_path / f"model{kind.suffix}"
+        kind.write(program, file, {"class_names": NAMES})
+        batches = [random_images(1, 3, 32, 32), random_images(3, 3, 45, 33), random_images(2, 3, 64, 96)]
+        rows = check(trained.model, kind.open(file), iter(batches))
+        assert max(row.relative for row in rows) <= 1e-5, name
+    extra = {"transcnn.json": ""}
+    torch.export.load(tmp_path / "model.pt2", extra_files=extra)
+    assert json.loads(extra["transcnn.json"]) == {"class_names": NAMES}
+    import openvino
+
+    stored = openvino.Core().read_model(tmp_path / "model.xml")
+    assert json.loads(stored.get_rt_info(["transcnn", "class_names"]).value) == NAMES
+    assert stored.inputs[0].any_name == "images"
+
+
+def test_static_size_and_a_plugged_cnn(tmp_path):
+    torch.manual_seed(0)
+    host = build_model("test_resnet", num_classes=3).eval()
+    example = torch.zeros(1, 3, 40, 40)
+    plug(host, at="layer2", grid_sizes=(4,), pool_ratios=(2,), example=example)
+    nn.init.constant_(host.layer2.get_submodule("hmhsa").scale, 0.5)
+    loaded = Loaded(host, "classify", NAMES, {**CONFIG, "input_size": [3, 40, 40]}, "", {"model": "test_resnet"})
+    result = export_model(loaded, tmp_path / "plugged.onnx", static=40)
+    assert [(row.batch, row.height, row.width) for row in result.rows] == [(1, 40, 40), (2, 40, 40), (3, 40, 40)]
+    model = OnnxModel(result.file, accelerator="cpu", threads=1)
+    assert model.info["plug"][0]["at"] == "layer2"
+    images = random_images(2, 3, 40, 40)
+    wanted = answers_of(host, images)
+    assert np.abs(model(images) - wanted).max() <= 1e-5 * np.abs(wanted).max()
+    host.layer2.get_submodule("hmhsa").scale.data.zero_()
+    assert np.abs(answers_of(host, images) - wanted).max() > 1e-3 * np.abs(wanted).max()  # H-MHSA was in the file
+    with pytest.raises(UserError, match="exported for images of 40x40 alone, got img_size=64"):
+        model.resize_to(64)
+
+
+def test_a_file_that_answers_otherwise_is_not_kept(monkeypatch, trained, tmp_path):
+    def write(program, path, info):
+        path.write_bytes(b"x")
+
+    for wrong in (lambda x: x * 1.001, lambda x: x * np.nan):
+        kind = Format(".onnx", (), write, lambda path, wrong=wrong: lambda x: wrong(answers_of(trained.model, x)))
+        monkeypatch.setitem(FORMATS, "onnx", kind)
+        monkeypatch.setattr(export_module, "_capture", lambda *_: None)
+        (tmp_path / "model.onnx").write_bytes(b"an older one")
+        with pytest.raises(UserError, match=r"model.onnx is not kept: at 1x32x32 it differs .* tolerance is 1.0e-05"):
+            export_model(trained, tmp_path / "model.onnx")
+        assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+        assert (tmp_path / "model.onnx").read_bytes() == b"an older one"
+
+
+class FixedSize(nn.Module):
+    def forward(self, x):
+        return x.reshape(-1, 3 * 65 * 99)[:, :3]
+
+
+def test_clear_errors(trained, tmp_path, run):
+    with pytest.raises(UserError, match="networks for detect can't be exported; those for classify, segment can"):
+        export_model(Loaded(trained.model, "detect", NAMES, dict(CONFIG), ""), tmp_path / "a.onnx")
+    with pytest.raises(UserError, match=r"a file of format openvino ends in .xml, got .*a.onnx"):
+        export_model(trained, tmp_path / "a.onnx", format="openvino")
+    with pytest.raises(UserError, match="format must be one of onnx, torch, openvino, got 'tflite'"):
+        export_module.export(str(run), format="tflite")  # pyright: ignore
+    with pytest.raises(UserError, match="static must be 1 or more, got 0"):
+        export_model(trained, tmp_path / "a.onnx", static=0)
+    with pytest.raises(UserError, match="FixedSize works at a fixed height and width only; give --static SIZE"):
+        export_model(Loaded(FixedSize(), "classify", NAMES, dict(CONFIG), ""), tmp_path / "a.onnx")
+    with pytest.raises(UserError, match="no such file"):
+        OnnxModel(tmp_path / "missing.onnx")
+    (tmp_path / "broken.onnx").write_bytes(b"no protobuf")
+    with pytest.raises(UserError, match=r"can't read .*broken.onnx"):
+        OnnxModel(tmp_path / "broken.onnx")
+    assert not (tmp_path / "a.onnx").exists()
+
+
+def test_an_onnx_file_of_others_is_refused(exported, tmp_path):
+    import onnx
+
+    model = onnx.load(exported.file)
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(UserError, match="was not written by transcnn export"):
+        OnnxModel(tmp_path / "other.onnx")
+
+
+NODE = """
+const fs = require("fs"), ort = require("onnxruntime-node");
+const [model, input, output, ...shape] = process.argv.slice(2);
+(async () => {
+  const session = await ort.InferenceSession.create(model);
+  const bytes = fs.readFileSync(input);
+  const values = new Float32Array(bytes.buffer, bytes.byteOffset, bytes.length / 4);
+  const answer = await session.run({ images: new ort.Tensor("float32", values, shape.map(Number)) });
+  fs.writeFileSync(output, Buffer.from(answer.logits.data.buffer));
+})();
+"""
+
+
+@pytest.fixture(scope="session")
+def node() -> tuple[str, dict[str, str]]:
+    """Node.js and an environment in which it finds onnxruntime-node: ``NODE_PATH`` names its node_modules folder."""
+    program = shutil.which("node")
+    if not program:
+        pytest.skip("needs Node.js")
+    found = subprocess.run([program, "-e", "require('onnxruntime-node')"], capture_output=True, timeout=60)
+    if found.returncode:
+        pytest.skip("needs the npm package onnxruntime-node (NODE_PATH says in which node_modules it is)")
+    return program, dict(os.environ)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (3, 3, 45, 33)])
+def test_node_js_answers_the_same(node, exported, trained, tmp_path, shape):
+    program, environment = node
+    images = random_images(*shape)
+    (tmp_path / "run.js").write_text(NODE)
+    images.tofile(tmp_path / "images.bin")
+    files = [str(tmp_path / "run.js"), str(exported.file), str(tmp_path / "images.bin"), str(tmp_path / "logits.bin")]
+    subprocess.run([program, *files, *map(str, shape)], check=True, timeout=60, env=environment)
+    found = np.fromfile(tmp_path / "logits.bin", np.float32).reshape(shape[0], 3)
+    wanted = answers_of(trained.model, images)
+    assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+def test_made_images_are_images():
+    image = export_module._made_image(1)
+    assert isinstance(image, Image.Image)
+    assert image.size == (256, 256)
+    assert np.asarray(image).std() > 20
+
+
+def test_load_of_the_run_still_works(run, trained):
+    images = random_images(1, 3, 40, 40)
+    np.testing.assert_array_equal(answers_of(load(run).model, images), answers_of(trained.model, images))

@@ -1,0 +1,324 @@
+"""Folders that timm, transformers and we ourselves load with equal answers; cards; the hub, without the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from torch import nn
+
+from transcnn import share
+from transcnn.backbone import CIFAR10, default_cfgs
+from transcnn.errors import UserError
+from transcnn.evaluate import evaluate
+from transcnn.plug import plug
+from transcnn.predict import PACKAGED, predict
+from transcnn.runs import build_model, load, save_weights
+from transcnn.share import from_pretrained, model_card, push_to_hub, save_pretrained
+from transcnn.weights.pack import pack
+
+NAMES = ["rising", "steep", "falling"]
+CONFIG = dict(
+    input_size=[3, 32, 32],
+    mean=[0.5, 0.4, 0.3],
+    std=[0.2, 0.25, 0.3],
+    interpolation="bilinear",
+    crop_pct=1.0,
+    crop_mode="center",
+)
+IMAGES = torch.linspace(-2, 2, 2 * 3 * 45 * 33).sin().view(2, 3, 45, 33)
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Random weights large enough that answers differ from image to image, small enough that rounding stays so."""
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.kaiming_normal_(parameter, nonlinearity="linear")
+    return model.eval()
+
+
+def logits(model: nn.Module, images: torch.Tensor = IMAGES) -> torch.Tensor:
+    with torch.inference_mode():
+        answer = model(images)
+    return getattr(answer, "logits", answer)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A finished run's directory, as far as sharing needs it."""
+    folder = tmp_path_factory.mktemp("run")
+    model = lively(build_model("transcnn_test", num_classes=3, act_layer="relu"))
+    info = {
+        "model": "transcnn_test",
+        "model_args": {"act_layer": "relu"},
+        "class_names": NAMES,
+        "data_config": CONFIG,
+        "task": "classify",
+        "data": "cifar10",
+        "epoch": 11,
+        "val_top1": 77.7,
+        "settings": {
+            "epochs": 12,
+            "batch_size": 64,
+            "lr": 0.01,
+            "seed": 0,
+            "optim": {"opt": "muon", "clip_grad": None},
+        },
+    }
+    save_weights(folder / "best.safetensors", model, info)
+    (folder / "metrics.json").write_text(json.dumps({"top1": 81.23456, "top5": 99.0, "images": 10000, "split": "test"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(run, tmp_path_factory) -> Path:
+    return save_pretrained(run, tmp_path_factory.mktemp("shared") / "folder")
+
+
+def test_timm_transformers_and_we_answer_the_same(folder, run):
+    transformers = pytest.importorskip("transformers")
+    wanted = logits(load(run).model)
+    assert (wanted[0] - wanted[1]).abs().max() > 0.05
+    for model in (
+        timm.create_model(f"local-dir:{folder}", pretrained=True).eval(),
+        from_pretrained(folder),
+        load(folder).model,
+        transformers.AutoModelForImageClassification.from_pretrained(folder).eval(),
+    ):
+        torch.testing.assert_close(logits(model), wanted, rtol=0, atol=0)
+
+
+def test_transformers_pipeline_names_what_predict_names(folder, run, class_image, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    class_image(1, 5, 32).save(tmp_path / "image.png")
+    classify = transformers.pipeline("image-classification", model=str(folder), top_k=3)
+    theirs = classify(str(tmp_path / "image.png"))
+    ours = predict(str(run), [str(tmp_path / "image.png")], accelerator="cpu", quiet=True)[0]["top"]
+    assert [row["label"] for row in theirs] == [row["label"] for row in ours]
+    assert [row["score"] for row in theirs] == pytest.approx([row["score"] for row in ours], abs=1e-6)
+
+
+def test_the_folder_keeps_names_and_preprocessing(folder, run):
+    loaded = load(folder)
+    assert loaded.class_names == NAMES
+    assert {key: loaded.preprocessing[key] for key in CONFIG} == CONFIG
+    assert loaded.task == "classify"
+    assert sorted(file.name for file in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    config = json.loads((folder / "config.json").read_text())
+    assert "num_classes" not in config["model_args"]  # transformers fails on it
+    assert config["num_classes"] == 3
+    assert not {"file", "url", "hf_hub_id"} & set(config["pretrained_cfg"])  # nothing of this machine
+
+
+def test_changes_while_loading(folder):
+    assert logits(from_pretrained(folder, num_classes=5)).shape == (2, 5)
+    features = from_pretrained(folder, features_only=True)(IMAGES)
+    assert [tuple(f.shape[1:]) for f in features] == [(8, 12, 9), (16, 6, 5), (16, 3, 3), (32, 2, 2)]
+
+
+def test_a_network_in_memory_with_one_channel(tmp_path):
+    model = lively(timm.create_model("transcnn_test", num_classes=2, in_chans=1)).to(memory_format=torch.channels_last)
+    save_pretrained(model, tmp_path / "grey", class_names=["a", "b"])
+    loaded = load(tmp_path / "grey")
+    assert loaded.class_names == ["a", "b"]
+    assert loaded.preprocessing["input_size"][0] == 1
+    torch.testing.assert_close(logits(loaded.model, IMAGES[:, :1]), logits(model, IMAGES[:, :1]), rtol=0, atol=1e-5)
+    assert model.stem[0].weight.is_contiguous(memory_format=torch.channels_last)  # the caller's is left alone
+
+
+def test_a_plugged_cnn_comes_back_plugged(tmp_path):
+    model = lively(timm.create_model("test_resnet", num_classes=3))
+    plug(model, at="layer2,layer3", example=torch.zeros(1, 3, 48, 48))
+    nn.init.constant_(model.layer2.get_submodule("hmhsa").scale, 0.5)
+    save_pretrained(model, tmp_path / "plugged", class_names=NAMES)
+    wanted = logits(model)
+    torch.testing.assert_close(logits(from_pretrained(tmp_path / "plugged")), wanted, rtol=0, atol=0)
+    card = (tmp_path / "plugged" / "README.md").read_text()
+    assert "plugged in after `layer2`, `layer3`" in card
+    assert "hf-hub" not in card  # timm can't make it
+
+
+def test_the_card_says_what_was_measured(folder, run):
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert card.data.library_name == "timm"
+    assert card.data.datasets == ["uoft-cs/cifar10"]
+    results = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert results == {"top-1 accuracy": 81.23, "top-5 accuracy": 99.0}
+    parameters = sum(p.numel() for p in load(run).model.parameters())
+    for text in (f"{parameters:,}", "multiply-adds", "32x32", "CIFAR-10", "opt muon", "top-1 81.23 %", "10,000 images"):
+        assert text in card.text, text
+    assert "clip_grad" not in card.text
+    for name in NAMES:
+        assert name in card.text
+
+
+def test_a_card_without_a_run_claims_nothing():
+    loaded = share._as_loaded(lively(timm.create_model("transcnn_test", num_classes=3)), None, None)
+    card = model_card(loaded)
+    assert card.data.eval_results is None
+    assert "Measured" not in card.text
+    assert "Training" not in card.text
+
+
+class Hub:
+    """What push_to_hub asks of huggingface_hub.HfApi, kept instead of sent."""
+
+    def __init__(self, has_card: bool) -> None:
+        self.has_card = has_card
+        self.calls: list[tuple] = []
+
+    def __call__(self, token, library_name):
+        self.calls.append(("api", token, library_name))
+        return self
+
+    def create_repo(self, repo_id, private, exist_ok):
+        self.calls.append(("create", repo_id, private, exist_ok))
+        return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+    def file_exists(self, repo_id, name):
+        assert (repo_id, name) == ("me/stripes", "README.md")
+        return self.has_card
+
+    def upload_folder(self, repo_id, folder_path, commit_message, ignore_patterns):
+        files = sorted(file.name for file in Path(folder_path).iterdir())
+        self.calls.append(("upload", repo_id, files, ignore_patterns))
+        torch.testing.assert_close(logits(from_pretrained(folder_path)), self.wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("has_card", [False, True])
+def test_push_to_hub_sends_the_folder(monkeypatch, run, has_card):
+    hub = Hub(has_card)
+    hub.wanted = logits(load(run).model)
+    monkeypatch.setattr(share, "HfApi", hub)
+    push_to_hub(run, "stripes", private=True, token="secret")
+    files = ["README.md", "config.json", "model.safetensors"]
+    assert hub.calls == [
+        ("api", "secret", "transcnn"),
+        ("create", "stripes", True, True),
+        ("upload", "me/stripes", files, ["README.md"] if has_card else None),
+    ]
+
+
+def test_push_to_hub_passes_the_hubs_refusal_on(monkeypatch, run):
+    from huggingface_hub.errors import HFValidationError
+
+    def refuse(*args, **kwargs):
+        raise HFValidationError("Repo id must be in the form 'namespace/repo_name'")
+
+    hub = Hub(False)
+    monkeypatch.setattr(hub, "create_repo", refuse)
+    monkeypatch.setattr(share, "HfApi", hub)
+    with pytest.raises(UserError, match=r"the hub refused a/b/c: Repo id must be in the form"):
+        push_to_hub(run, "a/b/c")
+
+
+def test_clear_errors(run, tmp_path):
+    with pytest.raises(UserError, match="2 class names for 3 outputs"):
+        save_pretrained(run, tmp_path / "x", class_names=["a", "b"])
+    with pytest.raises(UserError, match=r"Linear was not made by timm.create_model"):
+        save_pretrained(nn.Linear(3, 3), tmp_path / "x")
+    with pytest.raises(UserError, match=r"holds no config.json"):
+        from_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"nobody/nothing is no folder, and the hub doesn't give it"):
+        from_pretrained("nobody/nothing")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="doesn't name a network of timm"):
+        load(tmp_path)
+
+
+def test_transformers_segmenter_on_our_features():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.TimmBackboneConfig(
+        backbone="transcnn_test", use_pretrained_backbone=False, out_indices=[0, 1, 2, 3]
+    )
+    backbone = transformers.TimmBackbone(config).eval()
+    theirs = timm.create_model("transcnn_test", features_only=True).eval()
+    theirs.load_state_dict(backbone._backbone.state_dict())
+    with torch.inference_mode():
+        for ours, wanted in zip(backbone(IMAGES).feature_maps, theirs(IMAGES), strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=0, atol=0)
+    segmenter = transformers.UperNetForSemanticSegmentation(
+        transformers.UperNetConfig(
+            backbone_config=config, hidden_size=16, num_labels=4, use_auxiliary_head=False, pool_scales=[1, 2]
+        )
+    )
+    answer = segmenter(pixel_values=torch.randn(2, 3, 64, 96), labels=torch.randint(0, 4, (2, 64, 96)))
+    assert answer.logits.shape == (2, 4, 64, 96)
+    answer.loss.backward()
+    assert segmenter.backbone._backbone.stem_0.weight.grad.abs().sum() > 0
+
+
+def test_transformers_detr_on_our_features():
+    transformers = pytest.importorskip("transformers")
+    backbone = transformers.TimmBackboneConfig(
+        backbone="transcnn_test", use_pretrained_backbone=False, out_indices=[0, 1, 2, 3]
+    )
+    sizes = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16)
+    heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, num_queries=5, num_labels=3)
+    config = transformers.DetrConfig(
+        backbone_config=backbone, use_timm_backbone=False, use_pretrained_backbone=False, **sizes, **heads
+    )
+    detector = transformers.DetrForObjectDetection(config)
+    labels = [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3]])}] * 2
+    answer = detector(pixel_values=torch.randn(2, 3, 64, 96), labels=labels)
+    assert answer.logits.shape == (2, 5, 4)
+    assert answer.pred_boxes.shape == (2, 5, 4)
+    answer.loss.backward()
+    stem = dict(detector.named_parameters())
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for name, p in stem.items() if "stem" in name)
+
+
+def test_pack_halves_the_weights_and_says_what_it_costs(run, make_class_folder, tmp_path, capsys):
+    data = make_class_folder(classes=3, per_class=10, splits=("train", "test"))
+    for part in ("train", "test"):
+        for i, name in enumerate(NAMES):
+            (data / part / f"class_{i}").rename(data / part / name)
+    file = pack(str(run), str(data), name="transcnn_test.stripes", folder=str(tmp_path))
+    assert file == tmp_path / "transcnn_test.stripes.safetensors"
+    assert file.stat().st_size < 0.75 * (run / "best.safetensors").stat().st_size
+    assert sorted(path.name for path in tmp_path.glob("transcnn*")) == [
+        "transcnn_test.stripes.md",
+        "transcnn_test.stripes.safetensors",
+    ]
+    wanted, found = logits(load(run).model), logits(load(file).model)
+    assert found.dtype == torch.float32
+    assert 0 < (found - wanted).abs().max() < 0.02 * wanted.abs().max()
+    top1 = evaluate(str(file), str(data), split="test", quiet=True)["top1"]
+    assert f"{top1} % as 16-bit floats" in capsys.readouterr().out
+    assert f"top-1 {top1:.2f} %" in file.with_suffix(".md").read_text()
+    assert "out" not in load(file).info["settings"]
+
+
+def test_pack_refuses_what_has_become_worse(run, make_class_folder, tmp_path, monkeypatch):
+    scores = iter([{"top1": 90.0}, {"top1": 89.9}])
+    monkeypatch.setattr("transcnn.weights.pack.evaluate", lambda *_, **__: next(scores))
+    with pytest.raises(UserError, match=r"16-bit weights are at 89.9 % instead of 90.0 %: not packed"):
+        pack(str(run), "cifar10", folder=str(tmp_path))
+    assert not any(path.suffix == ".safetensors" for path in tmp_path.iterdir())
+
+
+def test_the_packages_own_weights(class_image, tmp_path, capsys):
+    weights = Path(default_cfgs["transcnn_nano"].cfgs["cifar10"].file)
+    if not weights.is_file():
+        pytest.skip("these sources come without the weights; weights/pack.py makes them")
+    assert weights.stat().st_size <= 4_000_000
+    assert weights.with_suffix(".md").is_file()
+    model = timm.create_model("transcnn_nano", pretrained=True).eval()
+    assert model.pretrained_cfg["tag"] == "cifar10"
+    assert (logits(model)[0] - logits(model)[1]).abs().max() > 0.1
+    photo = tmp_path / "photo.jpg"
+    class_image(0, 0, (90, 60)).save(photo)
+    top = predict(str(photo), accelerator="cpu")[0]["top"]
+    assert {row["label"] for row in top} < set(CIFAR10)
+    assert all(name in capsys.readouterr().err for name in CIFAR10[:1])
+    assert top == predict(PACKAGED, [str(photo)], accelerator="cpu", quiet=True)[0]["top"]
+    assert np.isclose(sum(row["score"] for row in top), 1, atol=0.5)
