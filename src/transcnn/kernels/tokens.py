@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..attention import HMHSA, LocalStep, merge, spread
 from ..errors import UserError
 from .attend import attend
+from .grid import grid_kernel
 
 __all__ = ["Convolution", "FastBlock", "FastDualDownsample", "FastHMHSA", "Frozen", "Matrix", "affine", "fuse"]
 
@@ -190,20 +191,27 @@ class FastLocalStep(Frozen):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
+        normed = x if self.norm is None else self.norm(x)
+        kernel = grid_kernel(x, self.head_dim, self.grid_size)
+        if kernel is None:
+            a = self._cut_and_attend(x, normed)
+        else:
+            out = kernel(self.qkv(normed), self.head_dim, self.grid_size, 1.0)
+            a = x + out if self.scale is None else torch.addcmul(out, x, self.scale)
+        return a if self.grid_norm is None else self.grid_norm(a)
+
+    def _cut_and_attend(self, x: Tensor, normed: Tensor) -> Tensor:
+        """The sum of x, scaled where GridNorm is folded, and the attention inside each grid, (B, H, W, C)."""
         batch, height, width, channels = x.shape
         size = self.grid_size
         rows, columns = (height + size - 1) // size, (width + size - 1) // size
         padding = (0, 0, 0, columns * size - width, 0, rows * size - height)
         ragged = any(padding)
-        normed = x if self.norm is None else self.norm(x)
         if ragged:
-            normed = F.pad(normed, padding)
-            x = normed if self.norm is None else F.pad(x, padding)
+            normed, x = F.pad(normed, padding), F.pad(x, padding)
 
-        def grids(tokens: Tensor) -> Tensor:
-            return tokens.view(batch, rows, size, columns, size, channels).transpose(
-                2, 3
-            )  # (B, rows, columns, g, g, C)
+        def grids(tokens: Tensor) -> Tensor:  # a view, (B, rows, columns, g, g, C)
+            return tokens.view(batch, rows, size, columns, size, channels).transpose(2, 3)
 
         qkv = self.qkv(grids(normed).reshape(-1, size * size, channels))  # (B·G, N, 3C)
         qkv = qkv.unflatten(2, (3, channels // self.head_dim, self.head_dim))
@@ -215,8 +223,7 @@ class FastLocalStep(Frozen):
             torch.add(out, grids(x), out=grids(a))
         else:
             torch.addcmul(out, grids(x), self.scale, out=grids(a))
-        a = a[:, :height, :width].contiguous()
-        return a if self.grid_norm is None else self.grid_norm(a)
+        return a[:, :height, :width].contiguous()
 
 
 class FastHMHSA(Frozen):
