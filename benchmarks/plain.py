@@ -2,7 +2,9 @@
 
 Maps are (B, C, H, W) throughout, attention is a matrix product, a softmax and a matrix product, and H and W must divide
 by the grids, as in the released code, which this stands in for and shares no line with. Weights are those of
-``transcnn.create_model(name)``; time it with ``transcnn compare --models transcnn_tiny --reference benchmarks/plain.py:plain``.
+``transcnn.create_model(name)``; time it with
+
+    transcnn compare --models transcnn_tiny --reference benchmarks/plain.py:plain
 """
 
 from __future__ import annotations

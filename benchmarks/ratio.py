@@ -1,0 +1,47 @@
+"""Fails if optimize() isn't well ahead of plain eager on this machine: CI's guard of speed, with a wide margin.
+
+    python benchmarks/ratio.py          # make bench
+
+The two run in turn in one process, so a busy machine slows both; the best round of each counts.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+from plain import plain
+
+import transcnn
+from transcnn.engines import enliven
+
+LEAST = {"fp32": 1.25, "bf16": 1.1}  # measured: see docs/speed.md
+
+
+def main() -> int:
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 256, 256)
+    ours = transcnn.create_model("transcnn_tiny").eval()
+    enliven(ours)
+    theirs = plain("transcnn_tiny").eval()
+    theirs.load_state_dict(ours.state_dict())
+    failed = 0
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        fast = transcnn.optimize(ours, dtype)
+        best = [float("inf")] * 2
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16"):
+            for _ in range(8):
+                for i, model in enumerate((theirs, fast)):
+                    start = time.perf_counter()
+                    model(images)
+                    best[i] = min(best[i], time.perf_counter() - start)
+        ratio = best[0] / best[1]
+        failed += ratio < LEAST[name]
+        speeds = f"plain eager {4 / best[0]:.1f} images/s, optimize() {4 / best[1]:.1f}"
+        print(f"{name}: {speeds}: {ratio:.2f} times as fast, at least {LEAST[name]} wanted")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

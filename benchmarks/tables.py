@@ -1,0 +1,97 @@
+"""The three tables of docs/speed.md, each in one run on this machine: results/speed_{inference,training,large}.csv.
+
+    python benchmarks/tables.py                      # all three, under 10 minutes on two quiet cores
+    python benchmarks/tables.py --only large --big   # with 4096x4096 and the plain network at 2048 (9 GB)
+
+Nothing else should run meanwhile. ``transcnn compare`` does the measuring; this says what to measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # for all cases alike: before torch takes its first memory
+
+import torch
+
+from transcnn.compare import compare
+
+ROOT = Path(__file__).resolve().parent.parent
+PLAIN = f"{ROOT / 'benchmarks' / 'plain.py'}:plain"
+AUTO = "transcnn_tiny:grid_sizes=auto:pool_ratios=auto"
+
+
+def inference(out: str, options: argparse.Namespace) -> None:
+    engines = "eager,channels_last,optimize,onnxruntime,openvino" + (",compile" if options.compile else "")
+    compare("transcnn_tiny", sizes="256", batch=8, dtype="fp32,bf16", engine=engines, reference=PLAIN, out=out,
+            threads=options.threads, memory=False, rounds=5, seconds=1.5)  # fmt: skip
+
+
+def training(out: str, options: argparse.Namespace) -> None:
+    compare("transcnn_tiny", sizes="256", batch=16, dtype="bf16", train=True, reference=PLAIN, out=out,
+            threads=options.threads, rounds=3, seconds=1.0)  # fmt: skip
+    others = out + "_others"
+    compare("resnet50,swin_tiny_patch4_window7_224", sizes="224", batch=16, dtype="bf16", train=True, out=others,
+            threads=options.threads, rounds=3, seconds=1.0)  # fmt: skip
+    append(Path(others), Path(out))
+
+
+def large(out: str, options: argparse.Namespace) -> None:
+    common = dict(batch=1, dtype="fp32", threads=options.threads, rounds=2, seconds=0.0)
+    sizes = "512,1024,2048" + (",4096" if options.big else "")
+    compare(f"transcnn_tiny,{AUTO}", sizes=sizes, engine="optimize", out=out, **common)
+    plain, others = out + "_plain", out + "_others"
+    names = "resnet50,pvt_v2_b1,swin_tiny_patch4_window7_224"
+    compare(names, sizes="512,1024,2048" if options.big else "512,1024", engine="eager", out=others, **common)
+    sizes = "512,1024,2048" if options.big else "512,1024"
+    compare([], sizes=sizes, engine="eager", reference=PLAIN, out=plain, **common)
+    append(Path(others), Path(out))
+    append(Path(plain), Path(out))
+
+
+def append(source: Path, target: Path) -> None:
+    """Put the lines of one table under another's, and drop the folder they came from."""
+    lines = (source / "compare.csv").read_text().splitlines(keepends=True)
+    with (target / "compare.csv").open("a") as file:
+        file.writelines(lines[1:])
+    shutil.rmtree(source)
+
+
+def limit(seconds: float = 2.0) -> str:
+    """What the processor can do at most: its fastest large matrix product, in fp32 and bf16."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(2048, 2048, dtype=dtype), torch.randn(2048, 2048, dtype=dtype)
+        best, start = float("inf"), time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            begun = time.perf_counter()
+            a @ b
+            best = min(best, time.perf_counter() - begun)
+        found.append(f"{str(dtype)[6:]},{2 * 2048**3 / best / 1e12:.4f}")
+    return "\n".join(["dtype,TFLOP/s", *found, ""])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("inference", "training", "large"))
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--big", action="store_true", help="the largest images, too")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, too: some minutes more")
+    parser.add_argument("--out", type=Path, default=ROOT / "results")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(exist_ok=True)
+    (options.out / "speed_limit.csv").write_text(limit())
+    for table in (inference, training, large):
+        if options.only in (None, table.__name__):
+            folder = options.out / f"speed_{table.__name__}.tmp"
+            table(str(folder), options)
+            for suffix in ("csv", "png"):
+                shutil.move(folder / f"compare.{suffix}", options.out / f"speed_{table.__name__}.{suffix}")
+            shutil.rmtree(folder)
+    sys.exit(0)
