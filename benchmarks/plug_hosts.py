@@ -5,7 +5,8 @@
 Each network is plugged with ``at="auto"``; its outputs before, right after, and after ``unplug`` are compared exactly,
 the module tree and tensor names too, and one backward pass must reach every branch's scale. Networks are taken in turn
 from each of timm's convolutional model files, the smaller first; those above ``--max_params`` are left out. A worker
-process runs them, so that one that hangs or dies costs no more than its own line.
+process runs them, so that one that hangs or dies costs no more than its own line. Networks that the file holds already
+are not run again: delete it to start afresh, run again to go on.
 """
 
 from __future__ import annotations
@@ -46,9 +47,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/plug_hosts.csv"))
     options = parser.parse_args()
 
-    start, rows, worker = time.monotonic(), [], Worker(options.max_params)
+    rows: list[dict[str, Any]] = []
+    if options.out.is_file():
+        with options.out.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    done = {row["model"] for row in rows}
+    start, worker = time.monotonic(), Worker(options.max_params)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for family, name in networks():
+        if name in done:
+            continue
         if time.monotonic() - start > options.minutes * 60 or len(rows) >= options.limit:
             break
         row = {"model": name, "family": family, **worker.check(name, options.timeout)}
@@ -92,12 +100,12 @@ class Worker:
         theirs.close()
 
     def check(self, name: str, timeout: float) -> dict[str, Any]:
-        self.pipe.send(name)
         try:
+            self.pipe.send(name)
             if self.pipe.poll(timeout):
                 return self.pipe.recv()
             result = f"took more than {timeout:.0f} s"
-        except EOFError:
+        except (EOFError, OSError):
             result = "the process died"
         self.stop()
         self.start()

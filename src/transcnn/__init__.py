@@ -16,8 +16,11 @@ __all__ = [
     "create_model",
     "list_models",
     "load_checkpoint",
+    "load_host",
     "optimize",
     "plug",
+    "plug_like",
+    "plug_spec",
     "plugged_parameters",
     "unplug",
 ]
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     from .checkpoints import load_checkpoint
     from .explain import attention_maps, attention_rollout
     from .fast import optimize
-    from .plug import plug, plugged_parameters, unplug
+    from .plug import load_host, plug, plug_like, plug_spec, plugged_parameters, unplug
 
 _HOMES = {
     "HMHSA": "attention",
@@ -38,8 +41,11 @@ _HOMES = {
     "create_model": "backbone",
     "list_models": "backbone",
     "load_checkpoint": "checkpoints",
+    "load_host": "plug",
     "optimize": "fast",
     "plug": "plug",
+    "plug_like": "plug",
+    "plug_spec": "plug",
     "plugged_parameters": "plug",
     "unplug": "plug",
 }

@@ -74,7 +74,8 @@ def load_checkpoint(model: Model, path: str | Path, *, strict: bool = True) -> M
     found = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     fresh = _adapt(found, wanted, getattr(model, "pretrained_cfg", None) or {})
     fitting: dict[str, Tensor] = {}
-    unexpected, misshapen = [name for name in content if name not in found and name not in wanted], []
+    unexpected = [name for name, value in content.items() if not isinstance(value, Tensor) and name not in wanted]
+    misshapen = []
     for name, value in found.items():
         if name not in wanted:
             unexpected.append(name)

@@ -156,13 +156,20 @@ def push_to_hub(
     return str(repo)
 
 
-def model_card(loaded: Loaded, *, licence: str = "apache-2.0", metrics: dict[str, Any] | None = None) -> ModelCard:
+def model_card(
+    loaded: Loaded,
+    *,
+    licence: str = "apache-2.0",
+    metrics: dict[str, Any] | None = None,
+    packaged: str | None = None,
+) -> ModelCard:
     """A card for the hub: data, recipe, measured scores, size, and how to use it; only what is known is said.
 
-    ``metrics`` are what ``transcnn eval`` gives; None takes the metrics.json beside the weights.
+    ``metrics`` are what ``transcnn eval`` gives; None takes the metrics.json beside the weights. ``packaged`` is timm's
+    name of weights that come with the package.
     """
     info, metrics = loaded.info, _metrics_of(loaded.source) if metrics is None else metrics
-    name = _architecture(loaded)
+    name = packaged or _architecture(loaded)
     hub_data, data = DATA_SETS.get(str(info.get("data")), (None, info.get("data")))
     scores = {key: metrics[key] for key in ("top1", "top5") if key in metrics}
     results = [
@@ -187,7 +194,7 @@ def model_card(loaded: Loaded, *, licence: str = "apache-2.0", metrics: dict[str
         eval_results=results or None,
     )
     parts = [f"# {name}", _about(loaded, name), _size(loaded), _training(info, data), _scores(info, metrics)]
-    parts += [_classes(loaded.class_names), _usage(loaded), f"## Licence\n\n{licence}"]
+    parts += [_classes(loaded.class_names), _usage(loaded, packaged), f"## Licence\n\n{licence}"]
     return ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n")
 
 
@@ -303,6 +310,9 @@ def _training(info: dict[str, Any], data: str | None) -> str:
     if not settings:
         return ""
     optim, augment = settings.get("optim") or {}, settings.get("augment") or {}
+    idle = {"scale", "ratio"} if augment.get("policy") == "small" else set()  # what others don't switch on
+    idle |= set() if augment.get("reprob") else {"remode"}
+    idle |= set() if augment.get("mixup") or augment.get("cutmix") else {"mix_prob"}
     rows = {
         "data": data,
         "epochs": settings.get("epochs"),
@@ -310,7 +320,7 @@ def _training(info: dict[str, Any], data: str | None) -> str:
         "batch size": settings.get("batch_size"),
         "learning rate": settings.get("lr"),
         "optimizer": ", ".join(f"{key} {value}" for key, value in optim.items() if value is not None),
-        "augmentation": ", ".join(f"{key} {value}" for key, value in augment.items() if value),
+        "augmentation": ", ".join(f"{key} {value}" for key, value in augment.items() if value and key not in idle),
         "started from": _start(settings),
         "seed": settings.get("seed"),
     }
@@ -341,9 +351,12 @@ def _classes(names: Sequence[str], shown: int = 50) -> str:
     return f"## Classes\n\n{', '.join(names[:shown])}{rest}"
 
 
-def _usage(loaded: Loaded) -> str:
+def _usage(loaded: Loaded, packaged: str | None) -> str:
     lines = ["import transcnn  # tells timm of this package's networks", ""]
-    if plug_spec(loaded.model):
+    command = f"transcnn predict {packaged or 'FOLDER'} photo.jpg"
+    if packaged:
+        lines += ["import timm", "", f'model = timm.create_model("{packaged}", pretrained=True).eval()']
+    elif plug_spec(loaded.model):
         lines += ['model = transcnn.from_pretrained("THIS REPOSITORY OR FOLDER")']
     else:
         lines += [
@@ -354,4 +367,4 @@ def _usage(loaded: Loaded) -> str:
             'classify = pipeline("image-classification", model="THIS REPOSITORY")',
         ]
     body = "\n".join(lines)
-    return f"## How to use it\n\n```python\n{body}\n```\n\nOr: `transcnn predict FOLDER photo.jpg`."
+    return f"## How to use it\n\n```python\n{body}\n```\n\nOr: `{command}`."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,8 @@ def find_class(wanted: str, class_names: list[str]) -> int:
             return names.index(word)
     if wanted.isdecimal() and int(wanted) < len(class_names):
         return int(wanted)
-    near = difflib.get_close_matches(wanted, class_names, n=4, cutoff=0.4)
+    folded = {name.casefold(): name for name in class_names}
+    near = [folded[name] for name in difflib.get_close_matches(wanted.casefold(), folded, n=4)]
     some = ", ".join(near or class_names[:10])
     more = "near ones" if near else "the first ones" if len(class_names) > 10 else "there are"
     raise UserError(f"no class is named {wanted!r}; {more}: {some}")
@@ -153,7 +155,11 @@ def _pixel(text: str, size: tuple[int, int]) -> tuple[int, int]:
 def _in_crop(query: tuple[int, int], image: tuple[int, int], size: tuple[int, int], crop_pct: float) -> tuple[int, int]:
     """A pixel of the image as one of what the network sees: resized by the short side, then the middle cut out."""
     scale = max(int(n / crop_pct) / had for n, had in zip(size, image, strict=True))
-    place = [int((q + 0.5 - had / 2) * scale + n / 2) for q, had, n in zip(query, image, size, strict=True)]
+    place = []
+    for q, had, n in zip(query, image, size, strict=True):
+        kept = min(had, 8 * min(image))  # of very long images the ends are cut off first
+        resized = int(scale * kept + 1e-6)
+        place.append(math.floor((q - (had - kept) // 2 + 0.5) * resized / kept) - round((resized - n) / 2))
     if not all(0 <= p < n for p, n in zip(place, size, strict=True)):
         half = [min(n / scale, had) / 2 for n, had in zip(size, image, strict=True)]
         (top, bottom), (left, right) = (

@@ -32,6 +32,7 @@ from .record import ImageLike, Record, as_input, check_stage, heads_of, local_we
 __all__ = ["attention_rollout"]
 
 
+@torch.no_grad()
 def attention_rollout(
     model: nn.Module | Loaded, image: ImageLike, query: tuple[int, int] | None = None, stage: int | None = None
 ) -> Tensor:

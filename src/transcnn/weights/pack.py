@@ -53,7 +53,7 @@ def pack(
         if not after["top1"] >= before["top1"] - slack:
             raise UserError(f"16-bit weights are at {after['top1']} % instead of {before['top1']} %: not packed")
         loaded.info = info
-        card = str(model_card(loaded, metrics=after))
+        card = str(model_card(loaded, metrics=after, packaged=name))
         os.replace(trial, target)
     finally:
         trial.unlink(missing_ok=True)
