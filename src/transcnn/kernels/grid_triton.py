@@ -1,4 +1,5 @@
-# pyright: reportCallIssue=false, reportArgumentType=false  (a kernel is compiled by Triton; its tensors have no types)
+# pyright: reportCallIssue=false, reportArgumentType=false
+# (Triton compiles the kernels: what it makes of their arguments has no Python types.)
 """Grid attention as one GPU kernel: reads q, k and v where the 1x1 convolution left them, writes the map.
 
 Nothing is cut, padded, permuted or joined in memory: a program of the kernel takes one grid and one head, finds its
