@@ -120,7 +120,8 @@ ARROWS = {
     "errors": set(),
     "attention": set(),
     "checkpoints": {"errors"},
-    "backbone": {"attention", "checkpoints", "errors"},
+    "levels": {"errors"},
+    "backbone": {"attention", "checkpoints", "errors", "levels"},
     "plots": {"errors"},
     "report": {"plots", "errors"},
 }
