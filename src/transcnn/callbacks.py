@@ -143,7 +143,7 @@ class Events(TensorBoardLogger):
 
 
 class KeepWeights(Checkpoint):
-    """``last.ckpt`` after each epoch, and ``best.safetensors`` whenever the validation score rises.
+    """``last.ckpt`` after each epoch, and ``best.safetensors`` when the validation score is the best so far or equals it.
 
     ``last.ckpt`` holds all that is needed to go on (weights, their average, optimizer, schedule, loops), and the
     run's settings and model under ``transcnn``. Both are written whole or not at all.
@@ -180,7 +180,7 @@ class KeepWeights(Checkpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         name = f"val_{pl_module.score}"
         value = float(trainer.callback_metrics[name])
-        if self.best is not None and value <= self.best:
+        if self.best is not None and value < self.best:  # of equals the later, which has learnt longer
             return
         self.best, self.best_epoch = value, trainer.current_epoch + 1
         averages = [c.average for c in trainer.callbacks if isinstance(c, Ema)]  # pyright: ignore
