@@ -143,7 +143,7 @@ class Events(TensorBoardLogger):
 
 
 class KeepWeights(Checkpoint):
-    """``last.ckpt`` after each epoch, and ``best.safetensors`` when the validation score is the best so far or equals it.
+    """``last.ckpt`` after each epoch, ``best.safetensors`` where the validation score reaches or passes the best.
 
     ``last.ckpt`` holds all that is needed to go on (weights, their average, optimizer, schedule, loops), and the
     run's settings and model under ``transcnn``. Both are written whole or not at all.
