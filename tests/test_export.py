@@ -63,11 +63,13 @@ def trained(class_image) -> Loaded:
     x = torch.from_numpy(np.stack([to_input(image, {**CONFIG, "crop_pct": 1.0}) for image in images]))
     y = torch.arange(3).repeat(16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(30):
+    for _ in range(60):
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return Loaded(model.eval(), "classify", NAMES, dict(CONFIG), "", {"model": "transcnn_test", "model_args": MICRO})
+    right = (model.eval()(x).argmax(1) == y).float().mean()
+    assert right > 0.9
+    return Loaded(model, "classify", NAMES, dict(CONFIG), "", {"model": "transcnn_test", "model_args": MICRO})
 
 
 @pytest.fixture(scope="session")
@@ -142,7 +144,6 @@ def test_the_file_and_the_json_say_what_they_are(exported):
     assert any("25" in step or "35x35" in step for step in beside["steps"])
 
 
-@pytest.mark.xfail(strict=False, reason="known: the shared fixture sometimes learns one answer alone")
 @pytest.mark.parametrize("img_size", [None, 45])
 def test_predict_gives_the_same_from_the_file(exported, run, stripes, img_size):
     wanted = predict(str(run), [str(stripes)], img_size=img_size, accelerator="cpu", quiet=True)
@@ -176,7 +177,6 @@ def test_preprocessing_is_the_checkpoints(stripes, channels, size, crop_pct, int
         np.testing.assert_array_equal(to_input(image, config), transform(image, 0).numpy(), err_msg=file.name)
 
 
-@pytest.mark.xfail(strict=False, reason="known defect: torch is still imported in a fresh clone")
 def test_predict_from_the_file_imports_no_torch(exported, stripes):
     code = (
         "import sys; sys.argv[0] = 'transcnn'; from transcnn.cli import main; code = main(sys.argv[1:]);"
@@ -188,7 +188,6 @@ def test_predict_from_the_file_imports_no_torch(exported, stripes):
     assert json.loads(done.stdout)[0]["top"][0]["label"] in NAMES
 
 
-@pytest.mark.xfail(strict=False, reason="known defect: torch.export guards on sizes at which two products are equal")
 def test_other_formats(program, trained, tmp_path):
     for name in ("torch", "openvino"):
         if name == "openvino":
@@ -238,7 +237,9 @@ def test_a_file_that_answers_otherwise_is_not_kept(monkeypatch, trained, tmp_pat
         monkeypatch.setitem(FORMATS, "onnx", kind)
         monkeypatch.setattr(export_module, "_capture", lambda *_: None)
         (tmp_path / "model.onnx").write_bytes(b"an older one")
-        with pytest.raises(UserError, match=r"model.onnx is not kept: at 1x32x32 it differs .* tolerance is 1.0e-05"):
+        with pytest.raises(
+            UserError, match=r"model.onnx is not kept: at \d+x\d+x\d+ it differs .* tolerance is 1.0e-05"
+        ):
             export_model(trained, tmp_path / "model.onnx")
         assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
         assert (tmp_path / "model.onnx").read_bytes() == b"an older one"
@@ -246,10 +247,9 @@ def test_a_file_that_answers_otherwise_is_not_kept(monkeypatch, trained, tmp_pat
 
 class FixedSize(nn.Module):
     def forward(self, x):
-        return x.reshape(-1, 3 * 65 * 99)[:, :3]
+        return (x + torch.zeros(65, 99)).sum((2, 3))
 
 
-@pytest.mark.xfail(strict=False, reason="known defect: one of the errors is a raw RuntimeError")
 def test_clear_errors(trained, tmp_path, run):
     with pytest.raises(UserError, match="networks for detect can't be exported; those for classify, segment can"):
         export_model(Loaded(trained.model, "detect", NAMES, dict(CONFIG), ""), tmp_path / "a.onnx")

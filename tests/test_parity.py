@@ -39,7 +39,7 @@ def test_logits_and_stages_equal_the_published_models(name, dtype, tolerance, sh
     expected = {key.split("/")[1]: goldens[key] for key in goldens.files if key.startswith(f"{name}/")}
     assert set(answers) == set(expected)
     errors = {
-        key: np.linalg.norm(answer.double().numpy() - expected[key]) / np.linalg.norm(expected[key])
+        key: float(np.linalg.norm(answer.double().numpy() - expected[key]) / np.linalg.norm(expected[key]))
         for key, answer in answers.items()
     }
     print(f"{name} {dtype}: " + ", ".join(f"{key} {error:.1e}" for key, error in errors.items()))

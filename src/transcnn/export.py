@@ -150,8 +150,12 @@ def check(model: nn.Module, run: Run, batches: Iterator[np.ndarray]) -> list[Row
     rows = []
     for batch in batches:
         tensor = torch.from_numpy(batch)
-        with torch.inference_mode():
-            wanted, torch_time = _timed(lambda tensor=tensor: model(tensor))
+        try:
+            with torch.inference_mode():
+                wanted, torch_time = _timed(lambda tensor=tensor: model(tensor))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the network itself fails on images of shape {batch.shape}: {reason}") from error
         try:
             found, file_time = _timed(lambda batch=batch: run(batch))
         except Exception as error:  # each engine has its own
@@ -200,6 +204,9 @@ def _open_onnx(path: Path) -> Run:
 
 
 def _write_torch(program: ExportedProgram, path: Path, info: dict[str, Any]) -> None:
+    # The conditions noted while tracing say how strides came out at the example's size, not what the graph can do: with
+    # them the file would refuse sizes that grids divide. What it answers is compared below, such a size among them.
+    program._guards_code = []
     torch.export.save(program, path, extra_files={"transcnn.json": json.dumps(info)})
 
 
@@ -257,7 +264,7 @@ def _capture(model: nn.Module, input_size: Sequence[int], static: int | None) ->
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(f"{type(model).__name__} can't be traced for export: {reason}") from error
     image = next(node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
-    fixed = [axis for axis in free if isinstance(image.meta["val"].shape[axis], int)]
+    fixed = [axis for axis in free if str(image.meta["val"].shape[axis]).isdigit()]  # free ones have names
     if fixed:
         words = [("batch", "", "height", "width")[axis] for axis in fixed]
         hint = "" if fixed == [0] else "; give --static SIZE"

@@ -1,6 +1,7 @@
 """``transcnn predict``: what images show, by a trained network.
 
-Nothing here imports torch before a checkpoint is loaded: an exported ONNX file needs none.
+Nothing here imports torch before a checkpoint is loaded: an exported ONNX file needs none. (Imports for type checkers
+alone would: jsonargparse runs them.)
 """
 
 from __future__ import annotations
@@ -12,16 +13,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from .data.images import BrokenImage, is_image_name, list_images, read_image
 from .errors import UserError
-
-if TYPE_CHECKING:
-    from .runs import Loaded
 
 __all__ = ["find_images", "predict"]
 
@@ -133,9 +131,9 @@ def _means_images(name: str, alone: bool) -> bool:
 
 
 def _predict(
-    loaded: Loaded, files: list[str], top_k: int, batch_size: int, precision: str, accelerator: str
+    loaded: Any, files: list[str], top_k: int, batch_size: int, precision: str, accelerator: str
 ) -> Iterator[dict[str, Any]]:
-    """One row for each file, in order."""
+    """One row for each file, in order, by a network as ``runs.load`` gives it."""
     import torch
 
     from .engine import choose_precision
