@@ -240,7 +240,8 @@ class TransCNN(nn.Module):
         def norm(channels: int) -> nn.Module:
             return make_norm(channels).to(**dd)
 
-        act: Callable[[], nn.Module] = partial(get_act_layer(act_layer), inplace=True)  # pyright: ignore
+        # Not in place: SiLU needs its input for the backward pass, so in place it would be copied first.
+        act: Callable[[], nn.Module] = get_act_layer(act_layer)  # pyright: ignore
 
         def downsample(i: int) -> nn.Module:
             if i == 0:
