@@ -342,6 +342,7 @@ def make_loader(
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
+        collate_fn=getattr(images, "collate", None),  # images of one size need none of their own
         drop_last=training and len(sampler) >= batch_size,
         pin_memory=torch.cuda.is_available(),
         **workers,

@@ -10,7 +10,7 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +26,7 @@ __all__ = [
     "is_dir",
     "is_image_name",
     "list_images",
+    "read_ids",
     "read_image",
     "to_channels",
 ]
@@ -63,6 +64,24 @@ def read_image(source: str | os.PathLike[str] | bytes | BinaryIO) -> Image.Image
             raise BrokenImage("empty file")
         return _decode(io.BytesIO(source))
     return _decode(source)
+
+
+def read_ids(source: bytes) -> tuple[np.ndarray, list[int] | None]:
+    """Read a label map: an image whose pixels are class ids, and its palette (r, g, b, r, ...) if it has one.
+
+    Grey images of 8 or 16 bits and palette images, whose indices are the ids; (H, W) of int32.
+
+    Raises:
+        BrokenImage: As for :func:`read_image`, or an image of colours or with lossy compression.
+    """
+    if not len(source):
+        raise BrokenImage("empty file")
+    image = _decode(io.BytesIO(source), lambda image: image)
+    if image.format in ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000"):
+        raise BrokenImage(f"a label map must not be {image.format}, which changes class ids")
+    if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
+        raise BrokenImage(f"a label map must hold class ids (grey or palette), not {image.mode} colours")
+    return np.asarray(image).astype(np.int32), image.getpalette() if image.mode == "P" else None
 
 
 def to_channels(image: Image.Image, in_chans: int) -> Image.Image:
@@ -173,7 +192,8 @@ def _open_file(path: str | os.PathLike[str]) -> BinaryIO:
         raise BrokenImage(str(error)) from error  # a null byte in the name
 
 
-def _decode(file: BinaryIO) -> Image.Image:
+def _decode(file: BinaryIO, finish: Callable[[Image.Image], Image.Image] | None = None) -> Image.Image:
+    """Open and decode a file; ``finish`` (else: upright, 8 bits a channel) makes the result of what it holds."""
     Image.init()
     limit = Image.MAX_IMAGE_PIXELS
     try:
@@ -187,7 +207,7 @@ def _decode(file: BinaryIO) -> Image.Image:
             image.load()
             if image.format == "PNG":
                 _check_png(file)
-            return _to_eight_bits(_upright(image))
+            return finish(image) if finish else _to_eight_bits(_upright(image))
     except BrokenImage:
         raise
     except Image.UnidentifiedImageError as error:

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from ..errors import UserError
 from .augment import Transform
 from .images import BrokenImage
 from .randomness import sample_seeds
 from .sampling import Sample
 from .sources import Source
+from .tolerant import Tolerant
 
 __all__ = ["IGNORE", "ImageSet"]
 
 IGNORE = -1  # the label of what is not to be counted in evaluation: a broken file, or padding between processes
 CACHE_BYTES = 1 << 30  # decoded images are kept in memory up to this size, each set for itself
 
-logger = logging.getLogger(__name__)
 
-
-class ImageSet(Dataset):
+class ImageSet(Tolerant):
     """Labelled images as a map-style dataset; ``set[i]`` is (float tensor (C, H, W), label).
 
     ``i`` is an index, or a :class:`~.sampling.Sample` that also says the epoch, as the loaders send it. Whatever
@@ -59,24 +55,16 @@ class ImageSet(Dataset):
         strict: bool = False,
         replace: bool = True,
     ) -> None:
-        self.source = source
         self.indices = np.arange(len(source)) if indices is None else indices
+        super().__init__(len(self.indices), strict=strict, replace=replace)
+        self.source = source
         self.labels = source.labels[self.indices]
         self.class_names = source.class_names
         self.transform = transform
         self.seed = seed
         self.epoch = 0
-        self.strict = strict
-        self.replace = replace
-        self.listed: list[tuple[str, str]] = []  # files without a sample that were found broken when listing
         self._cache: Tensor | None = None  # uint8 (N, C, H, W), what the transform's first step gives
         self._cached_for: object = None
-        # Loader workers are processes of their own: this memory is shared, a list would stay theirs.
-        self._is_broken = torch.zeros(len(self.indices), dtype=torch.uint8).share_memory_()
-        self._reasons: dict[int, str] = {}
-
-    def __len__(self) -> int:
-        return len(self.indices)
 
     def name(self, i: int) -> str:
         """The i-th image's file name, or what stands for one."""
@@ -89,18 +77,6 @@ class ImageSet(Dataset):
             BrokenImage: It can't be read.
         """
         return self.source.load(int(self.indices[i])), int(self.labels[i]), self.name(i)
-
-    @property
-    def broken(self) -> list[tuple[str, str]]:
-        """(name, reason) of each file that could not be read so far, by this process and its loader's workers."""
-        for i in torch.nonzero(self._is_broken).flatten().tolist():
-            if i not in self._reasons:  # a worker met it; what was wrong is found out by trying again
-                try:
-                    self.read(i)
-                    self._reasons[i] = "could be read at a second try only"
-                except BrokenImage as error:
-                    self._reasons[i] = str(error)
-        return [*self.listed, *((self.name(i), self._reasons[i]) for i in sorted(self._reasons))]
 
     def __getitem__(self, i: int | Sample) -> tuple[Tensor, int]:
         return self.__getitems__([i])[0]
@@ -153,13 +129,11 @@ class ImageSet(Dataset):
         transform = self._need_transform()
         if not self.replace:
             return torch.zeros(transform.in_chans, *transform.size, dtype=torch.uint8), IGNORE
-        order = np.random.default_rng(seed).permutation(len(self))
-        for other in order.tolist():
+        for other in self.substitutes(seed):
             image = self._try(other, seed)
             if image is not None:
                 return image, int(self.labels[other])
-        name, reason = self.broken[0]
-        raise UserError(f"none of the {len(self)} images can be read; the first is {name!r}: {reason}")
+        raise AssertionError("unreachable: substitutes ends with an error")
 
     def _try(self, i: int, seed: int) -> Tensor | None:
         """uint8 (C, H, W) of sample i, None if it is broken."""
@@ -171,11 +145,7 @@ class ImageSet(Dataset):
         try:
             return transform.prepare(self.source.load(int(self.indices[i])), seed)
         except BrokenImage as error:
-            if self.strict:
-                raise UserError(f"{self.name(i)!r} can't be read: {error}") from error
-            self._is_broken[i] = 1
-            self._reasons[i] = str(error)
-            logger.debug("%s is left out: %s", self.name(i), error)
+            self.note_broken(i, error)
             return None
 
 

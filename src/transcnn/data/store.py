@@ -1,0 +1,117 @@
+"""Files below a folder, or in a tar that is read where it lies, by their relative names."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+from typing import Protocol
+
+from ..errors import UserError
+from .images import BrokenImage
+from .sources import line
+
+__all__ = ["Files", "open_files"]
+
+
+class Files(Protocol):
+    """Read-only files by relative names with forward slashes."""
+
+    name: str  # of the whole, for run directories
+
+    def names(self, folder: str = "") -> list[str]:
+        """All files below ``folder``, sorted; hidden ones are left out."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """One file; raises :class:`~.images.BrokenImage` where that can't be."""
+        ...
+
+
+def open_files(data: str | os.PathLike[str]) -> Files:
+    """The files of a folder or of an uncompressed tar.
+
+    Raises:
+        UserError: Neither, or a tar that can't be read.
+    """
+    path = Path(data)
+    if path.is_dir():
+        return FolderFiles(path)
+    if path.is_file() and path.name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")):
+        raise UserError(f"{os.fspath(data)!r} is compressed, which can't be read in any order: unpack it first")
+    if path.is_file() and path.suffix.lower() == ".tar":
+        return TarFiles(path)
+    kind = "is neither a folder nor a tar" if path.exists() else "does not exist"
+    raise UserError(f"{os.fspath(data)!r} {kind}")
+
+
+class FolderFiles:
+    """Files below a folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.name = root.resolve().name or "data"
+
+    def names(self, folder: str = "") -> list[str]:
+        """All files below ``folder``, sorted; hidden ones are left out."""
+        found = []
+        for place, folders, files in os.walk(self.root / folder, followlinks=True):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if len(Path(place).relative_to(self.root).parts) > 8:  # a link that leads back
+                folders.clear()
+            here = Path(place).relative_to(self.root)
+            found += [(here / name).as_posix() for name in files if not name.startswith(".")]
+        return sorted(found)
+
+    def read(self, name: str) -> bytes:
+        """One file."""
+        path = self.root / name
+        try:
+            if path.is_file():
+                return path.read_bytes()
+            reason = "is not a regular file" if path.exists() else "no such file"
+        except OSError as error:
+            reason = error.strerror or str(error)
+        raise BrokenImage(reason)
+
+
+class TarFiles:
+    """Files in a tar; each is read where it lies, so that any order costs the same."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = path.stem
+        try:
+            with tarfile.open(path, "r:") as tar:
+                members = [member for member in tar if member.isreg()]
+        except (tarfile.TarError, OSError) as error:
+            raise UserError(f"{os.fspath(path)!r} is no tar that can be read: {line(error)}") from error
+        self.places = {os.path.normpath(m.name).replace(os.sep, "/"): (m.offset_data, m.size) for m in members}
+        roots = {name.partition("/")[0] for name in self.places}
+        only = roots.pop() if len(roots) == 1 else ""  # everything lies in one folder: that is the data set
+        if only and only not in self.places:
+            self.places = {name[len(only) + 1 :]: place for name, place in self.places.items()}
+
+    def names(self, folder: str = "") -> list[str]:
+        """All files below ``folder``, sorted; hidden ones are left out."""
+        start = f"{folder.rstrip('/')}/" if folder else ""
+        return sorted(
+            name
+            for name in self.places
+            if name.startswith(start) and not any(part.startswith(".") for part in name.split("/"))
+        )
+
+    def read(self, name: str) -> bytes:
+        """One file."""
+        if name not in self.places:
+            raise BrokenImage("no such file")
+        start, size = self.places[name]
+        try:
+            with self.path.open("rb") as file:
+                file.seek(start)
+                content = file.read(size)
+        except OSError as error:
+            raise BrokenImage(error.strerror or str(error)) from error
+        if len(content) < size:
+            raise BrokenImage("the tar ends within it")
+        return content

@@ -1,0 +1,77 @@
+"""What all datasets here have in common: they stay whole in spite of files that can't be read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ..errors import UserError
+from .images import BrokenImage
+
+__all__ = ["Tolerant"]
+
+logger = logging.getLogger(__name__)
+
+
+class Tolerant(Dataset):
+    """A map-style dataset that keeps account of the samples that can't be read.
+
+    A sample that can't be read is recorded in ``broken``. In a training set another takes its place (always the same
+    one in an epoch); with ``replace=False``, as for evaluation, a blank one does, which must not be counted.
+    ``strict=True`` raises :class:`UserError` at the first one instead. A subclass has ``name(i)``, and ``read(i)``,
+    which raises BrokenImage.
+    """
+
+    def __init__(self, length: int, *, strict: bool = False, replace: bool = True) -> None:
+        self.strict = strict
+        self.replace = replace
+        self.listed: list[tuple[str, str]] = []  # files without a sample that were found broken when listing
+        # Loader workers are processes of their own: this memory is shared, a list would stay theirs.
+        self._is_broken = torch.zeros(length, dtype=torch.uint8).share_memory_()
+        self._reasons: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._is_broken)
+
+    def name(self, i: int) -> str:
+        """The i-th sample's file name, or what stands for one."""
+        raise NotImplementedError
+
+    def read(self, i: int) -> Any:
+        """The i-th sample as it lies there; raises BrokenImage."""
+        raise NotImplementedError
+
+    @property
+    def broken(self) -> list[tuple[str, str]]:
+        """(name, reason) of each file that could not be read so far, by this process and its loader's workers."""
+        for i in torch.nonzero(self._is_broken).flatten().tolist():
+            if i not in self._reasons:  # a worker met it; what was wrong is found out by trying again
+                try:
+                    self.read(i)
+                    self._reasons[i] = "could be read at a second try only"
+                except BrokenImage as error:
+                    self._reasons[i] = str(error)
+        return [*self.listed, *((self.name(i), self._reasons[i]) for i in sorted(self._reasons))]
+
+    def note_broken(self, i: int, error: BrokenImage) -> None:
+        """Record sample i as broken; with ``strict`` raise."""
+        if self.strict:
+            raise UserError(f"{self.name(i)!r} can't be read: {error}") from error
+        self._is_broken[i] = 1
+        self._reasons[i] = str(error)
+        logger.debug("%s is left out: %s", self.name(i), error)
+
+    def substitutes(self, seed: int) -> Iterator[int]:
+        """Samples that may take the place of a broken one, in an order that ``seed`` gives.
+
+        Raises:
+            UserError: All were asked for and none would do.
+        """
+        yield from np.random.default_rng(seed).permutation(len(self)).tolist()
+        name, reason = self.broken[0]
+        raise UserError(f"none of the {len(self)} images can be read; the first is {name!r}: {reason}")
