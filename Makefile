@@ -2,6 +2,7 @@
 #
 #   make demo      train on the embedded digits (under 4 minutes on two cores), print the test accuracy
 #   make test      run the whole test suite with the coverage of src
+#   make bench     fail if the fast path isn't well ahead of the plain one on this machine (half a minute)
 #   make lint      format, lint and types; changes nothing
 #   make format    put the format right
 #   make install   .venv with every extra, nothing else
@@ -20,7 +21,7 @@ EVERYTHING := $(VENV)/.installed-all
 # Two processes, each with one thread, are faster on two cores than one process with two threads.
 WORKERS ?= 2
 
-.PHONY: help demo test lint format install build figures clean
+.PHONY: help demo test bench lint format install build figures clean
 .DEFAULT_GOAL := help
 
 help:
@@ -57,6 +58,9 @@ demo: $(VENV)/.installed-train
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/ratio.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
