@@ -3,6 +3,7 @@
 #   make demo      train on the embedded digits (under 4 minutes on two cores), print the test accuracy
 #   make test      run the whole test suite with the coverage of src
 #   make bench     fail if the fast path isn't well ahead of the plain one on this machine (half a minute)
+#   make faults    the long tests of killed, starved and restarted runs
 #   make lint      format, lint and types; changes nothing
 #   make format    put the format right
 #   make install   .venv with every extra, nothing else
@@ -61,6 +62,9 @@ test: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/ratio.py
+
+faults: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m 'slow or not slow' -rP
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -87,10 +87,12 @@ def test_a_network_learns_and_the_run_directory_is_complete(make_class_folder, t
     run = result.run_dir
     assert sorted(p.name for p in run.iterdir() if "tfevents" not in p.name) == [
         "best.safetensors",
+        "checksums.sha256",
         "config.yaml",
         "last.ckpt",
         "metrics.csv",
         "metrics.json",
+        "previous.ckpt",
         "report",
     ]
     assert len([p for p in run.iterdir() if "tfevents" in p.name]) == 1
@@ -137,7 +139,7 @@ def test_a_killed_run_goes_on_exactly(whole, tmp_path, monkeypatch, stop_after):
     torch.manual_seed(12345)  # whatever state the process is in
     train(resume=str(tmp_path / "cut"), quiet=True)
     assert_same_run(undisturbed, tmp_path / "cut")
-    assert len([p for p in (tmp_path / "cut").iterdir() if p.suffix == ".ckpt"]) == 1
+    assert sorted(p.name for p in (tmp_path / "cut").glob("*.ckpt")) == ["last.ckpt", "previous.ckpt"]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

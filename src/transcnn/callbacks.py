@@ -1,4 +1,4 @@
-"""What happens around the training steps: averaged weights, a line and a row an epoch, checkpoints, a bar, signals."""
+"""What happens around the training steps: averaged weights, a line and a row an epoch, a bar, signals."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint, WeightAveraging
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 
+from .checkpointing import KeepWeights, can_save
 from .errors import UserError
-from .runs import save_weights, write_whole
+from .runs import write_whole
 
-__all__ = ["Bar", "Ema", "Events", "History", "Interrupted", "KeepWeights", "Stop", "StopOnSignal"]
+__all__ = ["Bar", "Ema", "Events", "History", "Interrupted", "Stop", "StopOnSignal"]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -142,69 +143,6 @@ class Events(TensorBoardLogger):
         self.experiment.flush()
 
 
-class KeepWeights(Checkpoint):
-    """``last.ckpt`` after each epoch, ``best.safetensors`` where the validation score reaches or passes the best.
-
-    ``last.ckpt`` holds all that is needed to go on (weights, their average, optimizer, schedule, loops), and the
-    run's settings and model under ``transcnn``. Both are written whole or not at all.
-
-    Args:
-        run_dir: Where to.
-        info: What is stored beside the weights: model, model_args, class_names, data_config, task, ...
-        settings: The run's settings, for ``--resume``.
-        every: Also write ``last.ckpt`` each this many updates.
-    """
-
-    def __init__(self, run_dir: Path, info: dict[str, Any], settings: dict[str, Any], every: int | None = None) -> None:
-        self.run_dir = run_dir
-        self.info = info
-        self.settings = settings
-        self.every = every
-        self.best: float | None = None
-        self.best_epoch = 0
-
-    @property
-    def last_path(self) -> Path:
-        """Where the checkpoint to go on from lies."""
-        return self.run_dir / "last.ckpt"
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_epoch": self.best_epoch}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.best_epoch = state_dict["best"], state_dict["best_epoch"]
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["transcnn"] = {**self.info, "settings": self.settings}
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        name = f"val_{pl_module.score}"
-        value = float(trainer.callback_metrics[name])
-        if self.best is not None and value < self.best:  # of equals the later, which has learnt longer
-            return
-        self.best, self.best_epoch = value, trainer.current_epoch + 1
-        averages = [c.average for c in trainer.callbacks if isinstance(c, Ema)]  # pyright: ignore
-        kept: Any = averages[0] if averages else pl_module
-        if trainer.is_global_zero:
-            info = {**self.info, "settings": self.settings, name: value, "epoch": self.best_epoch}
-            save_weights(self.run_dir / "best.safetensors", kept.model, info)
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        updates = (batch_idx + 1) // trainer.accumulate_grad_batches
-        if self.every and _can_save(trainer, batch_idx) and updates % self.every == 0:
-            self.save(trainer)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.save(trainer)
-
-    def save(self, trainer: L.Trainer) -> None:
-        """Write ``last.ckpt`` now; every process calls this."""
-        if trainer.is_global_zero:
-            write_whole(self.last_path, lambda path: trainer.save_checkpoint(path))
-        else:
-            trainer.save_checkpoint(self.last_path)  # takes part in gathering, writes nothing
-
-
 class StopOnSignal(Callback):
     """SIGTERM and SIGINT (Ctrl-C) end the run after the next update, with a checkpoint; a second Ctrl-C at once."""
 
@@ -219,14 +157,11 @@ class StopOnSignal(Callback):
                 self._before[signum] = signal.signal(signum, self._ask)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.asked and _can_save(trainer, batch_idx):
-            self.keep.save(trainer)
-            self._stop(trainer)
+        if can_save(trainer, batch_idx):
+            self._stop_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.asked:
-            self.keep.save(trainer)
-            self._stop(trainer)
+        self._stop_if_asked(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restore()
@@ -239,9 +174,16 @@ class StopOnSignal(Callback):
             raise KeyboardInterrupt
         self.asked = signum
 
-    def _stop(self, trainer: L.Trainer) -> None:
-        step, path = trainer.global_step, self.keep.run_dir
-        raise Stop(f"after update {step}; go on with: transcnn train --resume {path}", self.asked)
+    def _stop_if_asked(self, trainer: L.Trainer) -> None:
+        asked = self.asked
+        if trainer.world_size > 1:  # the processes get their signals at different steps, or only one gets any
+            asked = int(
+                trainer.strategy.reduce(torch.tensor(asked, device=trainer.strategy.root_device), reduce_op="max")
+            )
+        if asked:
+            self.keep.save(trainer)
+            path = self.keep.run_dir
+            raise Stop(f"after update {trainer.global_step}; go on with: transcnn train --resume {path}", asked)
 
     def _restore(self) -> None:
         while self._before:
@@ -307,16 +249,6 @@ class Bar(Callback):
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
-
-
-def _can_save(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether a checkpoint after this batch holds all that counts.
-
-    Gradients that are being accumulated aren't in it; and the last batch of an epoch waits for the epoch's end, as
-    validation belongs to it.
-    """
-    between_updates = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-    return between_updates and batch_idx + 1 < trainer.num_training_batches
 
 
 def _clock(seconds: float) -> str:

@@ -1,8 +1,9 @@
 """Run directories, and models loaded from whatever names one.
 
 A run directory holds ``config.yaml`` (every setting), ``metrics.csv`` (a row an epoch), TensorBoard events,
-``last.ckpt`` (to go on from), ``best.safetensors`` (to use), ``metrics.json``, ``report/``, and ``skipped.csv`` where
-files could not be read.
+``last.ckpt`` (to go on from; ``previous.ckpt`` and ``checksums.sha256`` go with it), ``best.safetensors`` (to use),
+``metrics.json``, ``report/``, ``skipped.csv`` where files could not be read, and ``faults.log`` where something else
+went wrong.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,10 +93,28 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())  # safetensors lets only its owner read what it writes
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except (OSError, SafetensorError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"can't write {path}: {reason}") from error
+    finally:
+        temporary.unlink(missing_ok=True)  # there only if something failed
+
+
+def clear_leavings(folder: Path) -> None:
+    """Remove what a killed process left half written (see :func:`write_whole`)."""
+    for temporary in folder.glob(".*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have a new name in a folder on disk too, where the system can do that."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _umask() -> int:

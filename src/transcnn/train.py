@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 import sys
-import time
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +17,12 @@ import yaml
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from . import callbacks as cb
+from .checkpointing import KeepWeights, newest_good, note
 from .checkpoints import load_checkpoint
 from .engine import choose_precision, keep_freed_memory, quiet_libraries
 from .errors import UserError
 from .evaluate import measure, write_results
-from .runs import build_model, data_config_of, load, new_run_dir, read_info, write_whole
+from .runs import build_model, clear_leavings, data_config_of, load, new_run_dir, read_info, write_whole
 from .settings import Augment, Ema, Optim
 from .tasks import get_task
 from .tasks.base import Task
@@ -128,7 +129,6 @@ def train(
 def _run(s: SimpleNamespace, resumed: Path | None) -> TrainResult:
     """Build everything, fit, measure."""
     _check(s)
-    began = time.monotonic()
     keep_freed_memory()
     L.seed_everything(s.seed, verbose=False)
     task_class = get_task(s.task)
@@ -152,7 +152,7 @@ def _run(s: SimpleNamespace, resumed: Path | None) -> TrainResult:
     info = {"model": s.model, "model_args": args, "class_names": splits.class_names, "data_config": config}
     info |= {"task": s.task, "data": splits.name}
     run_dir = resumed.parent if resumed and s.out is None else new_run_dir(s.out, s.model, splits.name)
-    keep = cb.KeepWeights(run_dir, info, vars(s), s.save_every)
+    keep = KeepWeights(run_dir, info, vars(s), s.save_every)
     trainer = _trainer(s, run_dir, [cb.Ema(ema.ema_decay, ema.ema_warmup)] if ema.ema else [], keep, task_class)
     images = s.batch_size * trainer.world_size  # a step
     learner = task_class(
@@ -173,7 +173,7 @@ def _run(s: SimpleNamespace, resumed: Path | None) -> TrainResult:
         if not s.quiet:
             _announce(s, splits, network, config, run_dir, trainer)
     _fit(trainer, learner, loaders, resumed)
-    return _finish(s, task_class, splits, run_dir, trainer, keep, time.monotonic() - began)
+    return _finish(s, task_class, splits, run_dir, trainer, keep)
 
 
 def _fit(trainer: L.Trainer, learner: Task, loaders: Any, resumed: Path | None) -> None:
@@ -181,6 +181,8 @@ def _fit(trainer: L.Trainer, learner: Task, loaders: Any, resumed: Path | None) 
         trainer.fit(learner, datamodule=loaders, ckpt_path=resumed, weights_only=True)
     except cb.Stop as stop:
         raise cb.Interrupted(str(stop), stop.signum) from None
+    except SystemExit:  # Lightning's answer to a KeyboardInterrupt
+        raise cb.Interrupted("at once", signal.SIGINT) from None
 
 
 def _build(s: SimpleNamespace, splits: Any) -> tuple[torch.nn.Module, dict[str, Any]]:
@@ -212,7 +214,7 @@ def _init_from(network: torch.nn.Module, source: str) -> None:
 
 
 def _trainer(
-    s: SimpleNamespace, run_dir: Path, callbacks: list[Callback], keep: cb.KeepWeights, task_class: type[Task]
+    s: SimpleNamespace, run_dir: Path, callbacks: list[Callback], keep: KeepWeights, task_class: type[Task]
 ) -> L.Trainer:
     callbacks = [*callbacks, cb.History(run_dir, s.quiet), cb.StopOnSignal(keep)]
     if not s.quiet:
@@ -243,8 +245,7 @@ def _finish(
     splits: Any,
     run_dir: Path,
     trainer: L.Trainer,
-    keep: cb.KeepWeights,
-    seconds: float,
+    keep: KeepWeights,
 ) -> TrainResult:
     """Measure the best weights, write figures and report, say where they lie."""
     part, split = (splits.val, "val") if splits.test is None else (splits.test, "test")
@@ -259,7 +260,7 @@ def _finish(
     )
     metrics = learner.summary(scores)
     metrics |= {"split": split, "data": splits.name, "chosen_on": "val", f"val_{task_class.score}": keep.best}
-    metrics |= {"best_epoch": keep.best_epoch, "epochs": trainer.current_epoch, "train_seconds": round(seconds, 1)}
+    metrics |= {"best_epoch": keep.best_epoch, "epochs": trainer.current_epoch, "train_seconds": round(keep.seconds, 1)}
     write_results(run_dir, learner, scores, part, metrics, splits.broken)
     if not s.quiet:
         what = "test images" if split == "test" else "validation images, which also chose the epoch"
@@ -286,9 +287,13 @@ def _defaults() -> dict[str, Any]:
 
 def _find_resumed(resume: str) -> Path:
     path = Path(resume)
-    path = path / "last.ckpt" if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"nothing to resume: there is no {path}")
+    if path.is_file() and path.name != "last.ckpt":
+        return path
+    path, remark = newest_good(path.parent if path.is_file() else path)
+    clear_leavings(path.parent)
+    if remark:
+        note(path.parent, remark)
+        print(f"transcnn: {remark}", file=sys.stderr)
     return path
 
 
