@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Explanation", "draw"]
+__all__ = ["MARK", "Explanation", "describe", "draw", "heat", "marks_of"]
 
 MARK = "#00d5ff"  # the spot asked about; in none of the colours of the maps
 PANEL = 2.55  # inches
@@ -98,7 +98,7 @@ def draw(e: Explanation) -> Figure:
                 page.write(left + PANEL / 2, top + 0.3 + PANEL / 2, words, size=9.5, colour="#555555", align="center")
                 continue
             _draw_map(page.panel(left, top + 0.3), e.image, found)
-            page.caption(left, top, title, _describe(found))
+            page.caption(left, top, title, describe(found))
     page.write(width / 2, height - 0.22, e.note, size=8.5, colour="#555555", align="center")
     return page.figure
 
@@ -146,7 +146,7 @@ def _step_name(row: int, levels: int) -> str:
     return "near, inside its grid" if row == 0 else f"farther, grids of level {row + 1}"
 
 
-def _describe(m: AttentionMap) -> str:
+def describe(m: AttentionMap) -> str:
     """Two lines about one map in plain words."""
     tall, wide = (_first_step(n, had) * m.ratio for n, had in zip(m.size, m.map_size, strict=True))
     cell = f"{min(tall, m.size[0])}×{min(wide, m.size[1])} pixels"
@@ -165,7 +165,8 @@ def _first_step(pixels: int, count: int) -> int:
 def _draw_image(axes: Axes, e: Explanation) -> None:
     _show(axes, e.image)
     side = max(1.0, max(e.image.shape[:2]) / 40)
-    _frame(axes, (e.query[0] + 0.5 - side / 2, e.query[1] + 0.5 - side / 2, side, side), MARK, 2.2)
+    top, left = e.query[0] + 0.5 - side / 2, e.query[1] + 0.5 - side / 2
+    _frame(axes, (top, left, top + side, left + side), MARK, 2.2)
 
 
 def _draw_answers(axes: Axes, e: Explanation) -> None:
@@ -181,49 +182,71 @@ def _draw_answers(axes: Axes, e: Explanation) -> None:
 
 
 def _draw_heat(axes: Axes, image: np.ndarray, values: np.ndarray) -> None:
-    _show(axes, _heat(image, values))
+    _show(axes, heat(image, values))
 
 
 def _draw_map(axes: Axes, image: np.ndarray, m: AttentionMap) -> None:
     """One attention map over the image, with grid lines, the position's own grid, and the position."""
-    _show(axes, _heat(image, m.pixels.double().numpy()))
-    (rows, columns), (height, width) = m.map_size, m.size
-    ys, xs = edges(height, rows), edges(width, columns)
+    _show(axes, heat(image, m.pixels.double().numpy()))
+    marks = marks_of(m)
+    for y in marks.rows:
+        axes.axhline(y - 0.5, color="white", linewidth=0.7, alpha=0.7)
+    for x in marks.columns:
+        axes.axvline(x - 0.5, color="white", linewidth=0.7, alpha=0.7)
     if m.grid_size is not None:
-        step = m.grid_size * m.ratio
-        for y in ys[:-1:step][1:]:
-            axes.axhline(y - 0.5, color="white", linewidth=0.7, alpha=0.7)
-        for x in xs[:-1:step][1:]:
-            axes.axvline(x - 0.5, color="white", linewidth=0.7, alpha=0.7)
-        top, left, bottom, right = m.box
-        _frame(axes, (top, left, bottom - top, right - left), "white", 2.4)
-        # Grids are small in early stages: show the own one and those around it.
-        tall, wide = 3 * _span(ys, step), 3 * _span(xs, step)
-        if tall < height and wide < width:
-            middle_y, middle_x = (top + bottom) / 2, (left + right) / 2
-            low_y = min(max(0.0, middle_y - tall / 2), height - tall)
-            low_x = min(max(0.0, middle_x - wide / 2), width - wide)
-            axes.set(xlim=(low_x - 0.5, low_x + wide - 0.5), ylim=(low_y + tall - 0.5, low_y - 0.5))
-    y, x = m.query
+        _frame(axes, m.box, "white", 2.4)
+    top, left, bottom, right = marks.window
+    axes.set(xlim=(left - 0.5, right - 0.5), ylim=(bottom - 0.5, top - 0.5))
+    _frame(axes, marks.spot, MARK, 2.0)
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What is drawn over an attention map, all in pixels of the image.
+
+    Attributes:
+        rows, columns: Where grids end, the image's own border left out.
+        spot: Top, left, bottom and right of the position that asks.
+        window: The part to show: grids are small in early stages, so the own one and those around it, else all.
+    """
+
+    rows: Sequence[int]
+    columns: Sequence[int]
+    spot: tuple[int, int, int, int]
+    window: tuple[float, float, float, float]
+
+
+def marks_of(m: AttentionMap) -> Marks:
+    """Where to draw what over a map."""
+    ys, xs = (edges(n, had) for n, had in zip(m.size, m.map_size, strict=True))
     ratio = m.ratio if m.grid_size is not None else 1
-    ends = ys[min((y + 1) * ratio, rows)], xs[min((x + 1) * ratio, columns)]
-    _frame(axes, (ys[y * ratio], xs[x * ratio], ends[0] - ys[y * ratio], ends[1] - xs[x * ratio]), MARK, 2.0)
+    (top, bottom), (left, right) = (
+        (lines[place * ratio], lines[min((place + 1) * ratio, len(lines) - 1)])
+        for lines, place in zip((ys, xs), m.query, strict=True)
+    )
+    spot = (top, left, bottom, right)
+    if m.grid_size is None:
+        return Marks((), (), spot, (0, 0, *m.size))
+    step = m.grid_size * m.ratio
+    sides = [3 * lines[min(step, len(lines) - 1)] for lines in (ys, xs)]
+    window = (0.0, 0.0, float(m.size[0]), float(m.size[1]))
+    if sides[0] < m.size[0] and sides[1] < m.size[1]:
+        middles = (m.box[0] + m.box[2]) / 2, (m.box[1] + m.box[3]) / 2
+        low = [min(max(0.0, c - s / 2), n - s) for c, s, n in zip(middles, sides, m.size, strict=True)]
+        window = (low[0], low[1], low[0] + sides[0], low[1] + sides[1])
+    return Marks(ys[:-1:step][1:], xs[:-1:step][1:], spot, window)
 
 
-def _span(lines: Sequence[int], step: int) -> int:
-    return lines[min(step, len(lines) - 1)]
-
-
-def _heat(image: np.ndarray, values: np.ndarray) -> np.ndarray:
+def heat(image: np.ndarray, values: np.ndarray) -> np.ndarray:
     """A dim grey image with colours over it, the brighter the larger, from 0 to the largest value; (H, W, 3)."""
     import matplotlib
 
     pixels = image.astype(float) / 255
     grey = pixels if pixels.ndim == 2 else pixels @ np.array([0.299, 0.587, 0.114])
     largest = values.max()
-    heat = values / largest if largest > 0 else np.zeros_like(values)
-    colours = matplotlib.colormaps["inferno"](0.25 + 0.7 * heat)[..., :3]
-    strength = 0.8 * heat[..., None] ** 0.6
+    share = values / largest if largest > 0 else np.zeros_like(values)
+    colours = matplotlib.colormaps["inferno"](0.25 + 0.7 * share)[..., :3]
+    strength = 0.8 * share[..., None] ** 0.6
     return (1 - strength) * (0.12 + 0.5 * grey[..., None]) + strength * colours
 
 
@@ -236,10 +259,11 @@ def _show(axes: Axes, image: np.ndarray) -> None:
 
 
 def _frame(axes: Axes, box: tuple[float, float, float, float], colour: str, width: float) -> None:
-    """A rectangle (top, left, height, width) in pixels."""
+    """A rectangle (top, left, bottom, right) in pixels."""
     from matplotlib.patches import Rectangle
 
-    top, left, height, wide = box
+    top, left, bottom, right = box
+    height, wide = bottom - top, right - left
     common: dict[str, Any] = {"fill": False, "joinstyle": "miter", "clip_on": False}
     axes.add_patch(Rectangle((left - 0.5, top - 0.5), wide, height, edgecolor="black", linewidth=width + 1.4, **common))
     axes.add_patch(Rectangle((left - 0.5, top - 0.5), wide, height, edgecolor=colour, linewidth=width, **common))

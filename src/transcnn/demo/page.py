@@ -1,0 +1,241 @@
+"""The page itself: what stands where, and what happens at each click. What is said about pictures is the viewer's."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import html
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..data.images import BrokenImage, read_image
+from .viewer import Viewer, Visit
+
+__all__ = ["build_page"]
+
+CSS = """
+.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
+#message { border-left: 4px solid #d55e00; padding: 0.2rem 1rem; background: #d55e0018; }
+#look .caption { font-size: 0.9em; min-height: 3em; }
+"""
+MEAN = "mean of all heads"
+NO_GRIDS = "No grids in this stage: its map is so small that every position looks at all others at once (see below)."
+
+
+def build_page(viewer: Viewer, examples: Sequence[str] = (), keep_files: int = 3600) -> gr.Blocks:
+    """The page of one network; ``examples`` are image files to click, ``keep_files`` seconds that uploads live."""
+    with gr.Blocks(
+        title=f"{viewer.name} · transcnn",
+        analytics_enabled=False,
+        delete_cache=(min(600, keep_files), keep_files),
+    ) as page:
+        gr.Markdown(_introduction(viewer))
+        message = gr.Markdown(visible=False, elem_id="message")
+        visit = gr.State(None, time_to_live=keep_files)
+        with gr.Row():
+            with gr.Column(min_width=320):
+                picture = gr.Image(
+                    label="Picture",
+                    type="filepath",
+                    sources=["upload", "webcam", "clipboard"],
+                    placeholder="Drop a picture here\n- or -\nclick to choose or take one",
+                    buttons=[],
+                    height=420,
+                    elem_id="picture",
+                )
+            with gr.Column(min_width=320):
+                answer = _answer_box(viewer)
+                gallery = _gallery(examples)
+        outputs = [visit, picture, message, answer]
+        look = _Look(viewer, visit) if viewer.stages else None
+        if look is not None:
+            outputs += look.outputs
+            gr.on(
+                [look.stage.change, look.head.change],
+                look.again,
+                [visit, look.stage, look.head],
+                look.outputs,
+                **_quiet("always_last"),
+            )
+            picture.select(
+                look.clicked, [visit, look.stage, look.head], [visit, picture, *look.outputs], **_quiet("always_last")
+            )
+
+        def open_file(file: str | bytes | None, stage: int, head: str) -> list[Any]:
+            """Everything on the page for a file just given; a file that can't be read clears it and says why."""
+            if file is None:
+                return [None, None, gr.skip(), None, *(look.empty() if look else ())]
+            try:
+                image = read_image(file)
+            except BrokenImage as error:
+                words = f"**This file can't be shown:** {html.escape(str(error))}. Try another picture."
+                return [None, None, gr.Markdown(words, visible=True), None, *(look.empty() if look else ())]
+            seen = viewer.visit(image)
+            said = viewer.answer(image)
+            shown = look.shown(seen, stage, head) if look else []
+            return [seen, viewer.marked(seen), gr.Markdown(visible=False), _said(viewer, said, seen), *shown]
+
+        def opened(payload: dict[str, Any] | None, stage: int = 0, head: str = MEAN) -> list[Any]:
+            return open_file(_file_of(payload), stage, head)
+
+        def chosen(event: gr.SelectData, stage: int = 0, head: str = MEAN) -> list[Any]:
+            return open_file(examples[int(event.index)], stage, head)
+
+        def cleared() -> list[Any]:
+            return [None, gr.skip(), gr.Markdown(visible=False), None, *(look.empty() if look else ())]
+
+        controls = [look.stage, look.head] if look is not None else []
+        # Without preprocessing gradio opens no file itself: it would say "Error" of what it can't read.
+        picture.input(opened, [picture, *controls], outputs, preprocess=False, **_quiet())
+        picture.clear(cleared, None, outputs, **_quiet())
+        if gallery is not None:
+            gallery.select(chosen, controls, outputs, **_quiet())
+        gr.Markdown("Your pictures stay on the machine that serves this page, and are deleted there after an hour.")
+    return page
+
+
+class _Look:
+    """The lower half: where the marked spot looks, with the choice of stage and head."""
+
+    def __init__(self, viewer: Viewer, visit: gr.State) -> None:
+        self.viewer = viewer
+        self.levels = max(stage.local_levels for stage in viewer.stages) + 1
+        gr.Markdown(
+            "## Where does it look?\nClick anywhere on the picture. Brighter: the marked spot takes more from there."
+        )
+        with gr.Row():
+            first = viewer.stages[0]
+            choices = [(f"{stage.number + 1}", stage.number) for stage in viewer.stages]
+            self.stage = gr.Radio(
+                choices,
+                value=first.number,
+                label="Stage",
+                info="Early stages see fine detail, late ones coarse meaning.",
+                elem_id="stage",
+            )
+            self.head = gr.Dropdown(
+                _heads(first.heads),
+                value=MEAN,
+                label="Attention head",
+                info="Each looks in its own way.",
+                elem_id="head",
+            )
+        self.images: list[gr.Image] = []
+        self.captions: list[gr.Markdown] = []
+        with gr.Row(elem_id="look"):
+            for level in range(self.levels):
+                far = level == self.levels - 1
+                name = "Far: the whole picture" if far else "Near: its own grid"
+                with gr.Column(min_width=300):
+                    image = gr.Image(
+                        label=name,
+                        interactive=False,
+                        buttons=["fullscreen"],
+                        height=380,
+                        elem_id="far" if far else f"near{level or ''}",
+                    )
+                    self.images.append(image)
+                    self.captions.append(gr.Markdown(elem_classes="caption"))
+        self.outputs: list[Any] = [self.head, *self.images, *self.captions]
+
+    def shown(self, visit: Visit, stage: int, head: str) -> list[Any]:
+        """The maps of a visit, for ``outputs``."""
+        chosen = next(s for s in self.viewer.stages if s.number == stage)
+        heads = _heads(chosen.heads)
+        head = head if head in heads else MEAN
+        looks = self.viewer.look(visit, stage, "mean" if head == MEAN else heads.index(head) - 1)
+        images: list[Any] = []
+        captions: list[Any] = []
+        for level in range(self.levels):
+            last = level == self.levels - 1
+            found = looks[-1] if last else looks[level] if level < len(looks) - 1 else None
+            images.append(None if found is None else gr.Image(found.picture, label=found.title))
+            captions.append(NO_GRIDS if found is None else found.words)
+        return [gr.Dropdown(heads, value=head), *images, *captions]
+
+    def empty(self) -> list[Any]:
+        """Nothing in ``outputs``."""
+        return [gr.skip(), *[None] * self.levels, *[""] * self.levels]
+
+    def again(self, visit: Visit | None, stage: int, head: str) -> list[Any]:
+        """Another stage or head of the same spot."""
+        return self.empty() if visit is None else self.shown(visit, stage, head)
+
+    def clicked(self, visit: Visit | None, stage: int, head: str, event: gr.SelectData) -> list[Any]:
+        """Another spot."""
+        if visit is None:
+            return [None, gr.skip(), *self.empty()]
+        column, row = event.index
+        height, width = visit.picture.height, visit.picture.width
+        visit = replace(visit, spot=(min(max(0, int(row)), height - 1), min(max(0, int(column)), width - 1)))
+        return [visit, self.viewer.marked(visit), *self.shown(visit, stage, head)]
+
+
+def _introduction(viewer: Viewer) -> str:
+    names = viewer.loaded.class_names
+    some = ", ".join(names[:12]) + (f" and {len(names) - 12:,} more" if len(names) > 12 else "")
+    knows = {"classify": "tells apart", "segment": "finds the outlines of", "detect": "finds"}[viewer.loaded.task]
+    return f"# What does it see?\n`{viewer.name}` {knows} {len(names):,} things: {html.escape(some)}."
+
+
+def _answer_box(viewer: Viewer) -> Any:
+    if viewer.loaded.task == "classify":
+        return gr.Label(label="Answer", num_top_classes=5, elem_id="answer")
+    return gr.AnnotatedImage(label="Answer", elem_id="answer", show_legend=True)
+
+
+def _said(viewer: Viewer, answer: dict[str, Any], visit: Visit) -> Any:
+    """An answer as the component of :func:`_answer_box` takes it."""
+    if "top" in answer:
+        shares: dict[str, float] = {}
+        for number, top in enumerate(answer["top"]):
+            name = top["label"] if top["label"] not in shares else f"{top['label']} ({number + 1})"
+            shares[name] = top["score"]
+        return shares
+    return visit.picture, viewer.regions(answer, visit)
+
+
+def _gallery(examples: Sequence[str]) -> gr.Gallery | None:
+    if not examples:
+        return None
+    gr.Markdown("Or click one of these:")
+    return gr.Gallery(
+        [str(Path(file)) for file in examples],
+        label="Examples",
+        show_label=False,
+        columns=4,
+        height=120,
+        allow_preview=False,
+        interactive=False,
+        buttons=[],
+        object_fit="cover",
+        elem_id="examples",
+    )
+
+
+def _heads(count: int) -> list[str]:
+    return [MEAN, *(f"head {i + 1} of {count}" for i in range(count))]
+
+
+def _quiet(mode: Any = None) -> dict[str, Any]:
+    """No endpoint for programs, and a small sign of progress instead of a curtain."""
+    return {"api_visibility": "private", "show_progress": "minimal", "trigger_mode": mode}
+
+
+def _file_of(payload: Any) -> str | bytes | None:
+    """What the browser sent: a file in the folder of uploads (gradio has checked that), or a data: address."""
+    if not payload:
+        return None
+    if payload.get("path"):
+        return payload["path"]
+    head, _, data = (payload.get("url") or "").partition(",")
+    if not head.startswith("data:") or not head.endswith(";base64"):
+        return None
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error:
+        return b""  # read_image says what is wrong

@@ -1,0 +1,169 @@
+"""What the page tells about a picture: the network's answer, and where any spot of the picture looks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..data.augment import channel_stats
+from ..data.images import to_channels
+from ..errors import UserError
+from ..explain.maps import AttentionMap, maps_of
+from ..explain.picture import describe
+from ..explain.record import record
+from ..runs import Loaded
+from ..tasks import get_task
+from .drawing import draw_look, enlarged, mark_spot
+
+__all__ = ["Look", "Stage", "Viewer", "Visit"]
+
+SHOWN = 720  # longest side of a picture on the page
+LONGEST = 3  # of what attention is computed on, the longer side is at most so many times the shorter one's wish
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the network that holds H-MHSA: its number from 0, its attention heads, how many levels have grids."""
+
+    number: int
+    heads: int
+    local_levels: int
+
+
+@dataclass
+class Visit:
+    """What one visitor's picture leaves behind, for the next click.
+
+    Attributes:
+        picture: As shown, RGB, no longer than ``SHOWN``.
+        input: What attention is computed on, (1, C, h, w): the whole picture at about the network's size.
+        spot: The spot asked about, row and column of ``picture``.
+        size: Height and width of what was given.
+    """
+
+    picture: Image.Image
+    input: Tensor
+    spot: tuple[int, int]
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Look:
+    """One step of attention from one spot: a picture, a title and plain words about it."""
+
+    title: str
+    words: str
+    picture: Image.Image = field(compare=False)
+
+
+class Viewer:
+    """A network that answers visitors, one at a time: hooks that watch attention must not see two pictures.
+
+    Args:
+        loaded: As :func:`transcnn.runs.load` gives it.
+        device: Where to compute.
+    """
+
+    def __init__(self, loaded: Loaded, device: str | torch.device = "cpu") -> None:
+        self.loaded = loaded
+        self.model = loaded.model.to(device).eval()
+        self.device = torch.device(device)
+        self.task = get_task(loaded.task)
+        self.transform = self.task.image_transform(loaded.preprocessing)
+        self.lock = threading.Lock()
+        self.name = str(loaded.info.get("model") or type(loaded.model).__name__)
+        self.stages = self._find_stages()
+
+    def visit(self, image: Image.Image) -> Visit:
+        """A new picture, as ``read_image`` gives it; the spot is its middle."""
+        picture = to_channels(image, 3)
+        picture = enlarged(picture) if max(picture.size) < SHOWN else picture.copy()
+        picture.thumbnail((SHOWN, SHOWN))
+        middle = (picture.height // 2, picture.width // 2)
+        return Visit(picture, self._whole(image), middle, (image.height, image.width))
+
+    def answer(self, image: Image.Image, top_k: int = 5) -> dict[str, Any]:
+        """What ``transcnn predict`` says about this picture (``top``, ``mask`` or ``boxes``)."""
+        x = self.transform(image, 0)[None].to(self.device)
+        with self.lock, torch.inference_mode():
+            return self.task.answers(self.model(x), self.loaded.class_names, top_k)[0]
+
+    def look(self, visit: Visit, stage: int, head: Literal["mean"] | int = "mean", block: int = -1) -> list[Look]:
+        """Where the visit's spot looks in one block of a stage, level by level, the whole image last."""
+        if not self.stages:
+            raise UserError("this network holds no H-MHSA, so there is no attention to show")
+        with self.lock:
+            _, records = record(self.model, visit.input.to(self.device))
+        blocks = [r for r in records if r.stage == stage]
+        size = (visit.input.shape[2], visit.input.shape[3])
+        place = to_other(visit.spot, (visit.picture.height, visit.picture.width), size)
+        maps = maps_of(blocks[block], place, size, head)
+        return [Look(_title(m, len(maps)), describe(m).replace("\n", " "), draw_look(visit.picture, m)) for m in maps]
+
+    def marked(self, visit: Visit) -> Image.Image:
+        """The picture with its spot marked."""
+        return mark_spot(visit.picture, visit.spot)
+
+    def regions(self, answer: dict[str, Any], visit: Visit) -> list[tuple[Any, str]]:
+        """What an answer shows on the picture: a mask (H, W) from 0 to 1 or a box (x, y, x, y), each with its words.
+
+        ``answer`` holds ``mask``, a class's number for each pixel, or ``boxes``, each with ``label``, ``score`` and
+        ``box`` (left, top, right, bottom in pixels of what was given), and ``mask`` where there is one.
+        """
+        height, width = visit.picture.height, visit.picture.width
+        if answer.get("mask") is not None:
+            ids = np.asarray(answer["mask"])
+            rows, columns = (np.arange(n) * had // n for n, had in zip((height, width), ids.shape, strict=True))
+            ids = ids[rows[:, None], columns]
+            names = self.loaded.class_names
+            return [((ids == i).astype(float), names[i]) for i in np.unique(ids).tolist() if i < len(names)]
+        tall, wide = height / visit.size[0], width / visit.size[1]
+        found = []
+        for box in answer.get("boxes", ()):
+            left, top, right, bottom = box["box"]
+            corners = (round(left * wide), round(top * tall), round(right * wide), round(bottom * tall))
+            found.append((corners, f"{box['label']} {box['score']:.0%}"))
+        return found
+
+    def _whole(self, image: Image.Image) -> Tensor:
+        """The whole picture as the network's input, its shorter side that of the network, its aspect kept."""
+        config = self.loaded.preprocessing
+        channels, *wanted = config["input_size"]
+        side = min(wanted)
+        short, long = sorted(image.size)
+        scale = min(side / short, LONGEST * side / long)
+        step = 1 if self.loaded.task == "classify" else 32  # decoders put halves together again
+        width, height = (max(step, round(n * scale / step) * step) for n in image.size)
+        small = to_channels(image, channels).resize((width, height), Image.Resampling.BICUBIC)
+        x = torch.from_numpy(np.atleast_3d(np.asarray(small, np.float32)).transpose(2, 0, 1)) / 255  # (C, h, w)
+        mean, std = (torch.tensor(channel_stats(config[key], channels))[:, None, None] for key in ("mean", "std"))
+        return ((x - mean) / std)[None]
+
+    def _find_stages(self) -> list[Stage]:
+        """The stages by one run on an empty picture; none for a network without H-MHSA."""
+        x = torch.zeros(1, *self.loaded.preprocessing["input_size"], device=self.device)
+        try:
+            _, records = record(self.model, x)
+        except UserError:
+            return []
+        last = {r.stage: r for r in records}
+        return [Stage(number, r.attn.num_heads, len(r.qkv)) for number, r in last.items()]
+
+
+def to_other(place: Sequence[int], size: Sequence[int], other: Sequence[int]) -> tuple[int, int]:
+    """A pixel of an image as one of the same image at another size."""
+    row, column = (min(n - 1, max(0, p * n // had)) for p, had, n in zip(place, size, other, strict=True))
+    return row, column
+
+
+def _title(m: AttentionMap, levels: int) -> str:
+    if m.grid_size is None:
+        return "Far: the whole picture"
+    return "Near: inside its grid" if m.level == 1 else f"Farther: grids of level {m.level} of {levels}"
