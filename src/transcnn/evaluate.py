@@ -72,7 +72,13 @@ def evaluate(
             data = trained["data"]
             val_fraction, seed = trained["val_fraction"], trained["seed"]
         part = get_task(loaded.task).open_part(
-            data, split, loaded.class_names, val_fraction=val_fraction, seed=seed, strict=strict_data
+            data,
+            split,
+            loaded.class_names,
+            loaded.info.get("task_args") or {},
+            val_fraction=val_fraction,
+            seed=seed,
+            strict=strict_data,
         )
         learner, scores = measure(
             loaded, part, batch_size=batch_size, num_workers=num_workers, precision=precision, accelerator=accelerator
@@ -103,8 +109,9 @@ def measure(
     limit: int | None = None,
 ) -> tuple[Task, dict[str, Any]]:
     """The task that counted, and a model's scores on one part of a data set (``Task.scores``, and ``seconds``)."""
-    learner = get_task(loaded.task)(loaded.model, loaded.class_names, loaded.preprocessing)
-    loader = learner.part_loader(part, loaded.preprocessing, batch_size=batch_size, num_workers=num_workers)
+    task_args = loaded.info.get("task_args") or {}
+    learner = get_task(loaded.task)(loaded.model, loaded.class_names, loaded.preprocessing, task_args=task_args)
+    loader = learner.part_loader(part, loaded.preprocessing, task_args, batch_size=batch_size, num_workers=num_workers)
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=1,

@@ -9,6 +9,7 @@ went wrong.
 from __future__ import annotations
 
 import difflib
+import importlib
 import json
 import os
 import re
@@ -138,6 +139,17 @@ def build_model(name: str, **kwargs: Any) -> nn.Module:
         raise UserError(f"can't make {name}: {str(error).splitlines()[0]}") from error
 
 
+# Networks that are more than a backbone, by task: the module whose ``build`` makes them.
+BUILDERS = {"segment": "segmenters"}
+
+
+def build_network(task: str, name: str, task_args: dict[str, Any] | None, **kwargs: Any) -> nn.Module:
+    """The network of a task: the named one itself, or what the task puts around it, as ``task_args`` says."""
+    if task not in BUILDERS:
+        return build_model(name, **kwargs)
+    return importlib.import_module(f".{BUILDERS[task]}", __package__).build(name, task_args or {}, **kwargs)
+
+
 def data_config_of(model: nn.Module, in_chans: int, img_size: int | None = None) -> dict[str, Any]:
     """How images become the model's input, in timm's words, with plain lists and numbers."""
     config = resolve_data_config({"img_size": img_size, "in_chans": in_chans}, model=model)
@@ -207,11 +219,11 @@ def _load_file(path: Path) -> Loaded:
         )
     config = info["data_config"]
     names = info["class_names"]
-    model = build_model(
-        info["model"], num_classes=len(names), in_chans=config["input_size"][0], **(info.get("model_args") or {})
-    )
+    task = info.get("task", "classify")
+    args = {"num_classes": len(names), "in_chans": config["input_size"][0], **(info.get("model_args") or {})}
+    model = build_network(task, info["model"], info.get("task_args"), **args)
     load_checkpoint(model, path)
-    return Loaded(model.eval(), info.get("task", "classify"), names, config, str(path), info)
+    return Loaded(model.eval(), task, names, config, str(path), info)
 
 
 def _load_published(name: str) -> Loaded:

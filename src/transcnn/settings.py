@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Augment", "Ema", "Optim"]
+__all__ = ["Augment", "Ema", "Optim", "Segment"]
 
 
 @dataclass
@@ -102,3 +102,31 @@ class Ema:
     ema: bool = True
     ema_decay: float = 0.999
     ema_warmup: int = 10
+
+
+@dataclass
+class Segment:
+    """Segmentation: the decoder, the loss, what counts, and how whole images are judged.
+
+    Args:
+        decoder: What is put on the backbone's maps: ``fpn`` (the paper's), ``pspnet``, ``upernet``, ``unet``.
+        decoder_channels: Its width; without it 256, of ``pspnet`` 512.
+        loss: Cross entropy, Dice, or both summed.
+        class_weights: Rare classes count more in the cross entropy: by the ``median`` of all classes' shares over their
+            own (SegNet), by 1 / ``log``(1.02 + share) (ENet), or ``none``.
+        ignore_index: The value of label maps that doesn't count; without it 255, and classes named void or unlabelled.
+        resize: Short side that images are resized to before anything else; without it they keep their size.
+        scale_range: Smallest and largest enlargement of training images, drawn for each.
+        window: Judge images in overlapping windows of this side instead of as a whole.
+        flip: Judge images also mirrored, and average.
+    """
+
+    decoder: Literal["fpn", "pspnet", "upernet", "unet"] = "fpn"
+    decoder_channels: int | None = None
+    loss: Literal["ce", "dice", "both"] = "ce"
+    class_weights: Literal["none", "median", "log"] = "none"
+    ignore_index: int | None = None
+    resize: int | None = None
+    scale_range: tuple[float, float] = (0.5, 2.0)
+    window: int | None = None
+    flip: bool = False

@@ -22,8 +22,8 @@ from .checkpoints import load_checkpoint
 from .engine import choose_precision, keep_freed_memory, quiet_libraries
 from .errors import UserError
 from .evaluate import measure, write_results
-from .runs import build_model, clear_leavings, data_config_of, load, new_run_dir, read_info, write_whole
-from .settings import Augment, Ema, Optim
+from .runs import build_network, clear_leavings, data_config_of, load, new_run_dir, read_info, write_whole
+from .settings import Augment, Ema, Optim, Segment
 from .tasks import get_task
 from .tasks.base import Task
 
@@ -44,7 +44,7 @@ class TrainResult:
 def train(
     data: str | None = None,
     *,
-    task: Literal["classify"] = "classify",
+    task: Literal["classify", "segment"] = "classify",
     model: str = "transcnn_nano",
     epochs: int = 50,
     batch_size: int = 64,
@@ -63,6 +63,7 @@ def train(
     optim: Optim = Optim(),  # noqa: B008  (never changed; so written, each field becomes a flag)
     augment: Augment = Augment(),  # noqa: B008
     ema: Ema = Ema(),  # noqa: B008
+    segment: Segment = Segment(),  # noqa: B008
     val_fraction: float = 0.1,
     strict_data: bool = False,
     num_workers: int | None = None,
@@ -81,12 +82,14 @@ def train(
     Args:
         data: A folder of class folders (or of train/ with val/ or test/ that hold them), a Parquet file or a folder of
             them, torch/..., hfds/..., wds/... as timm's readers know them; without it, the embedded handwritten digits.
+            To segment, a folder or tar of images/{train,val,test}/ and labels/{train,val,test}/.
         task: What is learnt.
         model: A network of this package (see transcnn models) or any other of timm's.
         epochs: Times that the training images are gone through.
         batch_size: Images a step, on each device.
         lr: Learning rate (see lr_batch).
-        img_size: Side of the images that the network is given; without it, what the network was made for.
+        img_size: Side of the images that the network is given; without it, what the network was made for. To segment,
+            side of the parts of images that are learnt from; whole images are judged.
         in_chans: Channels of the images, 1 to 4; without it 1 for grey images, else 3.
         out: The run's directory, new or empty; without it runs/DATE-TIME-MODEL-DATA.
         seed: Of the weights, the split, the order and the augmentation.
@@ -100,6 +103,7 @@ def train(
         optim: How the weights are learnt.
         augment: How training images are varied.
         ema: The average of the weights that is scored and kept.
+        segment: What is peculiar to segmentation.
         val_fraction: Share of the training images held back where the data has no validation part.
         strict_data: Stop at the first image that can't be read, instead of leaving it out.
         num_workers: Processes that read images; without it, one for each core but one, and none for images in memory.
@@ -132,10 +136,12 @@ def _run(s: SimpleNamespace, resumed: Path | None) -> TrainResult:
     keep_freed_memory()
     L.seed_everything(s.seed, verbose=False)
     task_class = get_task(s.task)
+    task_args = vars(s).get(task_class.group) or {}
     splits = task_class.open_data(
-        s.data, val_fraction=s.val_fraction, seed=s.seed, strict=s.strict_data, in_chans=s.in_chans
+        s.data, task_args, val_fraction=s.val_fraction, seed=s.seed, strict=s.strict_data, in_chans=s.in_chans
     )
-    network, args = _build(s, splits)
+    task_args = {**task_args, **splits.task_args}
+    network, args = _build(s, splits, task_args)
     config = data_config_of(network, splits.in_chans, s.img_size)
     augment, optim, ema = Augment(**s.augment), Optim(**s.optim), Ema(**s.ema)
     workers = max(0, (os.cpu_count() or 1) - 1) if s.num_workers is None else s.num_workers
@@ -143,6 +149,7 @@ def _run(s: SimpleNamespace, resumed: Path | None) -> TrainResult:
         splits,
         config,
         augment,
+        task_args,
         batch_size=s.batch_size,
         num_workers=workers,
         seed=s.seed,
@@ -150,7 +157,7 @@ def _run(s: SimpleNamespace, resumed: Path | None) -> TrainResult:
     )
 
     info = {"model": s.model, "model_args": args, "class_names": splits.class_names, "data_config": config}
-    info |= {"task": s.task, "data": splits.name}
+    info |= {"task": s.task, "task_args": task_args, "data": splits.name}
     run_dir = resumed.parent if resumed and s.out is None else new_run_dir(s.out, s.model, splits.name)
     keep = KeepWeights(run_dir, info, vars(s), s.save_every)
     trainer = _trainer(s, run_dir, [cb.Ema(ema.ema_decay, ema.ema_warmup)] if ema.ema else [], keep, task_class)
@@ -165,6 +172,7 @@ def _run(s: SimpleNamespace, resumed: Path | None) -> TrainResult:
         augment=augment,
         seed=s.seed,
         channels_last=s.channels_last,
+        task_args=task_args,
     )
     batches = min(max(1, len(splits.train) // images), s.limit_batches or sys.maxsize)
     learner.updates_per_epoch = -(-batches // optim.accumulate)
@@ -185,14 +193,16 @@ def _fit(trainer: L.Trainer, learner: Task, loaders: Any, resumed: Path | None) 
         raise cb.Interrupted("at once", signal.SIGINT) from None
 
 
-def _build(s: SimpleNamespace, splits: Any) -> tuple[torch.nn.Module, dict[str, Any]]:
+def _build(s: SimpleNamespace, splits: Any, task_args: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The network, and the arguments that make it again."""
     args = dict(s.model_args or {})
     if s.drop_rate is not None:
         args["drop_rate"] = s.drop_rate
     drop_path = {"drop_path_rate": s.drop_path_rate} if s.drop_path_rate else {}
-    network = build_model(
+    network = build_network(
+        s.task,
         s.model,
+        task_args,
         pretrained=s.pretrained,
         num_classes=len(splits.class_names),
         in_chans=splits.in_chans,

@@ -11,8 +11,7 @@ orders them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
@@ -22,11 +21,12 @@ from PIL import Image
 
 from ..errors import UserError
 from .augment import Transform, eval_transform, train_transform
-from .images import BrokenImage, to_channels
+from .images import to_channels
 from .imageset import CACHE_BYTES, IGNORE, ImageSet
 from .opening import open_parts
 from .sampling import EpochSampler, Loader
 from .sources import Parts, Source, few, split_stratified
+from .tolerant import channels_of
 
 __all__ = [
     "IGNORE",
@@ -60,6 +60,7 @@ class ClassifySplits:
     class_names: list[str]
     name: str
     in_chans: int
+    task_args: dict[str, Any] = field(default_factory=dict)  # nothing: labels are all that a classifier needs
 
     @property
     def broken(self) -> list[tuple[str, str]]:
@@ -108,7 +109,7 @@ def open_splits(
     train, val = sets["train"], sets["val"]
     if train is None or val is None:
         raise UserError(f"{what!r} has {len(parts.train)} images, too few to split off a validation part")
-    channels = _channels(train) if in_chans is None else in_chans
+    channels = channels_of(train) if in_chans is None else in_chans
     to_channels(Image.new("L", (1, 1)), channels)  # refuses what is not 1 to 4
     return ClassifySplits(train, val, sets["test"], train.class_names, parts.name, channels)
 
@@ -206,15 +207,6 @@ def _relabel(chosen: ImageSet, class_names: list[str], what: str) -> None:
     else:
         order = np.array([class_names.index(name) for name in chosen.class_names])
     chosen.labels, chosen.class_names = order[chosen.labels], class_names
-
-
-def _channels(images: ImageSet) -> int:
-    """1 if up to 16 images, from all over the set, are grey (transparent or not); else 3."""
-    modes = set()
-    for i in np.linspace(0, len(images) - 1, min(16, len(images))).astype(int).tolist():
-        with suppress(BrokenImage):
-            modes.add(images.read(i)[0].mode)
-    return 1 if modes and modes <= {"L", "LA"} else 3
 
 
 # --- loaders --------------------------------------------------------------------------------------------------------

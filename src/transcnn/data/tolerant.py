@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 from ..errors import UserError
 from .images import BrokenImage
 
-__all__ = ["Tolerant"]
+__all__ = ["Tolerant", "channels_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,3 +76,12 @@ class Tolerant(Dataset):
         yield from np.random.default_rng(seed).permutation(len(self)).tolist()
         name, reason = self.broken[0]
         raise UserError(f"none of the {len(self)} images can be read; the first is {name!r}: {reason}")
+
+
+def channels_of(images: Tolerant) -> int:
+    """1 if up to 16 images, from all over the set, are grey (transparent or not); else 3."""
+    modes = set()
+    for i in np.linspace(0, len(images) - 1, min(16, len(images))).astype(int).tolist():
+        with suppress(BrokenImage):
+            modes.add(images.read(i)[0].mode)
+    return 1 if modes and modes <= {"L", "LA"} else 3

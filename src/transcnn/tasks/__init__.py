@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TASKS", "get_task"]
 
-TASKS = {"classify": "classify:Classify"}  # name -> module:class, imported when asked for
+TASKS = {"classify": "classify:Classify", "segment": "segment:Segment"}  # name -> module:class, imported when asked for
 
 
 def get_task(name: str) -> type[Task]:

@@ -38,9 +38,11 @@ class Task(L.LightningModule):
         augment: The settings of what is mixed and smoothed in a batch.
         seed: Every random draw of step n follows from this and n alone, so that a resumed run draws the same.
         channels_last: Whether images are given to the model in that memory format.
+        task_args: The task's own settings, and what it learnt from the data; plain values, kept with the weights.
     """
 
     name: ClassVar[str]
+    group: ClassVar[str] = ""  # the argument of ``train`` that holds the task's own settings
     score: ClassVar[str]  # the metric that chooses the best epoch, larger is better; logged as val_<score>
 
     def __init__(
@@ -55,6 +57,7 @@ class Task(L.LightningModule):
         augment: Augment | None = None,
         seed: int = 0,
         channels_last: bool = False,
+        task_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last) if channels_last else model  # pyright: ignore
@@ -66,29 +69,43 @@ class Task(L.LightningModule):
         self.augment = augment or Augment()
         self.seed = seed
         self.channels_last = channels_last
+        self.task_args = task_args or {}
         self.updates_per_epoch = 1  # set before fitting
 
     # --- what a task fills in ---------------------------------------------------------------------------------------
 
     @staticmethod
     @abstractmethod
-    def open_data(data: str | None, *, val_fraction: float, seed: int, strict: bool, in_chans: int | None) -> Any:
+    def open_data(
+        data: str | None,
+        task_args: dict[str, Any],
+        *,
+        val_fraction: float,
+        seed: int,
+        strict: bool,
+        in_chans: int | None,
+    ) -> Any:
         """The parts of what the user named: ``train``, ``val``, ``test`` (or None), ``class_names``, ``in_chans``,
-        ``name`` and ``broken``; raises ``UserError`` for what can't be read so."""
+        ``name``, ``broken`` and ``task_args`` (what the data adds to them); raises ``UserError`` for what can't be
+        read so."""
 
     @staticmethod
     @abstractmethod
-    def loaders(splits: Any, data_config: dict[str, Any], augment: Augment, **settings: Any) -> L.LightningDataModule:
+    def loaders(
+        splits: Any, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any], **settings: Any
+    ) -> L.LightningDataModule:
         """A data module over the parts; ``settings``: ``batch_size``, ``num_workers``, ``seed``, ``progress``."""
 
     @staticmethod
     @abstractmethod
-    def open_part(data: str | None, split: str, class_names: list[str], **settings: Any) -> Any:
+    def open_part(
+        data: str | None, split: str, class_names: list[str], task_args: dict[str, Any], **settings: Any
+    ) -> Any:
         """One part of a data set, for evaluation; ``settings`` are ``val_fraction``, ``seed`` and ``strict``."""
 
     @staticmethod
     @abstractmethod
-    def part_loader(part: Any, data_config: dict[str, Any], **settings: Any) -> Any:
+    def part_loader(part: Any, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any) -> Any:
         """A loader over one part, in its order; ``settings`` are ``batch_size`` and ``num_workers``."""
 
     @abstractmethod

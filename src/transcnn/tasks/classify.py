@@ -47,12 +47,14 @@ class Classify(Task):
         self._forget()
 
     @staticmethod
-    def open_data(data: str | None, *, val_fraction: float, seed: int, strict: bool, in_chans: int | None) -> Any:
+    def open_data(data: str | None, task_args: dict[str, Any], **settings: Any) -> Any:
         """The parts of a classification data set."""
-        return open_splits(data, val_fraction=val_fraction, seed=seed, strict=strict, in_chans=in_chans)
+        return open_splits(data, **settings)
 
     @staticmethod
-    def loaders(splits: Any, data_config: dict[str, Any], augment: Augment, **settings: Any) -> ClassifyData:
+    def loaders(
+        splits: Any, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any], **settings: Any
+    ) -> ClassifyData:
         """Loaders whose training part is varied as ``augment`` says."""
         in_chans, *size = data_config["input_size"]
         a = augment
@@ -78,12 +80,14 @@ class Classify(Task):
         return ClassifyData(splits, train, Classify.image_transform(data_config), **settings)
 
     @staticmethod
-    def open_part(data: str | None, split: str, class_names: list[str], **settings: Any) -> ImageSet:
+    def open_part(
+        data: str | None, split: str, class_names: list[str], task_args: dict[str, Any], **settings: Any
+    ) -> ImageSet:
         """One part of a classification data set."""
         return open_set(data, split, class_names=class_names, **settings)
 
     @staticmethod
-    def part_loader(part: ImageSet, data_config: dict[str, Any], **settings: Any) -> Any:
+    def part_loader(part: ImageSet, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any) -> Any:
         """A loader of (images, labels) over one part."""
         part.transform = Classify.image_transform(data_config)
         return make_loader(part, **settings)

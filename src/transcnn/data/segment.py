@@ -1,0 +1,544 @@
+"""Data for segmentation: images with label maps, whatever they lie in, and the transforms of both together.
+
+    splits = open_splits("camvid.tar", {"ignore_index": 11})
+    splits.train.read(0)        # image, label map of int16: indices into splits.class_names, IGNORE elsewhere
+
+A label map's values are the data's own ids. What a network learns are indices 0, 1, ... into the names of the classes
+that are not ignored; ``task_args["label_ids"]`` says which id each index stands for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tvf
+
+from ..errors import UserError
+from .augment import IMAGENET_MEAN, IMAGENET_STD, channel_stats
+from .denseset import DenseSet, DenseSource, DenseSplits, split_off
+from .images import BrokenImage, is_image_name, read_ids, read_image, to_channels
+from .randomness import seeded
+from .sources import PARTS, few
+from .store import Files, open_files
+from .tolerant import channels_of
+
+__all__ = ["IGNORE", "EvalTransform", "TrainTransform", "class_shares", "open_set", "open_splits"]
+
+IGNORE = -1  # index of pixels that don't count
+IMAGE_FOLDERS = ("images", "image", "img", "imgs", "jpegimages")
+LABEL_FOLDERS = ("labels", "label", "annotations", "masks", "mask")
+VOID = {"void", "unlabelled", "unlabeled", "ignore", "ignored"}  # names that are no class
+VOC = [
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+]
+
+
+@dataclass
+class Pair:
+    """Where one image and its label map are read from."""
+
+    name: str
+    image: Callable[[], bytes]
+    label: Callable[[], bytes]
+
+
+@dataclass
+class Found:
+    """A data set as it lies there: pairs of each part, what has no partner, and the ids with names, if it has any."""
+
+    name: str
+    parts: dict[str, list[Pair]]  # by "train", "val", "test", or "" where it isn't split
+    lonely: dict[str, list[tuple[str, str]]]
+    names: dict[int, str] | None
+
+
+class Ids:
+    """From the values in label maps to indices of classes.
+
+    Args:
+        ids: Value of each class.
+        ignored: Values that don't count; all others make a label map unusable.
+    """
+
+    def __init__(self, ids: Sequence[int], ignored: set[int]) -> None:
+        self.ids = list(ids)
+        self.table = np.full(1 << 16, -2, dtype=np.int16)
+        self.table[[value for value in ignored if 0 <= value < 1 << 16]] = IGNORE
+        self.table[self.ids] = np.arange(len(self.ids))
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """(H, W) of ids -> (H, W) of int16 indices; raises BrokenImage for ids that are nothing."""
+        if values.max(initial=0) >= len(self.table) or values.min(initial=0) < 0:
+            raise BrokenImage(f"label values from {values.min()} to {values.max()}: class ids are from 0 to 65535")
+        indices = self.table[values]
+        if indices.min(initial=0) < IGNORE:
+            wrong = np.unique(values[indices < IGNORE]).tolist()
+            raise BrokenImage(
+                f"label value{'s' * (len(wrong) > 1)} {few([str(value) for value in wrong])} of none of the "
+                f"{len(self.ids)} classes, and not ignored"
+            )
+        return indices
+
+
+# --- opening --------------------------------------------------------------------------------------------------------
+
+
+def open_splits(
+    data: str | None,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    strict: bool = False,
+    in_chans: int | None = None,
+) -> DenseSplits:
+    """Open a data set for training; a part that it lacks is split off, as for classification.
+
+    Args:
+        data: A folder, or the tar of one, with ``images/{train,val,test}/`` and ``labels/{train,val,test}/`` (or
+            ``train/images/`` and so on, or neither part), label maps with the same stems; ``classes.txt`` in it or
+            beside it names the classes, one a line from id 0 on, or with the id before the name. Or
+            ``torch/voc:FOLDER`` and ``torch/cityscapes:FOLDER`` as torchvision has them.
+        settings: ``ignore_index``: the value that doesn't count; None is 255, and classes named void or unlabelled.
+            ``class_weights`` other than ``none`` has the classes' shares counted.
+        val_fraction, seed, strict, in_chans: As for classification.
+
+    Raises:
+        UserError: No such data, nothing in it that fits together, or fewer than two classes.
+    """
+    settings = settings or {}
+    if not 0 < val_fraction < 1:
+        raise UserError(f"val_fraction must be between 0 and 1, got {val_fraction}")
+    found = _find(data)
+    names, ids, colours = _classes(found, settings.get("ignore_index"))
+    sets = _sets(found, ids, val_fraction, seed, strict)
+    train, val = sets["train"], sets["val"]
+    if train is None or val is None:
+        raise UserError(f"{data!r} has too few images with label maps to learn from and to validate on")
+    if len(names) < 2:
+        raise UserError(f"{data!r} has {len(names)} class ({few(names)}); 2 or more are needed")
+    channels = channels_of(train) if in_chans is None else in_chans
+    to_channels(Image.new("L", (1, 1)), channels)
+    args: dict[str, Any] = {"label_ids": ids.ids, "colours": colours}
+    if settings.get("class_weights", "none") != "none":
+        args["shares"] = class_shares(train, len(names)).tolist()
+    return DenseSplits(train, val, sets["test"], names, found.name, channels, args)
+
+
+def open_set(
+    data: str | None,
+    split: str,
+    class_names: Sequence[str],
+    label_ids: Sequence[int],
+    settings: Mapping[str, Any] | None = None,
+    *,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    strict: bool = False,
+) -> DenseSet:
+    """Open one part for evaluation, its labels as indices into ``class_names``.
+
+    Where the data names its classes they are matched by name, else its ids are taken to be ``label_ids``.
+
+    Raises:
+        UserError: No such data or part, or classes that are not among ``class_names``.
+    """
+    found = _find(data)
+    ignored = _ignored(found.names, (settings or {}).get("ignore_index"))
+    if found.names is None:
+        ids = Ids(label_ids, ignored - set(label_ids))
+    else:
+        kept = {name: value for value, name in found.names.items() if value not in ignored}
+        unknown = [name for name in kept if name not in class_names]
+        if unknown:
+            raise UserError(
+                f"{data!r} has classes that the model does not know: {few(unknown)}; it knows {few(list(class_names))}"
+            )
+        ids = Ids([], ignored)
+        for index, name in enumerate(class_names):
+            if name in kept:
+                ids.table[kept[name]] = index
+        ids.ids = list(kept.values())
+    choices = ("auto", "train", "val", "test", "all")
+    if split not in choices:
+        raise UserError(f"split must be one of {', '.join(choices)}, got {split!r}")
+    if split == "auto":
+        split = next((part for part in ("test", "val") if found.parts.get(part)), "all")
+    if split == "all" and "" not in found.parts:
+        raise UserError(f"{data!r} comes in parts; choose one of {', '.join(found.parts)} as split, got 'all'")
+    if split == "all":
+        chosen = _make_set(found, "", ids, None, strict, replace=False)
+    else:
+        chosen = _sets(found, ids, val_fraction, seed, strict)[split]
+    if chosen is None:
+        raise UserError(f"{data!r} has no {split} part")
+    chosen.replace = False
+    return chosen
+
+
+def class_shares(images: DenseSet, classes: int) -> np.ndarray:
+    """The share of each class among all pixels that count, (classes,)."""
+    counts = np.zeros(classes, dtype=np.int64)
+    for i in range(len(images)):
+        try:
+            label = images.read(i)[1]
+        except BrokenImage as error:
+            images.note_broken(i, error)
+            continue
+        counts += np.bincount(label[label != IGNORE].ravel(), minlength=classes)
+    return counts / max(1, counts.sum())
+
+
+def _sets(found: Found, ids: Ids, val_fraction: float, seed: int, strict: bool) -> dict[str, DenseSet | None]:
+    sets: dict[str, DenseSet | None] = dict.fromkeys(("train", "val", "test"))
+    for part in ("val", "test"):
+        if found.parts.get(part):
+            sets[part] = _make_set(found, part, ids, None, strict, replace=False)
+    whole = "train" if found.parts.get("train") else ""
+    if not found.parts.get(whole):
+        return sets
+    rest = np.arange(len(found.parts[whole]))
+    if sets["val"] is None:
+        rest, held = split_off(len(rest), val_fraction, seed)
+        if not len(held):
+            return sets
+        sets["val"] = _make_set(found, whole, ids, held, strict, replace=False)
+        sets["val"].listed = []  # the training part lists them
+    sets["train"] = _make_set(found, whole, ids, rest, strict)
+    return sets
+
+
+def _make_set(
+    found: Found, part: str, ids: Ids, indices: np.ndarray | None, strict: bool, *, replace: bool = True
+) -> DenseSet:
+    pairs, lonely = found.parts[part], found.lonely.get(part, [])
+    if strict and lonely:
+        raise UserError(f"{lonely[0][0]!r} can't be used: {lonely[0][1]}")
+    source = DenseSource([pair.name for pair in pairs], partial(_load, pairs, ids), lonely)
+    made = DenseSet(source, indices, strict=strict, replace=replace)
+    made.listed = list(lonely)
+    return made
+
+
+def _load(pairs: list[Pair], ids: Ids, i: int) -> tuple[Image.Image, np.ndarray]:
+    """Image and label map (H, W) of int16 indices."""
+    pair = pairs[i]
+    image = read_image(pair.image())
+    try:
+        values, _ = read_ids(pair.label())
+    except BrokenImage as error:
+        raise BrokenImage(f"its label map: {error}") from error
+    if values.shape != (image.height, image.width):
+        raise BrokenImage(
+            f"the image is {image.width}x{image.height}, its label map {values.shape[1]}x{values.shape[0]} pixels"
+        )
+    return image, ids(values)
+
+
+# --- what lies there ------------------------------------------------------------------------------------------------
+
+
+def _find(data: str | None) -> Found:
+    if data is None:
+        raise UserError("segmentation has no data of its own: name a folder or tar of images/ and labels/")
+    prefix, _, rest = os.fspath(data).partition("/")
+    if prefix.lower() == "torch" and rest and not os.path.exists(data):
+        name, _, root = rest.partition(":")
+        if name not in ("voc", "cityscapes"):
+            raise UserError(
+                f"of torchvision's sets for segmentation torch/voc and torch/cityscapes are known, got {data!r}"
+            )
+        return (_voc if name == "voc" else _cityscapes)(root or "data")
+    files = open_files(data)
+    found = Found(files.name, {}, {}, _class_file(files, Path(data)))
+    images: dict[tuple[str, str], str] = {}
+    labels: dict[tuple[str, str], str] = {}
+    for name in files.names():
+        place = _place(name)
+        if place is not None:
+            kind, part, stem = place
+            (images if kind == "image" else labels)[part, stem] = name
+    for key, name in sorted(images.items()):
+        if key in labels:
+            pair = Pair(name, partial(files.read, name), partial(files.read, labels[key]))
+            found.parts.setdefault(key[0], []).append(pair)
+        elif key[0] in {part for part, _ in labels}:  # a part without any labels is none
+            found.lonely.setdefault(key[0], []).append((name, "no label map of this name"))
+    for key, name in sorted(labels.items()):
+        if key not in images:
+            found.lonely.setdefault(key[0], []).append((name, "a label map without an image"))
+    if not found.parts:
+        raise UserError(
+            f"no images with label maps in {data!r}; expected images/train/NAME.jpg and labels/train/NAME.png, "
+            "and the same for val and test"
+        )
+    return found
+
+
+def _place(name: str) -> tuple[str, str, str] | None:
+    """("image" or "label", part, stem) of a file by its path; None for what is neither."""
+    words = name.split("/")
+    kind = part = ""
+    while len(words) > 1:
+        word = words[0].lower()
+        synonym = next((key for key, names in PARTS.items() if word in names), "")
+        if not kind and word in IMAGE_FOLDERS + LABEL_FOLDERS:
+            kind = "image" if word in IMAGE_FOLDERS else "label"
+        elif not part and synonym:
+            part = synonym
+        else:
+            break
+        words.pop(0)
+    if not kind or not is_image_name(words[-1]):
+        return None
+    return kind, part, os.path.splitext("/".join(words))[0]
+
+
+def _class_file(files: Files, path: Path) -> dict[int, str] | None:
+    """Names by id from ``classes.txt`` in the data or beside it."""
+    beside = path.parent / "classes.txt"
+    try:
+        text = files.read("classes.txt").decode()
+    except BrokenImage:
+        if path.is_dir() or not beside.is_file():
+            return None
+        text = beside.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"classes.txt of {path.name} is not in UTF-8") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    heads = [line.replace(":", " ").replace(",", " ").split(None, 1) for line in lines]
+    if all(len(head) == 2 and head[0].isdigit() for head in heads) and len({head[0] for head in heads}) == len(heads):
+        return {int(number): name for number, name in heads}
+    return dict(enumerate(lines))
+
+
+def _ignored(names: Mapping[int, str] | None, ignore_index: int | None) -> set[int]:
+    ignored = {255} - set(names or ())
+    if ignore_index is not None:
+        return ignored | {ignore_index}
+    return ignored | {value for value, name in (names or {}).items() if name.lower() in VOID}
+
+
+def _classes(found: Found, ignore_index: int | None) -> tuple[list[str], Ids, list[list[int]] | None]:
+    """Names, ids and colours (of a palette, if the first label map has one) of the classes that count."""
+    pairs = [pair for part in ("train", "", "val", "test") for pair in found.parts.get(part, ())]
+    ignored = _ignored(found.names, ignore_index)
+    names, palette = found.names, None
+    for pair in pairs[:8]:
+        try:
+            palette = read_ids(pair.label())[1]
+            break
+        except BrokenImage:
+            continue
+    if names is None:
+        top = _largest(pairs, ignored)
+        names = {value: str(value) for value in range(top + 1)}
+    kept = [value for value in sorted(names) if value not in ignored]
+    colours = None
+    if palette and kept and 3 * max(kept) + 3 <= len(palette):
+        colours = [palette[3 * value : 3 * value + 3] for value in kept]
+    return [names[value] for value in kept], Ids(kept, ignored), colours
+
+
+def _largest(pairs: Sequence[Pair], ignored: set[int]) -> int:
+    """The largest id that counts in all label maps that can be read."""
+    top = 0
+    for pair in pairs:
+        try:
+            values = np.unique(read_ids(pair.label())[0])
+        except BrokenImage:
+            continue
+        top = max([top, *(value for value in values.tolist() if value not in ignored)])
+    return top
+
+
+def _voc(root: str) -> Found:
+    """torchvision's VOCSegmentation of 2012."""
+    from torchvision.datasets import VOCSegmentation
+
+    parts = {}
+    for part in ("train", "val"):
+        dataset = _torchvision(VOCSegmentation, root, year="2012", image_set=part)
+        parts[part] = [_files(image, label) for image, label in zip(dataset.images, dataset.masks, strict=True)]
+    return Found("voc2012", parts, {}, dict(enumerate(VOC)))
+
+
+def _cityscapes(root: str) -> Found:
+    """torchvision's Cityscapes, fine annotations, with the 19 classes that its benchmark scores."""
+    from torchvision.datasets import Cityscapes
+
+    parts = {}
+    for part in ("train", "val"):
+        dataset = _torchvision(Cityscapes, root, split=part, mode="fine", target_type="semantic")
+        parts[part] = [_files(image, label[0]) for image, label in zip(dataset.images, dataset.targets, strict=True)]
+    scored = {c.id: c.name if 0 <= c.train_id < 255 else "void" for c in Cityscapes.classes if c.id >= 0}
+    return Found("cityscapes", parts, {}, scored)
+
+
+def _torchvision(cls: Any, root: str, **settings: Any) -> Any:
+    try:
+        return cls(root, **settings)
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"torchvision can't open {cls.__name__} in {root!r}: {reason}") from error
+
+
+def _files(image: str, label: str) -> Pair:
+    return Pair(Path(image).name, partial(_read_file, image), partial(_read_file, label))
+
+
+def _read_file(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BrokenImage(error.strerror or str(error)) from error
+
+
+# --- transforms -----------------------------------------------------------------------------------------------------
+
+
+class EvalTransform:
+    """PIL image and label map -> float (C, h, w), normalised, and int64 (H, W): all of the image, whatever its size.
+
+    Args:
+        resize: Short side that images are resized to; None leaves them. The label map keeps its size: scores are
+            measured there.
+    """
+
+    stacks = False
+
+    def __init__(
+        self,
+        *,
+        in_chans: int = 3,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        resize: int | None = None,
+    ) -> None:
+        self.in_chans = in_chans
+        self.mean = channel_stats(mean, in_chans)
+        self.std = channel_stats(std, in_chans)
+        self.resize = resize
+
+    def __call__(self, image: Image.Image, truth: Any = None, seed: int = 0) -> tuple[Tensor, Any]:
+        pixels = self.normalise(self.scale(self.pixels(image)))
+        return pixels, None if truth is None else torch.from_numpy(truth.astype(np.int64))
+
+    def blank(self) -> tuple[Tensor, Tensor]:
+        """One black sample, none of whose pixels count."""
+        return torch.zeros(self.in_chans, 32, 32), torch.full((32, 32), IGNORE)
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """uint8 (C, H, W)."""
+        return tvf.pil_to_tensor(to_channels(image, self.in_chans))
+
+    def scale(self, pixels: Tensor) -> Tensor:
+        """The short side as ``resize`` says."""
+        factor = self.factor(*pixels.shape[-2:])
+        if factor == 1:
+            return pixels
+        size = [max(1, round(side * factor)) for side in pixels.shape[-2:]]
+        return tvf.resize(pixels, size, antialias=True)
+
+    def factor(self, height: int, width: int) -> float:
+        """How much an image is enlarged before anything else."""
+        return self.resize / min(height, width) if self.resize else 1.0
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 -> float with the mean and spread that the network was made for."""
+        return tvf.normalize(tvf.to_dtype(pixels, torch.float32, scale=True), list(self.mean), list(self.std))
+
+
+class TrainTransform(EvalTransform):
+    """A part of random place and scale, cut out of image and label map, mirrored and changed in colour.
+
+    The part is cut out before it is resized, so that large images cost no more than small ones. Where it leaves the
+    image there is the mean colour, which doesn't count.
+
+    Args:
+        crop: Height and width of what comes out.
+        scale_range: Smallest and largest enlargement, relative to the image as ``resize`` leaves it.
+        hflip, vflip: Probabilities.
+        color_jitter: Strength of changes of brightness, contrast and saturation.
+    """
+
+    stacks = True
+
+    def __init__(
+        self,
+        crop: tuple[int, int],
+        *,
+        scale_range: tuple[float, float] = (0.5, 2.0),
+        hflip: float = 0.5,
+        vflip: float = 0.0,
+        color_jitter: float | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        low, high = scale_range
+        if not 0 < low <= high:
+            raise UserError(f"scale_range must be two numbers above 0, the smaller first, got {list(scale_range)}")
+        self.crop = crop
+        self.scale_range = scale_range
+        self.flips = (hflip, vflip)
+        jitters = color_jitter and self.in_chans in (1, 3)
+        self.colours = v2.ColorJitter(color_jitter, color_jitter, color_jitter) if jitters else None
+
+    def __call__(self, image: Image.Image, truth: Any = None, seed: int = 0) -> tuple[Tensor, Any]:
+        rng = np.random.default_rng(seed)
+        pixels, label = self.pixels(image), torch.from_numpy(truth)[None]  # (C, H, W), (1, H, W)
+        height, width = pixels.shape[-2:]
+        factor = self.factor(height, width) * rng.uniform(*self.scale_range)
+        window = [max(1, round(side / factor)) for side in self.crop]
+        top, left = (_start(rng, full, part) for full, part in zip((height, width), window, strict=True))
+        fill = [round(255 * value) for value in self.mean]
+        pixels, label = _cut(pixels, top, left, window, fill), _cut(label, top, left, window, [IGNORE])
+        if window != list(self.crop):
+            pixels, label = tvf.resize(pixels, list(self.crop), antialias=True), _nearest(label, self.crop)
+        for probability, flip in zip(self.flips, (tvf.horizontal_flip, tvf.vertical_flip), strict=True):
+            if rng.random() < probability:
+                pixels, label = flip(pixels), flip(label)
+        if self.colours is not None:
+            with seeded(int(rng.integers(1 << 62))):
+                pixels = self.colours(pixels)
+        return self.normalise(pixels), label[0].long()
+
+    def blank(self) -> tuple[Tensor, Tensor]:
+        """One black sample, none of whose pixels count."""
+        return torch.zeros(self.in_chans, *self.crop), torch.full(self.crop, IGNORE)
+
+
+def _start(rng: np.random.Generator, full: int, part: int) -> int:
+    """Where a window begins: anywhere inside, or, where it is larger, so that all of the image is in it."""
+    low, high = sorted((0, full - part))
+    return int(rng.integers(low, high + 1))
+
+
+def _cut(pixels: Tensor, top: int, left: int, window: Sequence[int], fill: list[int]) -> Tensor:
+    """The window of (C, H, W); outside of the image each channel has its value of ``fill``."""
+    inside = pixels[:, max(0, top) : max(0, top + window[0]), max(0, left) : max(0, left + window[1])]
+    if list(inside.shape[-2:]) == list(window):
+        return inside
+    whole = torch.tensor(fill, dtype=pixels.dtype)[:, None, None].expand(-1, *window).clone()
+    h, w = inside.shape[-2:]
+    whole[:, max(0, -top) : max(0, -top) + h, max(0, -left) : max(0, -left) + w] = inside
+    return whole
+
+
+def _nearest(label: Tensor, size: Sequence[int]) -> Tensor:
+    """A label map (1, H, W) at another size: each pixel takes the value at its centre."""
+    rows, columns = (
+        ((torch.arange(new) + 0.5) * old / new).long() for new, old in zip(size, label.shape[1:], strict=True)
+    )
+    return label[:, rows[:, None], columns]

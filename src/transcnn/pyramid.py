@@ -1,0 +1,72 @@
+"""A backbone's maps at strides 2, 4, 8, 16 and 32: what decoders and detectors are put on.
+
+Any network of this package or of timm that has ``features_only``, and such a one plugged with H-MHSA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import UserError
+from .runs import build_model
+
+__all__ = ["STRIDES", "Pyramid", "build_pyramid"]
+
+STRIDES = (2, 4, 8, 16, 32)
+
+
+class Pyramid(nn.Module):
+    """Images (B, C, H, W) to maps at the strides 2 (where the backbone has it), 4, 8, 16 and 32, finest first.
+
+    Coarse levels that a backbone lacks are max-pooled from its last; of several maps of a stride the last is taken.
+    Sizes are rounded up.
+
+    Args:
+        body: What gives the maps, finest first: timm's ``features_only`` network, plugged or not.
+        channels: Of each map.
+        reductions: Stride of each map.
+
+    Attributes:
+        channels: Of each stride in ``STRIDES``; 0 for stride 2 where the backbone begins with 4.
+    """
+
+    def __init__(self, body: nn.Module, channels: list[int], reductions: list[int]) -> None:
+        super().__init__()
+        self.body = body
+        self.places = {stride: i for i, stride in enumerate(reductions)}  # the last of equals
+        usable = sorted(stride for stride in self.places if stride in STRIDES)
+        if len(usable) < 2 or 4 not in usable or usable != list(STRIDES[STRIDES.index(usable[0]) :][: len(usable)]):
+            raise UserError(
+                f"a pyramid needs maps at strides 4, 8, 16 and 32 (coarse ones may be missing), this backbone has "
+                f"{', '.join(map(str, reductions))}"
+            )
+        self.top = usable[-1]
+        self.channels = [
+            0 if stride < usable[0] else channels[self.places[min(stride, self.top)]] for stride in STRIDES
+        ]
+
+    def forward(self, x: Tensor) -> dict[int, Tensor]:
+        """(B, C, H, W) -> {stride: (B, C', ⌈H/stride⌉, ⌈W/stride⌉)}."""
+        maps = self.body(x)
+        found = {stride: maps[i] for stride, i in self.places.items() if stride in STRIDES}
+        for stride in STRIDES[STRIDES.index(self.top) + 1 :]:
+            found[stride] = F.max_pool2d(found[stride // 2], 2, ceil_mode=True)
+        return dict(sorted(found.items()))
+
+
+def build_pyramid(name: str, **kwargs: Any) -> Pyramid:
+    """The pyramid of a network by name.
+
+    Args:
+        name: Of this package or of timm.
+        kwargs: For ``timm.create_model``: ``pretrained``, ``in_chans``, and the network's own; ``plug`` puts H-MHSA in.
+
+    Raises:
+        UserError: No such network, or one without maps at these strides.
+    """
+    body = build_model(name, features_only=True, **kwargs)
+    info: Any = body.feature_info
+    return Pyramid(body, list(info.channels()), list(info.reduction()))

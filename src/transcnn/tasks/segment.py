@@ -1,0 +1,249 @@
+"""Segmentation: a class for each pixel."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from ..data.classify import ClassifyData, make_loader
+from ..data.denseset import DenseSet, DenseSplits
+from ..data.segment import IGNORE, EvalTransform, TrainTransform, open_set, open_splits
+from ..errors import UserError
+from ..settings import Augment
+from .base import Task
+from .sliding import judge_whole
+
+__all__ = ["Segment", "class_iou"]
+
+MOST_AT_ONCE = 1 << 22  # pixels times images that are judged together
+
+
+class Segment(Task):
+    """Semantic segmentation: cross entropy, Dice or both, scored by the mean IoU over all pixels of a set.
+
+    Training batches are (images (B, C, h, w), label maps (B, h, w)); others are lists of images (C, h, w) and of label
+    maps (H, W) at full size, which is where scores are measured.
+    """
+
+    name = "segment"
+    group = "segment"
+    score = "miou"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        classes = len(self.class_names)
+        self.confusion = MulticlassConfusionMatrix(classes, ignore_index=IGNORE)
+        weights = _class_weights(self.task_args.get("class_weights", "none"), self.task_args.get("shares"))
+        self.register_buffer("class_weights", weights, persistent=False)
+        self._forget()
+
+    @staticmethod
+    def open_data(data: str | None, task_args: dict[str, Any], **settings: Any) -> DenseSplits:
+        """The parts of a segmentation data set."""
+        return open_splits(data, task_args, **settings)
+
+    @staticmethod
+    def loaders(
+        splits: Any, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any], **settings: Any
+    ) -> ClassifyData:
+        """Loaders whose training part is varied as ``augment`` says."""
+        for name in ("mixup", "cutmix", "aa", "reprob"):
+            if getattr(augment, name):
+                raise UserError(f"{name} is for classification alone, got {getattr(augment, name)} to segment")
+        in_chans, *size = data_config["input_size"]
+        train = TrainTransform(
+            tuple(size),
+            scale_range=tuple(task_args["scale_range"]),
+            hflip=augment.hflip,
+            vflip=augment.vflip,
+            color_jitter=augment.color_jitter,
+            in_chans=in_chans,
+            mean=data_config["mean"],
+            std=data_config["std"],
+            resize=task_args["resize"],
+        )
+        return ClassifyData(splits, train, Segment.image_transform(data_config, task_args), **settings)  # pyright: ignore
+
+    @staticmethod
+    def open_part(
+        data: str | None, split: str, class_names: list[str], task_args: dict[str, Any], **settings: Any
+    ) -> DenseSet:
+        """One part of a segmentation data set."""
+        return open_set(data, split, class_names, task_args["label_ids"], task_args, **settings)
+
+    @staticmethod
+    def part_loader(part: DenseSet, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any) -> Any:
+        """A loader of whole images and their label maps."""
+        part.transform = Segment.image_transform(data_config, task_args)
+        return make_loader(part, **settings)  # pyright: ignore
+
+    @staticmethod
+    def image_transform(data_config: dict[str, Any], task_args: dict[str, Any] | None = None) -> EvalTransform:
+        """Normalise the whole image, resized if the settings say so."""
+        return EvalTransform(
+            in_chans=data_config["input_size"][0],
+            mean=data_config["mean"],
+            std=data_config["std"],
+            resize=(task_args or {}).get("resize"),
+        )
+
+    def loss(self, batch: Any) -> Tensor:
+        """Of the pixels that count; 0 where none does."""
+        images, labels = batch
+        logits = self(images).float()
+        loss, kind = logits.new_zeros(()), self.task_args.get("loss", "ce")
+        if kind in ("ce", "both"):
+            weights: Any = self.class_weights
+            losses = F.cross_entropy(
+                logits,
+                labels,
+                weights,
+                ignore_index=IGNORE,
+                reduction="sum",
+                label_smoothing=self.augment.smoothing,
+            )
+            counted = labels[labels != IGNORE]
+            total = counted.numel() if weights is None else weights[counted].sum()
+            loss = loss + losses / max(float(total), 1e-6)
+        if kind in ("dice", "both"):
+            loss = loss + self._dice(logits, labels)
+        return loss
+
+    def _dice(self, logits: Tensor, labels: Tensor) -> Tensor:
+        from segmentation_models_pytorch.losses import DiceLoss
+
+        return DiceLoss("multiclass", from_logits=True, ignore_index=IGNORE)(logits, labels)
+
+    def judge(self, batch: Any, batch_idx: int) -> None:
+        """Count pixels by true and guessed class; keep each image's own score with its place in the set."""
+        images, labels = batch
+        start = 0
+        for shape, group in groupby(zip(images, labels, strict=True), key=lambda pair: (pair[0].shape, pair[1].shape)):
+            pairs = list(group)
+            step = max(1, MOST_AT_ONCE // (shape[1].numel() * 4))
+            for first in range(0, len(pairs), step):
+                some = pairs[first : first + step]
+                truth = torch.stack([label for _, label in some])
+                logits = self.judge_maps(torch.stack([image for image, _ in some]), truth.shape[1:])
+                self._count(logits, truth, self._seen + start)
+                start += len(some)
+        self._seen += len(images)
+
+    def judge_maps(self, images: Tensor, size: Any) -> Tensor:
+        """Logits (B, classes, H, W) at ``size``, with windows and mirroring as the settings say."""
+        window, flip = self.task_args.get("window"), self.task_args.get("flip", False)
+        logits = judge_whole(self, images, len(self.class_names), window=window, flip=flip)
+        if logits.shape[-2:] != tuple(size):
+            logits = F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+        return logits
+
+    def _count(self, logits: Tensor, truth: Tensor, place: int) -> None:
+        counted = (truth != IGNORE).sum()
+        self._loss += F.cross_entropy(logits, truth, ignore_index=IGNORE, reduction="sum").double().cpu()
+        self._pixels += counted.double().cpu()
+        guess = logits.argmax(1)
+        self.confusion.update(guess, truth)
+        for i, (one, true) in enumerate(zip(guess, truth, strict=True)):
+            kept = true != IGNORE
+            if kept.any():
+                classes = len(self.class_names)
+                table = torch.bincount(true[kept] * classes + one[kept], minlength=classes**2).view(classes, classes)
+                # Of one picture the classes that it shows; a few stray pixels of another shall not decide.
+                shown = table.sum(1) > 0
+                self._images.append((place + i, class_iou(table.cpu().numpy())[shown.cpu().numpy()].mean().item()))
+
+    def scores(self) -> dict[str, Any]:
+        """``miou``, ``pixel_accuracy``, ``mean_accuracy`` in percent, ``loss``; ``confusion``, ``images``, ``ranking``.
+
+        ``ranking`` is (place in the set, IoU of its classes) of each image. Over several processes counts are summed;
+        ``ranking`` is that of the first process.
+        """
+        confusion = self.confusion.compute().cpu()
+        totals = torch.stack([self._loss, self._pixels, torch.tensor(float(len(self._images)), dtype=torch.float64)])
+        totals = self.trainer.strategy.reduce(totals.to(self.device), reduce_op="sum").cpu()
+        matrix = confusion.double().numpy()
+        truths = matrix.sum(1)
+        with np.errstate(invalid="ignore"):
+            recall = matrix.diagonal() / truths
+        result: dict[str, Any] = {
+            "miou": 100 * _mean(class_iou(matrix)),
+            "pixel_accuracy": 100 * matrix.trace() / max(1.0, matrix.sum()),
+            "mean_accuracy": 100 * _mean(recall),
+            "loss": totals[0].item() / max(1.0, totals[1].item()),
+        }
+        result |= {"images": totals[2].round().long(), "confusion": confusion, "ranking": self._images}
+        self._forget()
+        return result
+
+    def summary(self, scores: dict[str, Any]) -> dict[str, Any]:
+        """``miou``, ``pixel_accuracy``, ``mean_accuracy`` and ``class_iou`` in percent (None: it doesn't occur)."""
+        values = class_iou(scores["confusion"].double().numpy())
+        per_class = {
+            name: None if np.isnan(value) else round(100 * float(value), 3)
+            for name, value in zip(self.class_names, values, strict=True)
+        }
+        numbers = {name: round(scores[name], 4) for name in ("miou", "pixel_accuracy", "mean_accuracy", "loss")}
+        images, seconds = int(scores["images"]), scores["seconds"]
+        speed = {"images": images, "seconds": round(seconds, 2), "images_per_second": round(images / seconds, 2)}
+        return {"task": self.name, **numbers, **speed, "class_iou": per_class}
+
+    def headline(self, metrics: dict[str, Any]) -> str:
+        """For instance ``mIoU 56.20 %``."""
+        return f"mIoU {metrics['miou']:.2f} %, pixel accuracy {metrics['pixel_accuracy']:.2f} %"
+
+    def print_table(self, metrics: dict[str, Any]) -> None:
+        """The figures, and the IoU of each class."""
+        table = Table(box=None, show_header=False)
+        for name, word in (("miou", "mIoU"), ("pixel_accuracy", "pixel accuracy"), ("mean_accuracy", "mean accuracy")):
+            table.add_row(word, f"{metrics[name]:.2f} %")
+        table.add_row("loss", f"{metrics['loss']:.4f}")
+        table.add_row("images", f"{metrics['images']:,} ({metrics['split']} of {metrics['data']})")
+        table.add_row("speed", f"{metrics['images_per_second']:.1f} images/s")
+        table.add_row()
+        table.add_row("class", "IoU")
+        for name, value in metrics["class_iou"].items():
+            table.add_row(name, "does not occur" if value is None else f"{value:.2f} %")
+        Console(highlight=False).print(table)
+
+    def write_report(self, folder: Path, scores: dict[str, Any], part: DenseSet, metrics: dict[str, Any]) -> None:
+        """Curves, classes, which was taken for which, and the best, middling and worst pictures."""
+
+    def _forget(self) -> None:
+        self.confusion.reset()
+        self._loss = torch.zeros((), dtype=torch.float64)
+        self._pixels = torch.zeros((), dtype=torch.float64)
+        self._seen = 0
+        self._images: list[tuple[int, float]] = []
+
+
+def class_iou(confusion: np.ndarray) -> np.ndarray:
+    """Intersection over union of each class from counts (truth, guess); NaN for one that occurs in neither."""
+    hits = confusion.diagonal()
+    union = confusion.sum(0) + confusion.sum(1) - hits
+    with np.errstate(invalid="ignore"):
+        return np.where(union > 0, hits / np.maximum(union, 1), np.nan)
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of those that are known; 0 where none is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else 0.0
+
+
+def _class_weights(kind: str, shares: list[float] | None) -> Tensor | None:
+    """A weight for each class by its share of the training pixels; classes that don't occur weigh nothing."""
+    if kind == "none" or not shares:
+        return None
+    share = torch.tensor(shares)
+    occurs = share > 0
+    weights = share[occurs].median() / share.clamp(min=1e-9) if kind == "median" else 1 / torch.log(1.02 + share)
+    return torch.where(occurs, weights, 0.0)

@@ -1,0 +1,51 @@
+"""One image judged in overlapping windows, and mirrored: what networks trained on small parts gain from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+__all__ = ["judge_whole"]
+
+
+def judge_whole(
+    network: Callable[[Tensor], Tensor], images: Tensor, classes: int, *, window: int | None = None, flip: bool = False
+) -> Tensor:
+    """Logits of images, (B, C, H, W) -> (B, classes, H, W) as float32; averages are of probabilities, as logarithms.
+
+    Args:
+        network: (B, C, h, w) of any size to logits (B, classes, h, w).
+        window: Side of windows that overlap by a third of it or more; None is the image as a whole.
+        flip: Average with what the network says of the mirrored image.
+    """
+    if window is not None and window < 32:
+        raise UserError(f"window must be 32 or more pixels, got {window}")
+    if not flip:
+        return _windows(network, images, classes, window)
+    both = [_windows(network, x, classes, window) for x in (images, images.flip(-1))]
+    return torch.stack([both[0].log_softmax(1), both[1].flip(-1).log_softmax(1)]).logsumexp(0)
+
+
+def _windows(network: Callable[[Tensor], Tensor], images: Tensor, classes: int, window: int | None) -> Tensor:
+    height, width = images.shape[-2:]
+    if window is None or (height <= window and width <= window):
+        return network(images).float()
+    total = images.new_zeros(len(images), classes, height, width, dtype=torch.float32)
+    for top in _starts(height, window):
+        for left in _starts(width, window):
+            part = (..., slice(top, top + window), slice(left, left + window))
+            total[part] += network(images[part]).float().softmax(1)
+    return total.clamp_min(1e-12).log()  # counts of windows are the same for all classes of a pixel
+
+
+def _starts(full: int, window: int) -> list[int]:
+    """First pixels of windows that cover ``full`` evenly."""
+    if full <= window:
+        return [0]
+    count = math.ceil((full - window) / (window * 2 / 3)) + 1
+    return [round(i * (full - window) / (count - 1)) for i in range(count)]
