@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from transcnn import cli
-from transcnn.runs import build_model
+from transcnn.runs import build_model, build_network
 from transcnn.train import train
 
 RECIPES = sorted((Path(__file__).resolve().parent.parent / "recipes").glob("*.yaml"))
 CLASSIFY = [path for path in RECIPES if "task: " not in path.read_text() or "task: classify" in path.read_text()]
+SEGMENT = [path for path in RECIPES if "task: segment" in path.read_text()]
 
 
 def test_the_recipes_are_there():
@@ -49,6 +53,30 @@ def test_a_recipe_takes_two_steps(path, make_class_folder, tmp_path):
     result = train(**arguments)
     assert result.metrics["images"] > 0
     assert (tmp_path / "run" / "best.safetensors").is_file()
+
+
+@pytest.mark.parametrize("path", SEGMENT, ids=lambda path: path.stem)
+def test_a_segmentation_recipe_takes_two_steps(path, tmp_path):
+    labels = np.random.default_rng(0).integers(0, 3, (6, 40, 50), np.uint8)
+    for part, numbers in (("train", range(4)), ("val", range(4, 6))):
+        for kind in ("images", "labels"):
+            (tmp_path / "data" / kind / part).mkdir(parents=True)
+        for i in numbers:
+            Image.fromarray(labels[i] * 80).save(tmp_path / "data" / "images" / part / f"{i}.png")
+            Image.fromarray(labels[i]).save(tmp_path / "data" / "labels" / part / f"{i}.png")
+    flags = ["--config", str(path), "--img_size", "32", "--batch_size", "2", "--epochs", "1", "--limit_batches", "2"]
+    flags += ["--model", "transcnn_test", "--model_args", "{}", "--resize", "40", "--decoder_channels", "64"]
+    flags += ["--accelerator", "cpu", "--precision", "32", "--num_workers", "0", "--quiet", "--warmup_epochs", "0"]
+    arguments = cli.parse("train", train, [str(tmp_path / "data"), *flags, "--out", str(tmp_path / "run")])
+    assert train(**arguments).metrics["images"] == 2
+    assert (tmp_path / "run" / "best.safetensors").is_file()
+
+
+@pytest.mark.parametrize("path", SEGMENT, ids=lambda path: path.stem)
+def test_a_segmentation_recipes_own_network_can_be_built(path):
+    a = cli.parse("train", train, ["--config", str(path)])
+    network = build_network(a["task"], a["model"], asdict(a["segment"]), num_classes=2, **(a["model_args"] or {}))
+    assert sum(p.numel() for p in network.parameters()) > 100_000
 
 
 @pytest.mark.parametrize("path", CLASSIFY, ids=lambda path: path.stem)

@@ -35,6 +35,8 @@ def evaluate(
     seed: int = 0,
     strict_data: bool = False,
     num_workers: int = 0,
+    window: int | None = None,
+    flip: bool = False,
     out: str | None = None,
     report: bool = False,
     quiet: bool = False,
@@ -53,6 +55,8 @@ def evaluate(
         seed: And the seed it was held back with.
         strict_data: Stop at the first image that can't be read, instead of leaving it out.
         num_workers: Processes that read images.
+        window: To segment: judge in overlapping windows of this side, otherwise than training did.
+        flip: To segment: judge images also mirrored.
         out: Directory for metrics.json; without it the run's eval/, or none where there is no run.
         report: Also draw the report.
         quiet: Print nothing but errors.
@@ -67,6 +71,11 @@ def evaluate(
         loaded = load(checkpoint)
         if img_size is not None:
             loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
+        for name, value in (("window", window), ("flip", flip)):
+            if value:
+                if name not in (loaded.info.get("task_args") or {}):
+                    raise UserError(f"{name} is for segmentation; {loaded.source} is for the task {loaded.task}")
+                loaded.info["task_args"][name] = value
         trained = loaded.info.get("settings") or {}
         if data is None and "data" in trained:
             data = trained["data"]

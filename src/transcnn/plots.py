@@ -23,7 +23,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Wrong", "new_figure", "plot_classes", "plot_confusion", "plot_history", "plot_pairs", "plot_wrong", "style"]
+__all__ = [
+    "Wrong",
+    "new_figure",
+    "plot_bars",
+    "plot_classes",
+    "plot_confusion",
+    "plot_history",
+    "plot_pairs",
+    "plot_wrong",
+    "style",
+]
 
 BLUE, ORANGE, GREY = "#0060a8", "#d55e00", "#8a8a8a"
 # Colour of each split, and the dashes of its first and its further measures.
@@ -120,7 +130,7 @@ def _draw_lines(axes: Axes, title: str, lines: Mapping[str, tuple[np.ndarray, np
         axes.legend(frameon=False)
 
 
-def plot_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
+def plot_confusion(confusion: np.ndarray, class_names: Sequence[str], what: str = "images") -> Figure:
     """The confusion matrix in per cent of each true class, a row for each; meant for up to 100 classes."""
     from matplotlib.colors import PowerNorm
 
@@ -139,7 +149,7 @@ def plot_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
     ticks = range(count)
     axes.set_xticks(ticks, labels, fontsize=font, rotation=90 if upright else 0)
     axes.set_yticks(ticks, labels, fontsize=font)
-    axes.set(xlabel="Guess", ylabel="Truth", title=f"{confusion.trace()} of {confusion.sum()} images right")
+    axes.set(xlabel="Guess", ylabel="Truth", title=f"{confusion.trace()} of {confusion.sum()} {what} right")
     axes.set_xticks(np.arange(count + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(count + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="#d8d8d8", linewidth=0.4)
@@ -148,10 +158,11 @@ def plot_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
     bar.set_label("per cent of the true class")
     if count <= 25:
         for (row, column), images in np.ndenumerate(confusion):
-            if images:
+            text = str(images) if what == "images" else f"{share[row, column]:.1f}"  # pixels are too many to count
+            if text not in ("0", "0.0"):
                 colour = "white" if share[row, column] > 20 else "black"
-                size = min(11.0, 72 * side / count / max(2, len(str(images))))  # digits are 0.64 of it wide
-                axes.text(column, row, str(images), ha="center", va="center", color=colour, fontsize=size)
+                size = min(11.0, 72 * side / count / max(2, len(text)))  # digits are 0.64 of it wide
+                axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size)
     return figure
 
 
@@ -197,6 +208,19 @@ def plot_classes(rows: Sequence[Mapping[str, Any]]) -> Figure:
         spread.set(xlim=(0, 1), xlabel="Accuracy", ylabel="Classes", title=f"All {len(rows)} classes")
         spread.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
         spread.xaxis.set_major_formatter(PercentFormatter(1))
+    return figure
+
+
+def plot_bars(names: Sequence[str], values: Sequence[float], ends: Sequence[str], what: str, title: str) -> Figure:
+    """Shares from 0 to 1 as horizontal bars, each with a text at its end."""
+    from matplotlib.ticker import PercentFormatter
+
+    figure = new_figure(7.5, 0.27 * len(names) + 1.2)
+    axes = figure.add_subplot()
+    _bars(axes, [_short(name, 30) for name in names], values, ends)
+    axes.set(xlim=(0, 1.25), xlabel=what, title=title)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
     return figure
 
 

@@ -37,9 +37,10 @@ def predict(
     img_size: int | None = None,
     precision: Literal["auto", "32", "bf16", "16"] = "32",
     accelerator: str = "auto",
+    out: str = "predictions",
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
-    """Name what images show: a table on the screen, a JSON list, or a CSV file.
+    """Name what images show: a table on the screen, a JSON list, or a CSV file; pictures where pixels are named.
 
     Args:
         checkpoint: A run's directory, a .safetensors or .ckpt of ours, the name of a published model, or an .onnx file
@@ -52,11 +53,12 @@ def predict(
         img_size: Another size than the network was trained at.
         precision: Arithmetic; 32 is exact, auto is bf16 where the processor has it.
         accelerator: cpu, gpu, or auto.
+        out: Folder for the pictures of a network that segments: label maps and overlays.
         quiet: Print nothing but errors.
 
     Returns:
-        For each image in order ``{"file": ..., "top": [{"label": ..., "score": ...}, ...]}``, or
-        ``{"file": ..., "error": ...}`` for one that can't be read.
+        For each image in order ``{"file": ..., "top": [{"label": ..., "score": ...}, ...]}`` (to segment ``"classes"``
+        with ``"share"``, ``"mask"`` and ``"overlay"``), or ``{"file": ..., "error": ...}`` for one that can't be read.
 
     Raises:
         UserError: No such checkpoint, or a path or pattern that names nothing.
@@ -80,7 +82,7 @@ def predict(
             print(f"The network that comes with the package tells ten things apart: {names}.", file=sys.stderr)
         if img_size is not None:
             loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
-        rows = list(_predict(loaded, files, top_k, batch_size, precision, accelerator))
+        rows = list(_predict(loaded, files, top_k, batch_size, precision, accelerator, out))
     if csv:
         from .runs import write_whole
 
@@ -131,25 +133,27 @@ def _means_images(name: str, alone: bool) -> bool:
 
 
 def _predict(
-    loaded: Any, files: list[str], top_k: int, batch_size: int, precision: str, accelerator: str
+    loaded: Any, files: list[str], top_k: int, batch_size: int, precision: str, accelerator: str, out: str
 ) -> Iterator[dict[str, Any]]:
     """One row for each file, in order, by a network as ``runs.load`` gives it."""
     import torch
 
     from .engine import choose_precision
+    from .overlay import PictureFolder
     from .tasks import get_task
 
     task = get_task(loaded.task)
-    transform = task.image_transform(loaded.preprocessing)
+    transform = task.image_transform(loaded.preprocessing, loaded.info.get("task_args"))
+    pictures = PictureFolder(Path(out)) if task.pictures else None
     device = torch.device("cuda" if torch.cuda.is_available() and accelerator != "cpu" else "cpu")
-    model = loaded.model.to(device)
+    loaded.model.to(device)
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(choose_precision(precision, accelerator))
 
     def answer(images: list[Any]) -> list[dict[str, Any]]:
         with torch.inference_mode(), torch.autocast(device.type, dtype) if dtype else nullcontext():
-            return task.answers(model(torch.stack(images).to(device)), loaded.class_names, top_k)
+            return task.predict_batch(loaded, images, device, top_k, pictures)
 
-    return _in_batches(files, batch_size, lambda image: transform(image, 0), answer)
+    return _in_batches(files, batch_size, lambda image, file: task.model_input(transform, image, file), answer)
 
 
 def _predict_onnx(
@@ -169,13 +173,13 @@ def _predict_onnx(
     def answer(images: list[np.ndarray]) -> list[dict[str, Any]]:
         return answers(model(np.stack(images)), model.class_names, top_k)
 
-    return _in_batches(files, batch_size, lambda image: to_input(image, model.data_config), answer)
+    return _in_batches(files, batch_size, lambda image, _: to_input(image, model.data_config), answer)
 
 
 def _in_batches(
     files: list[str],
     batch_size: int,
-    make_input: Callable[[Image.Image], Any],
+    make_input: Callable[[Image.Image, str], Any],
     answer: Callable[[list[Any]], list[dict[str, Any]]],
 ) -> Iterator[dict[str, Any]]:
     """One row for each file, in order; those that can't be read get their error."""
@@ -185,7 +189,7 @@ def _in_batches(
         inputs = []
         for file in chosen:
             try:
-                inputs.append(make_input(read_image(file)))
+                inputs.append(make_input(read_image(file), file))
             except BrokenImage as error:  # noqa: PERF203
                 errors[file] = str(error)
         answers = iter(answer(inputs) if inputs else ())
@@ -196,11 +200,17 @@ def _in_batches(
 def _write_csv(path: Path, rows: list[dict[str, Any]], top_k: int) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv_format.writer(file)
-        ranks = range(1, max((len(row.get("top", ())) for row in rows), default=top_k) + 1)
+        ranks = range(1, max((len(_ranked(row)) for row in rows), default=top_k) + 1)
         writer.writerow(["file", "error", *(f"{word}_{rank}" for rank in ranks for word in ("label", "score"))])
         for row in rows:
-            cells = [value for top in row.get("top", ()) for value in (top["label"], f"{top['score']:.6f}")]
+            cells = [value for label, score in _ranked(row) for value in (label, f"{score:.6f}")]
             writer.writerow([row["file"], row.get("error", ""), *cells])
+
+
+def _ranked(row: dict[str, Any]) -> list[tuple[str, float]]:
+    """Labels with scores, or with shares of the image."""
+    found = row.get("top") or row.get("classes") or row.get("boxes") or ()
+    return [(entry["label"], entry["score"] if "score" in entry else entry["share"]) for entry in found]
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
@@ -212,7 +222,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     table.add_column("file", overflow="fold")
     table.add_column("guesses, the surest first")
     for row in rows:
-        text = "  ".join(f"{escape(top['label'])} {100 * top['score']:.1f} %" for top in row.get("top", ()))
+        text = "  ".join(f"{escape(label)} {100 * score:.1f} %" for label, score in _ranked(row))
         table.add_row(escape(row["file"]), text or f"[red]can't be read: {escape(row['error'])}[/red]")
     console = Console(highlight=False)
     if not sys.stdout.isatty():

@@ -14,7 +14,17 @@ import numpy as np
 from .errors import UserError, require
 from .plots import Wrong, plot_classes, plot_confusion, plot_history, plot_pairs, plot_wrong, style
 
-__all__ = ["Wrong", "class_table", "confused_pairs", "read_history", "write_report"]
+__all__ = [
+    "Wrong",
+    "class_table",
+    "confused_pairs",
+    "facts_of",
+    "html_page",
+    "html_table",
+    "read_history",
+    "write_report",
+    "write_rows",
+]
 
 MAX_MATRIX = 100  # more classes than that: no matrix, the most confused pairs instead
 MAX_ROWS = 50  # of the page's table of classes
@@ -65,8 +75,8 @@ def write_report(
                 (folder / file).unlink(missing_ok=True)
             else:
                 figure.savefig(folder / file)
-    _write_csv(folder / "classes.csv", classes, ["class", "images", "right", "accuracy", "precision", "taken_for"])
-    _write_csv(folder / "confused.csv", pairs, ["truth", "guess", "images", "share"])
+    write_rows(folder / "classes.csv", classes, ["class", "images", "right", "accuracy", "precision", "taken_for"])
+    write_rows(folder / "confused.csv", pairs, ["truth", "guess", "images", "share"])
     page = folder / "index.html"
     page.write_text(_page(folder, metrics, classes, pairs), encoding="utf-8")
     return page
@@ -167,23 +177,18 @@ def _page(folder: Path, metrics: Mapping[str, Any], classes: list[dict[str, Any]
     def picture(file: str, otherwise: str = "") -> str:
         return f'<p><img src="{file}" alt="{_ALTERNATIVES[file]}"></p>' if (folder / file).exists() else otherwise
 
-    facts = [
-        [key.replace("_", " ").replace("/", " "), _fact(value)]
-        for key, value in metrics.items()
-        if isinstance(value, str | int | float)
-    ]
     mixed = [[pair["truth"], pair["guess"], pair["images"], f"{pair['share']:.1%}"] for pair in pairs[:10]]
     lowest = [
         [row["class"], row["images"], _percent(row["accuracy"]), _percent(row["precision"]), row["taken_for"]]
         for row in classes[:MAX_ROWS]
     ]
-    parts = ["<h1>Report of the run</h1>", _table([], facts)]
+    parts = ["<h1>Report of the run</h1>", html_table([], facts_of(metrics))]
     if (folder / "curves.png").exists():
         parts += ["<h2>Learning</h2>", picture("curves.png")]
     parts += ["<h2>Confusion</h2>", picture("confusion.png")]
     if mixed:
         parts += [
-            _table(["Truth", "Guess", "Images", "Share of the true class"], mixed),
+            html_table(["Truth", "Guess", "Images", "Share of the true class"], mixed),
             f"<p>{'These are' if len(pairs) == len(mixed) else 'The most frequent of'} {len(pairs)} kinds of mistake; "
             'as a file: <a href="confused.csv">confused.csv</a></p>',
         ]
@@ -192,7 +197,7 @@ def _page(folder: Path, metrics: Mapping[str, Any], classes: list[dict[str, Any]
     parts += [
         "<h2>Classes</h2>",
         picture("classes.png"),
-        _table(["Class", "Images", "Accuracy", "Precision", "Most often taken for"], lowest),
+        html_table(["Class", "Images", "Accuracy", "Precision", "Most often taken for"], lowest),
         f"<p>{'All' if len(lowest) == len(classes) else f'The lowest {len(lowest)} of'} {len(classes)} classes; "
         'as a file: <a href="classes.csv">classes.csv</a></p>',
         "<h2>Wrong answers</h2>",
@@ -201,10 +206,24 @@ def _page(folder: Path, metrics: Mapping[str, Any], classes: list[dict[str, Any]
         else "",
         picture("wrong.png", "<p>None to show.</p>"),
     ]
+    return html_page(parts)
+
+
+def html_page(parts: Sequence[str]) -> str:
+    """A page of these parts of HTML, one below the other."""
     return _PAGE.format(body="\n".join(part for part in parts if part))
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def facts_of(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """Name and value of each single figure, as a page tells them."""
+    return [
+        [key.replace("_", " ").replace("/", " "), _fact(value)]
+        for key, value in metrics.items()
+        if isinstance(value, str | int | float)
+    ]
+
+
+def html_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """An HTML table; nothing without rows."""
 
     def line(tag: str, cells: Sequence[Any]) -> str:
@@ -214,7 +233,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(["<table>", *lines, *(line("td", row) for row in rows), "</table>"]) if rows else ""
 
 
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> None:
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> None:
+    """Rows as a CSV file; numbers have six places."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fields)
         writer.writeheader()

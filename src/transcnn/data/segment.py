@@ -1,4 +1,4 @@
-"""Data for segmentation: images with label maps, whatever they lie in, and the transforms of both together.
+"""Data for segmentation: images with label maps, whatever they lie in.
 
     splits = open_splits("camvid.tar", {"ignore_index": 11})
     splits.train.read(0)        # image, label map of int16: indices into splits.class_names, IGNORE elsewhere
@@ -17,24 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as tvf
 
 from ..errors import UserError
-from .augment import IMAGENET_MEAN, IMAGENET_STD, channel_stats
 from .denseset import DenseSet, DenseSource, DenseSplits, split_off
 from .images import BrokenImage, is_image_name, read_ids, read_image, to_channels
-from .randomness import seeded
+from .segment_transforms import IGNORE
 from .sources import PARTS, few
 from .store import Files, open_files
 from .tolerant import channels_of
 
-__all__ = ["IGNORE", "EvalTransform", "TrainTransform", "class_shares", "open_set", "open_splits"]
+__all__ = ["class_shares", "open_set", "open_splits"]
 
-IGNORE = -1  # index of pixels that don't count
 IMAGE_FOLDERS = ("images", "image", "img", "imgs", "jpegimages")
 LABEL_FOLDERS = ("labels", "label", "annotations", "masks", "mask")
 VOID = {"void", "unlabelled", "unlabeled", "ignore", "ignored"}  # names that are no class
@@ -403,142 +397,3 @@ def _read_file(path: str) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise BrokenImage(error.strerror or str(error)) from error
-
-
-# --- transforms -----------------------------------------------------------------------------------------------------
-
-
-class EvalTransform:
-    """PIL image and label map -> float (C, h, w), normalised, and int64 (H, W): all of the image, whatever its size.
-
-    Args:
-        resize: Short side that images are resized to; None leaves them. The label map keeps its size: scores are
-            measured there.
-    """
-
-    stacks = False
-
-    def __init__(
-        self,
-        *,
-        in_chans: int = 3,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-        resize: int | None = None,
-    ) -> None:
-        self.in_chans = in_chans
-        self.mean = channel_stats(mean, in_chans)
-        self.std = channel_stats(std, in_chans)
-        self.resize = resize
-
-    def __call__(self, image: Image.Image, truth: Any = None, seed: int = 0) -> tuple[Tensor, Any]:
-        pixels = self.normalise(self.scale(self.pixels(image)))
-        return pixels, None if truth is None else torch.from_numpy(truth.astype(np.int64))
-
-    def blank(self) -> tuple[Tensor, Tensor]:
-        """One black sample, none of whose pixels count."""
-        return torch.zeros(self.in_chans, 32, 32), torch.full((32, 32), IGNORE)
-
-    def pixels(self, image: Image.Image) -> Tensor:
-        """uint8 (C, H, W)."""
-        return tvf.pil_to_tensor(to_channels(image, self.in_chans))
-
-    def scale(self, pixels: Tensor) -> Tensor:
-        """The short side as ``resize`` says."""
-        factor = self.factor(*pixels.shape[-2:])
-        if factor == 1:
-            return pixels
-        size = [max(1, round(side * factor)) for side in pixels.shape[-2:]]
-        return tvf.resize(pixels, size, antialias=True)
-
-    def factor(self, height: int, width: int) -> float:
-        """How much an image is enlarged before anything else."""
-        return self.resize / min(height, width) if self.resize else 1.0
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 -> float with the mean and spread that the network was made for."""
-        return tvf.normalize(tvf.to_dtype(pixels, torch.float32, scale=True), list(self.mean), list(self.std))
-
-
-class TrainTransform(EvalTransform):
-    """A part of random place and scale, cut out of image and label map, mirrored and changed in colour.
-
-    The part is cut out before it is resized, so that large images cost no more than small ones. Where it leaves the
-    image there is the mean colour, which doesn't count.
-
-    Args:
-        crop: Height and width of what comes out.
-        scale_range: Smallest and largest enlargement, relative to the image as ``resize`` leaves it.
-        hflip, vflip: Probabilities.
-        color_jitter: Strength of changes of brightness, contrast and saturation.
-    """
-
-    stacks = True
-
-    def __init__(
-        self,
-        crop: tuple[int, int],
-        *,
-        scale_range: tuple[float, float] = (0.5, 2.0),
-        hflip: float = 0.5,
-        vflip: float = 0.0,
-        color_jitter: float | None = None,
-        **settings: Any,
-    ) -> None:
-        super().__init__(**settings)
-        low, high = scale_range
-        if not 0 < low <= high:
-            raise UserError(f"scale_range must be two numbers above 0, the smaller first, got {list(scale_range)}")
-        self.crop = crop
-        self.scale_range = scale_range
-        self.flips = (hflip, vflip)
-        jitters = color_jitter and self.in_chans in (1, 3)
-        self.colours = v2.ColorJitter(color_jitter, color_jitter, color_jitter) if jitters else None
-
-    def __call__(self, image: Image.Image, truth: Any = None, seed: int = 0) -> tuple[Tensor, Any]:
-        rng = np.random.default_rng(seed)
-        pixels, label = self.pixels(image), torch.from_numpy(truth)[None]  # (C, H, W), (1, H, W)
-        height, width = pixels.shape[-2:]
-        factor = self.factor(height, width) * rng.uniform(*self.scale_range)
-        window = [max(1, round(side / factor)) for side in self.crop]
-        top, left = (_start(rng, full, part) for full, part in zip((height, width), window, strict=True))
-        fill = [round(255 * value) for value in self.mean]
-        pixels, label = _cut(pixels, top, left, window, fill), _cut(label, top, left, window, [IGNORE])
-        if window != list(self.crop):
-            pixels, label = tvf.resize(pixels, list(self.crop), antialias=True), _nearest(label, self.crop)
-        for probability, flip in zip(self.flips, (tvf.horizontal_flip, tvf.vertical_flip), strict=True):
-            if rng.random() < probability:
-                pixels, label = flip(pixels), flip(label)
-        if self.colours is not None:
-            with seeded(int(rng.integers(1 << 62))):
-                pixels = self.colours(pixels)
-        return self.normalise(pixels), label[0].long()
-
-    def blank(self) -> tuple[Tensor, Tensor]:
-        """One black sample, none of whose pixels count."""
-        return torch.zeros(self.in_chans, *self.crop), torch.full(self.crop, IGNORE)
-
-
-def _start(rng: np.random.Generator, full: int, part: int) -> int:
-    """Where a window begins: anywhere inside, or, where it is larger, so that all of the image is in it."""
-    low, high = sorted((0, full - part))
-    return int(rng.integers(low, high + 1))
-
-
-def _cut(pixels: Tensor, top: int, left: int, window: Sequence[int], fill: list[int]) -> Tensor:
-    """The window of (C, H, W); outside of the image each channel has its value of ``fill``."""
-    inside = pixels[:, max(0, top) : max(0, top + window[0]), max(0, left) : max(0, left + window[1])]
-    if list(inside.shape[-2:]) == list(window):
-        return inside
-    whole = torch.tensor(fill, dtype=pixels.dtype)[:, None, None].expand(-1, *window).clone()
-    h, w = inside.shape[-2:]
-    whole[:, max(0, -top) : max(0, -top) + h, max(0, -left) : max(0, -left) + w] = inside
-    return whole
-
-
-def _nearest(label: Tensor, size: Sequence[int]) -> Tensor:
-    """A label map (1, H, W) at another size: each pixel takes the value at its centre."""
-    rows, columns = (
-        ((torch.arange(new) + 0.5) * old / new).long() for new, old in zip(size, label.shape[1:], strict=True)
-    )
-    return label[:, rows[:, None], columns]

@@ -43,6 +43,7 @@ class Task(L.LightningModule):
 
     name: ClassVar[str]
     group: ClassVar[str] = ""  # the argument of ``train`` that holds the task's own settings
+    pictures: ClassVar[bool] = False  # whether ``predict`` draws what it finds
     score: ClassVar[str]  # the metric that chooses the best epoch, larger is better; logged as val_<score>
 
     def __init__(
@@ -122,13 +123,25 @@ class Task(L.LightningModule):
 
     @staticmethod
     @abstractmethod
-    def image_transform(data_config: dict[str, Any]) -> Any:
+    def image_transform(data_config: dict[str, Any], task_args: dict[str, Any] | None = None) -> Any:
         """What one image goes through before a trained model sees it, called as ``transform(image, seed)``."""
 
     @staticmethod
     @abstractmethod
     def answers(outputs: Any, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
         """A batch of the model's outputs as what ``predict`` tells about each image (``top``, ``boxes``, ``mask``)."""
+
+    @classmethod
+    def model_input(cls, transform: Any, image: Any, file: str) -> Any:
+        """What ``predict_batch`` is given for one image; ``transform`` is ``image_transform``'s."""
+        return transform(image, 0)
+
+    @classmethod
+    def predict_batch(
+        cls, loaded: Any, inputs: list[Any], device: torch.device, top_k: int, pictures: Any
+    ) -> list[dict[str, Any]]:
+        """``answers`` for a list of ``model_input``; tasks with pictures put them into ``pictures``."""
+        return cls.answers(loaded.model(torch.stack(inputs).to(device)), loaded.class_names, top_k)
 
     @abstractmethod
     def summary(self, scores: dict[str, Any]) -> dict[str, Any]:

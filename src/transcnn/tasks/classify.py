@@ -93,7 +93,7 @@ class Classify(Task):
         return make_loader(part, **settings)
 
     @staticmethod
-    def image_transform(data_config: dict[str, Any]) -> Transform:
+    def image_transform(data_config: dict[str, Any], task_args: dict[str, Any] | None = None) -> Transform:
         """Resize, cut out the middle, normalise, as ``data_config`` says."""
         in_chans, *size = data_config["input_size"]
         return eval_transform(

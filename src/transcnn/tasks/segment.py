@@ -16,13 +16,16 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ..data.classify import ClassifyData, make_loader
 from ..data.denseset import DenseSet, DenseSplits
-from ..data.segment import IGNORE, EvalTransform, TrainTransform, open_set, open_splits
+from ..data.segment import open_set, open_splits
+from ..data.segment_transforms import IGNORE, EvalTransform, TrainTransform
 from ..errors import UserError
+from ..overlay import blend, label_png, legend, palette
+from ..report_dense import class_iou, ends_and_middle, write_segment_report
 from ..settings import Augment
 from .base import Task
 from .sliding import judge_whole
 
-__all__ = ["Segment", "class_iou"]
+__all__ = ["Segment"]
 
 MOST_AT_ONCE = 1 << 22  # pixels times images that are judged together
 
@@ -37,6 +40,7 @@ class Segment(Task):
     name = "segment"
     group = "segment"
     score = "miou"
+    pictures = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -95,6 +99,49 @@ class Segment(Task):
             std=data_config["std"],
             resize=(task_args or {}).get("resize"),
         )
+
+    @staticmethod
+    def answers(outputs: Tensor, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
+        """``{"classes": [{"label": ..., "share": ...}, ...]}`` of logits (B, classes, H, W): the largest areas."""
+        rows = []
+        for guess in outputs.argmax(1):
+            shares = torch.bincount(guess.flatten(), minlength=len(class_names)) / guess.numel()
+            order = [i for i in shares.argsort(descending=True).tolist() if shares[i] > 0]
+            rows.append(
+                {"classes": [{"label": class_names[i], "share": round(shares[i].item(), 6)} for i in order[:top_k]]}
+            )
+        return rows
+
+    @classmethod
+    def model_input(cls, transform: Any, image: Any, file: str) -> Any:
+        """The image as the network sees it, itself, and its file."""
+        return transform(image)[0], image, file
+
+    @classmethod
+    def predict_batch(
+        cls, loaded: Any, inputs: list[Any], device: torch.device, top_k: int, pictures: Any
+    ) -> list[dict[str, Any]]:
+        """For each image the classes' shares, and where its label map (``mask``) and overlay were written."""
+        learner = cls(loaded.model, loaded.class_names, loaded.preprocessing, task_args=loaded.info["task_args"])
+        names, rows = loaded.class_names, []
+        colours = learner.colours
+        for pixels, image, file in inputs:
+            logits = learner.judge_maps(pixels[None].to(device), (image.height, image.width))
+            row = cls.answers(logits, names, top_k)[0]
+            labels = logits[0].argmax(0).cpu().numpy()
+            stem = pictures.stem_for(file)
+            row |= {"mask": f"{stem}.png", "overlay": f"{stem}_overlay.png"}
+            label_png(labels, learner.task_args["label_ids"], colours).save(row["mask"])
+            shown = np.unique(labels).tolist()
+            blended = blend(image, labels, colours)
+            legend(blended, [names[i] for i in shown], [colours[i] for i in shown]).save(row["overlay"])
+            rows.append(row)
+        return rows
+
+    @property
+    def colours(self) -> list[list[int]]:
+        """Of each class: the data's, or our own."""
+        return self.task_args.get("colours") or palette(len(self.class_names))
 
     def loss(self, batch: Any) -> Tensor:
         """Of the pixels that count; 0 where none does."""
@@ -216,6 +263,15 @@ class Segment(Task):
 
     def write_report(self, folder: Path, scores: dict[str, Any], part: DenseSet, metrics: dict[str, Any]) -> None:
         """Curves, classes, which was taken for which, and the best, middling and worst pictures."""
+        pictures = []
+        for title, place, score in ends_and_middle(scores["ranking"]):
+            image, truth = part.read(place)
+            pixels = part.transform(image)[0][None].to(self.device)
+            with torch.inference_mode():
+                guess = self.judge_maps(pixels, truth.shape)[0].argmax(0).cpu().numpy()
+            blended = [blend(image, labels, self.colours) for labels in (truth, np.where(truth < 0, -1, guess))]
+            pictures.append((f"{title}: IoU {score:.0%}", Path(part.name(place)).name, [image, *blended]))
+        write_segment_report(folder, scores["confusion"].numpy(), self.class_names, self.colours, pictures, metrics)
 
     def _forget(self) -> None:
         self.confusion.reset()
@@ -223,14 +279,6 @@ class Segment(Task):
         self._pixels = torch.zeros((), dtype=torch.float64)
         self._seen = 0
         self._images: list[tuple[int, float]] = []
-
-
-def class_iou(confusion: np.ndarray) -> np.ndarray:
-    """Intersection over union of each class from counts (truth, guess); NaN for one that occurs in neither."""
-    hits = confusion.diagonal()
-    union = confusion.sum(0) + confusion.sum(1) - hits
-    with np.errstate(invalid="ignore"):
-        return np.where(union > 0, hits / np.maximum(union, 1), np.nan)
 
 
 def _mean(values: np.ndarray) -> float:

@@ -1,0 +1,166 @@
+"""Reports of segmentation and detection: the page of :mod:`.report` with their own pictures and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .plots import new_figure, plot_bars, plot_confusion, plot_history, style
+from .report import facts_of, html_page, html_table, read_history, write_rows
+
+__all__ = ["class_iou", "ends_and_middle", "write_dense_report", "write_segment_report"]
+
+SHOWN = 3  # best, middling and worst pictures each
+Picture = tuple[str, str, list[Image.Image]]  # title, name, and the image beside its truth and the guess
+
+
+def class_iou(confusion: np.ndarray) -> np.ndarray:
+    """Intersection over union of each class from counts (truth, guess); NaN for one that occurs in neither."""
+    hits = confusion.diagonal()
+    union = confusion.sum(0) + confusion.sum(1) - hits
+    with np.errstate(invalid="ignore"):
+        return np.where(union > 0, hits / np.maximum(union, 1), np.nan)
+
+
+def ends_and_middle(ranking: Sequence[tuple[int, float]]) -> list[tuple[str, int, float]]:
+    """(title, place, score) of the best, the middling and the worst of (place, score), no place twice."""
+    order = sorted(ranking, key=lambda row: -row[1])
+    middle = max(0, len(order) // 2 - SHOWN // 2)
+    parts = {
+        "best": order[:SHOWN],
+        "middling": order[middle : middle + SHOWN],
+        "worst": order[::-1][:SHOWN],
+    }
+    seen: set[int] = set()
+    rows = []
+    for title, chosen in parts.items():
+        for place, score in chosen:
+            if place not in seen:
+                seen.add(place)
+                rows.append((title, place, score))
+    return rows
+
+
+def write_segment_report(
+    run_dir: str | Path,
+    confusion: np.ndarray,
+    class_names: Sequence[str],
+    colours: Sequence[Sequence[int]],
+    pictures: Sequence[Picture],
+    metrics: Mapping[str, Any],
+) -> Path:
+    """``report/`` of a segmentation: curves, IoU of each class, confusion of pixels, predictions beside the truth."""
+    values = class_iou(confusion.astype(float))
+    truths, guesses = confusion.sum(1), confusion.sum(0)
+    rows = [
+        {
+            "class": name,
+            "iou": None if np.isnan(values[i]) else float(values[i]),
+            "recall": float(confusion[i, i] / truths[i]) if truths[i] else None,
+            "precision": float(confusion[i, i] / guesses[i]) if guesses[i] else None,
+            "pixels": int(truths[i]),
+        }
+        for i, name in enumerate(class_names)
+    ]
+    extra = {}
+    if len(class_names) <= 100:
+        extra["confusion.png"] = lambda: plot_confusion(confusion, class_names, "pixels")
+    return write_dense_report(
+        run_dir, "IoU", rows, extra, pictures, list(zip(class_names, colours, strict=True)), metrics
+    )
+
+
+def write_dense_report(
+    run_dir: str | Path,
+    measure: str,
+    rows: Sequence[dict[str, Any]],
+    extra: Mapping[str, Any],
+    pictures: Sequence[Picture],
+    key: Sequence[tuple[str, Sequence[int]]],
+    metrics: Mapping[str, Any],
+) -> Path:
+    """Write ``run_dir/report``: ``index.html``, its pictures, and ``classes.csv``.
+
+    Args:
+        run_dir: The run's directory, with its ``metrics.csv`` if something was trained.
+        measure: What classes are scored by; ``rows`` hold it in lower case.
+        rows: One for each class: ``class``, its score (0 to 1, None: it doesn't occur), further figures.
+        extra: Further pictures: file name -> function that draws a figure.
+        pictures: Predictions beside the truth.
+        key: Names and colours of the classes.
+        metrics: What was measured; single values head the page.
+
+    Returns:
+        The path of ``index.html``.
+    """
+    folder = Path(run_dir) / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    history = Path(run_dir) / "metrics.csv"
+    field = measure.lower()
+    ranked = sorted(rows, key=lambda row: (row[field] is None, row[field] or 0.0))
+    ends = ["does not occur" if row[field] is None else f"{row[field]:.1%}" for row in ranked]
+    names, scores = [row["class"] for row in ranked], [row[field] or 0.0 for row in ranked]
+    draw: dict[str, Any] = {
+        "curves.png": lambda: plot_history(read_history(history) if history.exists() else {}),
+        "classes.png": lambda: plot_bars(names[:50], scores[:50], ends[:50], measure, f"{measure} of each class"),
+        **extra,
+        "predictions.png": lambda: plot_predictions(pictures, key),
+    }
+    for file, make in draw.items():
+        with style():
+            figure = make()
+            if figure is None:
+                (folder / file).unlink(missing_ok=True)
+            else:
+                figure.savefig(folder / file)
+    write_rows(folder / "classes.csv", ranked, list(ranked[0]))
+    titles = {
+        "curves.png": "Learning",
+        "classes.png": "Classes",
+        "confusion.png": "Which was taken for which",
+        "predictions.png": "Predictions: best, middling, worst",
+    }
+    parts = ["<h1>Report of the run</h1>", html_table([], facts_of(metrics))]
+    for file in draw:
+        if (folder / file).exists():
+            title = titles.get(file, file)
+            parts += [f"<h2>{title}</h2>", f'<p><img src="{file}" alt="{title}"></p>']
+        if file == "classes.png":
+            head = list(ranked[0])
+            cells = [[_cell(row[name]) for name in head] for row in ranked[:50]]
+            parts += [html_table([name.capitalize() for name in head], cells)]
+    page = folder / "index.html"
+    page.write_text(html_page(parts), encoding="utf-8")
+    return page
+
+
+def plot_predictions(pictures: Sequence[Picture], key: Sequence[tuple[str, Sequence[int]]]) -> Any:
+    """A row for each picture: image, truth and guess; below, what the colours mean. None without any."""
+    if not pictures:
+        return None
+    width = 3.1
+    heights = [width * images[0].height / images[0].width for _, _, images in pictures]
+    rows = -(-len(key) // 5) if len(key) <= 40 else 0
+    figure = new_figure(3 * width + 0.3, sum(heights) + 0.42 * len(pictures) + 0.28 * rows + 0.2)
+    grid = figure.subplots(len(pictures), 3, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for line, (title, name, images) in zip(grid, pictures, strict=True):
+        for axes, image, caption in zip(line, images, (name[:38], "truth", title), strict=True):
+            axes.imshow(image)
+            axes.set_title(caption, fontsize=8.5)
+            axes.set_axis_off()
+    if rows:
+        from matplotlib.patches import Patch
+
+        patches = [Patch(facecolor="#" + bytes(colour).hex(), edgecolor="black", label=name) for name, colour in key]
+        figure.legend(handles=patches, loc="outside lower center", ncols=5, frameon=False, fontsize=8.5)
+    return figure
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.1%}" if isinstance(value, float) else str(value)

@@ -1,0 +1,340 @@
+"""Segmentation: what is read, what is learnt and how it is scored, on label maps made up here."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchmetrics.classification import MulticlassJaccardIndex
+
+from transcnn.data.images import BrokenImage
+from transcnn.data.segment import class_shares, open_set, open_splits
+from transcnn.data.segment_transforms import IGNORE, EvalTransform, TrainTransform
+from transcnn.errors import UserError
+from transcnn.evaluate import evaluate
+from transcnn.predict import predict
+from transcnn.report_dense import class_iou, ends_and_middle
+from transcnn.runs import load
+from transcnn.segmenters import DECODERS, build
+from transcnn.settings import Augment, Optim, Segment
+from transcnn.tasks.segment import Segment as SegmentTask
+from transcnn.tasks.sliding import judge_whole
+from transcnn.train import train
+
+QUICK: dict[str, Any] = dict(
+    task="segment",
+    model="transcnn_test",
+    batch_size=4,
+    precision="32",
+    accelerator="cpu",
+    num_workers=0,
+    img_size=64,
+    quiet=True,
+    augment=Augment(smoothing=0.0),
+)
+SMALL = Segment(decoder_channels=64, scale_range=(0.8, 1.25))
+
+
+def picture(index: int, size: tuple[int, int] = (72, 60)) -> tuple[Image.Image, np.ndarray]:
+    """A dark ground (id 0) with a bright box (id 1) and a red one (id 2); the first rows don't count (255)."""
+    width, height = size
+    rng = np.random.default_rng(index)
+    ids = np.zeros((height, width), np.uint8)
+    pixels = np.full((height, width, 3), 40)
+    for label, colour in ((1, (220, 220, 220)), (2, (220, 40, 40))):
+        y, x = rng.integers(6, height - 30), rng.integers(0, width - 30)
+        box = np.s_[y : y + 26, x : x + 26]
+        ids[box], pixels[box] = label, colour
+    ids[:4] = 255
+    pixels = pixels + rng.normal(0, 8, pixels.shape)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), ids
+
+
+def make_data(folder: Path, parts: dict[str, int], *, names: str | None = "ground\nbright\nred\n") -> Path:
+    start = 0
+    for part, count in parts.items():
+        for i in range(count):
+            image, ids = picture(start + i)
+            for kind, file, what in (("images", f"{i:02}.jpg", image), ("labels", f"{i:02}.png", Image.fromarray(ids))):
+                (folder / kind / part).mkdir(parents=True, exist_ok=True)
+                what.save(folder / kind / part / file)
+        start += count
+    if names:
+        (folder / "classes.txt").write_text(names)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("shapes") / "shapes", {"train": 24, "val": 4, "test": 4})
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "run"
+    optim = Optim(warmup_epochs=0.5)
+    return train(str(data), **QUICK, segment=SMALL, optim=optim, epochs=14, lr=1e-2, out=str(out)).run_dir
+
+
+def test_it_learns_and_leaves_a_whole_run(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["miou"] > 60  # all ground would be 25
+    assert metrics["split"] == "test"
+    assert set(metrics["class_iou"]) == {"ground", "bright", "red"}
+    assert metrics["images"] == 4
+    for name in ("index.html", "curves.png", "classes.png", "confusion.png", "predictions.png", "classes.csv"):
+        assert (run / "report" / name).is_file()
+    loaded = load(run)
+    assert loaded.task == "segment"
+    assert loaded.info["task_args"]["label_ids"] == [0, 1, 2]
+
+
+def test_eval_gives_the_runs_score_again_and_windows_and_mirrors_another(run, data, tmp_path, capsys):
+    metrics = json.loads((run / "metrics.json").read_text())
+    again = evaluate(str(run), accelerator="cpu", out=str(tmp_path))
+    assert again["miou"] == pytest.approx(metrics["miou"], abs=0.01)
+    assert "bright" in capsys.readouterr().out
+    other = evaluate(str(run), str(data), accelerator="cpu", window=48, flip=True, out=str(tmp_path), quiet=True)
+    assert other["miou"] != again["miou"]
+    assert other["miou"] > 50
+
+
+def test_predict_writes_label_maps_and_overlays(run, data, tmp_path, capsys):
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"no image")
+    rows = predict(str(run), [str(data / "images" / "test"), str(bad)], json=True, out=str(tmp_path / "out"))
+    assert json.loads(capsys.readouterr().out) == rows
+    assert "error" in rows[-1]
+    for row in rows[:-1]:
+        with Image.open(row["mask"]) as mask, Image.open(row["overlay"]) as overlay:
+            assert mask.mode == "P"
+            assert mask.size == (72, 60)
+            assert overlay.height > 60  # the legend
+            share = (np.asarray(mask) == 0).mean()
+        assert next(c["share"] for c in row["classes"] if c["label"] == "ground") == pytest.approx(share, abs=1e-5)
+    truth = picture(28)[1]
+    with Image.open(rows[0]["mask"]) as mask:
+        guess = np.asarray(mask)
+    assert (guess == truth)[truth < 255].mean() > 0.8
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(data, tmp_path, monkeypatch):
+    unet = Segment(decoder="unet", decoder_channels=16, loss="both", class_weights="log")
+    settings: dict[str, Any] = dict(QUICK, segment=unet, limit_batches=3, epochs=2)
+    whole = train(str(data), **settings, out=str(tmp_path / "whole")).run_dir
+    original, calls = SegmentTask.loss, []
+
+    def stop(self: Any, batch: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentTask, "loss", stop)
+        with pytest.raises(KeyboardInterrupt, match="after update 2"):
+            train(str(data), **settings, out=str(tmp_path / "cut"))
+    with pytest.raises(UserError, match="keeps its settings"):
+        train(resume=str(tmp_path / "cut"), segment=Segment(decoder="pspnet"))
+    train(resume=str(tmp_path / "cut"), quiet=True)
+    one, two = (load(path).model.state_dict() for path in (whole, tmp_path / "cut"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_tar_holds_what_its_folder_holds(data, tmp_path):
+    tar = tmp_path / "shapes.tar"
+    with tarfile.open(tar, "w") as file:
+        file.add(data, "shapes")
+    one, two = open_splits(str(data)), open_splits(str(tar))
+    assert one.class_names == two.class_names == ["ground", "bright", "red"]
+    assert two.test is not None
+    assert (len(two.train), len(two.val), len(two.test)) == (24, 4, 4)
+    np.testing.assert_array_equal(one.train.read(5)[1], two.train.read(5)[1])
+    (tmp_path / "x.tar.gz").write_bytes(b"x")
+    with pytest.raises(UserError, match="unpack"):
+        open_splits(str(tmp_path / "x.tar.gz"))
+
+
+def test_ignored_classes_have_no_index(tmp_path):
+    folder = make_data(tmp_path / "d", {"train": 4}, names="ground\nbright\nvoid\n")
+    splits = open_splits(str(folder))  # nothing is split: a validation part is taken off
+    assert splits.class_names == ["ground", "bright"]
+    assert len(splits.train) + len(splits.val) == 4
+    assert set(np.unique(splits.train.read(0)[1])) == {IGNORE, 0, 1}
+    splits = open_splits(str(folder), {"ignore_index": 0})  # as ADE20K has it
+    assert splits.class_names == ["bright", "void"]
+    assert splits.task_args["label_ids"] == [1, 2]
+    counted = make_data(tmp_path / "e", {"train": 4}, names=None)
+    assert open_splits(str(counted)).class_names == ["0", "1", "2"]
+
+
+def test_palette_label_maps_keep_their_ids_and_lend_their_colours(tmp_path):
+    folder = make_data(tmp_path / "d", {"train": 3})
+    colours = [[0, 0, 0], [10, 20, 30], [40, 50, 60]]
+    for file in (folder / "labels" / "train").iterdir():
+        with Image.open(file) as opened:
+            image = opened.copy()
+        image.putpalette([*(value for colour in colours for value in colour), *[255] * (768 - 9)])
+        image.save(file)
+    splits = open_splits(str(folder))
+    assert splits.task_args["colours"] == colours
+    assert set(np.unique(splits.train.read(0)[1])) == {IGNORE, 0, 1, 2}
+
+
+def test_what_cannot_be_used_is_left_out_counted_and_listed(data, tmp_path):
+    folder = make_data(tmp_path / "d", {"train": 10, "val": 3})
+    images, labels = folder / "images" / "train", folder / "labels" / "train"
+    (images / "00.jpg").write_bytes((images / "00.jpg").read_bytes()[:300])
+    (labels / "01.png").write_bytes(b"")
+    Image.fromarray(np.full((60, 72), 7, np.uint8)).save(labels / "02.png")
+    Image.new("L", (10, 10)).save(labels / "03.png")
+    Image.new("RGB", (72, 60)).save(labels / "04.png")
+    (labels / "05.png").unlink()
+    Image.new("L", (72, 60)).save(labels / "99.png")
+    with pytest.raises(UserError, match=r"no label map|without an image"):
+        open_splits(str(folder), strict=True)
+    settings = dict(QUICK, batch_size=3)  # so that the epoch meets all nine
+    result = train(str(folder), **settings, segment=SMALL, epochs=1, out=str(tmp_path / "run"))
+    with (tmp_path / "run" / "skipped.csv").open() as file:
+        reasons = {Path(row["file"]).name: row["reason"] for row in csv.DictReader(file)}
+    assert result.metrics["skipped"] == 7
+    assert "damaged" in reasons["00.jpg"]
+    assert "empty" in reasons["01.jpg"]
+    assert "label value '7'" in reasons["02.jpg"]
+    assert "10x10" in reasons["03.jpg"]
+    assert "RGB" in reasons["04.jpg"]
+    assert reasons["05.jpg"] == "no label map of this name"
+    assert reasons["99.png"] == "a label map without an image"
+
+
+def test_data_of_other_classes_is_refused_or_matched_by_name(data, tmp_path):
+    folder = make_data(tmp_path / "d", {"test": 2}, names="red\nground\nbright\n")
+    part = open_set(str(folder), "auto", ["ground", "bright", "red"], [0, 1, 2])
+    own = open_set(str(folder), "test", ["red", "ground", "bright"], [0, 1, 2])
+    np.testing.assert_array_equal(part.read(0)[1] == 2, own.read(0)[1] == 0)
+    with pytest.raises(UserError, match="does not know: 'red'"):
+        open_set(str(folder), "auto", ["ground", "bright"], [0, 1])
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("backbone", ["transcnn_test", "transcnn_nano", "resnet10t"])
+def test_every_decoder_takes_any_size_and_trains_every_parameter(decoder, backbone):
+    network = build(backbone, {"decoder": decoder, "decoder_channels": 64}, num_classes=5, in_chans=1)
+    logits = network(torch.randn(2, 1, 45, 70))
+    assert logits.shape == (2, 5, 45, 70)
+    logits.square().sum().backward()
+    assert [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(UserError, match="decoder must be"):
+        build("transcnn_test", {"decoder": "deeplab"}, num_classes=2)
+    with pytest.raises(UserError, match="multiple of 64"):
+        build("transcnn_test", {"decoder": "fpn", "decoder_channels": 100}, num_classes=2)
+    with pytest.raises(UserError, match="strides 4, 8, 16"):
+        build("vit_tiny_patch16_224", {"decoder": "fpn"}, num_classes=2, img_size=64)
+    with pytest.raises(UserError, match="mixup is for classification"):
+        SegmentTask.loaders(None, {}, Augment(mixup=0.2), {})
+    with pytest.raises(UserError, match="no data of its own"):
+        open_splits(None)
+
+
+def test_training_parts_keep_image_and_label_together():
+    image, ids = picture(3)
+    transform = TrainTransform((48, 40), scale_range=(0.5, 2), mean=(0, 0, 0), std=(1, 1, 1), color_jitter=0.1)
+    truth = np.where(ids == 255, IGNORE, ids).astype(np.int16)
+    for seed in range(12):
+        pixels, label = transform(image, truth, seed)
+        assert pixels.shape == (3, 48, 40)
+        assert label.shape == (48, 40)
+        red = (pixels[0] > 0.5) & (pixels[1] < 0.4)
+        known = label != IGNORE
+        assert (red == (label == 2))[known].float().mean() > 0.93
+        assert torch.equal(transform(image, truth, seed)[0], pixels)
+    far, away = TrainTransform((64, 64), scale_range=(0.5, 0.5))(image, truth, 0)
+    assert (away == IGNORE).float().mean() > 0.5  # outside of the image nothing counts
+    assert far.shape == (3, 64, 64)
+
+
+def test_images_to_be_judged_keep_their_size_and_label_maps_always_do():
+    image, ids = picture(1)
+    truth = ids.astype(np.int16)
+    assert EvalTransform()(image, truth, 0)[0].shape == (3, 60, 72)
+    pixels, label = EvalTransform(resize=30)(image, truth, 0)
+    assert pixels.shape == (3, 30, 36)
+    assert label.shape == (60, 72)
+
+
+def test_iou_is_that_of_torchmetrics():
+    truth, guess = torch.randint(0, 4, (2, 3, 20, 20))
+    guess[truth == 3] = 2
+    truth[:, :3] = IGNORE
+    known = truth != IGNORE
+    table = torch.bincount(truth[known] * 5 + guess[known], minlength=25).view(5, 5).double().numpy()
+    theirs = MulticlassJaccardIndex(5, ignore_index=IGNORE, average="macro")(guess, truth)
+    ours = class_iou(table)
+    assert np.isnan(ours[4])
+    assert np.nanmean(ours) == pytest.approx(theirs.item(), abs=1e-6)
+
+
+def test_windows_cover_everything_once_and_mirrors_are_turned_back():
+    def network(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, -x], 1) * 3  # each pixel for itself: windows can't matter
+
+    images = torch.randn(1, 1, 70, 101)
+    whole = judge_whole(network, images, 2).softmax(1)
+    for kwargs in ({"window": 32}, {"flip": True}, {"window": 48, "flip": True}):
+        assert torch.allclose(judge_whole(network, images, 2, **kwargs).softmax(1), whole, atol=1e-5)
+    with pytest.raises(UserError, match="window"):
+        judge_whole(network, images, 2, window=8)
+
+
+def test_a_batch_where_nothing_counts_costs_nothing():
+    network = build("transcnn_test", {"decoder": "fpn", "decoder_channels": 64}, num_classes=3)
+    task = SegmentTask(
+        network, ["a", "b", "c"], {}, task_args={"loss": "both", "class_weights": "median", "shares": [0.7, 0.3, 0.0]}
+    )
+    assert task.class_weights.tolist() == pytest.approx([3 / 7, 1.0, 0.0])
+    loss = task.loss((torch.randn(2, 3, 32, 32), torch.full((2, 32, 32), IGNORE)))
+    assert loss.item() == 0
+    labels = torch.randint(0, 2, (2, 32, 32))
+    assert task.loss((torch.randn(2, 3, 32, 32), labels)).item() > 0
+
+
+def test_shares_and_ranks(data):
+    splits = open_splits(str(data), {"class_weights": "log"})
+    assert sum(splits.task_args["shares"]) == pytest.approx(1)
+    assert np.allclose(class_shares(splits.train, 3), splits.task_args["shares"])
+    assert [place for _, place, _ in ends_and_middle([(0, 0.5), (1, 0.9)])] == [1, 0]
+    assert len(ends_and_middle([(i, i / 20) for i in range(20)])) == 9
+
+
+def test_camvid_opens_from_its_tar(shared):
+    tar = shared / "data" / "camvid" / "camvid.tar"
+    if not tar.is_file():
+        pytest.skip("needs the CamVid pack")
+    splits = open_splits(str(tar))
+    assert len(splits.class_names) == 11  # void doesn't count
+    assert splits.test is not None
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (367, 101, 233)
+    image, label = splits.test.read(0)
+    assert image.size == (480, 360)
+    assert label.shape == (360, 480)
+    assert label.min() >= IGNORE
+    assert label.max() <= 10
+
+
+def test_broken_label_maps_say_why():
+    from transcnn.data.images import read_ids
+
+    with pytest.raises(BrokenImage, match="empty"):
+        read_ids(b"")
