@@ -9,6 +9,7 @@
 #   make install   .venv with every extra, nothing else
 #   make build     source archive and wheel in dist/
 #   make figures   draw the pictures of docs/images again
+#   make screenshots  take those of the page (transcnn demo) again; needs chromium
 #   make clean     remove .venv and everything that was built (runs/ stays)
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ EVERYTHING := $(VENV)/.installed-all
 # Two processes, each with one thread, are faster on two cores than one process with two threads.
 WORKERS ?= 2
 
-.PHONY: help demo test bench lint format install build figures clean
+.PHONY: help demo test bench lint format install build figures screenshots clean
 .DEFAULT_GOAL := help
 
 help:
@@ -81,6 +82,9 @@ build: $(VENV)/.installed-dev
 
 figures: $(VENV)/.installed-train
 	$(BIN)/python docs/make_figures.py
+
+screenshots: $(VENV)/.installed-dev
+	TRANSCNN_SCREENSHOTS=docs/images $(BIN)/python -m pytest tests/test_demo.py
 
 clean:
 	rm -rf $(VENV) build dist site htmlcov .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis

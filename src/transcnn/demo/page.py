@@ -20,6 +20,7 @@ __all__ = ["build_page"]
 CSS = """
 .gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
 #message { border-left: 4px solid #d55e00; padding: 0.2rem 1rem; background: #d55e0018; }
+#examples { max-width: calc(100vw - 64px); }
 #look .caption { font-size: 0.9em; min-height: 3em; }
 """
 MEAN = "mean of all heads"
