@@ -147,6 +147,24 @@ def test_a_network_of_others_and_grey_pictures(photo: Image.Image) -> None:
     assert viewer.look(visit, 0)
 
 
+def test_a_network_that_draws(photo: Image.Image) -> None:
+    """Segmentation: what ``predict`` draws, of the whole picture, and where its backbone looks."""
+    pytest.importorskip("segmentation_models_pytorch")
+    from transcnn.segmenters import build
+
+    args = {"decoder": "fpn", "decoder_channels": 64, "label_ids": [0, 1, 2], "resize": None}
+    model = build("transcnn_test", args, num_classes=3).eval()
+    config = data_config_of(model, 3, 64)
+    viewer = Viewer(Loaded(model, "segment", ["sky", "road", "tree"], config, "", {"task_args": args}))
+    answer = viewer.answer(photo)
+    assert answer["picture"].width == photo.width
+    assert answer["picture"].height >= photo.height  # a legend below it
+    assert sum(part["share"] for part in answer["classes"]) == pytest.approx(1, abs=1e-4)
+    visit = viewer.visit(photo)
+    assert all(side % 32 == 0 for side in visit.input.shape[2:])
+    assert viewer.look(visit, viewer.stages[0].number)
+
+
 def test_visitors_at_once_get_their_own(viewer: Viewer, class_image: Any) -> None:
     pictures = [class_image(label, 0, (90, 60)) for label in range(4)]
     alone = [(viewer.answer(p), viewer.look(viewer.visit(p), 0)[0].picture.tobytes()) for p in pictures]

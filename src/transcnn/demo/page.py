@@ -78,7 +78,7 @@ def build_page(viewer: Viewer, examples: Sequence[str] = (), keep_files: int = 3
             seen = viewer.visit(image)
             said = viewer.answer(image)
             shown = look.shown(seen, stage, head) if look else []
-            return [seen, viewer.marked(seen), gr.Markdown(visible=False), _said(viewer, said, seen), *shown]
+            return [seen, viewer.marked(seen), gr.Markdown(visible=False), _said(said), *shown]
 
         def opened(payload: dict[str, Any] | None, stage: int = 0, head: str = MEAN) -> list[Any]:
             return open_file(_file_of(payload), stage, head)
@@ -186,10 +186,10 @@ def _introduction(viewer: Viewer) -> str:
 def _answer_box(viewer: Viewer) -> Any:
     if viewer.loaded.task == "classify":
         return gr.Label(label="Answer", num_top_classes=5, elem_id="answer")
-    return gr.AnnotatedImage(label="Answer", elem_id="answer", show_legend=True)
+    return gr.Image(label="Answer", interactive=False, buttons=["fullscreen"], height=420, elem_id="answer")
 
 
-def _said(viewer: Viewer, answer: dict[str, Any], visit: Visit) -> Any:
+def _said(answer: dict[str, Any]) -> Any:
     """An answer as the component of :func:`_answer_box` takes it."""
     if "top" in answer:
         shares: dict[str, float] = {}
@@ -197,7 +197,7 @@ def _said(viewer: Viewer, answer: dict[str, Any], visit: Visit) -> Any:
             name = top["label"] if top["label"] not in shares else f"{top['label']} ({number + 1})"
             shares[name] = top["score"]
         return shares
-    return visit.picture, viewer.regions(answer, visit)
+    return answer["picture"]
 
 
 def _gallery(examples: Sequence[str]) -> gr.Gallery | None:

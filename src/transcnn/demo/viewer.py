@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +20,7 @@ from ..errors import UserError
 from ..explain.maps import AttentionMap, maps_of
 from ..explain.picture import describe
 from ..explain.record import record
+from ..overlay import PictureFolder
 from ..runs import Loaded
 from ..tasks import get_task
 from .drawing import draw_look, enlarged, mark_spot
@@ -45,13 +48,11 @@ class Visit:
         picture: As shown, RGB, no longer than ``SHOWN``.
         input: What attention is computed on, (1, C, h, w): the whole picture at about the network's size.
         spot: The spot asked about, row and column of ``picture``.
-        size: Height and width of what was given.
     """
 
     picture: Image.Image
     input: Tensor
     spot: tuple[int, int]
-    size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Viewer:
         self.model = loaded.model.to(device).eval()
         self.device = torch.device(device)
         self.task = get_task(loaded.task)
-        self.transform = self.task.image_transform(loaded.preprocessing)
+        self.transform = self.task.image_transform(loaded.preprocessing, loaded.info.get("task_args"))
         self.lock = threading.Lock()
         self.name = str(loaded.info.get("model") or type(loaded.model).__name__)
         self.stages = self._find_stages()
@@ -87,13 +88,21 @@ class Viewer:
         picture = enlarged(picture) if max(picture.size) < SHOWN else picture.copy()
         picture.thumbnail((SHOWN, SHOWN))
         middle = (picture.height // 2, picture.width // 2)
-        return Visit(picture, self._whole(image), middle, (image.height, image.width))
+        return Visit(picture, self._whole(image), middle)
 
     def answer(self, image: Image.Image, top_k: int = 5) -> dict[str, Any]:
-        """What ``transcnn predict`` says about this picture (``top``, ``mask`` or ``boxes``)."""
-        x = self.transform(image, 0)[None].to(self.device)
-        with self.lock, torch.inference_mode():
-            return self.task.answers(self.model(x), self.loaded.class_names, top_k)[0]
+        """What ``transcnn predict`` says about this picture; ``picture`` is what it draws, where the task draws."""
+        given = self.task.model_input(self.transform, image, "picture.png")
+        with tempfile.TemporaryDirectory(prefix="transcnn-demo-") as folder:
+            pictures = PictureFolder(Path(folder)) if self.task.pictures else None
+            with self.lock, torch.inference_mode():
+                row = self.task.predict_batch(self.loaded, [given], self.device, top_k, pictures)[0]
+            if pictures is None:
+                return row
+            with Image.open(row["overlay"]) as file:
+                drawn = file.convert("RGB")
+        drawn.thumbnail((2 * SHOWN, 2 * SHOWN))
+        return {**row, "picture": drawn}
 
     def look(self, visit: Visit, stage: int, head: Literal["mean"] | int = "mean", block: int = -1) -> list[Look]:
         """Where the visit's spot looks in one block of a stage, level by level, the whole image last."""
@@ -110,27 +119,6 @@ class Viewer:
     def marked(self, visit: Visit) -> Image.Image:
         """The picture with its spot marked."""
         return mark_spot(visit.picture, visit.spot)
-
-    def regions(self, answer: dict[str, Any], visit: Visit) -> list[tuple[Any, str]]:
-        """What an answer shows on the picture: a mask (H, W) from 0 to 1 or a box (x, y, x, y), each with its words.
-
-        ``answer`` holds ``mask``, a class's number for each pixel, or ``boxes``, each with ``label``, ``score`` and
-        ``box`` (left, top, right, bottom in pixels of what was given), and ``mask`` where there is one.
-        """
-        height, width = visit.picture.height, visit.picture.width
-        if answer.get("mask") is not None:
-            ids = np.asarray(answer["mask"])
-            rows, columns = (np.arange(n) * had // n for n, had in zip((height, width), ids.shape, strict=True))
-            ids = ids[rows[:, None], columns]
-            names = self.loaded.class_names
-            return [((ids == i).astype(float), names[i]) for i in np.unique(ids).tolist() if i < len(names)]
-        tall, wide = height / visit.size[0], width / visit.size[1]
-        found = []
-        for box in answer.get("boxes", ()):
-            left, top, right, bottom = box["box"]
-            corners = (round(left * wide), round(top * tall), round(right * wide), round(bottom * tall))
-            found.append((corners, f"{box['label']} {box['score']:.0%}"))
-        return found
 
     def _whole(self, image: Image.Image) -> Tensor:
         """The whole picture as the network's input, its shorter side that of the network, its aspect kept."""
