@@ -4,7 +4,8 @@
 
 DATA is whatever ``transcnn train`` takes. All variants get the same epochs, recipe, data order and seeds. Writes
 results/plug_cifar10.csv (parameters, multiply-adds, images/s, accuracy: mean and spread over the seeds),
-results/plug_cifar10_runs.csv (each run) and results/plug_cifar10.png. Runs that are there already are not repeated.
+results/plug_cifar10_runs.csv (each run) and results/plug_cifar10.png, all three anew after each run. Runs of that many
+epochs that the file of runs holds are not repeated, and one that was cut off goes on.
 
 The network is ResNet-20 of He et al., arXiv 1512.03385, section 4.2, with 1x1 convolutions in the two widening
 shortcuts. Attention inside each block (se, cbam, eca) sits before the addition, as in their papers; non-local blocks
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -118,43 +118,52 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/plug_cifar10"))
     parser.add_argument("--out", type=Path, default=Path("results/plug_cifar10.csv"))
     options = parser.parse_args()
-    runs = [run(options, variant, seed) for seed in options.seeds for variant in options.variants]
-    table = [summary(variant, [r for r in runs if r["variant"] == variant]) for variant in options.variants]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    write(options.out, COLUMNS, table)
-    write(options.out.with_stem(options.out.stem + "_runs"), list(runs[0]), runs)
-    draw(options.out.with_suffix(".png"), table)
-    for row in table:
+    file = options.out.with_stem(options.out.stem + "_runs")
+    runs = read(file) if file.is_file() else []
+    for seed in options.seeds:
+        for variant in options.variants:
+            if not any((r["variant"], r["seed"], r["epochs"]) == (variant, seed, options.epochs) for r in runs):
+                runs.append(run(options, variant, seed))
+                print(runs[-1], flush=True)
+                write(file, list(runs[0]), runs)
+                write_table(options, runs)
+    for row in write_table(options, runs):
         print(
             f"{row['variant']:12s} {row['top1_mean']:6.2f} ± {row['top1_spread']:.2f} %  {row['params']:8d} parameters"
         )
 
 
 def run(options: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
-    """Train one variant with one seed, or read what it gave."""
+    """Train one variant with one seed, or go on with it."""
     folder = options.runs / f"{variant}-e{options.epochs}-s{seed}"
-    file = folder / "metrics.json"
-    if file.is_file():
-        metrics = json.loads(file.read_text())
-    else:
-        metrics = train(
-            options.data,
-            model="resnet20_attention",
-            model_args={"variant": variant},
-            epochs=options.epochs,
-            batch_size=128,
-            lr=options.lr,
-            seed=seed,
-            out=str(folder),
-            optim=Optim(opt="adamw", weight_decay=0.05, warmup_epochs=1),
-            augment=Augment(policy="small"),
-            ema=Ema(ema=False),
-            limit_batches=options.limit_batches,
-            quiet=True,
-        ).metrics
-    row = {"variant": variant, "seed": seed, "epochs": options.epochs, "top1": metrics["top1"]}
-    print(row, flush=True)
-    return row
+    metrics = train(
+        options.data,
+        model="resnet20_attention",
+        model_args={"variant": variant},
+        epochs=options.epochs,
+        batch_size=128,
+        lr=options.lr,
+        seed=seed,
+        resume=str(folder) if (folder / "last.ckpt").is_file() else None,
+        out=None if (folder / "last.ckpt").is_file() else str(folder),
+        optim=Optim(opt="adamw", weight_decay=0.05, warmup_epochs=1),
+        augment=Augment(policy="small"),
+        ema=Ema(ema=False),
+        limit_batches=options.limit_batches,
+        quiet=True,
+    ).metrics
+    return {"variant": variant, "seed": seed, "epochs": options.epochs, "top1": metrics["top1"]}
+
+
+def write_table(options: argparse.Namespace, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line a variant, of the runs with the epochs asked for; the CSV and the plot."""
+    runs = [r for r in runs if r["epochs"] == options.epochs]
+    variants = [v for v in VARIANTS if any(r["variant"] == v for r in runs)]
+    table = [summary(variant, [r for r in runs if r["variant"] == variant]) for variant in variants]
+    write(options.out, COLUMNS, table)
+    draw(options.out.with_suffix(".png"), table)
+    return table
 
 
 def summary(variant: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -172,6 +181,14 @@ def summary(variant: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "top1_mean": statistics.mean(accuracies),
         "top1_spread": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
     }
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    with path.open(newline="") as file:
+        rows = csv.DictReader(file)
+        return [
+            {**row, "seed": int(row["seed"]), "epochs": int(row["epochs"]), "top1": float(row["top1"])} for row in rows
+        ]
 
 
 def write(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:

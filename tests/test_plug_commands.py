@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -15,9 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from transcnn.errors import UserError
-from transcnn.plug import plug_like
+from transcnn.plug import plug_like, plugged
 from transcnn.plug_table import plug_network
-from transcnn.runs import read_info
+from transcnn.predict import predict
+from transcnn.runs import load, read_info
+from transcnn.train import train
 
 
 @pytest.mark.parametrize("name", ["resnet18", "torchvision/resnet18"])
@@ -40,6 +43,29 @@ def test_compares_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     model.load_state_dict(load_file(out))
     with safe_open(out, "pt") as file:
         assert "layer4.hmhsa.scale" in file.keys()  # noqa: SIM118
+
+
+def test_trains_a_plugged_network(tmp_path: Path, class_folder: Path) -> None:
+    quick: dict[str, Any] = dict(model="test_resnet", img_size=64, epochs=1, batch_size=8, precision="32", quiet=True)
+    quick |= dict(accelerator="cpu", num_workers=0)
+    run = train(str(class_folder), plug="layer3,layer4", out=str(tmp_path / "run"), **quick).run_dir
+    loaded = load(run)
+    assert [place for place, _ in plugged(loaded.model)] == ["layer3", "layer4"]
+    assert all(float(branch.scale.detach().abs().max()) > 0 for _, branch in plugged(loaded.model))
+    rows = predict(str(run), [str(class_folder)], accelerator="cpu", quiet=True)
+    assert len(rows) == 24
+    assert not any("error" in row for row in rows)
+    # From the plugged file with its H-MHSA; from a host's file with H-MHSA that is new.
+    again = train(str(class_folder), init_from=str(run), lr=1e-9, out=str(tmp_path / "again"), **quick).run_dir
+    branch = dict(plugged(load(again).model))["layer4"]
+    torch.testing.assert_close(branch.scale, dict(plugged(loaded.model))["layer4"].scale, rtol=0, atol=1e-5)
+    host = train(str(class_folder), out=str(tmp_path / "host"), **quick).run_dir
+    both = train(str(class_folder), init_from=str(host), plug="auto", lr=1e-9, out=str(tmp_path / "both"), **quick)
+    torch.testing.assert_close(
+        load(both.run_dir).model.conv1[0].weight, load(host).model.conv1[0].weight, rtol=0, atol=1e-5
+    )
+    with pytest.raises(UserError, match="no module is called 'layer9'"):
+        train(str(class_folder), plug="layer9", out=str(tmp_path / "wrong"), **quick)
 
 
 @pytest.mark.parametrize(

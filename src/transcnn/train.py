@@ -22,6 +22,8 @@ from .checkpoints import load_checkpoint
 from .engine import choose_precision, keep_freed_memory, quiet_libraries
 from .errors import UserError
 from .evaluate import measure, write_results
+from .plug import plug as plug_in
+from .plug import plug_like, plug_spec
 from .runs import build_network, clear_leavings, data_config_of, load, new_run_dir, read_info, write_whole
 from .settings import Augment, Ema, Optim, Segment
 from .tasks import get_task
@@ -57,6 +59,7 @@ def train(
     resume: str | None = None,
     init_from: str | None = None,
     pretrained: bool = False,
+    plug: str | None = None,
     model_args: dict[str, Any] | None = None,
     drop_rate: float | None = None,
     drop_path_rate: float = 0.0,
@@ -97,6 +100,7 @@ def train(
         resume: A run's directory or last.ckpt: go on exactly where it stopped, with its settings.
         init_from: Weights to start from: a run's directory, a checkpoint of ours or a published one.
         pretrained: Start from the model's published weights.
+        plug: Put H-MHSA after these modules of any CNN, with commas, patterns, or auto (see transcnn plug MODEL).
         model_args: Further arguments of the model, such as {stem_stride: 1}.
         drop_rate: Dropout before the last layer; without it the model's own.
         drop_path_rate: Stochastic depth of the last block, growing from 0 at the first.
@@ -199,6 +203,7 @@ def _build(s: SimpleNamespace, splits: Any, task_args: dict[str, Any]) -> tuple[
     if s.drop_rate is not None:
         args["drop_rate"] = s.drop_rate
     drop_path = {"drop_path_rate": s.drop_path_rate} if s.drop_path_rate else {}
+    given = args.pop("plug", None)
     network = build_network(
         s.task,
         s.model,
@@ -209,18 +214,33 @@ def _build(s: SimpleNamespace, splits: Any, task_args: dict[str, Any]) -> tuple[
         **args,
         **drop_path,
     )
+    start = _find_weights(s.init_from) if s.init_from else None
+    held = _plugged_in(start) if start else None
+    if start and not held:
+        load_checkpoint(network, start)
+    if where := s.plug or given or held:
+        if isinstance(where, str):
+            size = data_config_of(network, splits.in_chans, s.img_size)["input_size"]
+            plug_in(network, where, example=torch.zeros(1, *size))
+        else:
+            plug_like(network, where)
+        args["plug"] = plug_spec(network)
+    if start and held:
+        load_checkpoint(network, start)
     if s.grad_checkpointing:
         network.set_grad_checkpointing(True)  # pyright: ignore
-    if s.init_from:
-        _init_from(network, s.init_from)
     return network, args
 
 
-def _init_from(network: torch.nn.Module, source: str) -> None:
+def _plugged_in(weights: Path) -> Any:
+    """What a file of ours says of the H-MHSA that its weights are for."""
+    info = read_info(weights) if weights.suffix in (".safetensors", ".ckpt") and weights.is_file() else {}
+    return (info.get("model_args") or {}).get("plug")
+
+
+def _find_weights(source: str) -> Path:
     path = Path(source)
-    if path.is_dir():
-        path = Path(load(path).source)
-    load_checkpoint(network, path)
+    return Path(load(path).source) if path.is_dir() else path
 
 
 def _trainer(
