@@ -119,7 +119,10 @@ def plot(found: dict[str, Any], rows: list[dict[str, Any]], title: str) -> Any:
             mean = found[name][0][:, column].mean(0)
             axes.plot(np.linspace(0, 1, len(mean)), mean, line, color=colour, label=name, linewidth=1.8)
         verb = ("taken away", "put in")[column]
-        axes.set(xlabel=f"Share of the pixels {verb}, the map's first first", ylabel="Probability of the class")
+        axes.set(
+            xlabel=f"Share of the pixels {verb}, what the map calls most important first",
+            ylabel="Probability of the class",
+        )
         axes.legend(frameon=False, fontsize=8.5)
     return figure
 

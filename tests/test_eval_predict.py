@@ -64,6 +64,21 @@ def test_eval_leaves_broken_files_out_and_lists_them(run, class_folder):
         evaluate(str(run), str(class_folder), accelerator="cpu", strict_data=True, quiet=True)
 
 
+def test_eval_says_which_part_it_took(run, split_folder):
+    assert evaluate(str(run), str(split_folder), accelerator="cpu", quiet=True)["split"] == "val"
+    assert json.loads((run / "eval" / "metrics.json").read_text())["split"] == "val"
+
+
+def test_predict_prints_no_nan(run, class_folder, capsys):
+    loaded = load(run)
+    torch.nn.init.constant_(next(loaded.model.parameters()), float("nan"))
+    save_weights(run / "best.safetensors", loaded.model, loaded.info)
+    predict(str(run), [str(class_folder / "class_0")], json=True, accelerator="cpu")
+    rows = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert len(rows) == 8
+    assert all("not a number" in row["error"] and "top" not in row for row in rows)
+
+
 def test_eval_of_other_classes_is_refused(run, make_class_folder):
     with pytest.raises(UserError, match="does not know"):
         evaluate(str(run), str(make_class_folder(classes=5, per_class=1, name="more")), accelerator="cpu")

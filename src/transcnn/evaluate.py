@@ -92,7 +92,12 @@ def evaluate(
         learner, scores = measure(
             loaded, part, batch_size=batch_size, num_workers=num_workers, precision=precision, accelerator=accelerator
         )
-    metrics = {**learner.summary(scores), "split": split, "data": data or "digits", "checkpoint": loaded.source}
+    metrics = {
+        **learner.summary(scores),
+        "split": part.split or split,
+        "data": data or "digits",
+        "checkpoint": loaded.source,
+    }
     target = Path(out) if out else Path(checkpoint) / "eval" if Path(checkpoint).is_dir() else None
     if target is not None:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv as csv_format
 import glob
 import json as json_format
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -194,7 +195,14 @@ def _in_batches(
                 errors[file] = str(error)
         answers = iter(answer(inputs) if inputs else ())
         for file in chosen:
-            yield {"file": file, **({"error": errors[file]} if file in errors else next(answers))}
+            yield {"file": file, **({"error": errors[file]} if file in errors else _finite(next(answers)))}
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, or an error where its scores are no numbers: JSON has no NaN."""
+    if all(math.isfinite(score) for _, score in _ranked(row)):
+        return row
+    return {"error": "the network's answer is not a number (NaN); are its weights damaged?"}
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]], top_k: int) -> None:

@@ -154,6 +154,7 @@ def open_set(
         if chosen is None:
             raise UserError(f"{what!r} has no {split} part")
     chosen.replace = False
+    chosen.split = split
     if class_names is not None:
         _relabel(chosen, list(class_names), str(what))
     return chosen

@@ -31,6 +31,7 @@ class Tolerant(Dataset):
     def __init__(self, length: int, *, strict: bool = False, replace: bool = True) -> None:
         self.strict = strict
         self.replace = replace
+        self.split = ""  # the part of the data that it is, where it was opened as one
         self.listed: list[tuple[str, str]] = []  # files without a sample that were found broken when listing
         # Loader workers are processes of their own: this memory is shared, a list would stay theirs.
         self._is_broken = torch.zeros(length, dtype=torch.uint8).share_memory_()
