@@ -9,6 +9,7 @@
 #   make install   .venv with every extra, nothing else
 #   make build     source archive and wheel in dist/
 #   make figures   draw the pictures of docs/images again
+#   make docs      the site of docs/, into site/
 #   make screenshots  take those of the page (transcnn demo) again; needs chromium
 #   make clean     remove .venv and everything that was built (runs/ stays)
 
@@ -23,7 +24,7 @@ EVERYTHING := $(VENV)/.installed-all
 # Two processes, each with one thread, are faster on two cores than one process with two threads.
 WORKERS ?= 2
 
-.PHONY: help demo test bench lint format install build figures screenshots clean
+.PHONY: help demo test bench lint format install build figures docs screenshots clean
 .DEFAULT_GOAL := help
 
 help:
@@ -82,6 +83,9 @@ build: $(VENV)/.installed-dev
 
 figures: $(VENV)/.installed-train
 	$(BIN)/python docs/make_figures.py
+
+docs: $(EVERYTHING)
+	$(BIN)/mkdocs build --strict
 
 screenshots: $(VENV)/.installed-dev
 	TRANSCNN_SCREENSHOTS=docs/images $(BIN)/python -m pytest tests/test_demo.py
