@@ -250,7 +250,14 @@ class Server:
         self.temporary = temporary
         command = [sys.executable, "-m", "transcnn.cli", "demo", "--max_mb", "1"]
         environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONWARNINGS": "ignore"}
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        # A shell that runs the tests in the background has them ignore Ctrl-C, and children inherit that.
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
         assert self.process.stdout is not None
         self.line = self.process.stdout.readline()
         self.address = self.line.partition(" ")[0]
@@ -453,8 +460,12 @@ def test_example_on_a_phone(server: Server, browser: Any) -> None:
     visitor.context.close()
 
 
-def test_ctrl_c_leaves_nothing_behind(server: Server, browser: Any) -> None:
+def test_ctrl_c_leaves_nothing_behind(server: Server, browser: Any, photo: Image.Image) -> None:
     """The last one: it stops the server."""
+    visitor = Visitor(browser, server.address)
+    visitor.give(file("photo.png", photo))
+    visitor.source("#far")
+    visitor.context.close()
     made = [path.name for path in server.temporary.iterdir() if path.name.startswith("transcnn-demo-")]
     assert len(made) == 1
     assert any(path.is_file() for path in (server.temporary / made[0]).rglob("*"))
