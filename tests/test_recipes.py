@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from transcnn.train import train
 
 RECIPES = sorted((Path(__file__).resolve().parent.parent / "recipes").glob("*.yaml"))
 CLASSIFY = [path for path in RECIPES if "task: " not in path.read_text() or "task: classify" in path.read_text()]
+DETECT = [path for path in RECIPES if "task: detect" in path.read_text()]
 SEGMENT = [path for path in RECIPES if "task: segment" in path.read_text()]
 
 
@@ -72,10 +74,31 @@ def test_a_segmentation_recipe_takes_two_steps(path, tmp_path):
     assert (tmp_path / "run" / "best.safetensors").is_file()
 
 
-@pytest.mark.parametrize("path", SEGMENT, ids=lambda path: path.stem)
-def test_a_segmentation_recipes_own_network_can_be_built(path):
+@pytest.mark.parametrize("path", DETECT, ids=lambda path: path.stem)
+def test_a_detection_recipe_takes_two_steps(path, tmp_path):
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    (tmp_path / "data" / "annotations").mkdir()
+    for part, numbers in (("train", range(4)), ("val", range(4, 6))):
+        for i in numbers:
+            Image.new("RGB", (60, 50), (40 * i, 90, 90)).save(tmp_path / "data" / "images" / f"{i}.png")
+        sheet = {
+            "images": [{"id": i, "file_name": f"{i}.png"} for i in numbers],
+            "annotations": [{"image_id": i, "category_id": 1, "bbox": [3, 4, 20, 30]} for i in numbers],
+            "categories": [{"id": 1, "name": "thing"}],
+        }
+        (tmp_path / "data" / "annotations" / f"{part}.json").write_text(json.dumps(sheet))
+    flags = ["--config", str(path), "--batch_size", "2", "--epochs", "1", "--limit_batches", "2", "--model_args", "{}"]
+    flags += ["--model", "transcnn_test", "--short_side", "48", "--fpn_channels", "16", "--warmup_epochs", "0"]
+    flags += ["--accelerator", "cpu", "--precision", "32", "--num_workers", "0", "--quiet"]
+    arguments = cli.parse("train", train, [str(tmp_path / "data"), *flags, "--out", str(tmp_path / "run")])
+    assert train(**arguments).metrics["images"] == 2
+    assert (tmp_path / "run" / "best.safetensors").is_file()
+
+
+@pytest.mark.parametrize("path", [*SEGMENT, *DETECT], ids=lambda path: path.stem)
+def test_a_dense_recipes_own_network_can_be_built(path):
     a = cli.parse("train", train, ["--config", str(path)])
-    network = build_network(a["task"], a["model"], asdict(a["segment"]), num_classes=2, **(a["model_args"] or {}))
+    network = build_network(a["task"], a["model"], asdict(a[a["task"]]), num_classes=2, **(a["model_args"] or {}))
     assert sum(p.numel() for p in network.parameters()) > 100_000
 
 

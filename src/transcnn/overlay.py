@@ -1,15 +1,17 @@
-"""Predictions drawn on the pictures that they are about: label maps with a legend."""
+"""Predictions drawn on the pictures that they are about: label maps with a legend, boxes and masks."""
 
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["PictureFolder", "blend", "label_png", "legend", "palette"]
+__all__ = ["PictureFolder", "blend", "draw_found", "label_png", "legend", "palette"]
 
 Colours = Sequence[Sequence[int]]
 
@@ -67,12 +69,56 @@ def label_png(labels: np.ndarray, label_ids: Sequence[int], colours: Colours) ->
     return image
 
 
+def draw_found(
+    image: Image.Image,
+    found: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    colours: Colours,
+    min_score: float,
+    *,
+    key: bool = True,
+) -> Image.Image:
+    """The image with boxes (and masks), each with its name and score.
+
+    Args:
+        image: Any.
+        found: ``boxes`` (N, 4), ``labels`` (N,), perhaps ``scores`` (N,) and ``masks`` (N, H, W) or (N, 1, H, W).
+        names, colours: Of the classes.
+        min_score: Findings below it are left out.
+        key: Write names and scores at the boxes.
+    """
+    drawn = image.convert("RGB")
+    scores = found.get("scores")
+    chosen = range(len(found["boxes"])) if scores is None else np.flatnonzero(scores >= min_score).tolist()
+    for i in chosen:
+        if "masks" in found:
+            mask = found["masks"][i].reshape(image.height, image.width) > 0.5
+            drawn = blend(drawn, np.where(mask, int(found["labels"][i]), -1), colours, 0.45)
+    draw = ImageDraw.Draw(drawn)
+    size = max(10, min(24, image.width // 45))
+    font = ImageFont.load_default(size)
+    for i in reversed(list(chosen)):
+        label = int(found["labels"][i])
+        x1, y1, x2, y2 = (float(value) for value in found["boxes"][i])
+        draw.rectangle(
+            (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=tuple(colours[label]), width=max(2, size // 6)
+        )
+        if key:
+            text = names[label] if scores is None else f"{names[label]} {scores[i]:.2f}"
+            left, top = x1, max(0.0, y1 - size - 3)
+            draw.rectangle((left, top, left + font.getlength(text) + 4, top + size + 3), fill=tuple(colours[label]))
+            light = sum(colours[label]) > 380
+            draw.text((left + 2, top + 1), text, fill="black" if light else "white", font=font)
+    return drawn
+
+
 class PictureFolder:
     """Where pictures go, each under a name of its own: a.png, then a-2.png for another folder's a.jpg."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.taken: set[str] = set()
+        self.coco: list[dict[str, Any]] = []  # findings of all images, in COCO's format for results
 
     def stem_for(self, file: str) -> Path:
         """The path, without ending, for what belongs to ``file``."""
@@ -84,3 +130,31 @@ class PictureFolder:
         self.taken.add(name.casefold())
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / name
+
+    def add_coco(self, file: str, found: Mapping[str, np.ndarray], label_ids: Sequence[int]) -> None:
+        """Take in an image's findings; its id is its name where that is a number, as COCO's are, else the name."""
+        stem = Path(file).stem
+        for i, (x1, y1, x2, y2) in enumerate(found["boxes"].astype(float).round(2).tolist()):
+            row: dict[str, Any] = {"image_id": int(stem) if stem.isdecimal() else stem, "file_name": file}
+            row |= {
+                "category_id": int(label_ids[int(found["labels"][i])]),
+                "score": round(float(found["scores"][i]), 6),
+            }
+            row["bbox"] = [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)]
+            if "masks" in found:
+                row["segmentation"] = _run_lengths(found["masks"][i, 0] > 0.5)
+            self.coco.append(row)
+
+    def finish(self) -> None:
+        """Write ``predictions.json`` where there are findings in COCO's format."""
+        if self.coco:
+            (self.folder / "predictions.json").write_text(json.dumps(self.coco, indent=1), encoding="utf-8")
+
+
+def _run_lengths(mask: np.ndarray) -> dict[str, Any]:
+    """COCO's uncompressed run lengths: of zeros, ones, zeros, ... column by column."""
+    flat = mask.flatten(order="F")
+    changes = np.flatnonzero(np.diff(flat.astype(np.int8))) + 1
+    ends = [0, *changes.tolist(), len(flat)]
+    counts = np.diff(ends).tolist()
+    return {"size": list(mask.shape), "counts": [0, *counts] if flat[0] else counts}

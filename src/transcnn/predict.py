@@ -54,12 +54,14 @@ def predict(
         img_size: Another size than the network was trained at.
         precision: Arithmetic; 32 is exact, auto is bf16 where the processor has it.
         accelerator: cpu, gpu, or auto.
-        out: Folder for the pictures of a network that segments: label maps and overlays.
+        out: Folder for the pictures of a network that segments or detects: label maps and overlays; boxes also as
+            predictions.json in COCO's format.
         quiet: Print nothing but errors.
 
     Returns:
         For each image in order ``{"file": ..., "top": [{"label": ..., "score": ...}, ...]}`` (to segment ``"classes"``
-        with ``"share"``, ``"mask"`` and ``"overlay"``), or ``{"file": ..., "error": ...}`` for one that can't be read.
+        with ``"share"``, ``"mask"`` and ``"overlay"``; to detect ``"boxes"`` and ``"overlay"``), or
+        ``{"file": ..., "error": ...}`` for one that can't be read.
 
     Raises:
         UserError: No such checkpoint, or a path or pattern that names nothing.
@@ -154,7 +156,9 @@ def _predict(
         with torch.inference_mode(), torch.autocast(device.type, dtype) if dtype else nullcontext():
             return task.predict_batch(loaded, images, device, top_k, pictures)
 
-    return _in_batches(files, batch_size, lambda image, file: task.model_input(transform, image, file), answer)
+    yield from _in_batches(files, batch_size, lambda image, file: task.model_input(transform, image, file), answer)
+    if pictures is not None:
+        pictures.finish()
 
 
 def _predict_onnx(

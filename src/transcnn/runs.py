@@ -147,7 +147,7 @@ def build_model(name: str, plug: Any = None, **kwargs: Any) -> nn.Module:
 
 
 # Networks that are more than a backbone, by task: the module whose ``build`` makes them.
-BUILDERS = {"segment": "segmenters"}
+BUILDERS = {"segment": "segmenters", "detect": "detectors"}
 
 
 def build_network(task: str, name: str, task_args: dict[str, Any] | None, **kwargs: Any) -> nn.Module:

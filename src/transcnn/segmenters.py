@@ -97,9 +97,14 @@ class Segmenter(nn.Module):
             logits = F.interpolate(logits, x.shape[-2:], mode="bilinear", align_corners=False)
         return logits[..., :height, :width]
 
+    @property
+    def body(self) -> nn.Module:
+        """The backbone's own module."""
+        return self.backbone.body
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Less memory for about a third more time in the backbone."""
-        self.backbone.body.set_grad_checkpointing(enable)  # pyright: ignore
+        self.body.set_grad_checkpointing(enable)  # pyright: ignore
 
 
 def build(name: str, task_args: dict[str, Any], *, num_classes: int, in_chans: int = 3, **kwargs: Any) -> Segmenter:

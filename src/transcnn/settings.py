@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Augment", "Ema", "Optim", "Segment"]
+__all__ = ["Augment", "Detect", "Ema", "Optim", "Segment"]
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Optim:
         betas: The optimizer's betas, if it has any.
         momentum: The optimizer's momentum, if it has any.
         sched: Schedule of the rate: cosine, step, poly, constant, ... (those of ``timm.scheduler``).
+        milestones: Epochs after which ``multistep`` divides the rate by ten.
         warmup_epochs: Epochs of linear warm-up, of which a part is fine; they count among ``epochs``.
         warmup_lr: Rate at the start of the warm-up.
         min_lr: Rate at the end of the cosine.
@@ -38,6 +39,7 @@ class Optim:
     betas: tuple[float, float] | None = None
     momentum: float = 0.9
     sched: str = "cosine"
+    milestones: list[int] | None = None
     warmup_epochs: float = 2.0
     warmup_lr: float = 1e-6
     min_lr: float = 1e-6
@@ -130,3 +132,29 @@ class Segment:
     scale_range: tuple[float, float] = (0.5, 2.0)
     window: int | None = None
     flip: bool = False
+
+
+@dataclass
+class Detect:
+    """Detection: the detector, at which size it sees images, and what it tells.
+
+    Args:
+        detector: ``retinanet``, ``fasterrcnn``, or ``maskrcnn``, which finds masks as well as boxes.
+        fpn_channels: Width of the pyramid and of the heads on it.
+        short_side: Short side that images are resized to.
+        long_side: Longest that the other side may become.
+        side_range: Smallest and largest short side in training, relative to ``short_side``.
+        anchor_size: Side of the smallest anchors in pixels, each further level has twice that; without it 32, or less
+            where the data has small objects.
+        min_score: Findings below this are not told.
+        max_found: At most so many findings an image.
+    """
+
+    detector: Literal["retinanet", "fasterrcnn", "maskrcnn"] = "retinanet"
+    fpn_channels: int = 256
+    short_side: int = 800
+    long_side: int = 1333
+    side_range: tuple[float, float] = (1.0, 1.0)
+    anchor_size: int | None = None
+    min_score: float = 0.05
+    max_found: int = 100

@@ -25,7 +25,7 @@ from .evaluate import measure, write_results
 from .plug import plug as plug_in
 from .plug import plug_like, plug_spec
 from .runs import build_network, clear_leavings, data_config_of, load, new_run_dir, read_info, write_whole
-from .settings import Augment, Ema, Optim, Segment
+from .settings import Augment, Detect, Ema, Optim, Segment
 from .tasks import get_task
 from .tasks.base import Task
 
@@ -46,7 +46,7 @@ class TrainResult:
 def train(
     data: str | None = None,
     *,
-    task: Literal["classify", "segment"] = "classify",
+    task: Literal["classify", "segment", "detect"] = "classify",
     model: str = "transcnn_nano",
     epochs: int = 50,
     batch_size: int = 64,
@@ -67,6 +67,7 @@ def train(
     augment: Augment = Augment(),  # noqa: B008
     ema: Ema = Ema(),  # noqa: B008
     segment: Segment = Segment(),  # noqa: B008
+    detect: Detect = Detect(),  # noqa: B008
     val_fraction: float = 0.1,
     strict_data: bool = False,
     num_workers: int | None = None,
@@ -85,7 +86,8 @@ def train(
     Args:
         data: A folder of class folders (or of train/ with val/ or test/ that hold them), a Parquet file or a folder of
             them, torch/..., hfds/..., wds/... as timm's readers know them; without it, the embedded handwritten digits.
-            To segment, a folder or tar of images/{train,val,test}/ and labels/{train,val,test}/.
+            To segment, a folder or tar of images/{train,val,test}/ and labels/{train,val,test}/; to detect,
+            of images/ and annotations/{train,val,test}.json in COCO's format, or of Pascal VOC's.
         task: What is learnt.
         model: A network of this package (see transcnn models) or any other of timm's.
         epochs: Times that the training images are gone through.
@@ -108,6 +110,7 @@ def train(
         augment: How training images are varied.
         ema: The average of the weights that is scored and kept.
         segment: What is peculiar to segmentation.
+        detect: What is peculiar to detection.
         val_fraction: Share of the training images held back where the data has no validation part.
         strict_data: Stop at the first image that can't be read, instead of leaving it out.
         num_workers: Processes that read images; without it, one for each core but one, and none for images in memory.

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TASKS", "get_task"]
 
-TASKS = {"classify": "classify:Classify", "segment": "segment:Segment"}  # name -> module:class, imported when asked for
+# name -> module:class, imported when asked for
+TASKS = {"classify": "classify:Classify", "segment": "segment:Segment", "detect": "detect:Detect"}
 
 
 def get_task(name: str) -> type[Task]:

@@ -219,6 +219,7 @@ class Task(L.LightningModule):
                 optimizer,
                 o.sched,
                 num_epochs=self.epochs,
+                decay_milestones=o.milestones or [],
                 warmup_epochs=round(o.warmup_epochs * updates) / updates,  # pyright: ignore  (whole updates)
                 warmup_lr=min(o.warmup_lr, self.lr),
                 min_lr=min(o.min_lr, self.lr),

@@ -1,0 +1,459 @@
+"""Data for detection: images with boxes (and masks) from COCO's JSON or Pascal VOC's XML.
+
+    splits = open_splits("bccd.tar")
+    splits.train.read(0)        # image, {"boxes": (N, 4) x1 y1 x2 y2, "labels": (N,), "crowd": (N,), "area": (N,), ...}
+
+Labels are indices into ``class_names``; ``task_args["label_ids"]`` says which of the data's category ids each stands
+for. Boxes are cut at the image's edge; those of which nothing is left are dropped and listed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tvf
+
+from ..errors import UserError
+from .denseset import DenseSet, DenseSource, DenseSplits, split_off
+from .images import BrokenImage, is_image_name, read_image, to_channels
+from .randomness import seeded
+from .sources import PARTS, few, line, part_of
+from .store import Files, open_files
+from .tolerant import channels_of
+
+__all__ = ["DetectTransform", "open_set", "open_splits"]
+
+
+@dataclass
+class Annotated:
+    """One image's file and what is to be found in it."""
+
+    file: str
+    boxes: list[list[float]] = field(default_factory=list)  # x1, y1, x2, y2
+    labels: list[int] = field(default_factory=list)  # the data's ids
+    crowd: list[bool] = field(default_factory=list)
+    masks: list[Any] = field(default_factory=list)  # COCO's segmentation: polygons or run lengths; None without
+
+    def add(self, box: list[float], label: int, crowd: bool = False, mask: Any = None) -> None:
+        """One more thing to be found."""
+        self.boxes.append(box)
+        self.labels.append(label)
+        self.crowd.append(crowd)
+        self.masks.append(mask or None)
+
+
+@dataclass
+class Found:
+    """A data set as it lies there."""
+
+    files: Files
+    parts: dict[str, list[Annotated]]
+    broken: dict[str, list[tuple[str, str]]]
+    names: dict[int, str]
+
+
+# --- opening --------------------------------------------------------------------------------------------------------
+
+
+def open_splits(
+    data: str | None,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    strict: bool = False,
+    in_chans: int | None = None,
+) -> DenseSplits:
+    """Open a data set for training; a validation part that it lacks is split off.
+
+    Args:
+        data: A folder or tar with ``images/`` and ``annotations/{train,val,test}.json`` (COCO; its own layout of
+            ``train2017/`` and ``annotations/instances_train2017.json`` too), or with ``JPEGImages/``,
+            ``Annotations/*.xml`` and ``ImageSets/Main/*.txt`` (Pascal VOC).
+        settings: ``anchor_size`` None has the smallest anchors follow the boxes.
+        val_fraction, seed, strict, in_chans: As for classification.
+
+    Raises:
+        UserError: No such data, or none with boxes.
+    """
+    if not 0 < val_fraction < 1:
+        raise UserError(f"val_fraction must be between 0 and 1, got {val_fraction}")
+    found = _find(data)
+    ids = sorted(found.names)
+    sets = _sets(found, {value: i for i, value in enumerate(ids)}, val_fraction, seed, strict)
+    train, val = sets["train"], sets["val"]
+    if train is None or val is None:
+        raise UserError(f"{data!r} has too few annotated images to learn from and to validate on")
+    items = [item for part in ("train", "") for item in found.parts.get(part, ())]
+    if not any(item.boxes for item in items):
+        raise UserError(f"{data!r} has no boxes to learn from")
+    channels = channels_of(train) if in_chans is None else in_chans
+    to_channels(Image.new("L", (1, 1)), channels)
+    args: dict[str, Any] = {"label_ids": ids}
+    if not (settings or {}).get("anchor_size"):
+        args["anchor_size"] = _anchor_size(train, settings or {})
+    names = [found.names[value] for value in ids]
+    return DenseSplits(train, val, sets["test"], names, found.files.name, channels, args)
+
+
+def open_set(
+    data: str | None,
+    split: str,
+    class_names: Sequence[str],
+    *,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    strict: bool = False,
+) -> DenseSet:
+    """Open one part for evaluation; its classes are matched with ``class_names`` by name.
+
+    Raises:
+        UserError: No such data or part, or classes that are not among ``class_names``.
+    """
+    found = _find(data)
+    used = {label for items in found.parts.values() for item in items for label in item.labels}
+    unknown = [found.names[value] for value in sorted(used) if found.names[value] not in class_names]
+    if unknown:
+        raise UserError(
+            f"{data!r} has classes that the model does not know: {few(unknown)}; it knows {few(list(class_names))}"
+        )
+    index = {value: list(class_names).index(name) for value, name in found.names.items() if name in class_names}
+    choices = ("auto", "train", "val", "test", "all")
+    if split not in choices:
+        raise UserError(f"split must be one of {', '.join(choices)}, got {split!r}")
+    if split == "auto":
+        split = next((part for part in ("test", "val") if found.parts.get(part)), "all")
+    if split == "all":
+        if "" not in found.parts:
+            raise UserError(f"{data!r} comes in parts; choose one of {', '.join(found.parts)} as split, got 'all'")
+        chosen = _make_set(found, "", index, None, strict)
+    else:
+        chosen = _sets(found, index, val_fraction, seed, strict)[split]
+    if chosen is None:
+        raise UserError(f"{data!r} has no {split} part")
+    chosen.replace = False
+    return chosen
+
+
+def _sets(
+    found: Found, index: dict[int, int], val_fraction: float, seed: int, strict: bool
+) -> dict[str, DenseSet | None]:
+    sets: dict[str, DenseSet | None] = dict.fromkeys(("train", "val", "test"))
+    for part in ("val", "test"):
+        if found.parts.get(part):
+            sets[part] = _make_set(found, part, index, None, strict, replace=False)
+    whole = "train" if found.parts.get("train") else ""
+    if not found.parts.get(whole):
+        return sets
+    rest = np.arange(len(found.parts[whole]))
+    if sets["val"] is None:
+        rest, held = split_off(len(rest), val_fraction, seed)
+        if not len(held):
+            return sets
+        sets["val"] = _make_set(found, whole, index, held, strict, replace=False)
+        sets["val"].listed = []  # the training part lists them
+    sets["train"] = _make_set(found, whole, index, rest, strict)
+    return sets
+
+
+def _make_set(
+    found: Found,
+    part: str,
+    index: dict[int, int],
+    indices: np.ndarray | None,
+    strict: bool,
+    *,
+    replace: bool = True,
+) -> DenseSet:
+    items, broken = found.parts[part], found.broken.get(part, [])
+    if strict and broken:
+        raise UserError(f"{broken[0][0]!r}: {broken[0][1]}")
+    source = DenseSource([item.file for item in items], partial(_load, found.files, items, index), broken)
+    made = DenseSet(source, indices, strict=strict, replace=replace)
+    made.listed = list(broken)
+    return made
+
+
+def _load(files: Files, items: list[Annotated], index: dict[int, int], i: int) -> tuple[Image.Image, dict[str, Any]]:
+    """An image and what is in it, boxes cut at its edges; masks as functions of nothing to (H, W) of bool."""
+    item = items[i]
+    image = read_image(files.read(item.file))
+    boxes = np.array(item.boxes, dtype=np.float32).reshape(-1, 4)
+    boxes[:, 0::2] = boxes[:, 0::2].clip(0, image.width)
+    boxes[:, 1::2] = boxes[:, 1::2].clip(0, image.height)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    kept = np.flatnonzero((sides > 0.1).all(1))
+    return image, {
+        "boxes": boxes[kept],
+        "labels": np.array([index[label] for label in item.labels], dtype=np.int64)[kept],
+        "crowd": np.array(item.crowd, dtype=bool)[kept],
+        "area": sides.prod(1)[kept],
+        "masks": [partial(_mask, item.masks[k], boxes[k], image.size) for k in kept],
+    }
+
+
+def _mask(segmentation: Any, box: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) of bool; where there is no outline, the box."""
+    width, height = size
+    if isinstance(segmentation, dict):
+        from faster_coco_eval.core import mask as coco
+
+        counts = segmentation["counts"]
+        packed = coco.frPyObjects(segmentation, *segmentation["size"]) if isinstance(counts, list) else segmentation
+        decoded = np.asarray(coco.decode(packed), dtype=bool)
+        if decoded.shape != (height, width):
+            raise BrokenImage(f"a mask is for {decoded.shape[1]}x{decoded.shape[0]} pixels, not {width}x{height}")
+        return decoded
+    canvas = Image.new("1", size)
+    draw = ImageDraw.Draw(canvas)
+    for outline in segmentation or ():
+        if len(outline) >= 6:
+            draw.polygon([float(value) for value in outline], fill=1)
+    if not segmentation:
+        draw.rectangle([float(box[0]), float(box[1]), float(box[2]) - 1, float(box[3]) - 1], fill=1)
+    return np.asarray(canvas, dtype=bool)
+
+
+def _anchor_size(images: DenseSet, settings: Mapping[str, Any]) -> int:
+    """32, or the power of two, from 8 on, that the smallest twentieth of the boxes has as the network sees them."""
+    sides = []
+    for i in np.linspace(0, len(images) - 1, min(64, len(images))).astype(int).tolist():
+        try:
+            image, truth = images.read(i)
+        except BrokenImage:
+            continue
+        short, long = min(image.size), max(image.size)
+        factor = min(settings.get("short_side", 800) / short, settings.get("long_side", 1333) / long)
+        sides += (np.sqrt(truth["area"]) * factor).tolist()
+    small = float(np.quantile(sides, 0.05)) if sides else 32.0
+    return int(min(32, max(8, 2 ** np.floor(np.log2(max(small, 1.0))))))
+
+
+# --- what lies there ------------------------------------------------------------------------------------------------
+
+
+def _find(data: str | None) -> Found:
+    if data is None:
+        raise UserError("detection has no data of its own: name a folder or tar of images/ and annotations/")
+    files = open_files(data)
+    names = files.names()
+    found = Found(files, {}, {}, {})
+    images = [name for name in names if is_image_name(name.rpartition("/")[2])]
+    sheets = [name for name in names if name.endswith(".json") and "annotations" in name.lower().split("/")]
+    sheets = [name for name in sheets if not name.rpartition("/")[2].startswith(("captions", "person_keypoints"))]
+    if sheets:
+        for name in sheets:
+            _read_coco(found, name, images)
+    elif any(name.endswith(".xml") for name in names):
+        _read_voc(found, names, images)
+    if not any(found.parts.values()):
+        raise UserError(
+            f"no annotated images in {data!r}; expected images/ with annotations/{{train,val,test}}.json (COCO), or "
+            "JPEGImages/ with Annotations/*.xml (Pascal VOC)"
+        )
+    return found
+
+
+class _ByName:
+    """Finds an image by the name that an annotation has for it."""
+
+    def __init__(self, images: Sequence[str], hints: Sequence[str] = ()) -> None:
+        self.all = set(images)
+        self.hints = hints
+        self.by_base: dict[str, list[str]] = {}
+        for image in images:
+            self.by_base.setdefault(image.rpartition("/")[2], []).append(image)
+
+    def __call__(self, name: str) -> str | None:
+        name = os.path.normpath(name).replace(os.sep, "/")
+        for folder in ("images", *self.hints, ""):
+            if (place := f"{folder}/{name}".lstrip("/")) in self.all:
+                return place
+        same = self.by_base.get(name.rpartition("/")[2], [])
+        return same[0] if len(same) == 1 else None
+
+
+def _read_coco(found: Found, name: str, images: Sequence[str]) -> None:
+    try:
+        sheet = json.loads(found.files.read(name))
+        categories = {int(c["id"]): str(c["name"]) for c in sheet["categories"]}
+        pictures = {entry["id"]: str(entry["file_name"]) for entry in sheet["images"]}
+        annotations = sheet.get("annotations", [])
+    except (BrokenImage, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{name} is no COCO annotation file: {line(error)}") from error
+    for value, label in categories.items():
+        if found.names.setdefault(value, label) != label:
+            raise UserError(f"{name} calls category {value} {label!r}, another file {found.names[value]!r}")
+    stem = name.rpartition("/")[2].removesuffix(".json")
+    part = part_of(stem)
+    broken = found.broken.setdefault(part, [])
+    place = _ByName(images, (f"images/{stem}", stem.rpartition("_")[2], f"images/{stem.rpartition('_')[2]}", part))
+    items: dict[Any, Annotated] = {}
+    for key, file in pictures.items():
+        where = place(file)
+        if where is None:
+            broken.append((file, "an annotation names it, but there is no such image"))
+        else:
+            items[key] = Annotated(where)
+    for entry in annotations if isinstance(annotations, list) else ():
+        _add_coco(entry, items, pictures, categories, broken)
+    found.parts.setdefault(part, []).extend(items.values())
+
+
+def _add_coco(
+    entry: Any,
+    items: dict[Any, Annotated],
+    pictures: dict[Any, str],
+    categories: dict[int, str],
+    broken: list[tuple[str, str]],
+) -> None:
+    """Take in one annotation, or list what is wrong with it."""
+    try:
+        image, label = entry["image_id"], int(entry["category_id"])
+        x, y, w, h = (float(value) for value in entry["bbox"])
+    except (KeyError, TypeError, ValueError) as error:
+        broken.append((f"annotation {entry.get('id', '?')}" if isinstance(entry, dict) else "annotation", line(error)))
+        return
+    item = items.get(image)
+    if item is None:
+        if image not in pictures:
+            broken.append((f"annotation {entry.get('id', '?')}", f"it is about an unknown image {image}"))
+    elif label not in categories:
+        broken.append((item.file, f"a box of the unknown category {label} is left out"))
+    elif not (np.isfinite([x, y, w, h]).all() and w > 0 and h > 0):
+        broken.append((item.file, f"a box of {w:g}x{h:g} pixels is left out"))
+    else:
+        item.add([x, y, x + w, y + h], label, bool(entry.get("iscrowd", 0)), entry.get("segmentation"))
+
+
+def _read_voc(found: Found, names: Sequence[str], images: Sequence[str]) -> None:
+    """Pascal VOC: a file for each image, boxes from 1 on with both ends inside; parts from lists or folders."""
+    stems = {os.path.splitext(image.rpartition("/")[2])[0]: image for image in images}
+    lists: dict[str, str] = {}
+    for name in names:
+        words = name.split("/")
+        if words[-1] in ("train.txt", "val.txt", "test.txt") and "Main" in words:
+            text = found.files.read(name).decode("utf-8", "replace")
+            lists |= {row.split()[0]: words[-1][:-4] for row in text.splitlines() if row.strip()}
+    labels: dict[str, int] = {}
+    for name in names:
+        if not name.endswith(".xml"):
+            continue
+        stem = os.path.splitext(name.rpartition("/")[2])[0]
+        folder = next((p for p, words in PARTS.items() if any(w.lower() in words for w in name.split("/")[:-1])), "")
+        part = lists.get(stem, "train") if lists else folder
+        if lists and stem not in lists:
+            continue
+        broken = found.broken.setdefault(part, [])
+        if stem not in stems:
+            broken.append((name, "an annotation without an image"))
+            continue
+        try:
+            root = ElementTree.fromstring(found.files.read(name))
+            item = _voc_item(root, stems[stem], labels, broken)
+        except (ElementTree.ParseError, BrokenImage, ValueError, AttributeError, TypeError) as error:
+            broken.append((name, f"no annotation of Pascal VOC: {line(error)}"))
+            continue
+        found.parts.setdefault(part, []).append(item)
+    order = sorted(labels)  # by name, so that the order of files doesn't matter
+    renumber = {labels[label]: i for i, label in enumerate(order)}
+    for items in found.parts.values():
+        for item in items:
+            item.labels = [renumber[label] for label in item.labels]
+    found.names = dict(enumerate(order))
+
+
+def _voc_item(root: Any, file: str, labels: dict[str, int], broken: list[tuple[str, str]]) -> Annotated:
+    item = Annotated(file)
+    for thing in root.iter("object"):
+        name = thing.findtext("name").strip()
+        x1, y1, x2, y2 = (float(thing.find("bndbox").findtext(tag)) for tag in ("xmin", "ymin", "xmax", "ymax"))
+        if x2 <= x1 or y2 <= y1:
+            broken.append((file, f"a box of {x2 - x1:g}x{y2 - y1:g} pixels is left out"))
+            continue
+        difficult = thing.findtext("difficult", "0").strip() == "1"  # neither learnt nor scored, as a crowd
+        item.add([x1 - 1, y1 - 1, x2, y2], labels.setdefault(name, len(labels)), difficult)
+    return item
+
+
+# --- transforms -----------------------------------------------------------------------------------------------------
+
+
+class DetectTransform:
+    """PIL image and its truth -> float (C, H, W) from 0 to 1, and tensors; the detector resizes and normalises.
+
+    Args:
+        in_chans: Channels of the images.
+        masks: Whether masks are wanted.
+        training: Leave out crowds, mirror and change colours.
+        hflip, vflip: Probabilities.
+        color_jitter: Strength of changes of brightness, contrast and saturation.
+    """
+
+    stacks = False
+
+    def __init__(
+        self,
+        *,
+        in_chans: int = 3,
+        masks: bool = False,
+        training: bool = False,
+        hflip: float = 0.5,
+        vflip: float = 0.0,
+        color_jitter: float | None = None,
+    ) -> None:
+        self.in_chans = in_chans
+        self.masks = masks
+        self.training = training
+        self.flips = (hflip, vflip)
+        jitters = color_jitter and in_chans in (1, 3)
+        self.colours = v2.ColorJitter(color_jitter, color_jitter, color_jitter) if jitters else None
+
+    def __call__(self, image: Image.Image, truth: Any = None, seed: int = 0) -> tuple[Tensor, Any]:
+        pixels = tvf.pil_to_tensor(to_channels(image, self.in_chans))
+        target = None if truth is None else self._target(truth, image.size)
+        if self.training and target is not None:
+            pixels = self._vary(pixels, target, seed)
+        return tvf.to_dtype(pixels, torch.float32, scale=True), target
+
+    def blank(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """One black sample, which doesn't count."""
+        empty: dict[str, Any] = {"boxes": np.zeros((0, 4), np.float32), "labels": np.zeros(0, np.int64)}
+        empty |= {"crowd": np.zeros(0, bool), "area": np.zeros(0, np.float32), "masks": []}
+        return torch.zeros(self.in_chans, 32, 32), {**self._target(empty, (32, 32)), "counts": torch.tensor(False)}
+
+    def _target(self, truth: dict[str, Any], size: tuple[int, int]) -> dict[str, Tensor]:
+        chosen = np.flatnonzero(~truth["crowd"]) if self.training else np.arange(len(truth["boxes"]))
+        target = {name: torch.from_numpy(truth[name][chosen]) for name in ("boxes", "labels", "crowd", "area")}
+        if self.masks:
+            masks = [truth["masks"][k]() for k in chosen]
+            stacked = np.stack(masks) if masks else np.zeros((0, size[1], size[0]), bool)
+            target["masks"] = torch.from_numpy(stacked.astype(np.uint8))
+        return {**target, "counts": torch.tensor(True)}
+
+    def _vary(self, pixels: Tensor, target: dict[str, Tensor], seed: int) -> Tensor:
+        """Mirrored and in other colours; ``target`` is changed in place."""
+        rng = np.random.default_rng(seed)
+        for dim, probability in zip((-1, -2), self.flips, strict=True):
+            if rng.random() < probability:
+                pixels = pixels.flip(dim)
+                first, last = (0, 2) if dim == -1 else (1, 3)
+                boxes = target["boxes"]
+                boxes[:, [first, last]] = pixels.shape[dim] - boxes[:, [last, first]]
+                if "masks" in target:
+                    target["masks"] = target["masks"].flip(dim)
+        if self.colours is not None:
+            with seeded(int(rng.integers(1 << 62))):
+                pixels = self.colours(pixels)
+        return pixels

@@ -1,0 +1,271 @@
+"""Detection: boxes with names, and masks for Mask R-CNN."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torchmetrics.detection import MeanAveragePrecision
+from torchvision.ops import box_iou
+
+from ..data.classify import ClassifyData, make_loader
+from ..data.denseset import DenseSet, DenseSplits
+from ..data.detect import DetectTransform, open_set, open_splits
+from ..errors import UserError, require
+from ..overlay import draw_found, palette
+from ..report_dense import ends_and_middle, write_dense_report
+from ..settings import Augment
+from .base import Task
+
+__all__ = ["Detect"]
+
+SHOWN_SCORE = 0.5  # findings from this score on are drawn, and count for an image's own score
+SIZES = ("small", "medium", "large")  # below 32², below 96² pixels, above: COCO's
+
+
+class Detect(Task):
+    """Detection, scored by COCO's mAP: precision averaged over recall, classes and IoU from 0.50 to 0.95.
+
+    Batches are (list of images (C, H, W) from 0 to 1, list of targets).
+    """
+
+    name = "detect"
+    group = "detect"
+    score = "map"
+    pictures = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        require("faster_coco_eval", "dense")
+        self.masks = self.task_args.get("detector") == "maskrcnn"
+        self._forget()
+
+    @staticmethod
+    def open_data(data: str | None, task_args: dict[str, Any], **settings: Any) -> DenseSplits:
+        """The parts of a detection data set."""
+        return open_splits(data, task_args, **settings)
+
+    @staticmethod
+    def loaders(
+        splits: Any, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any], **settings: Any
+    ) -> ClassifyData:
+        """Loaders whose training part is varied as ``augment`` says."""
+        for name in ("mixup", "cutmix", "aa", "reprob"):
+            if getattr(augment, name):
+                raise UserError(f"{name} is for classification alone, got {getattr(augment, name)} to detect")
+        train = DetectTransform(
+            in_chans=data_config["input_size"][0],
+            masks=task_args["detector"] == "maskrcnn",
+            training=True,
+            hflip=augment.hflip,
+            vflip=augment.vflip,
+            color_jitter=augment.color_jitter,
+        )
+        return ClassifyData(splits, train, Detect.image_transform(data_config, task_args), **settings)  # pyright: ignore
+
+    @staticmethod
+    def open_part(
+        data: str | None, split: str, class_names: list[str], task_args: dict[str, Any], **settings: Any
+    ) -> DenseSet:
+        """One part of a detection data set."""
+        return open_set(data, split, class_names, **settings)
+
+    @staticmethod
+    def part_loader(part: DenseSet, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any) -> Any:
+        """A loader of whole images and what is in them."""
+        part.transform = Detect.image_transform(data_config, task_args)
+        return make_loader(part, **settings)  # pyright: ignore
+
+    @staticmethod
+    def image_transform(data_config: dict[str, Any], task_args: dict[str, Any] | None = None) -> DetectTransform:
+        """The image as it is; the detector resizes and normalises it."""
+        masks = (task_args or {}).get("detector") == "maskrcnn"
+        return DetectTransform(in_chans=data_config["input_size"][0], masks=masks)
+
+    @staticmethod
+    def answers(outputs: Any, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
+        """``{"boxes": [{"label", "score", "box": [x1, y1, x2, y2]}, ...]}`` for each image, the surest first."""
+        rows = []
+        for found in outputs:
+            order = found["scores"].argsort(descending=True).tolist()
+            rows.append(
+                {
+                    "boxes": [
+                        {
+                            "label": class_names[int(found["labels"][i])],
+                            "score": round(float(found["scores"][i]), 6),
+                            "box": [round(float(value), 2) for value in found["boxes"][i]],
+                        }
+                        for i in order
+                    ]
+                }
+            )
+        return rows
+
+    @classmethod
+    def model_input(cls, transform: Any, image: Any, file: str) -> Any:
+        """The image as the network sees it, itself, and its file."""
+        return transform(image)[0], image, file
+
+    @classmethod
+    def predict_batch(
+        cls, loaded: Any, inputs: list[Any], device: torch.device, top_k: int, pictures: Any
+    ) -> list[dict[str, Any]]:
+        """For each image its boxes and where they were drawn (``overlay``); also in COCO's format for the whole."""
+        names, colours = loaded.class_names, palette(len(loaded.class_names))
+        outputs = loaded.model([pixels.to(device) for pixels, _, _ in inputs])
+        ids = loaded.info.get("task_args", {}).get("label_ids") or list(range(1, len(names) + 1))
+        rows = cls.answers(outputs, names, top_k)
+        for row, found, (_, image, file) in zip(rows, outputs, inputs, strict=True):
+            row["overlay"] = f"{pictures.stem_for(file)}_overlay.png"
+            drawn = {name: value.cpu().numpy() for name, value in found.items()}
+            draw_found(image, drawn, names, colours, SHOWN_SCORE).save(row["overlay"])
+            pictures.add_coco(file, drawn, ids)
+        return rows
+
+    def loss(self, batch: Any) -> Tensor:
+        """The sum of the detector's losses."""
+        images, targets = batch
+        wanted = ("boxes", "labels", "masks") if self.masks else ("boxes", "labels")
+        losses = self.model(images, [{name: target[name] for name in wanted} for target in targets])
+        return torch.stack(list(losses.values())).sum()
+
+    def judge(self, batch: Any, batch_idx: int) -> None:
+        """Keep what was found beside what there is, and each image's own score with its place in the set."""
+        images, targets = batch
+        for found, target in zip(self.model(images), targets, strict=True):
+            place, self._seen = self._seen, self._seen + 1
+            if not target["counts"]:
+                continue
+            found = {name: value.detach().cpu() for name, value in found.items()}
+            truth = {name: value.cpu() for name, value in target.items()}
+            if self.masks:
+                found["masks"] = found["masks"][:, 0] > 0.5
+                truth["masks"] = truth["masks"].bool()
+            kept = ("boxes", "labels", "masks") if self.masks else ("boxes", "labels")
+            known = {**{name: truth[name] for name in kept}, "iscrowd": truth["crowd"].long(), "area": truth["area"]}
+            self._metric[0].update([found], [known])
+            self._ranking.append((place, _f1(found, truth)))
+
+    def scores(self) -> dict[str, Any]:
+        """``map``, ``map50``, ``map75``, ``map_small`` ... in percent, ``mask_map`` ...; ``class_ap``, ``images``.
+
+        Sizes and classes that the data lacks are left out. Over several processes, which may have seen different
+        numbers of images, all findings are gathered; ``ranking`` is that of the first process.
+        """
+        metric = self._metric[0]
+        world = self.trainer.world_size
+        if world > 1:
+            own = {name: getattr(metric, name) for name in metric._defaults}
+            gathered: list[Any] = [None] * world
+            torch.distributed.all_gather_object(gathered, own)
+            for name in own:
+                setattr(metric, name, [entry for states in gathered for entry in states[name]])
+        images = len(metric.groundtruth_labels)  # pyright: ignore
+        computed = metric.compute() if images else {}
+        result: dict[str, Any] = {"map": 0.0, "map50": 0.0}
+        for prefix, word in (("bbox_", ""), ("segm_", "mask_")) if self.masks else (("", ""),):
+            for theirs, ours in (("map", "map"), ("map_50", "map50"), ("map_75", "map75"), *_SIZE_NAMES):
+                value = float(computed.get(prefix + theirs, -1.0))
+                if value >= 0:
+                    result[word + ours] = 100 * value
+        result["images"] = torch.tensor(images)
+        classes = [int(c) for c in computed.get("classes", torch.zeros(0)).reshape(-1)]
+        for prefix, word in (("bbox_", "class_ap"), ("segm_", "class_mask_ap")) if self.masks else (("", "class_ap"),):
+            each = computed.get(f"{prefix}map_per_class", torch.zeros(0)).reshape(-1).tolist()
+            result[word] = {c: 100 * value for c, value in zip(classes, each, strict=False) if value >= 0}
+        result["ranking"] = self._ranking
+        self._forget()
+        return result
+
+    def summary(self, scores: dict[str, Any]) -> dict[str, Any]:
+        """The figures in percent; ``class_ap`` by name (None for what doesn't occur)."""
+        numbers = {name: round(value, 4) for name, value in scores.items() if isinstance(value, float)}
+        seconds = numbers.pop("seconds")
+        images = int(scores["images"])
+        speed = {"images": images, "seconds": round(seconds, 2), "images_per_second": round(images / seconds, 2)}
+        each = {
+            kind: {name: _rounded(scores[kind].get(i)) for i, name in enumerate(self.class_names)}
+            for kind in ("class_ap", "class_mask_ap")
+            if kind in scores
+        }
+        return {"task": self.name, **numbers, **speed, **each}
+
+    def headline(self, metrics: dict[str, Any]) -> str:
+        """For instance ``mAP 61.20 %, mAP50 88.10 %``."""
+        text = f"mAP {metrics['map']:.2f} %, mAP50 {metrics['map50']:.2f} %"
+        return text + (f", mask mAP {metrics['mask_map']:.2f} %" if "mask_map" in metrics else "")
+
+    def print_table(self, metrics: dict[str, Any]) -> None:
+        """The figures, and the AP of each class."""
+        table = Table(box=None, show_header=False)
+        for name, value in metrics.items():
+            if "map" in name and isinstance(value, float):
+                table.add_row(name.replace("map", "mAP").replace("_", " "), f"{value:.2f} %")
+        table.add_row("images", f"{metrics['images']:,} ({metrics['split']} of {metrics['data']})")
+        table.add_row("speed", f"{metrics['images_per_second']:.1f} images/s")
+        table.add_row()
+        table.add_row("class", "AP")
+        for name, value in metrics["class_ap"].items():
+            table.add_row(name, "does not occur" if value is None else f"{value:.2f} %")
+        Console(highlight=False).print(table)
+
+    def write_report(self, folder: Path, scores: dict[str, Any], part: DenseSet, metrics: dict[str, Any]) -> None:
+        """Curves, classes, and the best, middling and worst pictures beside the truth."""
+        colours, names = palette(len(self.class_names)), self.class_names
+        pictures = []
+        self.model.eval()
+        for title, place, score in ends_and_middle(scores["ranking"]):
+            image, _ = part.read(place)
+            pixels, target = part.transform(*part.read(place), 0)
+            with torch.inference_mode():
+                found = self.model([pixels.to(self.device)])[0]
+            found = {name: value.cpu().numpy() for name, value in found.items()}
+            truth = {name: value.numpy() for name, value in target.items() if name in ("boxes", "labels", "masks")}
+            drawn = [draw_found(image, what, names, colours, SHOWN_SCORE, key=False) for what in (truth, found)]
+            pictures.append((f"{title}: F1 {score:.0%}", Path(part.name(place)).name, [image, *drawn]))
+        rows = [
+            {"class": name, "ap": None if (value := metrics["class_ap"][name]) is None else value / 100}
+            for name in names
+        ]
+        key = list(zip(names, colours, strict=True))
+        write_dense_report(folder, "AP", rows, {}, pictures, key, metrics)
+
+    def _forget(self) -> None:
+        kinds: Any = ("bbox", "segm") if self.masks else "bbox"
+        metric = MeanAveragePrecision(
+            iou_type=kinds, class_metrics=True, backend="faster_coco_eval", sync_on_compute=False
+        )
+        metric.warn_on_many_detections = False
+        self._metric = (metric,)  # in a tuple: it stays on the CPU and out of checkpoints
+        self._seen = 0
+        self._ranking: list[tuple[int, float]] = []
+
+
+_SIZE_NAMES = tuple((f"map_{size}", f"map_{size}") for size in SIZES)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+def _f1(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+    """Of one image: findings from ``SHOWN_SCORE`` on that match a box of their class by an IoU of 0.5, each once."""
+    sure = found["scores"] >= SHOWN_SCORE
+    boxes, labels = found["boxes"][sure], found["labels"][sure]
+    total = len(boxes) + len(truth["boxes"])
+    if not total:
+        return 1.0
+    match = box_iou(boxes, truth["boxes"]) * (labels[:, None] == truth["labels"])
+    hits, free = 0, np.ones(len(truth["boxes"]), bool)
+    for row in match.numpy():
+        row = row * free
+        if row.size and row.max() >= 0.5:
+            free[row.argmax()] = False
+            hits += 1
+    return 2 * hits / total

@@ -1,0 +1,316 @@
+"""Detection: what is read, what is learnt and how it is scored, on shapes made up here."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from transcnn.data.detect import DetectTransform, open_set, open_splits
+from transcnn.detectors import DETECTORS, build
+from transcnn.errors import UserError
+from transcnn.evaluate import evaluate
+from transcnn.predict import predict
+from transcnn.runs import load
+from transcnn.settings import Augment, Detect, Ema, Optim
+from transcnn.tasks.detect import Detect as DetectTask
+from transcnn.tasks.detect import _f1
+from transcnn.train import train
+
+QUICK: dict[str, Any] = dict(
+    task="detect",
+    model="transcnn_test",
+    batch_size=4,
+    precision="32",
+    accelerator="cpu",
+    num_workers=0,
+    quiet=True,
+    augment=Augment(smoothing=0.0),
+)
+SMALL: dict[str, Any] = dict(fpn_channels=16, short_side=64, long_side=96)
+NAMES = ["square", "disc"]
+
+
+def picture(index: int, size: tuple[int, int] = (80, 64)) -> tuple[Image.Image, list[dict[str, Any]]]:
+    """One or two bright shapes on dark noise, and COCO's annotations of them; squares are green, discs red."""
+    rng = np.random.default_rng(index)
+    pixels = rng.normal(40, 8, (size[1], size[0], 3)).clip(0, 255).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    draw = ImageDraw.Draw(image)
+    found = []
+    for k in range(int(rng.integers(1, 3))):
+        side = int(rng.integers(18, 28))
+        x = int(rng.integers(0, size[0] // 2 - side)) + k * size[0] // 2
+        y = int(rng.integers(0, size[1] - side))
+        label = int(rng.integers(0, 2))
+        if label:
+            draw.ellipse((x, y, x + side - 1, y + side - 1), fill=(220, 60, 60))
+            angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+            outline = np.stack([x + side / 2 * (1 + np.cos(angles)), y + side / 2 * (1 + np.sin(angles))], 1)
+        else:
+            draw.rectangle((x, y, x + side - 1, y + side - 1), fill=(60, 220, 60))
+            outline = np.array([[x, y], [x + side, y], [x + side, y + side], [x, y + side]])
+        found.append(
+            {
+                "category_id": label + 1,
+                "bbox": [x, y, side, side],
+                "segmentation": [outline.astype(float).ravel().tolist()],
+                "area": side * side,
+                "iscrowd": 0,
+            }
+        )
+    return image, found
+
+
+def make_data(folder: Path, parts: dict[str, int]) -> Path:
+    (folder / "images").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    number = 0
+    for part, count in parts.items():
+        images, annotations = [], []
+        for _ in range(count):
+            image, found = picture(number)
+            image.save(folder / "images" / f"{number:03}.png")
+            images.append({"id": number, "file_name": f"{number:03}.png", "width": 80, "height": 64})
+            annotations += [{**entry, "image_id": number, "id": 10 * number + k} for k, entry in enumerate(found)]
+            number += 1
+        categories = [{"id": i + 1, "name": name} for i, name in enumerate(NAMES)]
+        sheet = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / "annotations" / f"{part}.json").write_text(json.dumps(sheet))
+    return folder
+
+
+def change(folder: Path, part: str, edit: Any) -> None:
+    file = folder / "annotations" / f"{part}.json"
+    sheet = json.loads(file.read_text())
+    edit(sheet)
+    file.write_text(json.dumps(sheet))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("shapes") / "shapes", {"train": 28, "val": 4, "test": 6})
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory) -> Path:
+    """Mask R-CNN, learnt for a few steps."""
+    return learn(data, tmp_path_factory.mktemp("run") / "run", epochs=3, limit_batches=3, detect={"min_score": 0.0})
+
+
+def learn(data: Path, out: Path, *, detect: dict[str, Any], **more: Any) -> Path:
+    settings = dict(QUICK, lr=4e-3, optim=Optim(warmup_epochs=0.5), ema=Ema(ema_decay=0.9), **more)
+    mask_rcnn = Detect(detector="maskrcnn", anchor_size=8, **SMALL, **detect)
+    return train(str(data), **settings, detect=mask_rcnn, out=str(out)).run_dir
+
+
+@pytest.mark.slow
+def test_mask_rcnn_learns_shapes(data, tmp_path):
+    metrics = json.loads((learn(data, tmp_path / "run", epochs=30, detect={}) / "metrics.json").read_text())
+    assert metrics["map50"] > 80
+    assert metrics["mask_map50"] > 80
+
+
+def test_a_run_is_whole_and_its_loss_falls(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    with (run / "metrics.csv").open() as file:
+        losses = [float(row["train_loss"]) for row in csv.DictReader(file)]
+    assert losses[-1] < 0.9 * losses[0]
+    assert {"map", "map50", "mask_map", "mask_map50"} <= set(metrics)
+    assert set(metrics["class_ap"]) == set(NAMES)
+    assert metrics["images"] == 6
+    for name in ("index.html", "curves.png", "classes.png", "predictions.png", "classes.csv"):
+        assert (run / "report" / name).is_file()
+    assert load(run).task == "detect"
+
+
+def test_eval_gives_the_runs_score_again(run, data, tmp_path, capsys):
+    metrics = json.loads((run / "metrics.json").read_text())
+    again = evaluate(str(run), str(data), accelerator="cpu", split="test", out=str(tmp_path))
+    assert again["map"] == pytest.approx(metrics["map"], abs=0.01)
+    assert "square" in capsys.readouterr().out
+    with pytest.raises(UserError, match="window is for segmentation"):
+        evaluate(str(run), str(data), window=64, quiet=True)
+
+
+def test_predict_draws_and_writes_cocos_format(run, data, tmp_path):
+    from faster_coco_eval.core import mask as coco
+
+    files = sorted(str(path) for path in (data / "images").iterdir())[-3:]
+    rows = predict(str(run), files, quiet=True, out=str(tmp_path / "out"))
+    for row in rows:
+        with Image.open(row["overlay"]) as overlay:
+            assert overlay.size == (80, 64)
+        assert {"label", "score", "box"} == set(row["boxes"][0])
+    told = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert sum(len(row["boxes"]) for row in rows) == len(told)
+    best = max(told, key=lambda entry: entry["score"])
+    assert best["category_id"] in (1, 2)
+    assert best["image_id"] == int(Path(best["file_name"]).stem)
+    lengths = best["segmentation"]
+    assert sum(lengths["counts"]) == 80 * 64
+    mask = coco.decode(coco.frPyObjects(lengths, *lengths["size"]))
+    assert mask.shape == (64, 80)
+    assert mask.sum() == sum(lengths["counts"][1::2])
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("backbone", ["transcnn_test", "transcnn_nano"])
+def test_every_detector_trains_every_parameter_with_empty_images_too(detector, backbone):
+    args = {"detector": detector, "min_score": 0.0, "max_found": 5, "side_range": (0.8, 1.2), **SMALL}
+    network = build(backbone, args, num_classes=3, in_chans=1)
+    boxes, masks = torch.tensor([[2.0, 3.0, 30.0, 40.0]]), torch.zeros(1, 50, 70, dtype=torch.uint8)
+    empty = {"boxes": boxes[:0], "labels": torch.zeros(0, dtype=torch.long), "masks": masks[:0, :40, :40]}
+    targets = [{"boxes": boxes, "labels": torch.tensor([2]), "masks": masks}, empty]
+    losses = network([torch.rand(1, 50, 70), torch.rand(1, 40, 40)], targets)
+    torch.stack(list(losses.values())).sum().backward()
+    assert [name for name, p in network.named_parameters() if p.grad is None] == []
+    network.eval()
+    found = network([torch.rand(1, 33, 90)])[0]
+    assert found["labels"].min() >= 0
+    assert found["labels"].max() <= 2
+
+
+def test_what_cannot_be_used_is_left_out_counted_and_listed(tmp_path):
+    folder = make_data(tmp_path / "d", {"train": 8, "val": 2})
+
+    def spoil(sheet: dict[str, Any]) -> None:
+        sheet["images"].append({"id": 99, "file_name": "gone.png"})
+        box = {"image_id": 1, "category_id": 1, "iscrowd": 0}
+        sheet["annotations"] += [
+            {**box, "id": 901, "bbox": [5, 5, 0, 4]},
+            {**box, "id": 902, "bbox": [5, 5, 9, 4], "category_id": 7},
+            {**box, "id": 903, "bbox": [5, 5, 9, 4], "image_id": 1234},
+            {**box, "id": 904},
+            {**box, "id": 905, "bbox": [60, 50, 500, 500]},
+            {**box, "id": 906, "bbox": [0, 0, 30, 30], "iscrowd": 1},
+        ]
+        sheet["annotations"] = [entry for entry in sheet["annotations"] if entry["image_id"] != 2]
+        sheet["categories"].append({"id": 5, "name": "never"})
+
+    change(folder, "train", spoil)
+    change(folder, "val", lambda sheet: sheet["categories"].append({"id": 5, "name": "never"}))
+    (folder / "images" / "003.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"gone\.png"):
+        open_splits(str(folder), strict=True)
+    splits = open_splits(str(folder))
+    _, truth = splits.train.read(1)
+    assert truth["boxes"].max() <= 80  # cut at the edge
+    assert truth["boxes"][:, 3].max() <= 64
+    assert truth["crowd"].sum() == 1
+    detect = Detect(**SMALL)
+    result = train(str(folder), **QUICK, detect=detect, epochs=1, out=str(tmp_path / "run"))
+    with (tmp_path / "run" / "skipped.csv").open() as file:
+        rows = [(Path(row["file"]).name, row["reason"]) for row in csv.DictReader(file)]
+    assert result.metrics["skipped"] == len(rows) == 6
+    text = "\n".join(f"{name}: {reason}" for name, reason in rows)
+    for part in (
+        "gone.png: an annotation",
+        "0x4 pixels",
+        "category 7",
+        "unknown image 1234",
+        "annotation 904",
+        "003.png",
+    ):
+        assert part in text
+    assert result.metrics["class_ap"]["never"] is None
+
+
+def test_pascal_voc_is_read_as_what_it_means(tmp_path):
+    folder = tmp_path / "voc"
+    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True)
+    thing = (
+        "<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax>"
+        "<ymax>{}</ymax></bndbox></object>"
+    )
+    for i in range(4):
+        picture(i)[0].save(folder / "JPEGImages" / f"{i}.jpg")
+        things = thing.format("zebra", 0, 1, 1, 80, 64) + thing.format("ant", 1, 11, 11, 20, 20)
+        (folder / "Annotations" / f"{i}.xml").write_text(f"<annotation>{things}</annotation>")
+    (folder / "Annotations" / "3.xml").write_text("<annotation><object></annotation>")
+    (folder / "ImageSets" / "Main" / "train.txt").write_text("0\n1\n3\n")
+    (folder / "ImageSets" / "Main" / "val.txt").write_text("2\n")
+    splits = open_splits(str(folder))
+    assert splits.class_names == ["ant", "zebra"]
+    assert (len(splits.train), len(splits.val)) == (2, 1)
+    _, truth = splits.train.read(0)
+    assert truth["boxes"].tolist() == [[0, 0, 80, 64], [10, 10, 20, 20]]
+    assert truth["labels"].tolist() == [1, 0]
+    assert truth["crowd"].tolist() == [False, True]
+    assert [reason.split(":")[0] for _, reason in splits.broken] == ["no annotation of Pascal VOC"]
+
+
+def test_mirrored_boxes_stay_on_their_things():
+    image, found = picture(5)
+    x, y, w, h = found[0]["bbox"]
+    mask = np.zeros((64, 80), bool)
+    mask[y : y + h, x : x + w] = True
+    truth = {
+        "boxes": np.array([[x, y, x + w, y + h]], np.float32),
+        "labels": np.array([0]),
+        "crowd": np.array([False]),
+        "area": np.array([w * h], np.float32),
+        "masks": [lambda: mask],
+    }
+    transform = DetectTransform(masks=True, training=True, hflip=1.0, vflip=1.0, color_jitter=0.2)
+    pixels, target = transform(image, truth, 0)
+    x1, y1, x2, y2 = target["boxes"][0].int().tolist()
+    assert [x1, y1, x2, y2] == [80 - x - w, 64 - y - h, 80 - x, 64 - y]
+    assert target["masks"][0, y1:y2, x1:x2].all()
+    assert target["masks"].sum() == w * h
+    assert pixels[:, y1 + 8 : y2 - 8, x1 + 8 : x2 - 8].mean() > 1.5 * pixels.mean()
+    assert truth["boxes"][0, 0] == x  # the data's own is untouched
+
+
+def test_small_things_get_small_anchors(data):
+    assert open_splits(str(data), {"short_side": 64, "long_side": 96}).task_args["anchor_size"] == 16
+    assert open_splits(str(data), {"short_side": 800, "long_side": 1333}).task_args["anchor_size"] == 32
+    assert "anchor_size" not in open_splits(str(data), {"anchor_size": 12}).task_args
+
+
+def test_wrong_settings_and_data_are_refused(data, tmp_path):
+    good = {"detector": "retinanet", "min_score": 0.05, "max_found": 5, "side_range": (1, 1), **SMALL}
+    for changed, text in (
+        ({"detector": "yolo"}, "detector must be"),
+        ({"fpn_channels": 20}, "multiple of 16"),
+        ({"short_side": 8}, "short_side"),
+    ):
+        with pytest.raises(UserError, match=text):
+            build("transcnn_test", {**good, **changed}, num_classes=2)
+    with pytest.raises(UserError, match="cutmix is for classification"):
+        DetectTask.loaders(None, {}, Augment(cutmix=1.0), {})
+    with pytest.raises(UserError, match="no data of its own"):
+        open_splits(None)
+    with pytest.raises(UserError, match="does not know: 'disc'"):
+        open_set(str(data), "test", ["square"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no annotated images"):
+        open_splits(str(tmp_path / "empty"))
+
+
+def test_an_images_own_score_counts_each_box_once():
+    truth = {"boxes": torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]]), "labels": torch.tensor([0, 1])}
+    found = {"boxes": torch.tensor([[0.0, 0, 10, 10], [1, 1, 10, 10]]), "labels": torch.tensor([0, 0])}
+    found["scores"] = torch.tensor([0.9, 0.8])
+    assert _f1(found, truth) == pytest.approx(2 * 1 / 4)
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)}
+    assert _f1(nothing, {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0)}) == 1.0
+    assert _f1(nothing, truth) == 0.0
+
+
+def test_bccd_opens_from_its_tar(shared):
+    tar = shared / "data" / "bccd" / "bccd.tar"
+    if not tar.is_file():
+        pytest.skip("needs the BCCD pack")
+    splits = open_splits(str(tar))
+    assert splits.class_names == ["RBC", "WBC", "Platelets"]
+    assert splits.test is not None
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (205, 87, 72)
+    assert splits.train.read(0)[0].size == (640, 480)
