@@ -143,6 +143,7 @@ def open_set(
     if chosen is None:
         raise UserError(f"{data!r} has no {split} part")
     chosen.replace = False
+    chosen.split = split
     return chosen
 
 
