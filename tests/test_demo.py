@@ -373,12 +373,12 @@ def test_upload_click_stage_and_head(server: Server, browser: Any, viewer: Viewe
     assert np.abs(visitor.picture("#far").astype(int) - wanted).mean() < 4
     visitor.page.click("#head input")
     visitor.page.click(f"text=head 2 of {viewer.stages[1].heads}")
-    visitor.changed("#far", far)
+    far = visitor.changed("#far", far)
     wanted = np.asarray(viewer.look(visit, 1, 1)[-1].picture).astype(int)
     assert np.abs(visitor.picture("#far").astype(int) - wanted).mean() < 4
 
     visitor.page.click("#examples button >> nth=2")
-    far = visitor.changed("#far", visitor.source("#far"))
+    far = visitor.changed("#far", far)
     visitor.click(0.3, 0.4)
     visitor.changed("#far", far)
     visitor.snap("demo.png")
