@@ -25,20 +25,14 @@ from torch import Tensor
 
 from .engines import ENGINES, build, count, load_reference, prepare, prepare_training, same_weights
 from .errors import UserError
+from .models import PAPER_TOP1
 
 __all__ = ["PAPER", "compare"]
 
 # What arXiv 2106.03180 compares with, as far as timm has it, in the sizes nearest to ours; ImageNet-1K top-1 in percent
 # as each network's own paper reports it (ResNet and ResNeXt: torchvision's first weights), None where it gives none.
 PAPER: dict[str, float | None] = {
-    "transcnn_tiny": 80.4,
-    "transcnn_small": 83.1,
-    "transcnn_medium": 83.8,
-    "transcnn_large": 84.2,
-    "hatnet_tiny": 79.8,
-    "hatnet_small": 82.6,
-    "hatnet_medium": 84.0,
-    "hatnet_large": 84.2,
+    **PAPER_TOP1,
     "resnet18": 69.8,
     "resnet50": 76.1,
     "resnet101": 77.4,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,12 +11,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from ..errors import UserError
 from .images import BrokenImage
 from .randomness import sample_seeds
 from .sampling import Sample
 from .tolerant import Tolerant
 
-__all__ = ["DenseSet", "DenseSource", "DenseSplits", "DenseTransform", "split_off"]
+__all__ = ["DenseSet", "DenseSource", "DenseSplits", "DenseTransform", "choose_part", "part_sets"]
 
 
 @dataclass
@@ -139,6 +140,55 @@ class DenseSplits:
     def broken(self) -> list[tuple[str, str]]:
         """(name, reason) of every file that could not be used so far, in all parts."""
         return [entry for part in (self.train, self.val, self.test) if part is not None for entry in part.broken]
+
+
+MakeSet = Callable[..., DenseSet]  # (part, indices or None, replace=...) -> the set
+
+
+def part_sets(parts: Mapping[str, Sized], make: MakeSet, val_fraction: float, seed: int) -> dict[str, DenseSet | None]:
+    """``train``, ``val`` and ``test`` of what a data set holds by part; ``""`` is what lies in no part.
+
+    Where there is no validation part a share of the training images is held back for it.
+    """
+    sets: dict[str, DenseSet | None] = dict.fromkeys(("train", "val", "test"))
+    for part in ("val", "test"):
+        if parts.get(part):
+            sets[part] = make(part, None, replace=False)
+    whole = "train" if parts.get("train") else ""
+    if not parts.get(whole):
+        return sets
+    rest = np.arange(len(parts[whole]))
+    if sets["val"] is None:
+        rest, held = split_off(len(rest), val_fraction, seed)
+        if not len(held):
+            return sets
+        sets["val"] = make(whole, held, replace=False)
+        sets["val"].listed = []  # the training part lists them
+    sets["train"] = make(whole, rest, replace=True)
+    return sets
+
+
+def choose_part(
+    data: str | None, parts: Mapping[str, Sized], make: MakeSet, split: str, val_fraction: float, seed: int
+) -> DenseSet:
+    """One part for evaluation: ``auto`` is the test part, else the validation part, else everything.
+
+    Raises:
+        UserError: No such part.
+    """
+    choices = ("auto", "train", "val", "test", "all")
+    if split not in choices:
+        raise UserError(f"split must be one of {', '.join(choices)}, got {split!r}")
+    if split == "auto":
+        split = next((part for part in ("test", "val") if parts.get(part)), "all")
+    if split == "all" and "" not in parts:
+        raise UserError(f"{data!r} comes in parts; choose one of {', '.join(parts)} as split, got 'all'")
+    chosen = make("", None, replace=False) if split == "all" else part_sets(parts, make, val_fraction, seed)[split]
+    if chosen is None:
+        raise UserError(f"{data!r} has no {split} part")
+    chosen.replace = False
+    chosen.split = split
+    return chosen
 
 
 def split_off(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

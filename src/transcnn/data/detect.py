@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from ..errors import UserError
-from .denseset import DenseSet, DenseSource, DenseSplits, split_off
+from .denseset import DenseSet, DenseSource, DenseSplits, choose_part, part_sets
 from .images import BrokenImage, is_image_name, read_image, to_channels
 from .randomness import seeded
 from .sources import PARTS, few, line, part_of
@@ -91,7 +91,8 @@ def open_splits(
         raise UserError(f"val_fraction must be between 0 and 1, got {val_fraction}")
     found = _find(data)
     ids = sorted(found.names)
-    sets = _sets(found, {value: i for i, value in enumerate(ids)}, val_fraction, seed, strict)
+    index = {value: i for i, value in enumerate(ids)}
+    sets = part_sets(found.parts, partial(_make_set, found, index, strict), val_fraction, seed)
     train, val = sets["train"], sets["val"]
     if train is None or val is None:
         raise UserError(f"{data!r} has too few annotated images to learn from and to validate on")
@@ -129,53 +130,11 @@ def open_set(
             f"{data!r} has classes that the model does not know: {few(unknown)}; it knows {few(list(class_names))}"
         )
     index = {value: list(class_names).index(name) for value, name in found.names.items() if name in class_names}
-    choices = ("auto", "train", "val", "test", "all")
-    if split not in choices:
-        raise UserError(f"split must be one of {', '.join(choices)}, got {split!r}")
-    if split == "auto":
-        split = next((part for part in ("test", "val") if found.parts.get(part)), "all")
-    if split == "all":
-        if "" not in found.parts:
-            raise UserError(f"{data!r} comes in parts; choose one of {', '.join(found.parts)} as split, got 'all'")
-        chosen = _make_set(found, "", index, None, strict)
-    else:
-        chosen = _sets(found, index, val_fraction, seed, strict)[split]
-    if chosen is None:
-        raise UserError(f"{data!r} has no {split} part")
-    chosen.replace = False
-    chosen.split = split
-    return chosen
-
-
-def _sets(
-    found: Found, index: dict[int, int], val_fraction: float, seed: int, strict: bool
-) -> dict[str, DenseSet | None]:
-    sets: dict[str, DenseSet | None] = dict.fromkeys(("train", "val", "test"))
-    for part in ("val", "test"):
-        if found.parts.get(part):
-            sets[part] = _make_set(found, part, index, None, strict, replace=False)
-    whole = "train" if found.parts.get("train") else ""
-    if not found.parts.get(whole):
-        return sets
-    rest = np.arange(len(found.parts[whole]))
-    if sets["val"] is None:
-        rest, held = split_off(len(rest), val_fraction, seed)
-        if not len(held):
-            return sets
-        sets["val"] = _make_set(found, whole, index, held, strict, replace=False)
-        sets["val"].listed = []  # the training part lists them
-    sets["train"] = _make_set(found, whole, index, rest, strict)
-    return sets
+    return choose_part(data, found.parts, partial(_make_set, found, index, strict), split, val_fraction, seed)
 
 
 def _make_set(
-    found: Found,
-    part: str,
-    index: dict[int, int],
-    indices: np.ndarray | None,
-    strict: bool,
-    *,
-    replace: bool = True,
+    found: Found, index: dict[int, int], strict: bool, part: str, indices: np.ndarray | None, *, replace: bool
 ) -> DenseSet:
     items, broken = found.parts[part], found.broken.get(part, [])
     if strict and broken:

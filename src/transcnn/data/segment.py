@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from .denseset import DenseSet, DenseSource, DenseSplits, split_off
+from .denseset import DenseSet, DenseSource, DenseSplits, choose_part, part_sets
 from .images import BrokenImage, is_image_name, read_ids, read_image, to_channels
 from .segment_transforms import IGNORE
 from .sources import PARTS, few
@@ -116,7 +116,7 @@ def open_splits(
         raise UserError(f"val_fraction must be between 0 and 1, got {val_fraction}")
     found = _find(data)
     names, ids, colours = _classes(found, settings.get("ignore_index"))
-    sets = _sets(found, ids, val_fraction, seed, strict)
+    sets = part_sets(found.parts, partial(_make_set, found, ids, strict), val_fraction, seed)
     train, val = sets["train"], sets["val"]
     if train is None or val is None:
         raise UserError(f"{data!r} has too few images with label maps to learn from and to validate on")
@@ -164,22 +164,7 @@ def open_set(
             if name in kept:
                 ids.table[kept[name]] = index
         ids.ids = list(kept.values())
-    choices = ("auto", "train", "val", "test", "all")
-    if split not in choices:
-        raise UserError(f"split must be one of {', '.join(choices)}, got {split!r}")
-    if split == "auto":
-        split = next((part for part in ("test", "val") if found.parts.get(part)), "all")
-    if split == "all" and "" not in found.parts:
-        raise UserError(f"{data!r} comes in parts; choose one of {', '.join(found.parts)} as split, got 'all'")
-    if split == "all":
-        chosen = _make_set(found, "", ids, None, strict, replace=False)
-    else:
-        chosen = _sets(found, ids, val_fraction, seed, strict)[split]
-    if chosen is None:
-        raise UserError(f"{data!r} has no {split} part")
-    chosen.replace = False
-    chosen.split = split
-    return chosen
+    return choose_part(data, found.parts, partial(_make_set, found, ids, strict), split, val_fraction, seed)
 
 
 def class_shares(images: DenseSet, classes: int) -> np.ndarray:
@@ -195,27 +180,8 @@ def class_shares(images: DenseSet, classes: int) -> np.ndarray:
     return counts / max(1, counts.sum())
 
 
-def _sets(found: Found, ids: Ids, val_fraction: float, seed: int, strict: bool) -> dict[str, DenseSet | None]:
-    sets: dict[str, DenseSet | None] = dict.fromkeys(("train", "val", "test"))
-    for part in ("val", "test"):
-        if found.parts.get(part):
-            sets[part] = _make_set(found, part, ids, None, strict, replace=False)
-    whole = "train" if found.parts.get("train") else ""
-    if not found.parts.get(whole):
-        return sets
-    rest = np.arange(len(found.parts[whole]))
-    if sets["val"] is None:
-        rest, held = split_off(len(rest), val_fraction, seed)
-        if not len(held):
-            return sets
-        sets["val"] = _make_set(found, whole, ids, held, strict, replace=False)
-        sets["val"].listed = []  # the training part lists them
-    sets["train"] = _make_set(found, whole, ids, rest, strict)
-    return sets
-
-
 def _make_set(
-    found: Found, part: str, ids: Ids, indices: np.ndarray | None, strict: bool, *, replace: bool = True
+    found: Found, ids: Ids, strict: bool, part: str, indices: np.ndarray | None, *, replace: bool
 ) -> DenseSet:
     pairs, lonely = found.parts[part], found.lonely.get(part, [])
     if strict and lonely:
