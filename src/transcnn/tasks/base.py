@@ -104,9 +104,9 @@ class Task(L.LightningModule):
     ) -> Any:
         """One part of a data set, for evaluation; ``settings`` are ``val_fraction``, ``seed`` and ``strict``."""
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def part_loader(part: Any, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any) -> Any:
+    def part_loader(cls, part: Any, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any) -> Any:
         """A loader over one part, in its order; ``settings`` are ``batch_size`` and ``num_workers``."""
 
     @abstractmethod

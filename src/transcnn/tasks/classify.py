@@ -86,10 +86,12 @@ class Classify(Task):
         """One part of a classification data set."""
         return open_set(data, split, class_names=class_names, **settings)
 
-    @staticmethod
-    def part_loader(part: ImageSet, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any) -> Any:
+    @classmethod
+    def part_loader(
+        cls, part: ImageSet, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any
+    ) -> Any:
         """A loader of (images, labels) over one part."""
-        part.transform = Classify.image_transform(data_config)
+        part.transform = cls.image_transform(data_config)
         return make_loader(part, **settings)
 
     @staticmethod

@@ -13,14 +13,14 @@ from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
-from ..data.classify import ClassifyData, make_loader
+from ..data.classify import ClassifyData
 from ..data.denseset import DenseSet, DenseSplits
 from ..data.detect import DetectTransform, open_set, open_splits
-from ..errors import UserError, require
+from ..errors import require
 from ..overlay import draw_found, palette
 from ..report_dense import ends_and_middle, write_dense_report
 from ..settings import Augment
-from .base import Task
+from .dense import DenseTask
 
 __all__ = ["Detect"]
 
@@ -28,7 +28,7 @@ SHOWN_SCORE = 0.5  # findings from this score on are drawn, and count for an ima
 SIZES = ("small", "medium", "large")  # below 32², below 96² pixels, above: COCO's
 
 
-class Detect(Task):
+class Detect(DenseTask):
     """Detection, scored by COCO's mAP: precision averaged over recall, classes and IoU from 0.50 to 0.95.
 
     Batches are (list of images (C, H, W) from 0 to 1, list of targets).
@@ -37,7 +37,6 @@ class Detect(Task):
     name = "detect"
     group = "detect"
     score = "map"
-    pictures = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -55,9 +54,7 @@ class Detect(Task):
         splits: Any, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any], **settings: Any
     ) -> ClassifyData:
         """Loaders whose training part is varied as ``augment`` says."""
-        for name in ("mixup", "cutmix", "aa", "reprob"):
-            if getattr(augment, name):
-                raise UserError(f"{name} is for classification alone, got {getattr(augment, name)} to detect")
+        Detect.refuse_mixing(augment)
         train = DetectTransform(
             in_chans=data_config["input_size"][0],
             masks=task_args["detector"] == "maskrcnn",
@@ -74,12 +71,6 @@ class Detect(Task):
     ) -> DenseSet:
         """One part of a detection data set."""
         return open_set(data, split, class_names, **settings)
-
-    @staticmethod
-    def part_loader(part: DenseSet, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any) -> Any:
-        """A loader of whole images and what is in them."""
-        part.transform = Detect.image_transform(data_config, task_args)
-        return make_loader(part, **settings)  # pyright: ignore
 
     @staticmethod
     def image_transform(data_config: dict[str, Any], task_args: dict[str, Any] | None = None) -> DetectTransform:
@@ -106,11 +97,6 @@ class Detect(Task):
                 }
             )
         return rows
-
-    @classmethod
-    def model_input(cls, transform: Any, image: Any, file: str) -> Any:
-        """The image as the network sees it, itself, and its file."""
-        return transform(image)[0], image, file
 
     @classmethod
     def predict_batch(

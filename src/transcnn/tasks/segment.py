@@ -14,15 +14,14 @@ from rich.table import Table
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from ..data.classify import ClassifyData, make_loader
+from ..data.classify import ClassifyData
 from ..data.denseset import DenseSet, DenseSplits
 from ..data.segment import open_set, open_splits
 from ..data.segment_transforms import IGNORE, EvalTransform, TrainTransform
-from ..errors import UserError
 from ..overlay import blend, label_png, legend, palette
 from ..report_dense import class_iou, ends_and_middle, write_segment_report
 from ..settings import Augment
-from .base import Task
+from .dense import DenseTask
 from .sliding import judge_whole
 
 __all__ = ["Segment"]
@@ -30,7 +29,7 @@ __all__ = ["Segment"]
 MOST_AT_ONCE = 1 << 22  # pixels times images that are judged together
 
 
-class Segment(Task):
+class Segment(DenseTask):
     """Semantic segmentation: cross entropy, Dice or both, scored by the mean IoU over all pixels of a set.
 
     Training batches are (images (B, C, h, w), label maps (B, h, w)); others are lists of images (C, h, w) and of label
@@ -40,7 +39,6 @@ class Segment(Task):
     name = "segment"
     group = "segment"
     score = "miou"
-    pictures = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -60,9 +58,7 @@ class Segment(Task):
         splits: Any, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any], **settings: Any
     ) -> ClassifyData:
         """Loaders whose training part is varied as ``augment`` says."""
-        for name in ("mixup", "cutmix", "aa", "reprob"):
-            if getattr(augment, name):
-                raise UserError(f"{name} is for classification alone, got {getattr(augment, name)} to segment")
+        Segment.refuse_mixing(augment)
         in_chans, *size = data_config["input_size"]
         train = TrainTransform(
             tuple(size),
@@ -85,12 +81,6 @@ class Segment(Task):
         return open_set(data, split, class_names, task_args["label_ids"], task_args, **settings)
 
     @staticmethod
-    def part_loader(part: DenseSet, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any) -> Any:
-        """A loader of whole images and their label maps."""
-        part.transform = Segment.image_transform(data_config, task_args)
-        return make_loader(part, **settings)  # pyright: ignore
-
-    @staticmethod
     def image_transform(data_config: dict[str, Any], task_args: dict[str, Any] | None = None) -> EvalTransform:
         """Normalise the whole image, resized if the settings say so."""
         return EvalTransform(
@@ -111,11 +101,6 @@ class Segment(Task):
                 {"classes": [{"label": class_names[i], "share": round(shares[i].item(), 6)} for i in order[:top_k]]}
             )
         return rows
-
-    @classmethod
-    def model_input(cls, transform: Any, image: Any, file: str) -> Any:
-        """The image as the network sees it, itself, and its file."""
-        return transform(image)[0], image, file
 
     @classmethod
     def predict_batch(

@@ -1,0 +1,39 @@
+"""What tasks with a truth for places in the image, segmentation and detection, have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..data.classify import make_loader
+from ..data.denseset import DenseSet
+from ..errors import UserError
+from ..settings import Augment
+from .base import Task
+
+__all__ = ["DenseTask"]
+
+
+class DenseTask(Task):
+    """A task whose predictions are drawn, and whose loaders give whole images with what is in them."""
+
+    pictures = True
+
+    @classmethod
+    def part_loader(
+        cls, part: DenseSet, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any
+    ) -> Any:
+        """A loader of whole images and their truth."""
+        part.transform = cls.image_transform(data_config, task_args)
+        return make_loader(part, **settings)  # pyright: ignore
+
+    @classmethod
+    def model_input(cls, transform: Any, image: Any, file: str) -> Any:
+        """The image as the network sees it, itself, and its file."""
+        return transform(image)[0], image, file
+
+    @classmethod
+    def refuse_mixing(cls, augment: Augment) -> None:
+        """Raise UserError for augmentation that would leave the truth behind."""
+        for name in ("mixup", "cutmix", "aa", "reprob"):
+            if getattr(augment, name):
+                raise UserError(f"{name} is for classification alone, got {getattr(augment, name)} to {cls.name}")
