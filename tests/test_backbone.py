@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import reference
 import transcnn
-from transcnn.backbone import VARIANTS, Block, TransCNN
+from transcnn.backbone import VARIANTS, Block, StridedConv2d, TransCNN
 
 HATNET = dict(design="hatnet", norm_layer="groupnorm1")
 DESIGNS = {"transcnn": {}, "hatnet": HATNET}
@@ -450,6 +450,29 @@ def test_autocast_is_finite_and_near(design, dtype, tolerance):
             y = model(x)
     assert y.isfinite().all()
     assert ((y.float() - expected).norm() / expected.norm()).item() <= tolerance
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("height", [1, 2, 5])
+def test_bf16_gradients_of_a_map_one_column_wide_are_written(height, layout):
+    """PyTorch leaves those of the kernel's columns that see padding alone as they lay in memory."""
+    torch.manual_seed(0)
+    conv = StridedConv2d(64, 128).to(memory_format=layout)
+    x = images(4, 64, height, 1).bfloat16().to(memory_format=layout)
+    with torch.no_grad():
+        conv.weight.copy_(conv.weight.bfloat16())
+    conv(x.float()).square().mean().backward()
+    expected = conv.weight.grad.clone()
+    for _ in range(20):
+        conv.zero_grad()
+        junk = torch.full_like(conv.weight, float("nan"), dtype=torch.bfloat16)  # what the kernel may find
+        del junk
+        with torch.autocast("cpu", torch.bfloat16):
+            conv(x).square().mean().backward()
+        assert (conv.weight.grad - expected).norm() <= 0.02 * expected.norm()
+    with torch.no_grad():
+        fixed = conv(x.float())
+    torch.testing.assert_close(conv(x.float()), fixed)
 
 
 def test_channels_last_changes_nothing():

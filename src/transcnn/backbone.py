@@ -19,6 +19,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.fx
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, get_act_layer, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, is_model, register_model
 from torch import Tensor, nn
@@ -97,12 +98,37 @@ class Block(nn.Module):
         return x + self.drop_path(self.irb(x))
 
 
+class StridedConv2d(nn.Conv2d):
+    """A 3x3 convolution that can train in bfloat16 on maps one column wide, (B, C, H, W) -> (B, C', ⌈H/s⌉, ⌈W/s⌉).
+
+    Where the stride s is 2, PyTorch's processor kernels leave the weight gradient's columns that see padding alone
+    unwritten: whatever lay in memory, often NaN, would be learnt. A column of zeros, as the padding's, mends it.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 2, **dd: Any) -> None:
+        super().__init__(in_channels, out_channels, 3, stride=stride, padding=1, **dd)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', ⌈H/s⌉, ⌈W/s⌉)."""
+        return super().forward(_two_columns(input) if self.stride[1] == 2 else input)
+
+
+def _two_columns(x: Tensor) -> Tensor:
+    """A map one column wide, where gradients are wanted, with a column of zeros beside it; others as they are."""
+    if torch.is_grad_enabled() and not torch.compiler.is_exporting() and x.shape[-1] == 1:  # files take any size
+        return nn.functional.pad(x, (0, 1))
+    return x
+
+
+torch.fx.wrap("_two_columns")  # its branch on the size can't be traced
+
+
 class ConvDownsample(nn.Module):
     """HAT-Net's halving: conv3x3/2, norm; (B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
 
     def __init__(self, in_chs: int, out_chs: int, *, norm_layer: Callable[[int], nn.Module], **dd: Any) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_chs, out_chs, 3, stride=2, padding=1, **dd)
+        self.conv = StridedConv2d(in_chs, out_chs, **dd)
         self.norm = norm_layer(out_chs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,7 +149,7 @@ class DualDownsample(nn.Module):
         **dd: Any,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_chs, out_chs, 3, stride=2, padding=1, **dd)
+        self.conv = StridedConv2d(in_chs, out_chs, **dd)
         self.norm1 = norm_layer(out_chs)
         self.pool = nn.MaxPool2d(2, ceil_mode=True)  # rounds odd sizes up, as the strided convolution does
         self.residual = nn.Conv2d(in_chs, out_chs, 1, **dd)
@@ -273,10 +299,10 @@ class TransCNN(nn.Module):
 
         strides = STEM_STRIDES[stem_stride]
         self.stem = nn.Sequential(
-            nn.Conv2d(in_chans, stem_width, 3, stride=strides[0], padding=1, **dd),
+            StridedConv2d(in_chans, stem_width, strides[0], **dd),
             norm(stem_width),
             act(),
-            nn.Conv2d(stem_width, dims[0], 3, stride=strides[1], padding=1, **dd),
+            StridedConv2d(stem_width, dims[0], strides[1], **dd),
         )
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.stages = nn.Sequential(

@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._pytree import tree_map_only
 
 from .attention import HMHSA, LocalStep
-from .backbone import Block, ConvDownsample, DualDownsample, TransCNN
+from .backbone import Block, ConvDownsample, DualDownsample, StridedConv2d, TransCNN
 from .errors import UserError
 from .kernels.grid import KernelLocalStep
 from .kernels.tokens import FastBlock, FastDualDownsample, FastHMHSA, Frozen, OnTokens, affine
@@ -130,7 +130,7 @@ class _Tracer(torch.fx.Tracer):
     """Sees into everything but PyTorch's layers, norms of any library, and what was replaced already."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Frozen | nn.modules.batchnorm._BatchNorm) or super().is_leaf_module(
+        return isinstance(m, Frozen | StridedConv2d | nn.modules.batchnorm._BatchNorm) or super().is_leaf_module(
             m, module_qualified_name
         )
 
@@ -153,7 +153,13 @@ def _pairs(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
             continue
         conv, norm = modules[str(source.target)], modules[str(node.target)]
         once = calls.count(source.target) == 1 and calls.count(node.target) == 1
-        if once and type(conv) is nn.Conv2d and _foldable(norm) and not _hooked(conv) and not _hooked(norm):
+        if (
+            once
+            and type(conv) in (nn.Conv2d, StridedConv2d)
+            and _foldable(norm)
+            and not _hooked(conv)
+            and not _hooked(norm)
+        ):
             yield prefix + str(source.target), prefix + str(node.target)
 
 
