@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from timm import create_model
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from transcnn.data.images import BrokenImage
@@ -21,11 +23,12 @@ from transcnn.data.segment import class_shares, open_set, open_splits
 from transcnn.data.segment_transforms import IGNORE, EvalTransform, TrainTransform
 from transcnn.errors import UserError
 from transcnn.evaluate import evaluate
+from transcnn.plug import plug, plug_spec, plugged, plugged_parameters
 from transcnn.predict import predict
 from transcnn.report_dense import class_iou, ends_and_middle
-from transcnn.runs import load
+from transcnn.runs import load, save_weights
 from transcnn.segmenters import DECODERS, build
-from transcnn.settings import Augment, Optim, Segment
+from transcnn.settings import Augment, Ema, Optim, Segment
 from transcnn.tasks.segment import Segment as SegmentTask
 from transcnn.tasks.sliding import judge_whole
 from transcnn.train import train
@@ -338,3 +341,69 @@ def test_broken_label_maps_say_why():
 
     with pytest.raises(BrokenImage, match="empty"):
         read_ids(b"")
+
+
+def test_a_run_starts_from_a_classifier_or_from_one_of_its_kind(data, tmp_path, capsys):
+    classifier = create_model("transcnn_test", num_classes=7)
+    with torch.no_grad():
+        for p in classifier.parameters():
+            p.fill_(0.25)
+    save_file(classifier.state_dict(), tmp_path / "classifier.safetensors")
+    still: dict[str, Any] = dict(QUICK, quiet=False, epochs=1, limit_batches=1, lr=1e-9, ema=Ema(ema=False))
+    first = train(
+        str(data), **still, segment=SMALL, init_from=str(tmp_path / "classifier.safetensors"), out=str(tmp_path / "a")
+    )
+    told = [row for row in capsys.readouterr().err.splitlines() if row.startswith("backbone:")]
+    assert len(told) == 1
+    assert told[0].endswith("classifier.safetensors; all else starts anew")
+    network = load(first.run_dir).model
+    assert all((p - 0.25).abs().max() < 1e-6 for p in network.body.parameters())
+    assert network.head[0].weight.std() > 1e-3
+    # the same decoder: all of it is taken; another one: the backbone
+    again = train(str(data), **still, segment=SMALL, init_from=str(first.run_dir), out=str(tmp_path / "b"))
+    assert "backbone:" not in capsys.readouterr().err
+    assert torch.allclose(load(again.run_dir).model.head[0].weight, network.head[0].weight, atol=1e-6)
+    unet = Segment(decoder="unet", decoder_channels=16)
+    train(str(data), **still, segment=unet, init_from=str(first.run_dir), out=str(tmp_path / "c"))
+    assert "'decoder." in capsys.readouterr().err
+    other = create_model("transcnn_nano")
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"other.safetensors is of another network: \d+ of the backbone's \d+ tensors"):
+        train(str(data), **still, segment=SMALL, init_from=str(tmp_path / "other.safetensors"), out=str(tmp_path / "d"))
+
+
+def test_h_mhsa_is_plugged_into_the_backbone_and_taken_from_a_plugged_classifier(data, tmp_path):
+    quick: dict[str, Any] = dict(
+        QUICK, model="resnet10t", epochs=1, limit_batches=1, segment=SMALL, lr=1e-9, ema=Ema(ema=False)
+    )
+    run = train(str(data), **quick, plug="layer3,layer4", out=str(tmp_path / "a")).run_dir
+    loaded = load(run)
+    places = [name for name, _ in plugged(loaded.model)]
+    assert len(places) == 2
+    assert all(name.startswith("backbone.body.layer") for name in places)
+    assert [line["at"] for line in loaded.info["model_args"]["plug"]] == ["layer3", "layer4"]
+
+    classifier = plug(create_model("resnet10t", num_classes=2), "layer3", example=torch.zeros(1, 3, 64, 64))
+    with torch.no_grad():
+        for p in plugged_parameters(classifier):
+            p.fill_(0.125)
+    info = {"model": "resnet10t", "model_args": {"plug": plug_spec(classifier)}}
+    save_weights(tmp_path / "plugged.safetensors", classifier, info)
+    run = train(str(data), **quick, init_from=str(tmp_path / "plugged.safetensors"), out=str(tmp_path / "b")).run_dir
+    found = list(plugged_parameters(load(run).model))
+    assert found
+    assert all((p - 0.125).abs().max() < 1e-6 for p in found)
+
+
+@pytest.mark.parametrize(("power", "given"), [(0.9, None), (2.0, 2.0)])
+def test_poly_falls_with_its_power(power, given):
+    network = build("transcnn_test", {"decoder": "fpn", "decoder_channels": 64}, num_classes=2)
+    optim = Optim(opt="sgd", sched="poly", warmup_epochs=0, min_lr=0.0, decay_rate=given)
+    task = SegmentTask(network, ["a", "b"], {}, lr=0.5, epochs=10, optim=optim)
+    task.updates_per_epoch = 4
+    made = task.configure_optimizers()
+    rates = []
+    for update in (0, 10, 30):
+        made["lr_scheduler"]["scheduler"].step_update(update)
+        rates.append(made["optimizer"].param_groups[0]["lr"])
+    assert rates == pytest.approx([0.5 * (1 - done / 40) ** power for done in (0, 10, 30)])

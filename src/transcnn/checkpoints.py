@@ -13,6 +13,7 @@ import pickle
 import re
 from collections import Counter
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 
-__all__ = ["convert_state_dict", "load_checkpoint"]
+__all__ = ["convert_state_dict", "load_body", "load_checkpoint"]
 
 Model = TypeVar("Model", bound=nn.Module)
 _logger = logging.getLogger(__name__)
@@ -69,6 +70,56 @@ def load_checkpoint(model: Model, path: str | Path, *, strict: bool = True) -> M
         UserError: No such file, one that can't be read or would run code, or tensors that are missing, unexpected or
             of another shape (all of them listed).
     """
+    match = _match(model, path)
+    lists = {"missing": match.missing, "unexpected": match.unexpected, "of another shape": match.misshapen}
+    problems = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in lists.items() if names)
+    if problems and (strict or not match.fitting):
+        raise UserError(f"{path} does not fit this {type(model).__name__}: {problems}")
+    model.load_state_dict(match.fitting, strict=False)
+    if match.fresh:
+        _logger.warning("%s is for another number of classes: %s stay fresh", path, ", ".join(match.fresh))
+    if problems:
+        _logger.warning("%s fits in part, what is missing or of another shape stays fresh: %s", path, problems)
+    return model
+
+
+def load_body(body: nn.Module, path: str | Path) -> tuple[int, list[str]]:
+    """Load what a file holds for ``body``, the layers below a decoder or detector; the rest of the file is left out.
+
+    Args:
+        body: A network of timm with ``features_only``, of this package or another.
+        path: A classifier's weights, or those of a network with such a body and something else on top.
+
+    Returns:
+        How many tensors were loaded, and the names of those that were left out.
+
+    Raises:
+        UserError: As :func:`load_checkpoint`; a tensor of ``body`` that is missing or of another shape.
+    """
+    match = _match(body, path)
+    lacks = [*match.missing, *match.misshapen]
+    if lacks:
+        known = len(match.fitting) + len(lacks)
+        raise UserError(
+            f"{path} is of another network: {len(lacks)} of the backbone's {known} tensors are missing or of another "
+            f"shape, such as {', '.join(lacks[:3])}"
+        )
+    body.load_state_dict(match.fitting)
+    return len(match.fitting), match.unexpected
+
+
+@dataclass
+class _Match:
+    """A file's tensors beside a model's: names and values that fit, names that don't."""
+
+    fitting: dict[str, Tensor]
+    fresh: list[str]  # a head for other classes
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: list[str]
+
+
+def _match(model: nn.Module, path: str | Path) -> _Match:
     content = convert_state_dict(_read(Path(path)), model)
     wanted = model.state_dict()
     found = {name: value for name, value in content.items() if isinstance(value, Tensor)}
@@ -84,17 +135,7 @@ def load_checkpoint(model: Model, path: str | Path, *, strict: bool = True) -> M
         else:
             fitting[name] = value
     missing = [name for name in wanted if name not in found and name not in fresh]
-
-    lists = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-    problems = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in lists.items() if names)
-    if problems and (strict or not fitting):
-        raise UserError(f"{path} does not fit this {type(model).__name__}: {problems}")
-    model.load_state_dict(fitting, strict=False)
-    if fresh:
-        _logger.warning("%s is for another number of classes: %s stay fresh", path, ", ".join(fresh))
-    if problems:
-        _logger.warning("%s fits in part, what is missing or of another shape stays fresh: %s", path, problems)
-    return model
+    return _Match(fitting, fresh, missing, unexpected, misshapen)
 
 
 def convert_state_dict(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:

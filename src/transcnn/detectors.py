@@ -66,7 +66,7 @@ class Detector(nn.Module):
         self.net = net
         self.offset = offset
         self.in_chans = in_chans
-        self.pretrained_cfg = getattr(self.body, "pretrained_cfg", None) or {}
+        self.pretrained_cfg = {**(getattr(self.body, "pretrained_cfg", None) or {}), "classifier": self._class_layers()}
 
     @property
     def body(self) -> nn.Module:
@@ -89,6 +89,13 @@ class Detector(nn.Module):
         if self.training:
             return found
         return [{**row, "labels": row["labels"] - self.offset} for row in found]
+
+    def _class_layers(self) -> list[str]:
+        """The layers whose size depends on the number of classes, as ``load_checkpoint`` asks."""
+        layers = ("head.classification_head.cls_logits", "roi_heads.box_predictor.cls_score")
+        layers += ("roi_heads.box_predictor.bbox_pred", "roi_heads.mask_predictor.mask_fcn_logits")
+        known = dict(self.net.named_modules())
+        return [f"net.{layer}" for layer in layers if layer in known]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Less memory for about a third more time in the backbone."""

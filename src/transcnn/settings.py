@@ -23,7 +23,8 @@ class Optim:
         betas: The optimizer's betas, if it has any.
         momentum: The optimizer's momentum, if it has any.
         sched: Schedule of the rate: cosine, step, poly, constant, ... (those of ``timm.scheduler``).
-        milestones: Epochs after which ``multistep`` divides the rate by ten.
+        milestones: Epochs after which ``multistep`` multiplies the rate by ``decay_rate``.
+        decay_rate: What ``step`` and ``multistep`` multiply the rate by (without it 0.1); the power of ``poly`` (0.9).
         warmup_epochs: Epochs of linear warm-up, of which a part is fine; they count among ``epochs``.
         warmup_lr: Rate at the start of the warm-up.
         min_lr: Rate at the end of the cosine.
@@ -40,6 +41,7 @@ class Optim:
     momentum: float = 0.9
     sched: str = "cosine"
     milestones: list[int] | None = None
+    decay_rate: float | None = None
     warmup_epochs: float = 2.0
     warmup_lr: float = 1e-6
     min_lr: float = 1e-6

@@ -18,7 +18,8 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from . import callbacks as cb
 from .checkpointing import KeepWeights, newest_good, note
-from .checkpoints import load_checkpoint
+from .checkpoints import load_body, load_checkpoint
+from .data.sources import few
 from .engine import choose_precision, keep_freed_memory, quiet_libraries
 from .errors import UserError
 from .evaluate import measure, write_results
@@ -100,7 +101,8 @@ def train(
         seed: Of the weights, the split, the order and the augmentation.
         precision: auto is bf16 where the processor has it, else 32; 16 needs a GPU.
         resume: A run's directory or last.ckpt: go on exactly where it stopped, with its settings.
-        init_from: Weights to start from: a run's directory, a checkpoint of ours or a published one.
+        init_from: Weights to start from: a run's directory, a checkpoint of ours or a published one. To segment or
+            detect, those of a classifier (or of another decoder) are taken for the backbone.
         pretrained: Start from the model's published weights.
         plug: Put H-MHSA after these modules of any CNN, with commas, patterns, or auto (see transcnn plug MODEL).
         model_args: Further arguments of the model, such as {stem_stride: 1}.
@@ -217,28 +219,48 @@ def _build(s: SimpleNamespace, splits: Any, task_args: dict[str, Any]) -> tuple[
         **args,
         **drop_path,
     )
+    # What is plugged, and what a classifier's weights are for.
+    host: torch.nn.Module = network if s.task == "classify" else network.body  # pyright: ignore
     start = _find_weights(s.init_from) if s.init_from else None
-    held = _plugged_in(start) if start else None
+    info = _info_of(start) if start else {}
+    held = (info.get("model_args") or {}).get("plug")
+    whole = host is network or _kind(info.get("task"), info.get("task_args")) == _kind(s.task, task_args)
     if start and not held:
-        load_checkpoint(network, start)
+        _take(s, network if whole else host, start, whole)
     if where := s.plug or given or held:
         if isinstance(where, str):
             size = data_config_of(network, splits.in_chans, s.img_size)["input_size"]
-            plug_in(network, where, example=torch.zeros(1, *size))
+            plug_in(host, where, example=torch.zeros(1, *size))
         else:
-            plug_like(network, where)
-        args["plug"] = plug_spec(network)
+            plug_like(host, where)
+        args["plug"] = plug_spec(host)
     if start and held:
-        load_checkpoint(network, start)
+        _take(s, network if whole else host, start, whole)
     if s.grad_checkpointing:
         network.set_grad_checkpointing(True)  # pyright: ignore
     return network, args
 
 
-def _plugged_in(weights: Path) -> Any:
-    """What a file of ours says of the H-MHSA that its weights are for."""
-    info = read_info(weights) if weights.suffix in (".safetensors", ".ckpt") and weights.is_file() else {}
-    return (info.get("model_args") or {}).get("plug")
+def _take(s: SimpleNamespace, part: torch.nn.Module, weights: Path, whole: bool) -> None:
+    """Load a file's weights into the network, or into its backbone alone and say so."""
+    if whole:
+        load_checkpoint(part, weights)
+        return
+    count, unused = load_body(part, weights)
+    if not s.quiet:
+        rest = f", not taken: {few(unused)}" if unused else ""
+        print(f"backbone: {count} tensors of {weights}; all else starts anew{rest}", file=sys.stderr)
+
+
+def _info_of(weights: Path) -> dict[str, Any]:
+    """What a file of ours says of its network; nothing for files of others."""
+    return read_info(weights) if weights.suffix in (".safetensors", ".ckpt") and weights.is_file() else {}
+
+
+def _kind(task: str | None, task_args: dict[str, Any] | None) -> tuple[str, str]:
+    """What is on top of a network's backbone; published weights are classifiers'."""
+    args = task_args or {}
+    return task or "classify", args.get("decoder") or args.get("detector") or ""
 
 
 def _find_weights(source: str) -> Path:

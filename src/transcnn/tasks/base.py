@@ -214,12 +214,14 @@ class Task(L.LightningModule):
             **extra,
         )
         updates = self.updates_per_epoch
+        usual = 0.9 if o.sched == "poly" else 0.1
         try:
             scheduler, _ = create_scheduler_v2(
                 optimizer,
                 o.sched,
                 num_epochs=self.epochs,
                 decay_milestones=o.milestones or [],
+                decay_rate=usual if o.decay_rate is None else o.decay_rate,
                 warmup_epochs=round(o.warmup_epochs * updates) / updates,  # pyright: ignore  (whole updates)
                 warmup_lr=min(o.warmup_lr, self.lr),
                 min_lr=min(o.min_lr, self.lr),
