@@ -98,15 +98,20 @@ class History(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         loss = pl_module.last_loss.double()
+        if not torch.isfinite(loss):  # the update is left out, see SkipNonFinite
+            return
         self.losses = loss if self.losses is None else self.losses.to(loss.device) + loss
         self.batches += 1
         self.images += len(batch[0]) * trainer.world_size
         self.train_seconds = time.monotonic() - self.epoch_began
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        loss = trainer.strategy.reduce(self.losses / self.batches, reduce_op="mean")  # pyright: ignore
+        losses = torch.zeros((), dtype=torch.double) if self.losses is None else self.losses
+        sums = torch.stack([losses.to(pl_module.device), losses.new_tensor(self.batches).to(pl_module.device)])
+        total, batches = trainer.strategy.reduce(sums, reduce_op="sum").tolist()  # pyright: ignore
+        loss = total / max(1, batches)
         lr = max(group["lr"] for group in trainer.optimizers[0].param_groups)
-        values = {name: float(value) for name, value in trainer.callback_metrics.items()} | {"train_loss": float(loss)}
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()} | {"train_loss": loss}
         row: dict[str, Any] = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
         row |= {name: f"{value:.6g}" for name, value in sorted(values.items())}
         row["lr"] = f"{lr:.6g}"
@@ -114,7 +119,7 @@ class History(Callback):
         row["seconds"] = f"{time.monotonic() - self.epoch_began:.2f}"
         self.rows.append(row)
         for logger in trainer.loggers:
-            logger.log_metrics({"train_loss": float(loss), "lr": lr}, trainer.global_step)
+            logger.log_metrics({"train_loss": loss, "lr": lr}, trainer.global_step)
         if trainer.is_global_zero:
             write_whole(self.path, self._write)
             if not self.quiet:

@@ -6,34 +6,31 @@ import inspect
 import os
 import signal
 import sys
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import lightning as L
 import torch
-import yaml
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from . import callbacks as cb
-from .checkpointing import KeepWeights, newest_good, note
+from .checkpointing import KeepWeights, newest_good
 from .checkpoints import load_body, load_checkpoint
 from .data.sources import few
 from .engine import choose_precision, keep_freed_memory, quiet_libraries
-from .errors import UserError
 from .evaluate import measure, write_results
+from .faults import GoBack, SkipNonFinite
+from .given import as_yaml, check, find_resumed, plain, resumed_settings
 from .plug import plug as plug_in
 from .plug import plug_like, plug_spec
-from .runs import build_network, clear_leavings, data_config_of, load, new_run_dir, read_info, write_whole
+from .runs import build_network, data_config_of, load, new_run_dir, read_info, write_whole
 from .settings import Augment, Detect, Ema, Optim, Segment
 from .tasks import get_task
 from .tasks.base import Task
 
 __all__ = ["TrainResult", "train"]
-
-# What a resumed run may have otherwise than the run it goes on with; all else decides what is learnt.
-FREE = {"data", "resume", "out", "epochs", "num_workers", "early_stop", "save_every", "accelerator", "quiet"}
 
 
 @dataclass
@@ -74,6 +71,8 @@ def train(
     num_workers: int | None = None,
     early_stop: int | None = None,
     save_every: int | None = None,
+    nonfinite: Literal["halve", "stop"] = "halve",
+    max_nonfinite: int = 10,
     grad_checkpointing: bool = False,
     channels_last: bool = True,
     accelerator: str = "auto",
@@ -118,6 +117,9 @@ def train(
         num_workers: Processes that read images; without it, one for each core but one, and none for images in memory.
         early_stop: Stop after this many epochs without a better validation score.
         save_every: Write last.ckpt each this many updates, not only after each epoch.
+        nonfinite: What to do about max_nonfinite updates in a row whose gradients are not finite: go back to the last
+            checkpoint with half the learning rate (three times at most), or stop; nonfinite.json then holds the cause.
+        max_nonfinite: Fewer such updates in a row are left out, counted and noted in faults.log.
         grad_checkpointing: Less memory for about a third more time.
         channels_last: The memory format that is usually quicker.
         accelerator: cpu, gpu, or auto.
@@ -131,17 +133,23 @@ def train(
         UserError: Data, model or settings that can't be used, or a run directory that can't be written to.
         KeyboardInterrupt: The run was asked to stop (:class:`~transcnn.callbacks.Interrupted`), after a checkpoint.
     """
-    settings = _plain(dict(locals()))
-    resumed = _find_resumed(resume) if resume else None
+    settings = plain(dict(locals()))
+    resumed = find_resumed(resume) if resume else None
     if resumed:
-        settings = _resumed_settings(settings, resumed)
+        defaults = plain({name: p.default for name, p in inspect.signature(train).parameters.items()})
+        settings = resumed_settings(settings, defaults, resumed)
     with quiet_libraries():
-        return _run(SimpleNamespace(**settings), resumed)
+        lr_factor = None
+        while True:
+            try:
+                return _run(SimpleNamespace(**settings), resumed, lr_factor)
+            except GoBack as back:  # noqa: PERF203  (three times at most)
+                resumed, lr_factor = newest_good(back.run_dir)[0], back.lr_factor
 
 
-def _run(s: SimpleNamespace, resumed: Path | None) -> TrainResult:
+def _run(s: SimpleNamespace, resumed: Path | None, lr_factor: float | None) -> TrainResult:
     """Build everything, fit, measure."""
-    _check(s)
+    check(s)
     keep_freed_memory()
     L.seed_everything(s.seed, verbose=False)
     task_class = get_task(s.task)
@@ -167,9 +175,12 @@ def _run(s: SimpleNamespace, resumed: Path | None) -> TrainResult:
 
     info = {"model": s.model, "model_args": args, "class_names": splits.class_names, "data_config": config}
     info |= {"task": s.task, "task_args": task_args, "data": splits.name}
-    run_dir = resumed.parent if resumed and s.out is None else new_run_dir(s.out, s.model, splits.name)
+    here = resumed is not None and (s.out is None or Path(s.out).resolve() == resumed.parent.resolve())
+    run_dir = resumed.parent if resumed and here else new_run_dir(s.out, s.model, splits.name)
     keep = KeepWeights(run_dir, info, vars(s), s.save_every)
-    trainer = _trainer(s, run_dir, [cb.Ema(ema.ema_decay, ema.ema_warmup)] if ema.ema else [], keep, task_class)
+    skip = SkipNonFinite(run_dir, keep, s.max_nonfinite, s.nonfinite == "halve", lr_factor)
+    averages = [cb.Ema(ema.ema_decay, ema.ema_warmup)] if ema.ema else []
+    trainer = _trainer(s, run_dir, [*averages, skip], keep, task_class)
     images = s.batch_size * trainer.world_size  # a step
     learner = task_class(
         network,
@@ -186,7 +197,7 @@ def _run(s: SimpleNamespace, resumed: Path | None) -> TrainResult:
     batches = min(max(1, len(splits.train) // images), s.limit_batches or sys.maxsize)
     learner.updates_per_epoch = -(-batches // optim.accumulate)
     if trainer.is_global_zero:
-        write_whole(run_dir / "config.yaml", lambda path: path.write_text(_as_yaml(s)))
+        write_whole(run_dir / "config.yaml", lambda path: path.write_text(as_yaml(s)))
         if not s.quiet:
             _announce(s, splits, network, config, run_dir, trainer)
     _fit(trainer, learner, loaders, resumed)
@@ -322,73 +333,6 @@ def _finish(
         print(f"{learner.headline(metrics)} on {metrics['images']} {what} (epoch {keep.best_epoch} of {s.epochs})")
         print(f"report: {run_dir / 'report' / 'index.html'}")
     return TrainResult(run_dir, metrics)
-
-
-# --- settings -------------------------------------------------------------------------------------------------------
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses and tuples as what YAML and a checkpoint can hold."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _defaults() -> dict[str, Any]:
-    return _plain({name: p.default for name, p in inspect.signature(train).parameters.items()})
-
-
-def _find_resumed(resume: str) -> Path:
-    path = Path(resume)
-    if path.is_file() and path.name != "last.ckpt":
-        return path
-    path, remark = newest_good(path.parent if path.is_file() else path)
-    clear_leavings(path.parent)
-    if remark:
-        note(path.parent, remark)
-        print(f"transcnn: {remark}", file=sys.stderr)
-    return path
-
-
-def _resumed_settings(given: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """The settings of the run that goes on; of the given ones only those of ``FREE`` can change them."""
-    saved = read_info(checkpoint).get("settings")
-    if not saved:
-        raise UserError(f"{checkpoint} was not written by transcnn train; to start from its weights use --init_from")
-    defaults = _defaults()
-    settings = {**defaults, **saved}
-    for name, value in given.items():
-        if value == defaults[name] or value == settings[name]:
-            continue
-        if name not in FREE:
-            raise UserError(f"a resumed run keeps its settings: {name} is {settings[name]} there, got {value}")
-        settings[name] = value
-    return {**settings, "resume": given["resume"], "out": given["out"]}
-
-
-def _check(s: SimpleNamespace) -> None:
-    for name, value, least in (
-        ("epochs", s.epochs, 1),
-        ("batch_size", s.batch_size, 1),
-        ("img_size", s.img_size, 1),
-        ("accumulate", s.optim["accumulate"], 1),
-        ("early_stop", s.early_stop, 1),
-        ("save_every", s.save_every, 1),
-        ("limit_batches", s.limit_batches, 1),
-    ):
-        if value is not None and value < least:
-            raise UserError(f"{name} must be {least} or more, got {value}")
-    if s.lr <= 0:
-        raise UserError(f"lr must be above 0, got {s.lr}")
-    for name in ("smoothing", "mix_prob"):
-        if not 0 <= s.augment[name] <= 1:
-            raise UserError(f"{name} must be from 0 to 1, got {s.augment[name]}")
-
-
-def _as_yaml(s: SimpleNamespace) -> str:
-    return yaml.safe_dump(vars(s), sort_keys=False, allow_unicode=True)
 
 
 def _announce(

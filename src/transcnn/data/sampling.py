@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from torch.utils.data import DataLoader, DistributedSampler
 
+from ..errors import UserError
 from .randomness import sample_seeds
 
 __all__ = ["EpochSampler", "Loader", "Sample"]
@@ -54,15 +55,19 @@ class EpochSampler(DistributedSampler):
         self.epoch, self.start = epoch, samples
 
     def __iter__(self) -> Iterator[Sample]:
-        order = np.arange(self.length)
-        if self.training:
-            order = np.random.default_rng(int(sample_seeds(self.seed, self.epoch, [-1])[0])).permutation(order)
-        mine = order[self.rank : self.num_samples * self.num_replicas : self.num_replicas]
+        mine = self.mine()
         start, self.start = self.start, 0
         for index in mine[start:].tolist():
             yield Sample(index, self.epoch)
         for _ in range(self.num_samples - len(mine)):
             yield Sample(0, self.epoch, counts=False)
+
+    def mine(self) -> np.ndarray:
+        """The indices of this process in the present epoch, in order and without padding."""
+        order = np.arange(self.length)
+        if self.training:
+            order = np.random.default_rng(int(sample_seeds(self.seed, self.epoch, [-1])[0])).permutation(order)
+        return order[self.rank : self.num_samples * self.num_replicas : self.num_replicas]
 
 
 class Loader(DataLoader):
@@ -73,6 +78,7 @@ class Loader(DataLoader):
     """
 
     given = 0  # batches of the present epoch given so far
+    read_timeout = 600.0  # seconds that loader processes may take for a batch
 
     @property
     def order(self) -> EpochSampler:
@@ -81,9 +87,31 @@ class Loader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.given = self.order.start // (self.batch_size or 1)
-        for batch in super().__iter__():
+        self.timeout = self.read_timeout if self.num_workers else 0
+        batches: Iterator[Any] | None = None
+        while True:
+            try:
+                batches = batches or super().__iter__()
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader" not in str(error):
+                    raise
+                raise UserError(self._what_happened(str(error))) from error
             self.given += 1  # before the batch is out: whoever asks while it is worked on counts it as given
             yield batch
+
+    def _what_happened(self, error: str) -> str:
+        """A loader process that died or is stuck, with the files of the batch that was waited for."""
+        what = f"no images came for {self.read_timeout:.0f} s" if "timed out" in error else error.splitlines()[0]
+        files = ", ".join(repr(name) for name in self.names(self.given)[:4])
+        return f"{what.rstrip('.')}; the batch that was waited for begins with {files}"
+
+    def names(self, batch: int) -> list[str]:
+        """The files of a batch of the present epoch, as far as the set knows names."""
+        size, name = self.batch_size or 1, getattr(self.dataset, "name", str)
+        return [name(int(i)) for i in self.order.mine()[batch * size : (batch + 1) * size]]
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch."""

@@ -72,6 +72,7 @@ class Task(L.LightningModule):
         self.channels_last = channels_last
         self.task_args = task_args or {}
         self.updates_per_epoch = 1  # set before fitting
+        self.lr_factor = 1.0  # less after a run has gone back, see faults.SkipNonFinite
 
     # --- what a task fills in ---------------------------------------------------------------------------------------
 
@@ -238,3 +239,5 @@ class Task(L.LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """timm's schedulers are told the number of updates made."""
         scheduler.step_update(self.global_step)
+        for group in scheduler.optimizer.param_groups:
+            group["lr"] *= self.lr_factor

@@ -1,0 +1,84 @@
+"""What a run was asked for: settings as plain values, checked, kept with the run, and those of a run that goes on."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import yaml
+
+from .checkpointing import newest_good, note
+from .errors import UserError
+from .runs import clear_leavings, read_info
+
+__all__ = ["as_yaml", "check", "find_resumed", "plain", "resumed_settings"]
+
+# What a resumed run may have otherwise than the run it goes on with; all else decides what is learnt.
+FREE = {"data", "resume", "out", "epochs", "num_workers", "early_stop", "save_every", "accelerator", "quiet"}
+FREE |= {"nonfinite", "max_nonfinite"}
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and tuples as what YAML and a checkpoint can hold."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def find_resumed(resume: str) -> Path:
+    """The checkpoint that ``--resume`` means; of a run directory, the newest that is whole."""
+    path = Path(resume)
+    if path.is_file() and path.name != "last.ckpt":
+        return path
+    path, remark = newest_good(path.parent if path.is_file() else path)
+    clear_leavings(path.parent)
+    if remark:
+        note(path.parent, remark)
+        print(f"transcnn: {remark}", file=sys.stderr)
+    return path
+
+
+def resumed_settings(given: dict[str, Any], defaults: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """The settings of the run that goes on; of the given ones only those of ``FREE`` can change them."""
+    saved = read_info(checkpoint).get("settings")
+    if not saved:
+        raise UserError(f"{checkpoint} was not written by transcnn train; to start from its weights use --init_from")
+    settings = {**defaults, **saved}
+    for name, value in given.items():
+        if value == defaults[name] or value == settings[name]:
+            continue
+        if name not in FREE:
+            raise UserError(f"a resumed run keeps its settings: {name} is {settings[name]} there, got {value}")
+        settings[name] = value
+    return {**settings, "resume": given["resume"], "out": given["out"]}
+
+
+def check(s: SimpleNamespace) -> None:
+    """Raise UserError for numbers that can't be meant."""
+    for name, value, least in (
+        ("epochs", s.epochs, 1),
+        ("batch_size", s.batch_size, 1),
+        ("img_size", s.img_size, 1),
+        ("accumulate", s.optim["accumulate"], 1),
+        ("early_stop", s.early_stop, 1),
+        ("save_every", s.save_every, 1),
+        ("limit_batches", s.limit_batches, 1),
+        ("max_nonfinite", s.max_nonfinite, 1),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"{name} must be {least} or more, got {value}")
+    if s.lr <= 0:
+        raise UserError(f"lr must be above 0, got {s.lr}")
+    for name in ("smoothing", "mix_prob"):
+        if not 0 <= s.augment[name] <= 1:
+            raise UserError(f"{name} must be from 0 to 1, got {s.augment[name]}")
+
+
+def as_yaml(s: SimpleNamespace) -> str:
+    """The settings as ``config.yaml`` holds them, to be given to ``--config``."""
+    return yaml.safe_dump(vars(s), sort_keys=False, allow_unicode=True)
