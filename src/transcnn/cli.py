@@ -30,6 +30,7 @@ COMMANDS = {
     "compare": ("transcnn.compare:compare", "networks side by side: speed, memory, size"),
     "plug": ("transcnn.plug_table:plug_network", "where H-MHSA can go in a CNN, and what it costs there"),
     "export": ("transcnn.export:export", "write a trained network as a file for other engines"),
+    "pack": ("transcnn.data.pack:pack", "write data as shards with a manifest and checksums"),
     "demo": ("transcnn.demo.command:demo", "a page in the browser: answers, and where any spot looks"),
 }
 

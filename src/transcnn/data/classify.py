@@ -87,8 +87,9 @@ def open_splits(
 
     Args:
         data: None for the embedded digits; a folder of class folders, or of ``train/`` with ``val/`` or ``test/``
-            that hold them; a Parquet file or a folder of them; a local WebDataset as ``wds/PATH/{000..015}.tar``;
-            ``torch/NAME:FOLDER`` or ``hfds/NAME`` through timm's readers.
+            that hold them; a folder that ``transcnn pack`` wrote, or its URL; a Parquet file or a folder of them; other
+            WebDataset shards on a local disk as ``wds/PATH/{000..015}.tar``; ``torch/NAME:FOLDER`` or ``hfds/NAME``
+            through timm's readers. (What the hub has is downloaded before use; nothing is streamed from there.)
         val_fraction: Share of the training images that becomes the validation part.
         seed: Of that split.
         strict: Raise at the first file that can't be read, instead of leaving it out.
@@ -328,7 +329,8 @@ def make_loader(
     place: tuple[int, int] = (0, 1),
 ) -> Loader:
     """A loader over a set, in order and each image once unless ``training``; ``place`` is (rank, world size)."""
-    sampler = EpochSampler(len(images), training=training, seed=seed, rank=place[0], world_size=place[1])
+    groups = getattr(images, "groups", None)
+    sampler = EpochSampler(len(images), training=training, seed=seed, rank=place[0], world_size=place[1], groups=groups)
     workers: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 4} if num_workers else {}
     return Loader(
         images,

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from .images import is_dir, is_image_name, list_images, read_image
+from .images import is_dir, is_image_name, list_images, read_bytes, read_image
 from .sources import PARTS, Parts, Source, few
 
 __all__ = ["open_folder", "part_folder"]
@@ -44,6 +44,9 @@ class PathList:
 
     def load(self, i: int) -> Image.Image:
         return read_image(os.path.join(self.root, self.name(i)))
+
+    def raw(self, i: int) -> bytes:
+        return read_bytes(os.path.join(self.root, self.name(i)))
 
 
 def open_folder(root: Path) -> Parts:
@@ -98,7 +101,7 @@ def _class_folders(root: Path, class_names: Sequence[str] | None = None) -> Sour
     if unknown:
         raise UserError(f"{str(root)!r} holds classes that training has not: {few(unknown)}; allowed: {few(classes)}")
     labels = np.repeat([classes.index(label) for label in found], [counts[label] for label in found])
-    return Source(labels.astype(np.int64), classes, paths.load, paths.name)
+    return Source(labels.astype(np.int64), classes, paths.load, paths.name, raw=paths.raw)
 
 
 def _list_class(root: Path, label: str) -> Iterable[str]:

@@ -26,6 +26,7 @@ __all__ = [
     "is_dir",
     "is_image_name",
     "list_images",
+    "read_bytes",
     "read_ids",
     "read_image",
     "to_channels",
@@ -64,6 +65,15 @@ def read_image(source: str | os.PathLike[str] | bytes | BinaryIO) -> Image.Image
             raise BrokenImage("empty file")
         return _decode(io.BytesIO(source))
     return _decode(source)
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """A file as it lies there; raises BrokenImage with the reason where it can't be read or is empty."""
+    with _open_file(path) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise BrokenImage(error.strerror or str(error)) from error
 
 
 def read_ids(source: bytes) -> tuple[np.ndarray, list[int] | None]:

@@ -60,6 +60,7 @@ class ImageSet(Tolerant):
         self.source = source
         self.labels = source.labels[self.indices]
         self.class_names = source.class_names
+        self.groups = None if source.groups is None else source.groups[self.indices]
         self.transform = transform
         self.seed = seed
         self.epoch = 0

@@ -13,7 +13,7 @@ from timm.data import create_dataset
 
 from ..errors import UserError, require
 from .folders import part_folder
-from .images import BrokenImage, read_image
+from .images import BrokenImage, read_bytes, read_image
 from .sources import PARTS, Parts, Source, few, line
 
 __all__ = ["open_hfds", "open_torch"]
@@ -48,13 +48,19 @@ def _torch_part(name: str, root: str, split: str) -> Source:
         targets = [target for _, target in getattr(dataset, "samples", None) or dataset.imgs]
     classes = [str(value) if isinstance(value, str) else str(value[0]) for value in dataset.classes]
     labels = np.asarray(targets, dtype=np.int64).reshape(len(dataset), -1)[:, 0]
-    return Source(labels, classes, partial(_torch_load, dataset), partial(_torch_name, dataset, f"{name}/{split}"))
+    raw = partial(_torch_raw, dataset) if hasattr(dataset, "samples") else None
+    name_of = partial(_torch_name, dataset, f"{name}/{split}")
+    return Source(labels, classes, partial(_torch_load, dataset), name_of, raw=raw)
 
 
 def _torch_load(dataset: Any, i: int) -> Image.Image:
     if hasattr(dataset, "samples"):
         return read_image(dataset.samples[i][0])
     return dataset[i][0]
+
+
+def _torch_raw(dataset: Any, i: int) -> bytes:
+    return read_bytes(dataset.samples[i][0])
 
 
 def _torch_name(dataset: Any, prefix: str, i: int) -> str:
@@ -86,16 +92,21 @@ def _hfds_part(name: str, split: str) -> Source | None:
         return None
     names = sorted(reader.class_to_idx, key=reader.class_to_idx.get) if reader.class_to_idx else None
     names = names or [str(i) for i in range(int(labels.max()) + 1)]
-    return Source(labels, names, partial(_hfds_load, reader), partial(_hfds_name, reader, f"{name}/{split}"))
+    name_of = partial(_hfds_name, reader, f"{name}/{split}")
+    return Source(labels, names, partial(_hfds_load, reader), name_of, raw=partial(_hfds_raw, reader))
 
 
 def _hfds_load(reader: Any, i: int) -> Image.Image:
+    return read_image(_hfds_raw(reader, i))
+
+
+def _hfds_raw(reader: Any, i: int) -> bytes:
     try:
         file, _ = reader[i]
     except (AssertionError, OSError) as error:
         raise BrokenImage(line(error)) from error
     with file:
-        return read_image(file.read())
+        return file.read()
 
 
 def _hfds_name(reader: Any, prefix: str, i: int) -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 from ..errors import UserError, require
 from .folders import open_folder
 from .named import open_hfds, open_torch
+from .packed import is_packed, open_packed
 from .shards import open_shards
 from .sources import Parts, Source, split_stratified
 from .tables import open_parquet
@@ -28,14 +29,16 @@ def open_parts(data: str | None) -> Parts:
     """
     if data is None:
         return _digits()
+    if is_packed(data):
+        return open_packed(data)
     prefix, _, rest = os.fspath(data).partition("/")
     if not os.path.exists(data):
         opener = {"torch": open_torch, "hfds": open_hfds, "wds": open_shards}.get(prefix.lower())
         if opener and rest:
             return opener(rest)
         raise UserError(
-            f"no such data: {data!r}; allowed: a folder of class folders, a Parquet file or folder, torch/NAME, "
-            "hfds/NAME, wds/SHARDS, or nothing for the embedded digits"
+            f"no such data: {data!r}; allowed: a folder of class folders, packed data or its URL, a Parquet file or "
+            "folder, torch/NAME, hfds/NAME, wds/SHARDS, or nothing for the embedded digits"
         )
     path = Path(data)
     if path.is_dir():

@@ -14,6 +14,9 @@ from .randomness import sample_seeds
 __all__ = ["EpochSampler", "Loader", "Sample"]
 
 
+WINDOW = 8  # files, of those that are slow to get, that samples are drawn from at a time
+
+
 class Sample(NamedTuple):
     """What a sampler asks a set for. The epoch travels with the index, so loader workers need not be told of it."""
 
@@ -29,11 +32,24 @@ class EpochSampler(DistributedSampler):
     whatever R is. In training the rest that doesn't divide is left out, another in each epoch; in evaluation
     every sample is given once and the rest is filled up with samples whose ``counts`` is False.
 
+    Where ``groups`` gives the file of each sample, ``WINDOW`` files drawn at random are gone through at a time, their
+    samples in random order: few files need to have been fetched when an epoch begins.
+
     (A ``DistributedSampler``, so that Lightning leaves it in place.)
     """
 
-    def __init__(self, length: int, *, training: bool, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        length: int,
+        *,
+        training: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        groups: np.ndarray | None = None,
+    ) -> None:
         self.length = length
+        self.groups = groups
         super().__init__(
             range(length),  # pyright: ignore[reportArgumentType]  (only its length is looked at)
             world_size,
@@ -66,7 +82,12 @@ class EpochSampler(DistributedSampler):
         """The indices of this process in the present epoch, in order and without padding."""
         order = np.arange(self.length)
         if self.training:
-            order = np.random.default_rng(int(sample_seeds(self.seed, self.epoch, [-1])[0])).permutation(order)
+            rng = np.random.default_rng(int(sample_seeds(self.seed, self.epoch, [-1])[0]))
+            if self.groups is not None:
+                turn = rng.permutation(self.groups.max(initial=0) + 1)[self.groups]  # when each sample's file comes
+                order = np.lexsort((rng.random(self.length), turn // WINDOW))
+            else:
+                order = rng.permutation(order)
         return order[self.rank : self.num_samples * self.num_replicas : self.num_replicas]
 
 
@@ -95,6 +116,8 @@ class Loader(DataLoader):
                 batch = next(batches)
             except StopIteration:
                 return
+            except UserError as error:  # a worker's comes with its traceback in the text
+                raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
             except RuntimeError as error:
                 if "DataLoader" not in str(error):
                     raise

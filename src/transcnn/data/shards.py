@@ -1,10 +1,13 @@
-"""WebDataset shards on a local disk: tar files of images, each with its class in a ``.cls`` beside it."""
+"""WebDataset shards on a local disk: tar files of images, each with its class in a ``.cls`` beside it.
+
+These are shards that others wrote; those of ``transcnn pack`` have an index as well (:mod:`.packed`).
+"""
 
 from __future__ import annotations
 
-import io
 import os
 import tarfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ from ..errors import UserError, require
 from .images import BrokenImage, is_image_name, read_image
 from .sources import PARTS, Parts, Source, few, line, part_of, read_class_names
 
-__all__ = ["open_shards"]
+__all__ = ["Contents", "open_shards", "read_contents"]
+
+MOST_CLASSES = 1 << 20  # a label above this is none
 
 
 class Members:
@@ -29,14 +34,54 @@ class Members:
     def name(self, i: int) -> str:
         return self.names[i]
 
-    def load(self, i: int) -> Image.Image:
+    def raw(self, i: int) -> bytes:
         number, offset, size = self.at[i]
         try:
             with open(self.files[number], "rb") as file:
                 file.seek(offset)
-                return read_image(file.read(size))
+                return file.read(size)
         except OSError as error:
             raise BrokenImage(error.strerror or str(error)) from error
+
+    def load(self, i: int) -> Image.Image:
+        return read_image(self.raw(i))
+
+
+@dataclass
+class Contents:
+    """A shard's table of contents, as far as it could be read.
+
+    Attributes:
+        images: Stem -> (offset, size) of the image.
+        classes: Stem -> number of its class.
+        problem: Why there is no more; "" where this is all.
+    """
+
+    images: dict[str, tuple[int, int]] = field(default_factory=dict)
+    classes: dict[str, int] = field(default_factory=dict)
+    problem: str = ""
+
+
+def read_contents(path: str) -> Contents:
+    """Read the headers of a tar of samples, and the classes; nothing is unpacked, and images are not read."""
+    found = Contents()
+    try:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            end = os.fstat(file.fileno()).st_size
+            for member in tar:
+                stem, dot, kind = member.name.rpartition(".")
+                if not member.isreg() or not dot:
+                    continue
+                if not 0 <= member.size <= end - member.offset_data:
+                    raise ValueError(f"{member.name!r} would end behind the end of the file")
+                if kind == "cls":
+                    file.seek(member.offset_data)
+                    found.classes[stem] = int(file.read(min(member.size, 20)))
+                elif is_image_name(os.path.basename(member.name)):
+                    found.images[stem] = (member.offset_data, member.size)
+    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:
+        found.problem = f"damaged shard: {line(error)}"
+    return found
 
 
 def open_shards(pattern: str) -> Parts:
@@ -77,31 +122,20 @@ def _shards_part(files: list[str], names: list[str] | None) -> Source:
     members, labels, broken = Members(), [], []
     for number, path in enumerate(files):
         members.files.append(path)
-        images: dict[str, tuple[int, int, int]] = {}
-        classes: dict[str, int] = {}
-        try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    stem, dot, kind = member.name.rpartition(".")
-                    if not member.isfile() or not dot:
-                        continue
-                    if kind == "cls":
-                        classes[stem] = int((tar.extractfile(member) or io.BytesIO()).read(20))
-                    elif is_image_name(os.path.basename(member.name)):
-                        images[stem] = (number, member.offset_data, member.size)
-        except (tarfile.TarError, OSError, ValueError) as error:
-            broken.append((path, f"damaged shard: {line(error)}"))
-        for stem, place in images.items():
-            if classes.get(stem, -1) < 0:
+        contents = read_contents(path)
+        if contents.problem:
+            broken.append((path, contents.problem))
+        for stem, (offset, size) in contents.images.items():
+            if not 0 <= contents.classes.get(stem, -1) < MOST_CLASSES:
                 broken.append((f"{path}/{stem}", "no class beside it"))
                 continue
-            members.at.append(place)
+            members.at.append((number, offset, size))
             members.names.append(f"{os.path.basename(path)}/{stem}")
-            labels.append(classes[stem])
+            labels.append(contents.classes[stem])
     if not labels:
         raise UserError(f"no samples in {few(files)}; expected images with a .cls file each")
     numbers = np.array(labels, dtype=np.int64)
     names = names or [str(i) for i in range(numbers.max() + 1)]
     if numbers.max() >= len(names):
         raise UserError(f"{few(files)} has labels up to {numbers.max()}; allowed: 0 to {len(names) - 1}")
-    return Source(numbers, names, members.load, members.name, broken)
+    return Source(numbers, names, members.load, members.name, broken, raw=members.raw)

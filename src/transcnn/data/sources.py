@@ -29,6 +29,8 @@ class Source:
         load: Index -> decoded image; raises BrokenImage.
         name_of: Index -> the image's name, for reports.
         broken: (name, reason) of what was found but is no image at all.
+        raw: Index -> the image's bytes as they lie there, where there are any; raises BrokenImage.
+        groups: For each image the file that it lies in, where going from one to another is slow; else None.
     """
 
     labels: np.ndarray
@@ -36,6 +38,8 @@ class Source:
     load: Callable[[int], Image.Image]
     name_of: Callable[[int], str]
     broken: list[tuple[str, str]] = field(default_factory=list)
+    raw: Callable[[int], bytes] | None = None
+    groups: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

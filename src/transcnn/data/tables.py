@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError, require
-from .images import BrokenImage, read_image
+from .images import BrokenImage, read_bytes, read_image
 from .sources import PARTS, Parts, Source, few, line, part_of, read_class_names
 
 __all__ = ["open_parquet"]
@@ -71,7 +71,7 @@ def _parquet_part(files: list[Path], folder: Path, names: list[str] | None) -> S
     if not len(labels):
         raise UserError(f"no rows in {few([str(file) for file in files])}")
     rows = Rows(table[image], folder, "+".join(file.stem for file in files[:1]))
-    return Source(labels, class_names, rows.load, rows.name)
+    return Source(labels, class_names, rows.load, rows.name, raw=rows.raw)
 
 
 class Rows:
@@ -86,17 +86,20 @@ class Rows:
         return path or f"{self.title}/{i}"
 
     def load(self, i: int) -> Image.Image:
+        return read_image(self.raw(i))
+
+    def raw(self, i: int) -> bytes:
         value = self.column[i].as_py()
         if isinstance(value, dict):
             if value.get("bytes") is None and value.get("path"):
                 path = (self.folder / value["path"]).resolve()
                 if not path.is_relative_to(self.folder):
                     raise BrokenImage(f"its path leads out of the data's folder: {value['path']}")
-                return read_image(path)
+                return read_bytes(path)
             value = value.get("bytes")
         if not isinstance(value, bytes):
             raise BrokenImage("no image in this row")
-        return read_image(value)
+        return value
 
 
 def _column(columns: Sequence[str], known: Sequence[str], file: Path) -> str:
