@@ -121,7 +121,8 @@ ARROWS = {
     "attention": set(),
     "checkpoints": {"errors"},
     "levels": {"errors"},
-    "backbone": {"attention", "checkpoints", "errors", "levels"},
+    "blocks": {"attention"},
+    "backbone": {"attention", "blocks", "checkpoints", "errors", "levels"},
     "plots": {"errors"},
     "report": {"plots", "errors"},
 }

@@ -14,7 +14,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._pytree import tree_map_only
 
 from .attention import HMHSA, LocalStep
-from .backbone import Block, ConvDownsample, DualDownsample, StridedConv2d, TransCNN
+from .backbone import TransCNN
+from .blocks import Block, ConvDownsample, DualDownsample, StridedConv2d
 from .errors import UserError
 from .kernels.grid import KernelLocalStep
 from .kernels.tokens import FastBlock, FastDualDownsample, FastHMHSA, Frozen, OnTokens, affine

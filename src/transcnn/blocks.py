@@ -1,0 +1,158 @@
+"""What a stage of TransCNN and HAT-Net is made of: blocks, and the downsampling before them.
+
+All take and give maps (B, C, H, W). Letters as in :mod:`transcnn.attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+from timm.layers import DropPath
+from timm.models import checkpoint_seq
+from torch import Tensor, nn
+
+from .attention import HMHSA
+
+__all__ = ["Block", "ConvDownsample", "DualDownsample", "InvertedResidual", "Stage", "StridedConv2d"]
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expansion, depthwise convolution, 1x1 projection, (B, C, H, W) -> (B, C, H, W); no residual inside.
+
+    ``pre_norm=False`` (TransCNN) normalises after each convolution, ``pre_norm=True`` (HAT-Net) before the first and
+    after the last.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        expansion: int,
+        kernel_size: int,
+        *,
+        pre_norm: bool,
+        norm_layer: Callable[[int], nn.Module],
+        act_layer: Callable[[], nn.Module],
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        hidden = dim * expansion
+        expand = nn.Conv2d(dim, hidden, 1, bias=False, **dd)
+        depthwise = nn.Conv2d(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden, bias=False, **dd)
+        project = nn.Conv2d(hidden, dim, 1, bias=False, **dd)
+        if pre_norm:
+            self.conv1 = nn.Sequential(norm_layer(dim), expand, act_layer())
+            self.conv2 = nn.Sequential(depthwise, act_layer())
+        else:
+            self.conv1 = nn.Sequential(expand, norm_layer(hidden), act_layer())
+            self.conv2 = nn.Sequential(depthwise, norm_layer(hidden), act_layer())
+        self.conv3 = nn.Sequential(project, norm_layer(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return self.conv3(self.conv2(self.conv1(x)))
+
+
+class Block(nn.Module):
+    """x + DropPath(H-MHSA(x)), then x + DropPath(InvertedResidual(x)); (B, C, H, W) -> (B, C, H, W).
+
+    ``proj_norm`` is a layer that the published HAT-Net weights hold and its forward pass never uses. It is kept so that
+    parameter counts and checkpoints are the published ones, and frozen so that optimizers and DDP pass it by.
+    """
+
+    def __init__(
+        self, attn: HMHSA, irb: InvertedResidual, drop_path: float = 0.0, proj_norm: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.attn = attn
+        self.irb = irb
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        if proj_norm is not None:
+            self.proj_norm = proj_norm.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        x = x + self.drop_path(self.attn(x))
+        return x + self.drop_path(self.irb(x))
+
+
+class StridedConv2d(nn.Conv2d):
+    """A 3x3 convolution that can train in bfloat16 on maps one column wide, (B, C, H, W) -> (B, C', ⌈H/s⌉, ⌈W/s⌉).
+
+    Where the stride s is 2, PyTorch's processor kernels leave the weight gradient's columns that see padding alone
+    unwritten: whatever lay in memory, often NaN, would be learnt. A column of zeros, as the padding's, mends it.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 2, **dd: Any) -> None:
+        super().__init__(in_channels, out_channels, 3, stride=stride, padding=1, **dd)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', ⌈H/s⌉, ⌈W/s⌉)."""
+        return super().forward(_two_columns(input) if self.stride[1] == 2 else input)
+
+
+def _two_columns(x: Tensor) -> Tensor:
+    """A map one column wide, where gradients are wanted, with a column of zeros beside it; others as they are."""
+    if torch.is_grad_enabled() and not torch.compiler.is_exporting() and x.shape[-1] == 1:  # files take any size
+        return nn.functional.pad(x, (0, 1))
+    return x
+
+
+torch.fx.wrap("_two_columns")  # its branch on the size can't be traced
+
+
+class ConvDownsample(nn.Module):
+    """HAT-Net's halving: conv3x3/2, norm; (B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
+
+    def __init__(self, in_chs: int, out_chs: int, *, norm_layer: Callable[[int], nn.Module], **dd: Any) -> None:
+        super().__init__()
+        self.conv = StridedConv2d(in_chs, out_chs, **dd)
+        self.norm = norm_layer(out_chs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
+        return self.norm(self.conv(x))
+
+
+class DualDownsample(nn.Module):
+    """TransCNN's halving, a convolution and a pooling branch summed; (B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        *,
+        norm_layer: Callable[[int], nn.Module],
+        act_layer: Callable[[], nn.Module],
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        self.conv = StridedConv2d(in_chs, out_chs, **dd)
+        self.norm1 = norm_layer(out_chs)
+        self.pool = nn.MaxPool2d(2, ceil_mode=True)  # rounds odd sizes up, as the strided convolution does
+        self.residual = nn.Conv2d(in_chs, out_chs, 1, **dd)
+        self.norm2 = norm_layer(out_chs)
+        self.act = act_layer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
+        return self.act(self.norm1(self.conv(x)) + self.norm2(self.residual(self.pool(x))))
+
+
+class Stage(nn.Module):
+    """A downsampling and a row of blocks, (B, C, H, W) -> (B, C', H', W')."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[Block]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        x = self.downsample(x)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
