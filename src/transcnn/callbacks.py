@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .checkpointing import KeepWeights, can_save
 from .errors import UserError
+from .processes import world
 from .runs import write_whole
 
 __all__ = ["Bar", "Ema", "Events", "History", "Interrupted", "Stop", "StopOnSignal"]
@@ -153,7 +154,7 @@ class StopOnSignal(Callback):
 
     def __init__(self, keep: KeepWeights) -> None:
         self.keep = keep
-        self.asked = 0
+        self.asked, self.asked_at = 0, 0.0
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -175,9 +176,12 @@ class StopOnSignal(Callback):
         self._restore()
 
     def _ask(self, signum: int, frame: Any) -> None:
-        if self.asked and signum == signal.SIGINT:
+        now = time.monotonic()
+        # torchrun hands on the Ctrl-C that the terminal has sent to each process already.
+        handed_on = world() > 1 and now - self.asked_at < 2
+        if self.asked and signum == signal.SIGINT and not handed_on:
             raise KeyboardInterrupt
-        self.asked = signum
+        self.asked, self.asked_at = signum, now
 
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
         asked = self.asked

@@ -58,11 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse(name, function, arguments)
         function(**arguments)
     except UserError as error:
-        return _fail(str(error))
+        return 2 if error.told else _fail(str(error))
     except SystemExit as error:  # --help and --print_config end so
         return error.code if isinstance(error.code, int) else 0
     except KeyboardInterrupt as error:
-        print(f"transcnn: stopped {error}".strip(), file=sys.stderr)
+        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+            print(f"transcnn: stopped {error}".strip(), file=sys.stderr)
         return 0 if getattr(error, "signum", None) == signal.SIGTERM else 130
     except BrokenPipeError:  # the reader of our output went away, as head does
         sys.stderr.close()

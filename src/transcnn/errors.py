@@ -9,7 +9,13 @@ __all__ = ["UserError", "require"]
 
 
 class UserError(ValueError):
-    """Something the user can mend: one clear line, shown by the command line without a traceback, exit code 2."""
+    """Something the user can mend: one clear line, shown by the command line without a traceback, exit code 2.
+
+    Attributes:
+        told: Another process of the same run says it already.
+    """
+
+    told = False
 
 
 def require(module: str, extra: str) -> ModuleType:

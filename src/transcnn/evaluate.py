@@ -15,6 +15,7 @@ import torch
 
 from .engine import choose_precision, quiet_libraries
 from .errors import UserError
+from .processes import gather, launch, placement, rank, world
 from .runs import Loaded, load, write_whole
 from .tasks import get_task
 from .tasks.base import Task
@@ -31,6 +32,8 @@ def evaluate(
     img_size: int | None = None,
     precision: Literal["auto", "32", "bf16", "16"] = "32",
     accelerator: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
     val_fraction: float = 0.1,
     seed: int = 0,
     strict_data: bool = False,
@@ -47,10 +50,13 @@ def evaluate(
         checkpoint: A run's directory, a .safetensors or .ckpt of ours, or the name of a published model.
         data: As for transcnn train; without it, what the network was trained on.
         split: The part to score on; auto is the test part, else the validation part, else everything.
-        batch_size: Images at a time.
+        batch_size: Images at a time, in each process.
         img_size: Another size than the network was trained at.
         precision: Arithmetic; 32 is exact, auto is bf16 where the processor has it.
         accelerator: cpu, gpu, or auto.
+        devices: Processes on this machine, each with a device and a share of the images. Under torchrun or Slurm
+            theirs count.
+        num_nodes: Machines; on each the same command runs.
         val_fraction: Where data has no validation part: the share that training held back.
         seed: And the seed it was held back with.
         strict_data: Stop at the first image that can't be read, instead of leaving it out.
@@ -68,6 +74,7 @@ def evaluate(
         UserError: No such checkpoint or data, or data of other classes.
     """
     with quiet_libraries():
+        launch(accelerator, devices, num_nodes)
         loaded = load(checkpoint)
         if img_size is not None:
             loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
@@ -98,13 +105,16 @@ def evaluate(
         "data": data or "digits",
         "checkpoint": loaded.source,
     }
+    broken = list(dict.fromkeys(file for files in gather(part.broken) for file in files))
+    if rank() > 0:
+        return metrics
     target = Path(out) if out else Path(checkpoint) / "eval" if Path(checkpoint).is_dir() else None
     if target is not None:
         try:
             target.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"can't write to {target}: {error.strerror or error}") from error
-        write_results(target, learner, scores, part, metrics, part.broken, report=report)
+        write_results(target, learner, scores, part, metrics, broken, report=report)
     if not quiet:
         learner.print_table(metrics)
         if target is not None:
@@ -125,10 +135,10 @@ def measure(
     """The task that counted, and a model's scores on one part of a data set (``Task.scores``, and ``seconds``)."""
     task_args = loaded.info.get("task_args") or {}
     learner = get_task(loaded.task)(loaded.model, loaded.class_names, loaded.preprocessing, task_args=task_args)
-    loader = learner.part_loader(part, loaded.preprocessing, task_args, batch_size=batch_size, num_workers=num_workers)
+    settings = {"batch_size": batch_size, "num_workers": num_workers, "place": (rank(), world())}
+    loader = learner.part_loader(part, loaded.preprocessing, task_args, **settings)
     trainer = L.Trainer(
-        accelerator=accelerator,
-        devices=1,
+        **placement(accelerator),
         precision=choose_precision(precision, accelerator),  # pyright: ignore
         logger=False,
         enable_progress_bar=False,

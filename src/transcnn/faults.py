@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .checkpointing import LAST, KeepWeights, note
 from .errors import UserError
+from .processes import gather
 from .runs import write_whole
 
 __all__ = ["GoBack", "SkipNonFinite", "first_not_finite"]
@@ -128,6 +129,8 @@ class SkipNonFinite(Callback):
         module = first_not_finite(pl_module.model, lambda: pl_module.loss(self._batch))  # pyright: ignore
         loader: Any = trainer.train_dataloader
         files = loader.names(self._batch_idx) if hasattr(loader, "names") else []
+        seen = gather((module, files))  # each process has its share of the batch
+        module, files = next((m for m, _ in seen if m), ""), [name for _, names in seen for name in names]
         found = {"epoch": trainer.current_epoch + 1, "update": trainer.global_step + 1, "left_out": self.skipped}
         found |= {"lr": trainer.optimizers[0].param_groups[0]["lr"], "loss": str(float(pl_module.last_loss))}  # pyright: ignore
         found |= {"module": module, "files": files}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -10,15 +11,16 @@ from typing import Any
 
 import yaml
 
-from .checkpointing import newest_good, note
+from .checkpointing import LAST, PREVIOUS, newest_good, note
 from .errors import UserError
-from .runs import clear_leavings, read_info
+from .processes import attempt
+from .runs import clear_leavings, made_by_this_launch, read_info
 
-__all__ = ["as_yaml", "check", "find_resumed", "plain", "resumed_settings"]
+__all__ = ["as_yaml", "check", "find_resumed", "find_start", "plain", "resumed_settings"]
 
 # What a resumed run may have otherwise than the run it goes on with; all else decides what is learnt.
 FREE = {"data", "resume", "out", "epochs", "num_workers", "early_stop", "save_every", "accelerator", "quiet"}
-FREE |= {"nonfinite", "max_nonfinite"}
+FREE |= {"nonfinite", "max_nonfinite", "devices", "num_nodes"}
 
 
 def plain(value: Any) -> Any:
@@ -28,6 +30,18 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def find_start(resume: str | None, out: str | None) -> Path | None:
+    """The checkpoint that a run begins from, if there is one.
+
+    It is what ``--resume`` names. Processes that torchrun has restarted go on from what their own run had written.
+    """
+    if resume:
+        return find_resumed(resume)
+    if not attempt() or out is None or not made_by_this_launch(Path(out)):
+        return None
+    return find_resumed(out) if any((Path(out) / name).is_file() for name in (LAST, PREVIOUS)) else None
 
 
 def find_resumed(resume: str) -> Path:
@@ -58,7 +72,7 @@ def resumed_settings(given: dict[str, Any], defaults: dict[str, Any], checkpoint
     return {**settings, "resume": given["resume"], "out": given["out"]}
 
 
-def check(s: SimpleNamespace) -> None:
+def check(s: SimpleNamespace, world: int = 1) -> None:
     """Raise UserError for numbers that can't be meant."""
     for name, value, least in (
         ("epochs", s.epochs, 1),
@@ -72,6 +86,13 @@ def check(s: SimpleNamespace) -> None:
     ):
         if value is not None and value < least:
             raise UserError(f"{name} must be {least} or more, got {value}")
+    if s.batch_size % world:
+        raise UserError(
+            f"batch_size counts the images of all processes: {s.batch_size} can't be shared out to {world}; "
+            f"{s.batch_size // world * world or world} or {-(-s.batch_size // world) * world} can"
+        )
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and not (s.out or s.resume):
+        raise UserError("processes that are restarted must find their run again: give --out (or --resume)")
     if s.lr <= 0:
         raise UserError(f"lr must be above 0, got {s.lr}")
     for name in ("smoothing", "mix_prob"):

@@ -31,8 +31,11 @@ from . import backbone as _registers_our_models  # noqa: F401
 from .checkpoints import load_checkpoint
 from .errors import UserError
 from .plug import plug_like
+from .processes import attempt, launch_name
 
 __all__ = ["Loaded", "build_model", "data_config_of", "load", "new_run_dir", "save_weights", "write_whole"]
+
+LAUNCH = ".launch"  # the file of a run directory that holds the name of the torchrun command that made it
 
 
 @dataclass
@@ -72,14 +75,24 @@ def new_run_dir(out: str | os.PathLike[str] | None, model: str, data: str) -> Pa
     else:
         path = Path(out)
     try:
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and any(path.iterdir()) and not (attempt() and made_by_this_launch(path)):
             raise UserError(f"the run directory {path} is not empty; give another --out, or go on with --resume {path}")
         path.mkdir(parents=True, exist_ok=True)
         (path / ".probe").write_bytes(b"\0" * 4096)
         (path / ".probe").unlink()
+        if launch_name():
+            (path / LAUNCH).write_text(launch_name(), encoding="utf-8")
     except OSError as error:
         raise UserError(f"can't write to the run directory {path}: {error.strerror or error}") from error
     return path
+
+
+def made_by_this_launch(path: Path) -> bool:
+    """Whether a run directory is that of an earlier attempt of the torchrun command that started this process."""
+    try:
+        return (path / LAUNCH).read_text(encoding="utf-8") == launch_name() != ""
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

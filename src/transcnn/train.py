@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -16,15 +17,18 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from . import callbacks as cb
-from .checkpointing import KeepWeights, newest_good
+from .checkpointing import KeepWeights
 from .checkpoints import load_body, load_checkpoint
 from .data.sources import few
 from .engine import choose_precision, keep_freed_memory, quiet_libraries
+from .errors import UserError
 from .evaluate import measure, write_results
 from .faults import GoBack, SkipNonFinite
-from .given import as_yaml, check, find_resumed, plain, resumed_settings
+from .given import as_yaml, check, find_resumed, find_start, plain, resumed_settings
+from .loading import LoaderWatch
 from .plug import plug as plug_in
 from .plug import plug_like, plug_spec
+from .processes import first_decides, gather, launch, lost_process, per_machine, placement, world
 from .runs import build_network, data_config_of, load, new_run_dir, read_info, write_whole
 from .settings import Augment, Detect, Ema, Optim, Segment
 from .tasks import get_task
@@ -76,6 +80,8 @@ def train(
     grad_checkpointing: bool = False,
     channels_last: bool = True,
     accelerator: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
     limit_batches: int | None = None,
     quiet: bool = False,
 ) -> TrainResult:
@@ -91,7 +97,8 @@ def train(
         task: What is learnt.
         model: A network of this package (see transcnn models) or any other of timm's.
         epochs: Times that the training images are gone through.
-        batch_size: Images a step, on each device.
+        batch_size: Images a step, of all processes together; each of N takes batch_size / N. (In timm and Lightning it
+            is the batch of one process.) So results don't depend on N, nor does what lr has to be.
         lr: Learning rate (see lr_batch).
         img_size: Side of the images that the network is given; without it, what the network was made for. To segment,
             side of the parts of images that are learnt from; whole images are judged.
@@ -123,6 +130,8 @@ def train(
         grad_checkpointing: Less memory for about a third more time.
         channels_last: The memory format that is usually quicker.
         accelerator: cpu, gpu, or auto.
+        devices: Processes on this machine, each with a device of its own. Under torchrun or Slurm theirs count.
+        num_nodes: Machines; on each the same command runs.
         limit_batches: Only this many batches an epoch, for trying out.
         quiet: Print nothing but errors.
 
@@ -134,22 +143,24 @@ def train(
         KeyboardInterrupt: The run was asked to stop (:class:`~transcnn.callbacks.Interrupted`), after a checkpoint.
     """
     settings = plain(dict(locals()))
-    resumed = find_resumed(resume) if resume else None
-    if resumed:
-        defaults = plain({name: p.default for name, p in inspect.signature(train).parameters.items()})
-        settings = resumed_settings(settings, defaults, resumed)
     with quiet_libraries():
+        launch(accelerator, devices, num_nodes)
+        resumed = first_decides(lambda: find_start(resume, out))
+        if resumed:
+            defaults = plain({name: p.default for name, p in inspect.signature(train).parameters.items()})
+            settings = resumed_settings(settings, defaults, resumed)
         lr_factor = None
         while True:
             try:
                 return _run(SimpleNamespace(**settings), resumed, lr_factor)
             except GoBack as back:  # noqa: PERF203  (three times at most)
-                resumed, lr_factor = newest_good(back.run_dir)[0], back.lr_factor
+                lr_factor = back.lr_factor
+                resumed = first_decides(partial(find_resumed, str(back.run_dir)))
 
 
 def _run(s: SimpleNamespace, resumed: Path | None, lr_factor: float | None) -> TrainResult:
     """Build everything, fit, measure."""
-    check(s)
+    check(s, world())
     keep_freed_memory()
     L.seed_everything(s.seed, verbose=False)
     task_class = get_task(s.task)
@@ -161,13 +172,13 @@ def _run(s: SimpleNamespace, resumed: Path | None, lr_factor: float | None) -> T
     network, args = _build(s, splits, task_args)
     config = data_config_of(network, splits.in_chans, s.img_size)
     augment, optim, ema = Augment(**s.augment), Optim(**s.optim), Ema(**s.ema)
-    workers = max(0, (os.cpu_count() or 1) - 1) if s.num_workers is None else s.num_workers
+    workers = max(0, (os.cpu_count() or 1) // per_machine() - 1) if s.num_workers is None else s.num_workers
     loaders = task_class.loaders(
         splits,
         config,
         augment,
         task_args,
-        batch_size=s.batch_size,
+        batch_size=s.batch_size // world(),
         num_workers=workers,
         seed=s.seed,
         progress=sys.stderr.isatty() and not s.quiet,
@@ -176,17 +187,16 @@ def _run(s: SimpleNamespace, resumed: Path | None, lr_factor: float | None) -> T
     info = {"model": s.model, "model_args": args, "class_names": splits.class_names, "data_config": config}
     info |= {"task": s.task, "task_args": task_args, "data": splits.name}
     here = resumed is not None and (s.out is None or Path(s.out).resolve() == resumed.parent.resolve())
-    run_dir = resumed.parent if resumed and here else new_run_dir(s.out, s.model, splits.name)
+    run_dir = resumed.parent if resumed and here else first_decides(lambda: new_run_dir(s.out, s.model, splits.name))
     keep = KeepWeights(run_dir, info, vars(s), s.save_every)
     skip = SkipNonFinite(run_dir, keep, s.max_nonfinite, s.nonfinite == "halve", lr_factor)
     averages = [cb.Ema(ema.ema_decay, ema.ema_warmup)] if ema.ema else []
     trainer = _trainer(s, run_dir, [*averages, skip], keep, task_class)
-    images = s.batch_size * trainer.world_size  # a step
     learner = task_class(
         network,
         splits.class_names,
         config,
-        lr=s.lr * images * optim.accumulate / (optim.lr_batch or images * optim.accumulate),
+        lr=s.lr * s.batch_size * optim.accumulate / (optim.lr_batch or s.batch_size * optim.accumulate),
         epochs=s.epochs,
         optim=optim,
         augment=augment,
@@ -194,7 +204,7 @@ def _run(s: SimpleNamespace, resumed: Path | None, lr_factor: float | None) -> T
         channels_last=s.channels_last,
         task_args=task_args,
     )
-    batches = min(max(1, len(splits.train) // images), s.limit_batches or sys.maxsize)
+    batches = min(max(1, len(splits.train) // s.batch_size), s.limit_batches or sys.maxsize)
     learner.updates_per_epoch = -(-batches // optim.accumulate)
     if trainer.is_global_zero:
         write_whole(run_dir / "config.yaml", lambda path: path.write_text(as_yaml(s)))
@@ -211,6 +221,10 @@ def _fit(trainer: L.Trainer, learner: Task, loaders: Any, resumed: Path | None) 
         raise cb.Interrupted(str(stop), stop.signum) from None
     except SystemExit:  # Lightning's answer to a KeyboardInterrupt
         raise cb.Interrupted("at once", signal.SIGINT) from None
+    except RuntimeError as error:
+        if not (lost := lost_process(error)):
+            raise
+        raise UserError(f"{lost}; go on from the last checkpoint with --resume") from error
 
 
 def _build(s: SimpleNamespace, splits: Any, task_args: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
@@ -284,12 +298,11 @@ def _trainer(
 ) -> L.Trainer:
     callbacks = [*callbacks, cb.History(run_dir, s.quiet), cb.StopOnSignal(keep)]
     if not s.quiet:
-        callbacks.append(cb.Bar())
+        callbacks += [cb.Bar(), LoaderWatch()]
     if s.early_stop:
         callbacks.append(EarlyStopping(f"val_{task_class.score}", mode="max", patience=s.early_stop))
     return L.Trainer(
-        accelerator=s.accelerator,
-        devices=1,
+        **placement(s.accelerator),
         precision=choose_precision(s.precision, s.accelerator),  # pyright: ignore
         max_epochs=s.epochs,
         callbacks=[*callbacks, keep],
@@ -302,6 +315,7 @@ def _trainer(
         log_every_n_steps=10,
         enable_progress_bar=False,
         enable_model_summary=False,
+        sync_batchnorm=world() > 1 and s.accelerator != "cpu" and torch.cuda.is_available(),  # not made for CPUs
     )
 
 
@@ -319,15 +333,18 @@ def _finish(
     learner, scores = measure(
         loaded,
         part,
-        batch_size=2 * s.batch_size,
+        batch_size=2 * s.batch_size // world(),
         precision=s.precision,
         accelerator=s.accelerator,
         limit=s.limit_batches,
     )
+    broken = list(dict.fromkeys(file for files in gather(splits.broken) for file in files))
     metrics = learner.summary(scores)
     metrics |= {"split": split, "data": splits.name, "chosen_on": "val", f"val_{task_class.score}": keep.best}
     metrics |= {"best_epoch": keep.best_epoch, "epochs": trainer.current_epoch, "train_seconds": round(keep.seconds, 1)}
-    write_results(run_dir, learner, scores, part, metrics, splits.broken)
+    if not trainer.is_global_zero:
+        return TrainResult(run_dir, metrics)
+    write_results(run_dir, learner, scores, part, metrics, broken)
     if not s.quiet:
         what = "test images" if split == "test" else "validation images, which also chose the epoch"
         print(f"{learner.headline(metrics)} on {metrics['images']} {what} (epoch {keep.best_epoch} of {s.epochs})")

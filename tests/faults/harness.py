@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -102,6 +103,37 @@ class Command:
             assert self.process.is_alive(), f"ended with {self.process.exitcode}:\n{self.text[-2000:]}"
             assert time.monotonic() < end, f"waited {seconds} s in vain:\n{self.text[-2000:]}"
             time.sleep(0.005)
+
+
+class Processes:
+    """A command in several processes, with what torchrun tells each of them; use as a context manager."""
+
+    def __init__(self, world: int, *argv: object, log: Path, prepare: Callable[[], None] | None = None) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        told = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        told |= {"TORCHELASTIC_RUN_ID": f"test-{port}", "GLOO_SOCKET_IFNAME": "lo", "GROUP_RANK": 0}
+        self.commands = [
+            Command(*argv, log=log.with_name(f"{log.name}{r}"), prepare=prepare, **told, RANK=r, LOCAL_RANK=r)
+            for r in range(world)
+        ]
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for command in self.commands:
+            command.kill()
+
+    @property
+    def text(self) -> str:
+        """What they printed so far, one after the other."""
+        return "\n".join(command.text for command in self.commands)
+
+    def wait(self, seconds: float = 120) -> list[int]:
+        """Their exit codes."""
+        return [command.wait(seconds) for command in self.commands]
 
 
 def checkpoint(path: Path) -> dict[str, Any]:

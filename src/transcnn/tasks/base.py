@@ -19,6 +19,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..processes import rank, world
 from ..settings import Augment, Optim
 
 __all__ = ["Task"]
@@ -162,6 +163,10 @@ class Task(L.LightningModule):
 
     # --- the same for all -------------------------------------------------------------------------------------------
 
+    def place(self, nth: int) -> int:
+        """Where in the set the nth sample is that this process judges; processes take turns (``EpochSampler``)."""
+        return nth * world() + rank()
+
     def forward(self, x: Any) -> Any:
         """Images to the model's output."""
         if self.channels_last:
@@ -185,6 +190,12 @@ class Task(L.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Score one batch of the validation split."""
         self.judge(batch, batch_idx)
+
+    def on_validation_epoch_start(self) -> None:
+        """Have all processes score the same network: norms' statistics are each process's own unless synchronised."""
+        if world() > 1:
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation scores as ``val_...``."""

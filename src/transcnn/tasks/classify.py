@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from ..data.augment import Transform
 from ..data.classify import ClassifyData, ImageSet, eval_transform, make_loader, open_set, open_splits, train_transform
 from ..errors import UserError
+from ..processes import gather
 from ..report import write_report
 from ..settings import Augment
 from .base import Task
@@ -127,11 +128,11 @@ class Classify(Task):
         """Count right answers; keep the surest wrong ones with their place in the set."""
         images, labels = batch
         counted = labels >= 0  # broken files and padding are not to be scored
-        places = torch.arange(self._seen, self._seen + len(labels))[counted.cpu()]
+        places = torch.tensor([self.place(self._seen + i) for i in range(len(labels))])[counted.cpu()]
         self._seen += len(labels)
         logits, labels = self(images).float()[counted], labels[counted]
-        self._loss += F.cross_entropy(logits, labels, reduction="sum").double()
-        self._top5 += _hits(logits, labels, 5)
+        self._loss = self._loss.to(logits.device) + F.cross_entropy(logits, labels, reduction="sum").double()
+        self._top5 = self._top5.to(logits.device) + _hits(logits, labels, 5)
         probability, guess = logits.softmax(1).max(1)
         if self.confusion is not None:
             self.confusion.update(guess, labels)
@@ -143,13 +144,13 @@ class Classify(Task):
             probability.cpu()[wrong].tolist(),
             strict=True,
         )
-        self._wrong = sorted([*self._wrong, *rows], key=lambda row: -row[3])[:WRONG_KEPT]
+        self._wrong = _surest([*self._wrong, *rows])
 
     def scores(self) -> dict[str, Any]:
         """``top1``, ``top5`` (more than five classes only), ``loss``; ``confusion``, ``wrong`` and ``images``.
 
-        Each row of ``wrong`` is (place in the set, true class, guessed class, its probability). Over several processes
-        counts are summed; ``wrong`` is that of the first process.
+        Each row of ``wrong`` is (place in the set, true class, guessed class, its probability). All is that of all
+        processes together.
         """
         if self.confusion is None:
             raise UserError("there must be at least two classes to score")
@@ -160,8 +161,9 @@ class Classify(Task):
         result: dict[str, Any] = {"top1": confusion.diagonal().sum().item() / images * 100}
         if len(self.class_names) > 5:
             result["top5"] = totals[1].item() / images * 100
+        wrong = [row for rows in gather(self._wrong) for row in rows]
         result |= {"loss": totals[0].item() / images}
-        result |= {"images": torch.tensor(images), "confusion": confusion, "wrong": self._wrong}
+        result |= {"images": torch.tensor(images), "confusion": confusion, "wrong": _surest(wrong)}
         self._forget()
         return result
 
@@ -218,6 +220,10 @@ class Classify(Task):
         self._top5 = torch.zeros((), dtype=torch.float64)
         self._seen = 0
         self._wrong: list[tuple[int, int, int, float]] = []
+
+
+def _surest(wrong: list[tuple[int, int, int, float]]) -> list[tuple[int, int, int, float]]:
+    return sorted(wrong, key=lambda row: (-row[3], row[0]))[:WRONG_KEPT]
 
 
 def _hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:

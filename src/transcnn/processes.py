@@ -1,0 +1,128 @@
+"""One run in many processes: who started them, which of them decides, and what they tell each other.
+
+torchrun and Slurm start processes and tell each its number; ``--devices N`` has Lightning start N on this machine.
+They meet (``launch``) before anything is decided or written, so that the first one alone can do both.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from .errors import UserError
+
+__all__ = ["attempt", "first_decides", "gather", "launch", "launch_name", "lost_process", "per_machine", "placement"]
+__all__ += ["rank", "world"]
+
+T = TypeVar("T")
+
+_met: list[tuple[int, int]] = []  # processes a machine and machines, once they have met
+
+
+def rank() -> int:
+    """This process's number, from 0; the first one writes."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def per_machine() -> int:
+    """How many of the processes are on this machine."""
+    return _met[0][0] if _met else 1
+
+
+def launch(accelerator: str = "auto", devices: int = 1, num_nodes: int = 1) -> None:
+    """Have all processes of this run meet; what isn't started yet is started (a second call does nothing).
+
+    Raises:
+        UserError: There aren't as many devices.
+    """
+    if _met:
+        return
+    devices, num_nodes = _shape(devices, num_nodes)
+    if devices < 1 or num_nodes < 1:
+        raise UserError(f"devices and num_nodes must be 1 or more, got {devices} and {num_nodes}")
+    if devices * num_nodes > 1:
+        from lightning import Fabric
+
+        try:
+            Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy="ddp").launch()
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"can't have {devices * num_nodes} processes meet: {reason}") from error
+        _met.append((devices, num_nodes))
+
+
+def _shape(devices: int, num_nodes: int) -> tuple[int, int]:
+    """Processes a machine and machines: as torchrun or Slurm have it, else as asked for."""
+    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+    if TorchElasticEnvironment.detect():
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        return here, int(os.environ["WORLD_SIZE"]) // here
+    if SLURMEnvironment.detect():
+        nodes = int(os.environ.get("SLURM_NNODES", "1"))
+        return int(os.environ.get("SLURM_NTASKS", "1")) // nodes, nodes
+    return devices, num_nodes
+
+
+def placement(accelerator: str = "auto", strategy: str = "ddp") -> dict[str, Any]:
+    """The arguments of Lightning's Trainer that say where it works."""
+    if not _met:
+        return {"accelerator": accelerator, "devices": 1}
+    devices, num_nodes = _met[0]
+    return {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes, "strategy": strategy}
+
+
+def first_decides(decide: Callable[[], T]) -> T:
+    """What ``decide`` returns in the first process, for all; a UserError there is everybody's, and told once."""
+    if world() == 1:
+        return decide()
+    found: list[Any] = [None, ""]
+    if rank() == 0:
+        try:
+            found = [decide(), ""]
+        except UserError as error:
+            found = [None, str(error)]
+    dist.broadcast_object_list(found)
+    if found[1]:
+        error = UserError(found[1])
+        error.told = rank() > 0
+        raise error
+    return found[0]
+
+
+def gather(value: T) -> list[T]:
+    """Each process's value, in their order; all processes call this."""
+    if world() == 1:
+        return [value]
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def lost_process(error: RuntimeError) -> str:
+    """What is to be said if an error means that another process of the run is gone; else nothing."""
+    gone = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "timed out", "Timed out")
+    if world() > 1 and any(words in str(error) for words in gone):
+        return f"process {rank()} of {world()} has lost another one ({str(error).splitlines()[0][:200]})"
+    return ""
+
+
+def attempt() -> int:
+    """How often torchrun has restarted the processes of this run."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def launch_name() -> str:
+    """A name that all attempts of one torchrun command have, and no other command; "" without torchrun."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    # Without --rdzv-id all runs are called "none"; their agents (our parents) are then what tells them apart.
+    return f"{run} {socket.gethostname()} {os.getppid()}" if run else ""

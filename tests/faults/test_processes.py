@@ -1,0 +1,146 @@
+"""One run in several processes learns what it learns in one, scores what it scores in one, and writes once."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+
+import pytest
+from harness import QUICK, Processes, checkpoint, child
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+# Norms of each image alone: what BatchNorm sees depends on how many images a process has.
+ALIKE = [*QUICK, "--model_args={norm_layer: groupnorm1}", "--epochs=3", "--policy=small", "--reprob=0.5"]
+ALIKE += ["--drop_rate=0", "--warmup_epochs=0.5", "--num_workers=0"]
+
+
+def losses(run) -> list[dict[str, float]]:
+    """The curve of a run: its losses and scores, without times."""
+    with (run / "metrics.csv").open() as file:
+        return [
+            {name: float(value) for name, value in row.items() if not name.startswith(("images_per", "seconds"))}
+            for row in csv.DictReader(file)
+        ]
+
+
+@pytest.fixture(scope="module")
+def runs(images, tmp_path_factory):
+    """The same run in one process and in two."""
+    folder = tmp_path_factory.mktemp("runs")
+    for world in (1, 2):
+        with Processes(
+            world, "train", images, *ALIKE, "--out", folder / f"{world}", log=folder / f"log{world}-"
+        ) as processes:
+            assert processes.wait() == [0] * world, processes.text
+    return folder
+
+
+def test_two_processes_learn_what_one_does(runs):
+    one, two = losses(runs / "1"), losses(runs / "2")
+    assert len(one) == 3
+    assert one[0]["train_loss"] != one[2]["train_loss"]
+    for a, b in zip(one, two, strict=True):
+        assert b == pytest.approx(a, rel=2e-5)
+    a, b = (checkpoint(runs / world / "last.ckpt")["state_dict"] for world in "12")
+    assert max(float((a[name] - b[name]).abs().max()) for name in a) < 2e-5
+    one, two = (json.loads((runs / world / "metrics.json").read_text()) for world in "12")
+    assert two["images"] == one["images"] == 2
+    assert two["top1"] == one["top1"]
+
+
+def test_two_processes_write_one_run(runs):
+    one, two = (sorted(path.name for path in (runs / world).iterdir() if "tfevents" not in path.name) for world in "12")
+    assert one == two
+    assert len(list((runs / "2").glob("*tfevents*"))) == 1
+    assert not (runs / "log2-1").read_text()
+    assert (runs / "log2-0").read_text().count("epoch 1/3") == 1
+
+
+@pytest.mark.parametrize("world", [4])
+def test_each_image_is_scored_once_whatever_the_number_of_processes(runs, images, tmp_path, world):
+    for processes in (1, world):
+        out = tmp_path / f"{processes}"
+        arguments = ["eval", runs / "1", images, "--split=train", "--batch_size=3", "--accelerator=cpu", "--out", out]
+        with Processes(processes, *arguments, log=tmp_path / f"log{processes}-") as group:
+            assert group.wait() == [0] * processes, group.text
+    one, many = (json.loads((tmp_path / f"{n}" / "metrics.json").read_text()) for n in (1, world))
+    assert one["images"] == 22  # 6, 6, 5 and 5
+    for name in ("images", "top1", "class_accuracy"):
+        assert many[name] == one[name]
+    assert many["loss"] == pytest.approx(one["loss"], abs=2e-4)  # four digits are written
+
+
+def test_four_processes_are_stopped_and_two_go_on(runs, images, tmp_path):
+    run = tmp_path / "run"
+    with Processes(4, "train", images, *ALIKE, "--out", run, log=tmp_path / "log") as processes:
+        first = processes.commands[0]
+        first.until(lambda: first.step >= 7)
+        processes.commands[2].signal(signal.SIGTERM)  # one is enough
+        assert processes.wait() == [0] * 4, processes.text
+        assert first.text.count("transcnn train --resume") == 1
+    assert 5 < checkpoint(run / "last.ckpt")["global_step"] < 15
+    with Processes(3, "train", "--resume", run, log=tmp_path / "three") as processes:
+        assert processes.wait() == [2] * 3, processes.text
+        assert processes.text.count("batch_size counts the images of all processes: 4 can't be shared out to 3") == 3
+    with Processes(2, "train", "--resume", run, log=tmp_path / "two") as processes:
+        assert processes.wait() == [0] * 2, processes.text
+    last, undisturbed = checkpoint(run / "last.ckpt"), checkpoint(runs / "1" / "last.ckpt")
+    assert last["global_step"] == undisturbed["global_step"] == 15
+    for name, value in undisturbed["state_dict"].items():
+        assert float((last["state_dict"][name] - value).abs().max()) < 5e-5, name
+
+
+def test_processes_do_not_mix_with_an_older_run(runs, images, tmp_path):
+    with Processes(2, "train", images, *ALIKE, "--out", runs / "2", log=tmp_path / "log") as processes:
+        assert processes.wait() == [2, 2], processes.text
+        assert processes.text.count("is not empty") == 1  # told once
+
+
+def die_once() -> None:
+    """The second process is killed at the eighth update of the first attempt."""
+    from transcnn.callbacks import History
+
+    after = History.on_train_batch_end
+
+    def dying(self, trainer, *args):
+        after(self, trainer, *args)
+        if trainer.global_step == 8 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    History.on_train_batch_end = dying
+
+
+def agent(name: str, argv: list[str], log: str) -> None:
+    """torchrun's agent with two processes; those are forked from the server that has imported everything."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=name,
+        max_restarts=1,
+        monitor_interval=0.2,
+        start_method="forkserver",
+    )
+    elastic_launch(config, child)(argv, log, {"GLOO_SOCKET_IFNAME": "lo"}, die_once)
+
+
+def test_torchrun_restarts_what_was_killed_and_the_run_goes_on(runs, images, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["train", str(images), *ALIKE, "--save_every=1", "--out", str(run)]
+    agent("first", arguments, str(tmp_path / "log"))
+    last, undisturbed = checkpoint(run / "last.ckpt"), checkpoint(runs / "2" / "last.ckpt")
+    assert last["global_step"] == 15
+    for name, value in undisturbed["state_dict"].items():
+        assert last["state_dict"][name].equal(value), name
+
+
+@pytest.mark.slow
+def test_restarted_processes_do_not_go_on_with_an_older_run(runs, images, tmp_path):
+    with pytest.raises(ChildFailedError):
+        agent("second", ["train", str(images), *ALIKE, "--out", str(runs / "1")], str(tmp_path / "log"))
+    assert (tmp_path / "log").read_text().count("is not empty") == 2
