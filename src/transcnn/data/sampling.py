@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
@@ -99,6 +100,7 @@ class Loader(DataLoader):
     """
 
     given = 0  # batches of the present epoch given so far
+    waited = 0.0  # seconds of the present epoch that were spent waiting for batches
     read_timeout = 600.0  # seconds that loader processes may take for a batch
 
     @property
@@ -109,8 +111,10 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.given = self.order.start // (self.batch_size or 1)
         self.timeout = self.read_timeout if self.num_workers else 0
+        self.waited = 0.0
         batches: Iterator[Any] | None = None
         while True:
+            asked = time.monotonic()
             try:
                 batches = batches or super().__iter__()
                 batch = next(batches)
@@ -122,6 +126,7 @@ class Loader(DataLoader):
                 if "DataLoader" not in str(error):
                     raise
                 raise UserError(self._what_happened(str(error))) from error
+            self.waited += time.monotonic() - asked
             self.given += 1  # before the batch is out: whoever asks while it is worked on counts it as given
             yield batch
 
