@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import socket
@@ -136,3 +137,62 @@ def class_folder(make_class_folder: Callable[..., Path]) -> Path:
 def split_folder(make_class_folder: Callable[..., Path]) -> Path:
     """The same with ``train`` and ``val`` folders, eight images a class in each."""
     return make_class_folder(splits=("train", "val"))
+
+
+@pytest.fixture
+def oddities(make_class_folder: Callable[..., Path], class_image: Callable[..., Image.Image]) -> tuple[Path, set[str]]:
+    """Good images among everything that goes wrong, and the names of those that must be reported.
+
+    31 good ones: six of each ordinary class, thirteen odd ones in the first.
+    """
+    root = make_class_folder(classes=2, per_class=6)
+    (root / "CLASS_1").mkdir()  # another than class_1, as the file system has it
+    for i in range(6):
+        class_image(4, i).save(root / "CLASS_1" / f"{i}.png")
+    a = root / "class_0"
+    bad = set()
+
+    def put(name: str, data: bytes) -> None:
+        (a / name).write_bytes(data)
+        bad.add(f"class_0/{name}")
+
+    jpeg, png = (io.BytesIO() for _ in range(2))
+    class_image(0, 99, 64).save(jpeg, "JPEG")
+    class_image(0, 99, 64).save(png, "PNG")
+    put("empty.jpg", b"")
+    put("text.jpg", b"no image")
+    put("cut.jpg", jpeg.getvalue()[:-300])
+    put("cut.png", png.getvalue()[:-300])
+    middle = len(png.getvalue()) // 2
+    put("crc.png", png.getvalue()[:middle] + bytes([png.getvalue()[middle] ^ 1]) + png.getvalue()[middle + 1 :])
+    (a / os.fsdecode(b"\xfe.png")).write_bytes(b"no UTF-8")
+    bad.add("class_0/\\xfe.png")
+    put("bomb.png", png.getvalue()[:16] + b"\x7f\xff\xff\xff\x7f\xff\xff\xff" + png.getvalue()[24:])
+    (a / "nothing.png").symlink_to("nowhere")
+    (a / "loop.png").symlink_to("loop.png")
+    (a / "folder.jpg").mkdir()
+    bad |= {"class_0/nothing.png", "class_0/loop.png", "class_0/folder.jpg"}
+    if os.geteuid():  # root may read anything
+        put("locked.png", png.getvalue())
+        (a / "locked.png").chmod(0)
+    # Odd but good, or not looked at at all.
+    (root / "notes.txt").write_text("not a class")
+    (root / ".cache").mkdir()
+    (root / "stray.png").write_bytes(png.getvalue())
+    (root / "album.jpg").mkdir()
+    (root / "round").symlink_to("round")
+    (a / ".hidden.png").write_bytes(b"")
+    (a / "Thumbs.db").write_bytes(b"x")
+    (a / "up").symlink_to(root, target_is_directory=True)
+    for name in ("with space.png", "new\nline.png", "😀.png", "x" * 196 + ".png", os.fsdecode(b"\xff.png")):
+        (a / name).write_bytes(png.getvalue())
+    Image.new("CMYK", (20, 20)).save(a / "cmyk.jpg")
+    Image.fromarray(np.full((9, 9), 40000, np.uint16)).save(a / "sixteen.png")
+    palette = class_image(0, 98).quantize(8)
+    palette.save(a / "palette.png", transparency=bytes(range(0, 256, 32)))
+    Image.new("LA", (9, 9), (90, 60)).save(a / "faint.png")
+    Image.new("RGB", (9, 9)).save(a / "UPPER.JPG", "JPEG", exif=b"no exif")
+    Image.new("L", (1, 1)).save(a / "one.png")
+    Image.new("L", (30000, 1)).save(a / "long.png")
+    Image.new("P", (9, 9)).save(a / "moving.gif", save_all=True, append_images=[Image.new("P", (9, 9), 3)])
+    return root, bad

@@ -10,6 +10,8 @@ import pickle
 import random
 import shutil
 import tarfile
+import time
+import tracemalloc
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -36,6 +38,7 @@ from transcnn.data.classify import (
     open_splits,
     train_transform,
 )
+from transcnn.data.opening import open_parts
 from transcnn.data.randomness import Draws, sample_seeds, seeded
 from transcnn.data.sampling import EpochSampler
 from transcnn.data.sources import Source, split_stratified
@@ -360,48 +363,6 @@ def test_open_set_speaks_the_models_classes(make_class_folder: Callable[..., Pat
 # --- bad data --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def oddities(make_class_folder: Callable[..., Path], class_image: Callable[..., Image.Image]) -> tuple[Path, set[str]]:
-    """Good images among everything that goes wrong, and the names of those that must be reported."""
-    root = make_class_folder(classes=2, per_class=6)
-    a = root / "class_0"
-    bad = set()
-
-    def put(name: str, data: bytes) -> None:
-        (a / name).write_bytes(data)
-        bad.add(f"class_0/{name}")
-
-    jpeg, png = (io.BytesIO() for _ in range(2))
-    class_image(0, 99, 64).save(jpeg, "JPEG")
-    class_image(0, 99, 64).save(png, "PNG")
-    put("empty.jpg", b"")
-    put("text.jpg", b"no image")
-    put("cut.jpg", jpeg.getvalue()[:-300])
-    put("cut.png", png.getvalue()[:-300])
-    put("bomb.png", png.getvalue()[:16] + b"\x7f\xff\xff\xff\x7f\xff\xff\xff" + png.getvalue()[24:])
-    (a / "nothing.png").symlink_to("nowhere")
-    (a / "loop.png").symlink_to("loop.png")
-    (a / "folder.jpg").mkdir()
-    bad |= {"class_0/nothing.png", "class_0/loop.png", "class_0/folder.jpg"}
-    # Odd but good, or not looked at at all.
-    (root / "notes.txt").write_text("not a class")
-    (root / ".cache").mkdir()
-    (root / "stray.png").write_bytes(png.getvalue())
-    (root / "album.jpg").mkdir()
-    (root / "round").symlink_to("round")
-    (a / ".hidden.png").write_bytes(b"")
-    (a / "Thumbs.db").write_bytes(b"x")
-    (a / "up").symlink_to(root, target_is_directory=True)
-    for name in ("with space.png", "new\nline.png", "😀.png", "x" * 196 + ".png"):
-        (a / name).write_bytes(png.getvalue())
-    Image.new("CMYK", (20, 20)).save(a / "cmyk.jpg")
-    Image.fromarray(np.full((9, 9), 40000, np.uint16)).save(a / "sixteen.png")
-    Image.new("L", (1, 1)).save(a / "one.png")
-    Image.new("L", (30000, 1)).save(a / "long.png")
-    Image.new("P", (9, 9)).save(a / "moving.gif", save_all=True, append_images=[Image.new("P", (9, 9), 3)])
-    return root, bad
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("policy", ["small", "imagenet"])
 def test_of_bad_data_only_the_bad_files_are_lost(
@@ -410,8 +371,8 @@ def test_of_bad_data_only_the_bad_files_are_lost(
     root, bad = oddities
     part = open_set(str(root))
     part.replace = True
-    assert part.class_names == ["class_0", "class_1"]
-    assert len(part) == 6 + 6 + 9 + len(bad)  # the image beside the class folders belongs to no class
+    assert part.class_names == ["CLASS_1", "class_0", "class_1"]
+    assert len(part) == 6 + 6 + 6 + 13 + len(bad)  # the image beside the class folders belongs to no class
     part.transform = train_transform(SIZE, policy=policy)
     for images, labels in make_loader(part, 8, num_workers=num_workers):
         assert images.isfinite().all()
@@ -831,14 +792,23 @@ def test_stratified_split_keeps_every_class() -> None:
     assert set(labels[rest]) == {0, 1, 2, 3}
 
 
-def test_large_folders_are_kept_small(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [10_000, pytest.param(500_000, marks=pytest.mark.slow)])
+def test_large_folders_are_kept_small(tmp_path: Path, count: int) -> None:
     for label in "ab":
         (tmp_path / label).mkdir()
-        for i in range(2000):
-            (tmp_path / label / f"{i:05}.jpg").touch()
+        for i in range(count):
+            os.close(os.open(tmp_path / label / f"{i:07}.jpg", os.O_CREAT))
+    tracemalloc.start()
+    began = time.process_time()
+    source = open_parts(str(tmp_path)).train
+    seconds, peak = time.process_time() - began, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert source is not None
+    assert peak < 2 * count * 200  # bytes a file, while the names of one folder are sorted
+    assert seconds < 2 * count * 200e-6
     splits = open_splits(str(tmp_path))
-    assert len(splits.train) + len(splits.val) == 4000
-    assert len(pickle.dumps(splits.train.source)) < 4000 * 40  # bytes a file
-    assert splits.train.source.name_of(2001) == "b/00001.jpg"
+    assert len(splits.train) + len(splits.val) == 2 * count
+    assert len(pickle.dumps(splits.train.source)) < 2 * count * 40  # bytes a file
+    assert splits.train.source.name_of(count + 1) == "b/0000001.jpg"
     shutil.rmtree(tmp_path / "a")
     refused(str(tmp_path), "one class only")

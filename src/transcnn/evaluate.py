@@ -166,6 +166,7 @@ def write_results(
     metrics["versions"] = versions()
     text = json.dumps(metrics, indent=2, ensure_ascii=False) + "\n"
     write_whole(folder / "metrics.json", lambda path: path.write_text(text, encoding="utf-8"))
+    (folder / "skipped.csv").unlink(missing_ok=True)  # of an earlier evaluation
     if broken:
         write_whole(folder / "skipped.csv", lambda path: _write_skipped(path, broken))
     if report:
@@ -186,5 +187,5 @@ def _device() -> str:
 
 
 def _write_skipped(path: Path, broken: list[tuple[str, str]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         csv.writer(file).writerows([("file", "reason"), *broken])

@@ -22,6 +22,7 @@ __all__ = [
     "html_page",
     "html_table",
     "read_history",
+    "skipped_part",
     "write_report",
     "write_rows",
 ]
@@ -205,8 +206,20 @@ def _page(folder: Path, metrics: Mapping[str, Any], classes: list[dict[str, Any]
         if (folder / "wrong.png").exists()
         else "",
         picture("wrong.png", "<p>None to show.</p>"),
+        skipped_part(folder.parent),
     ]
     return html_page(parts)
+
+
+def skipped_part(run_dir: Path) -> str:
+    """The part of a page about files that could not be read; nothing where there were none."""
+    try:
+        with (run_dir / "skipped.csv").open(newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))[1:]
+    except FileNotFoundError:
+        return ""
+    link = f'<p>{len(rows)} files were left out; as a file: <a href="../skipped.csv">skipped.csv</a></p>'
+    return "\n".join(["<h2>Files that could not be read</h2>", html_table(["File", "Reason"], rows[:MAX_ROWS]), link])
 
 
 def html_page(parts: Sequence[str]) -> str:

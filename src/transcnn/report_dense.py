@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from .plots import new_figure, plot_bars, plot_confusion, plot_history, style
-from .report import facts_of, html_page, html_table, read_history, write_rows
+from .report import facts_of, html_page, html_table, read_history, skipped_part, write_rows
 
 __all__ = ["class_iou", "ends_and_middle", "write_dense_report", "write_segment_report"]
 
@@ -134,7 +134,7 @@ def write_dense_report(
             cells = [[_cell(row[name]) for name in head] for row in ranked[:50]]
             parts += [html_table([name.capitalize() for name in head], cells)]
     page = folder / "index.html"
-    page.write_text(html_page(parts), encoding="utf-8")
+    page.write_text(html_page([*parts, skipped_part(Path(run_dir))]), encoding="utf-8")
     return page
 
 

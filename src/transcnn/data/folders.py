@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..errors import UserError
 from .images import is_dir, is_image_name, list_images, read_bytes, read_image
-from .sources import PARTS, Parts, Source, few
+from .sources import PARTS, Parts, Source, few, printable
 
 __all__ = ["open_folder", "part_folder"]
 
@@ -39,14 +39,17 @@ class PathList:
             self.ends.append(len(self.block))
         return len(self) - before
 
+    def path(self, i: int) -> str:
+        return os.path.join(self.root, os.fsdecode(bytes(self.block[self.ends[i] : self.ends[i + 1]])))
+
     def name(self, i: int) -> str:
-        return os.fsdecode(bytes(self.block[self.ends[i] : self.ends[i + 1]]))
+        return printable(self.path(i)[len(self.root) + 1 :])
 
     def load(self, i: int) -> Image.Image:
-        return read_image(os.path.join(self.root, self.name(i)))
+        return read_image(self.path(i))
 
     def raw(self, i: int) -> bytes:
-        return read_bytes(os.path.join(self.root, self.name(i)))
+        return read_bytes(self.path(i))
 
 
 def open_folder(root: Path) -> Parts:
@@ -92,6 +95,10 @@ def _class_folders(root: Path, class_names: Sequence[str] | None = None) -> Sour
     """
     paths = PathList(root)
     counts = {label: paths.add(_list_class(root, label)) for label in _subfolders(root)}
+    shown = {printable(label): count for label, count in counts.items()}
+    if len(shown) < len(counts):
+        raise UserError(f"{str(root)!r} holds class folders whose names can't be told apart: {few(list(counts))}")
+    counts = shown
     found = [label for label, count in counts.items() if count]
     if not found:
         raise UserError(f"no images in {str(root)!r}; expected a folder for each class with images in it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-__all__ = ["PARTS", "Parts", "Source", "few", "line", "part_of", "read_class_names", "split_stratified"]
+__all__ = ["PARTS", "Parts", "Source", "few", "line", "part_of", "printable", "read_class_names", "split_stratified"]
 
 PARTS = {
     "train": ("train", "training"),
@@ -85,6 +86,11 @@ def part_of(name: str) -> str:
 def read_class_names(folder: Path) -> list[str] | None:
     file = folder / "classes.txt"
     return [line for line in file.read_text(encoding="utf-8").splitlines() if line] if file.is_file() else None
+
+
+def printable(name: str) -> str:
+    """A file's name as text that can be written everywhere; bytes that are no UTF-8 become \\xff and the like."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def few(names: Sequence[str]) -> str:
