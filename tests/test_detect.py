@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from transcnn.data.detect import DetectTransform, open_set, open_splits
+from transcnn.data.detect import open_set, open_splits
+from transcnn.data.detect_transforms import DetectTransform
 from transcnn.detectors import DETECTORS, build
 from transcnn.errors import UserError
 from transcnn.evaluate import evaluate
 from transcnn.predict import predict
-from transcnn.runs import load
+from transcnn.runs import load, save_weights
 from transcnn.settings import Augment, Detect, Ema, Optim
 from transcnn.tasks.detect import Detect as DetectTask
 from transcnn.tasks.detect import _f1
@@ -190,6 +191,7 @@ def test_what_cannot_be_used_is_left_out_counted_and_listed(tmp_path):
             {**box, "id": 904},
             {**box, "id": 905, "bbox": [60, 50, 500, 500]},
             {**box, "id": 906, "bbox": [0, 0, 30, 30], "iscrowd": 1},
+            {**box, "id": 907, "bbox": [90, 10, 5, 5]},
         ]
         sheet["annotations"] = [entry for entry in sheet["annotations"] if entry["image_id"] != 2]
         sheet["categories"].append({"id": 5, "name": "never"})
@@ -208,11 +210,12 @@ def test_what_cannot_be_used_is_left_out_counted_and_listed(tmp_path):
     result = train(str(folder), **QUICK, detect=detect, epochs=1, out=str(tmp_path / "run"))
     with (tmp_path / "run" / "skipped.csv").open() as file:
         rows = [(Path(row["file"]).name, row["reason"]) for row in csv.DictReader(file)]
-    assert result.metrics["skipped"] == len(rows) == 6
+    assert result.metrics["skipped"] == len(rows) == 7
     text = "\n".join(f"{name}: {reason}" for name, reason in rows)
     for part in (
         "gone.png: an annotation",
         "0x4 pixels",
+        "outside of the image",
         "category 7",
         "unknown image 1234",
         "annotation 904",
@@ -314,3 +317,31 @@ def test_bccd_opens_from_its_tar(shared):
     assert splits.test is not None
     assert (len(splits.train), len(splits.val), len(splits.test)) == (205, 87, 72)
     assert splits.train.read(0)[0].size == (640, 480)
+
+
+def test_sizes_of_things_are_those_that_the_data_says(data, tmp_path):
+    folder = make_data(tmp_path / "d", {"train": 2, "val": 1})
+    change(folder, "val", lambda sheet: [entry.update(area=50) for entry in sheet["annotations"]])
+    splits = open_splits(str(folder))
+    _, truth = splits.val.read(0)
+    assert set(truth["area"].tolist()) == {50.0}
+    change(folder, "val", lambda sheet: [entry.pop("area") for entry in sheet["annotations"]])
+    _, truth = open_splits(str(folder)).val.read(0)
+    sides = truth["boxes"][:, 2:] - truth["boxes"][:, :2]
+    np.testing.assert_allclose(truth["area"], sides.prod(1))
+
+
+def test_images_like_dots_and_ribbons_are_looked_at(run, tmp_path, capsys):
+    Image.new("L", (1, 1)).save(tmp_path / "dot.png")
+    Image.new("RGBA", (3000, 9), "red").save(tmp_path / "ribbon.png")
+    loaded = load(run)
+    files = [str(tmp_path / name) for name in ("dot.png", "ribbon.png")]
+    rows = predict(str(run), files, out=str(tmp_path / "out"))
+    for row, size in zip(rows, [(1, 1), (3000, 9)], strict=True):
+        with Image.open(row["overlay"]) as overlay:
+            assert overlay.size == size
+    capsys.readouterr()
+    strict = {**loaded.info, "task_args": {**loaded.info["task_args"], "min_score": 1.1}}
+    save_weights(tmp_path / "blind.safetensors", loaded.model, strict)
+    assert predict(str(tmp_path / "blind.safetensors"), files, out=str(tmp_path / "none"))[0]["boxes"] == []
+    assert "nothing found" in capsys.readouterr().out

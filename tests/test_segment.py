@@ -407,3 +407,70 @@ def test_poly_falls_with_its_power(power, given):
         made["lr_scheduler"]["scheduler"].step_update(update)
         rates.append(made["optimizer"].param_groups[0]["lr"])
     assert rates == pytest.approx([0.5 * (1 - done / 40) ** power for done in (0, 10, 30)])
+
+
+def named_layout(folder: Path, kind: str) -> tuple[str, list[tuple[Path, Path]]]:
+    """Three images for training and two to validate on, as torchvision's class of that name wants them."""
+    pairs = []
+    for part, numbers in (("train", (1, 2, 3)), ("val", (4, 5))):
+        if kind == "voc":
+            base = folder / "VOCdevkit" / "VOC2012"
+            lists = base / "ImageSets" / "Segmentation"
+            lists.mkdir(parents=True, exist_ok=True)
+            (lists / f"{part}.txt").write_text("".join(f"2007_{i}\n" for i in numbers))
+            pairs += [
+                (base / "JPEGImages" / f"2007_{i}.jpg", base / "SegmentationClass" / f"2007_{i}.png") for i in numbers
+            ]
+        else:
+            for i in numbers:
+                stem = f"bonn_00000{i}_000019"
+                image = folder / "leftImg8bit" / part / "bonn" / f"{stem}_leftImg8bit.png"
+                pairs.append((image, folder / "gtFine" / part / "bonn" / f"{stem}_gtFine_labelIds.png"))
+    return f"torch/{kind}:{folder}", pairs
+
+
+@pytest.mark.parametrize(("kind", "classes", "used"), [("voc", 21, (0, 12, 15)), ("cityscapes", 19, (7, 23, 26))])
+def test_torchvisions_sets_are_taken_by_name(kind, classes, used, tmp_path):
+    name, pairs = named_layout(tmp_path / "data", kind)
+    for i, (image_file, label_file) in enumerate(pairs):
+        image, ids = picture(i)
+        table = np.zeros(256, np.uint8)
+        table[[0, 1, 2]] = used
+        table[255] = 255 if kind == "voc" else 0  # there 0 is "unlabeled"
+        for file, what in ((image_file, image), (label_file, Image.fromarray(table[ids]))):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            what.save(file)
+    if kind == "voc":
+        with Image.open(pairs[0][1]) as opened:
+            label = opened.copy()
+        label.putpalette([value for i in range(256) for value in (i, 0, 255 - i)])
+        label.save(pairs[0][1])
+    run = train(name, **{**QUICK, "batch_size": 2}, segment=SMALL, epochs=1, limit_batches=2, out=str(tmp_path / "run"))
+    loaded = load(run.run_dir)
+    assert len(loaded.class_names) == classes
+    assert run.metrics["images"] == 2
+    again = evaluate(str(run.run_dir), name, split="val", accelerator="cpu", quiet=True)
+    assert again["miou"] == pytest.approx(run.metrics["miou"], abs=0.01)
+    assert sum(value is not None for value in again["class_iou"].values()) >= 3
+    if kind == "voc":
+        assert loaded.info["task_args"]["colours"][15] == [15, 0, 240]
+    else:
+        assert loaded.class_names[0] == "road"
+        assert loaded.info["task_args"]["label_ids"][0] == 7
+    with pytest.raises(UserError, match="torchvision can't open"):
+        open_splits(f"torch/{kind}:{tmp_path / 'nowhere'}")
+
+
+def test_images_like_dots_and_ribbons_are_looked_at(run, tmp_path):
+    assert EvalTransform(resize=240)(Image.new("RGB", (5000, 20)))[0].shape == (3, 8, 1920)
+    assert EvalTransform(resize=24)(Image.new("RGB", (1, 1)))[0].shape == (3, 24, 24)
+    ribbon = np.zeros((20, 3000), np.int16)
+    assert TrainTransform((32, 32), resize=24)(Image.new("RGB", (3000, 20)), ribbon, 1)[1].shape == (32, 32)
+    for name, size in (("dot", (1, 1)), ("ribbon", (3000, 20))):
+        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
+    rows = predict(
+        str(run), [str(tmp_path / f"{name}.png") for name in ("dot", "ribbon")], quiet=True, out=str(tmp_path / "out")
+    )
+    for row, size in zip(rows, [(1, 1), (3000, 20)], strict=True):
+        with Image.open(row["mask"]) as mask:
+            assert mask.size == size

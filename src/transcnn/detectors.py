@@ -8,15 +8,17 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, clip_boxes_to_image
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
+from .blocks import StridedConv2d
 from .errors import UserError
 from .pyramid import Pyramid, build_pyramid
 
@@ -24,6 +26,7 @@ __all__ = ["DETECTORS", "Detector", "build"]
 
 DETECTORS = ("retinanet", "fasterrcnn", "maskrcnn")
 RATIOS = (0.5, 1.0, 2.0)
+NARROWEST = 8  # pixels that the short side keeps at least, where the long one is at its longest
 
 
 class PyramidFPN(nn.Module):
@@ -36,7 +39,7 @@ class PyramidFPN(nn.Module):
         super().__init__()
         self.strides = (8, 16, 32) if retina else (4, 8, 16, 32)
         self.pyramid = pyramid
-        extra = LastLevelP6P7(out_channels, out_channels) if retina else LastLevelMaxPool()
+        extra = _coarse_levels(out_channels) if retina else LastLevelMaxPool()
         channels = pyramid.channels[-len(self.strides) :]
         self.fpn = FeaturePyramidNetwork(channels, out_channels, extra, nn.BatchNorm2d)
         self.out_channels = out_channels
@@ -49,6 +52,16 @@ class PyramidFPN(nn.Module):
             maps = self.pyramid(x)
             found = self.fpn(OrderedDict((str(stride), maps[stride]) for stride in self.strides))
         return {name: value.float() for name, value in found.items()}
+
+
+def _coarse_levels(channels: int) -> LastLevelP6P7:
+    """Strides 64 and 128, by convolutions that can be learnt in bfloat16 however narrow the image is."""
+    levels = LastLevelP6P7(channels, channels)
+    for name in ("p6", "p7"):
+        made = StridedConv2d(channels, channels)
+        made.load_state_dict(getattr(levels, name).state_dict())
+        setattr(levels, name, made)
+    return levels
 
 
 class Detector(nn.Module):
@@ -82,13 +95,35 @@ class Detector(nn.Module):
         """
         kind = images[0].device.type
         self.net.backbone.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))  # pyright: ignore
+        wide = [self._widen(image) for image in images]
         if targets is not None:
-            targets = [{**target, "labels": target["labels"] + self.offset} for target in targets]
+            targets = [
+                {**target, "labels": target["labels"] + self.offset, **self._widen_masks(target)} for target in targets
+            ]
         with torch.autocast(kind, enabled=False):
-            found: Any = self.net(images, targets)
+            found: Any = self.net(wide, targets)
         if self.training:
             return found
-        return [{**row, "labels": row["labels"] - self.offset} for row in found]
+        return [self._inside(row, *image.shape[-2:]) for row, image in zip(found, images, strict=True)]
+
+    def _widen(self, image: Tensor) -> Tensor:
+        """A ribbon with black below or beside it: its short side would vanish when the long one is made to fit."""
+        height, width = image.shape[-2:]
+        least = math.ceil(max(height, width) * NARROWEST / self.net.transform.max_size)  # pyright: ignore
+        below, beside = max(0, least - height), max(0, least - width)
+        return F.pad(image, (0, beside, 0, below)) if below or beside else image
+
+    def _widen_masks(self, target: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"masks": self._widen(target["masks"])} if "masks" in target else {}
+
+    def _inside(self, row: dict[str, Tensor], height: int, width: int) -> dict[str, Tensor]:
+        """One image's findings, with our labels, without what lies beside a widened image."""
+        boxes = clip_boxes_to_image(row["boxes"], (height, width))
+        kept = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
+        row = {**row, "boxes": boxes, "labels": row["labels"] - self.offset}
+        if "masks" in row:
+            row["masks"] = row["masks"][..., :height, :width]
+        return row if bool(kept.all()) else {name: value[kept] for name, value in row.items()}
 
     def _class_layers(self) -> list[str]:
         """The layers whose size depends on the number of classes, as ``load_checkpoint`` asks."""
@@ -121,6 +156,8 @@ def build(name: str, task_args: dict[str, Any], *, num_classes: int, in_chans: i
     low, high = a["side_range"]
     if not 0 < low <= high or not 32 <= a["short_side"] <= a["long_side"]:
         raise UserError("short_side must be 32 or more, long_side not less, side_range two numbers above 0")
+    if a.get("rois", 512) < 4:
+        raise UserError(f"rois must be 4 or more, got {a['rois']}")
     pyramid = build_pyramid(name, in_chans=in_chans, **kwargs)
     cfg: Any = getattr(pyramid.body, "pretrained_cfg", None) or {}
     mean, std = list(cfg.get("mean", ())), list(cfg.get("std", ()))
@@ -159,6 +196,7 @@ def _rcnn(backbone: PyramidFPN, classes: int, base: list[int], a: dict[str, Any]
         "box_roi_pool": MultiScaleRoIAlign(levels, 7, 2),
         "box_head": TwoMLPHead(width * 49, 4 * width),
         "box_predictor": FastRCNNPredictor(4 * width, classes + 1),
+        "box_batch_size_per_image": a.get("rois", 512),
         "box_score_thresh": a["min_score"],
         "box_detections_per_img": a["max_found"],
     }

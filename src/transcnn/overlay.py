@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["PictureFolder", "blend", "draw_found", "label_png", "legend", "palette"]
+__all__ = ["PictureFolder", "blend", "draw_found", "label_png", "legend", "palette", "run_lengths"]
 
 Colours = Sequence[Sequence[int]]
 
@@ -142,7 +142,7 @@ class PictureFolder:
             }
             row["bbox"] = [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)]
             if "masks" in found:
-                row["segmentation"] = _run_lengths(found["masks"][i, 0] > 0.5)
+                row["segmentation"] = run_lengths(found["masks"][i, 0] > 0.5)
             self.coco.append(row)
 
     def finish(self) -> None:
@@ -151,7 +151,7 @@ class PictureFolder:
             (self.folder / "predictions.json").write_text(json.dumps(self.coco, indent=1), encoding="utf-8")
 
 
-def _run_lengths(mask: np.ndarray) -> dict[str, Any]:
+def run_lengths(mask: np.ndarray) -> dict[str, Any]:
     """COCO's uncompressed run lengths: of zeros, ones, zeros, ... column by column."""
     flat = mask.flatten(order="F")
     changes = np.flatnonzero(np.diff(flat.astype(np.int8))) + 1

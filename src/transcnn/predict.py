@@ -235,7 +235,9 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     table.add_column("guesses, the surest first")
     for row in rows:
         text = "  ".join(f"{escape(label)} {100 * score:.1f} %" for label, score in _ranked(row))
-        table.add_row(escape(row["file"]), text or f"[red]can't be read: {escape(row['error'])}[/red]")
+        if "error" in row:
+            text = f"[red]can't be read: {escape(row['error'])}[/red]"
+        table.add_row(escape(row["file"]), text or "nothing found")
     console = Console(highlight=False)
     if not sys.stdout.isatty():
         console.width = 10_000  # one line for each image, however long, for what reads them

@@ -88,7 +88,8 @@ class Segmenter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, classes, H, W)."""
         height, width = x.shape[-2:]
-        x = F.pad(x, (0, -width % COARSEST, 0, -height % COARSEST))
+        alone = COARSEST if max(height, width) <= COARSEST else 0  # a map of a single place has nothing to be normed by
+        x = F.pad(x, (0, -width % COARSEST + alone, 0, -height % COARSEST))
         maps = self.backbone(x)
         # The decoders' lists begin with the image and stride 2, of which a map without channels stands for none.
         finest = maps.get(2, x.new_zeros(len(x), 0, x.shape[2] // 2, x.shape[3] // 2))

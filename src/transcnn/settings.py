@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Augment", "Detect", "Ema", "Optim", "Segment"]
+__all__ = ["Augment", "Detect", "Distill", "Ema", "Optim", "Segment"]
 
 
 @dataclass
@@ -109,6 +109,24 @@ class Ema:
 
 
 @dataclass
+class Distill:
+    """Learning from another network's answers too, as DeiT does it (classification only).
+
+    Args:
+        distill_from: The teacher: a run's directory, a checkpoint of ours, or the name of a published model. It is
+            shown the student's images, mixed and all, at the student's size.
+        distill_type: ``hard``: the teacher's first choice is a second label; ``soft``: its probabilities are.
+        distill_alpha: Share of the teacher in the loss; the rest is the labels'.
+        distill_tau: Temperature that softens both networks' probabilities (``soft``).
+    """
+
+    distill_from: str | None = None
+    distill_type: Literal["hard", "soft"] = "hard"
+    distill_alpha: float = 0.5
+    distill_tau: float = 3.0
+
+
+@dataclass
 class Segment:
     """Segmentation: the decoder, the loss, what counts, and how whole images are judged.
 
@@ -148,6 +166,7 @@ class Detect:
         side_range: Smallest and largest short side in training, relative to ``short_side``.
         anchor_size: Side of the smallest anchors in pixels, each further level has twice that; without it 32, or less
             where the data has small objects.
+        rois: Regions of each training image that the heads of Faster and Mask R-CNN learn from; fewer are quicker.
         min_score: Findings below this are not told.
         max_found: At most so many findings an image.
     """
@@ -158,5 +177,6 @@ class Detect:
     long_side: int = 1333
     side_range: tuple[float, float] = (1.0, 1.0)
     anchor_size: int | None = None
+    rois: int = 512
     min_score: float = 0.05
     max_found: int = 100

@@ -4,7 +4,8 @@
     splits.train.read(0)        # image, {"boxes": (N, 4) x1 y1 x2 y2, "labels": (N,), "crowd": (N,), "area": (N,), ...}
 
 Labels are indices into ``class_names``; ``task_args["label_ids"]`` says which of the data's category ids each stands
-for. Boxes are cut at the image's edge; those of which nothing is left are dropped and listed.
+for. Boxes are cut at the image's edge; those of which nothing is left are dropped, and listed where the annotation says
+how large the image is.
 """
 
 from __future__ import annotations
@@ -18,21 +19,16 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as tvf
 
 from ..errors import UserError
 from .denseset import DenseSet, DenseSource, DenseSplits, choose_part, part_sets
 from .images import BrokenImage, is_image_name, read_image, to_channels
-from .randomness import seeded
 from .sources import PARTS, few, line, part_of
 from .store import Files, open_files
 from .tolerant import channels_of
 
-__all__ = ["DetectTransform", "open_set", "open_splits"]
+__all__ = ["open_set", "open_splits"]
 
 
 @dataclass
@@ -43,14 +39,24 @@ class Annotated:
     boxes: list[list[float]] = field(default_factory=list)  # x1, y1, x2, y2
     labels: list[int] = field(default_factory=list)  # the data's ids
     crowd: list[bool] = field(default_factory=list)
+    areas: list[float] = field(default_factory=list)  # in pixels, by which scores tell small from large; 0: the box's
     masks: list[Any] = field(default_factory=list)  # COCO's segmentation: polygons or run lengths; None without
+    size: tuple[float, float] | None = None  # width and height, where the annotation says them
 
-    def add(self, box: list[float], label: int, crowd: bool = False, mask: Any = None) -> None:
-        """One more thing to be found."""
+    def add(self, box: list[float], label: int, crowd: bool = False, mask: Any = None, area: float = 0.0) -> str:
+        """One more thing to be found; what is wrong with it, if it can't be used."""
+        x1, y1, x2, y2 = box
+        if not (np.isfinite(box).all() and x2 > x1 and y2 > y1):
+            return f"a box of {x2 - x1:g}x{y2 - y1:g} pixels is left out"
+        width, height = self.size or (np.inf, np.inf)
+        if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
+            return "a box outside of the image is left out"
         self.boxes.append(box)
+        self.areas.append(area)
         self.labels.append(label)
         self.crowd.append(crowd)
         self.masks.append(mask or None)
+        return ""
 
 
 @dataclass
@@ -154,11 +160,12 @@ def _load(files: Files, items: list[Annotated], index: dict[int, int], i: int) -
     boxes[:, 1::2] = boxes[:, 1::2].clip(0, image.height)
     sides = boxes[:, 2:] - boxes[:, :2]
     kept = np.flatnonzero((sides > 0.1).all(1))
+    given = np.array(item.areas, dtype=np.float32)
     return image, {
         "boxes": boxes[kept],
         "labels": np.array([index[label] for label in item.labels], dtype=np.int64)[kept],
         "crowd": np.array(item.crowd, dtype=bool)[kept],
-        "area": sides.prod(1)[kept],
+        "area": np.where(given > 0, given, sides.prod(1))[kept],
         "masks": [partial(_mask, item.masks[k], boxes[k], image.size) for k in kept],
     }
 
@@ -195,7 +202,8 @@ def _anchor_size(images: DenseSet, settings: Mapping[str, Any]) -> int:
             continue
         short, long = min(image.size), max(image.size)
         factor = min(settings.get("short_side", 800) / short, settings.get("long_side", 1333) / long)
-        sides += (np.sqrt(truth["area"]) * factor).tolist()
+        boxes = truth["boxes"]
+        sides += (np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1)) * factor).tolist()
     small = float(np.quantile(sides, 0.05)) if sides else 32.0
     return int(min(32, max(8, 2 ** np.floor(np.log2(max(small, 1.0))))))
 
@@ -249,6 +257,7 @@ def _read_coco(found: Found, name: str, images: Sequence[str]) -> None:
         sheet = json.loads(found.files.read(name))
         categories = {int(c["id"]): str(c["name"]) for c in sheet["categories"]}
         pictures = {entry["id"]: str(entry["file_name"]) for entry in sheet["images"]}
+        sizes = {entry["id"]: (entry.get("width"), entry.get("height")) for entry in sheet["images"]}
         annotations = sheet.get("annotations", [])
     except (BrokenImage, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{name} is no COCO annotation file: {line(error)}") from error
@@ -265,7 +274,7 @@ def _read_coco(found: Found, name: str, images: Sequence[str]) -> None:
         if where is None:
             broken.append((file, "an annotation names it, but there is no such image"))
         else:
-            items[key] = Annotated(where)
+            items[key] = Annotated(where, size=_size(*sizes[key]))
     for entry in annotations if isinstance(annotations, list) else ():
         _add_coco(entry, items, pictures, categories, broken)
     found.parts.setdefault(part, []).extend(items.values())
@@ -282,6 +291,7 @@ def _add_coco(
     try:
         image, label = entry["image_id"], int(entry["category_id"])
         x, y, w, h = (float(value) for value in entry["bbox"])
+        area = float(entry.get("area") or 0)
     except (KeyError, TypeError, ValueError) as error:
         broken.append((f"annotation {entry.get('id', '?')}" if isinstance(entry, dict) else "annotation", line(error)))
         return
@@ -291,10 +301,18 @@ def _add_coco(
             broken.append((f"annotation {entry.get('id', '?')}", f"it is about an unknown image {image}"))
     elif label not in categories:
         broken.append((item.file, f"a box of the unknown category {label} is left out"))
-    elif not (np.isfinite([x, y, w, h]).all() and w > 0 and h > 0):
-        broken.append((item.file, f"a box of {w:g}x{h:g} pixels is left out"))
     else:
-        item.add([x, y, x + w, y + h], label, bool(entry.get("iscrowd", 0)), entry.get("segmentation"))
+        crowd, mask = bool(entry.get("iscrowd", 0)), entry.get("segmentation")
+        if wrong := item.add([x, y, x + w, y + h], label, crowd, mask, area):
+            broken.append((item.file, wrong))
+
+
+def _size(width: Any, height: Any) -> tuple[float, float] | None:
+    """An image's size as an annotation has it, if it has it."""
+    try:
+        return (float(width), float(height)) if float(width) > 0 and float(height) > 0 else None
+    except (TypeError, ValueError):
+        return None
 
 
 def _read_voc(found: Found, names: Sequence[str], images: Sequence[str]) -> None:
@@ -335,85 +353,13 @@ def _read_voc(found: Found, names: Sequence[str], images: Sequence[str]) -> None
 
 
 def _voc_item(root: Any, file: str, labels: dict[str, int], broken: list[tuple[str, str]]) -> Annotated:
-    item = Annotated(file)
+    item = Annotated(file, size=_size(root.findtext("size/width"), root.findtext("size/height")))
     for thing in root.iter("object"):
         name = thing.findtext("name").strip()
         x1, y1, x2, y2 = (float(thing.find("bndbox").findtext(tag)) for tag in ("xmin", "ymin", "xmax", "ymax"))
-        if x2 <= x1 or y2 <= y1:
-            broken.append((file, f"a box of {x2 - x1:g}x{y2 - y1:g} pixels is left out"))
-            continue
         difficult = thing.findtext("difficult", "0").strip() == "1"  # neither learnt nor scored, as a crowd
-        item.add([x1 - 1, y1 - 1, x2, y2], labels.setdefault(name, len(labels)), difficult)
+        label = labels.setdefault(name, len(labels))
+        both = x2 > x1 and y2 > y1  # else nobody meant a box of one pixel
+        if wrong := item.add([x1 - both, y1 - both, x2, y2], label, difficult):
+            broken.append((file, wrong))
     return item
-
-
-# --- transforms -----------------------------------------------------------------------------------------------------
-
-
-class DetectTransform:
-    """PIL image and its truth -> float (C, H, W) from 0 to 1, and tensors; the detector resizes and normalises.
-
-    Args:
-        in_chans: Channels of the images.
-        masks: Whether masks are wanted.
-        training: Leave out crowds, mirror and change colours.
-        hflip, vflip: Probabilities.
-        color_jitter: Strength of changes of brightness, contrast and saturation.
-    """
-
-    stacks = False
-
-    def __init__(
-        self,
-        *,
-        in_chans: int = 3,
-        masks: bool = False,
-        training: bool = False,
-        hflip: float = 0.5,
-        vflip: float = 0.0,
-        color_jitter: float | None = None,
-    ) -> None:
-        self.in_chans = in_chans
-        self.masks = masks
-        self.training = training
-        self.flips = (hflip, vflip)
-        jitters = color_jitter and in_chans in (1, 3)
-        self.colours = v2.ColorJitter(color_jitter, color_jitter, color_jitter) if jitters else None
-
-    def __call__(self, image: Image.Image, truth: Any = None, seed: int = 0) -> tuple[Tensor, Any]:
-        pixels = tvf.pil_to_tensor(to_channels(image, self.in_chans))
-        target = None if truth is None else self._target(truth, image.size)
-        if self.training and target is not None:
-            pixels = self._vary(pixels, target, seed)
-        return tvf.to_dtype(pixels, torch.float32, scale=True), target
-
-    def blank(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """One black sample, which doesn't count."""
-        empty: dict[str, Any] = {"boxes": np.zeros((0, 4), np.float32), "labels": np.zeros(0, np.int64)}
-        empty |= {"crowd": np.zeros(0, bool), "area": np.zeros(0, np.float32), "masks": []}
-        return torch.zeros(self.in_chans, 32, 32), {**self._target(empty, (32, 32)), "counts": torch.tensor(False)}
-
-    def _target(self, truth: dict[str, Any], size: tuple[int, int]) -> dict[str, Tensor]:
-        chosen = np.flatnonzero(~truth["crowd"]) if self.training else np.arange(len(truth["boxes"]))
-        target = {name: torch.from_numpy(truth[name][chosen]) for name in ("boxes", "labels", "crowd", "area")}
-        if self.masks:
-            masks = [truth["masks"][k]() for k in chosen]
-            stacked = np.stack(masks) if masks else np.zeros((0, size[1], size[0]), bool)
-            target["masks"] = torch.from_numpy(stacked.astype(np.uint8))
-        return {**target, "counts": torch.tensor(True)}
-
-    def _vary(self, pixels: Tensor, target: dict[str, Tensor], seed: int) -> Tensor:
-        """Mirrored and in other colours; ``target`` is changed in place."""
-        rng = np.random.default_rng(seed)
-        for dim, probability in zip((-1, -2), self.flips, strict=True):
-            if rng.random() < probability:
-                pixels = pixels.flip(dim)
-                first, last = (0, 2) if dim == -1 else (1, 3)
-                boxes = target["boxes"]
-                boxes[:, [first, last]] = pixels.shape[dim] - boxes[:, [last, first]]
-                if "masks" in target:
-                    target["masks"] = target["masks"].flip(dim)
-        if self.colours is not None:
-            with seeded(int(rng.integers(1 << 62))):
-                pixels = self.colours(pixels)
-        return pixels

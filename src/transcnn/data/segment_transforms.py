@@ -20,6 +20,7 @@ from .randomness import seeded
 __all__ = ["IGNORE", "EvalTransform", "TrainTransform"]
 
 IGNORE = -1  # index of pixels that don't count
+LONGEST = 8  # sides longer than this times ``resize`` aren't made of images like ribbons
 
 
 class EvalTransform:
@@ -67,7 +68,9 @@ class EvalTransform:
 
     def factor(self, height: int, width: int) -> float:
         """How much an image is enlarged before anything else."""
-        return self.resize / min(height, width) if self.resize else 1.0
+        if not self.resize:
+            return 1.0
+        return min(self.resize / min(height, width), LONGEST * self.resize / max(height, width))
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 -> float with the mean and spread that the network was made for."""

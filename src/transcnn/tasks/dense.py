@@ -12,6 +12,8 @@ from .base import Task
 
 __all__ = ["DenseTask"]
 
+MOST_AT_ONCE = 8  # whole images that are held at a time to be judged; more gains nothing
+
 
 class DenseTask(Task):
     """A task whose predictions are drawn, and whose loaders give whole images with what is in them."""
@@ -24,6 +26,7 @@ class DenseTask(Task):
     ) -> Any:
         """A loader of whole images and their truth."""
         part.transform = cls.image_transform(data_config, task_args)
+        settings["batch_size"] = min(settings["batch_size"], MOST_AT_ONCE)
         return make_loader(part, **settings)  # pyright: ignore
 
     @classmethod

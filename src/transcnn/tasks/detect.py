@@ -15,7 +15,8 @@ from torchvision.ops import box_iou
 
 from ..data.classify import ClassifyData
 from ..data.denseset import DenseSet, DenseSplits
-from ..data.detect import DetectTransform, open_set, open_splits
+from ..data.detect import open_set, open_splits
+from ..data.detect_transforms import DetectTransform
 from ..errors import require
 from ..overlay import draw_found, palette
 from ..report_dense import ends_and_middle, write_dense_report
@@ -104,14 +105,17 @@ class Detect(DenseTask):
     ) -> list[dict[str, Any]]:
         """For each image its boxes and where they were drawn (``overlay``); also in COCO's format for the whole."""
         names, colours = loaded.class_names, palette(len(loaded.class_names))
-        outputs = loaded.model([pixels.to(device) for pixels, _, _ in inputs])
+        # One by one: masks of a hundred findings at the full size of a photograph are large.
+        outputs = (loaded.model([pixels.to(device)])[0] for pixels, _, _ in inputs)
         ids = loaded.info.get("task_args", {}).get("label_ids") or list(range(1, len(names) + 1))
-        rows = cls.answers(outputs, names, top_k)
-        for row, found, (_, image, file) in zip(rows, outputs, inputs, strict=True):
+        rows = []
+        for found, (_, image, file) in zip(outputs, inputs, strict=True):
+            row = cls.answers([found], names, top_k)[0]
             row["overlay"] = f"{pictures.stem_for(file)}_overlay.png"
             drawn = {name: value.cpu().numpy() for name, value in found.items()}
             draw_found(image, drawn, names, colours, SHOWN_SCORE).save(row["overlay"])
             pictures.add_coco(file, drawn, ids)
+            rows.append(row)
         return rows
 
     def loss(self, batch: Any) -> Tensor:
@@ -124,7 +128,8 @@ class Detect(DenseTask):
     def judge(self, batch: Any, batch_idx: int) -> None:
         """Keep what was found beside what there is, and each image's own score with its place in the set."""
         images, targets = batch
-        for found, target in zip(self.model(images), targets, strict=True):
+        outputs = (self.model([image])[0] for image in images) if self.masks else self.model(images)
+        for found, target in zip(outputs, targets, strict=True):
             place, self._seen = self._seen, self._seen + 1
             if not target["counts"]:
                 continue
@@ -147,6 +152,7 @@ class Detect(DenseTask):
         metric = self._metric[0]
         world = self.trainer.world_size
         if world > 1:
+            metric.update([], [])  # a process without images would be warned
             own = {name: getattr(metric, name) for name in metric._defaults}
             gathered: list[Any] = [None] * world
             torch.distributed.all_gather_object(gathered, own)

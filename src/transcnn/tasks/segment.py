@@ -199,6 +199,8 @@ class Segment(DenseTask):
         ``ranking`` is (place in the set, IoU of its classes) of each image. Over several processes counts are summed;
         ``ranking`` is that of the first process.
         """
+        none = torch.zeros(0, dtype=torch.long, device=self.device)
+        self.confusion.update(none, none)  # a process without images would be warned
         confusion = self.confusion.compute().cpu()
         totals = torch.stack([self._loss, self._pixels, torch.tensor(float(len(self._images)), dtype=torch.float64)])
         totals = self.trainer.strategy.reduce(totals.to(self.device), reduce_op="sum").cpu()
