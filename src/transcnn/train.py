@@ -20,6 +20,7 @@ from . import callbacks as cb
 from .checkpointing import KeepWeights
 from .checkpoints import load_body, load_checkpoint
 from .data.sources import few
+from .distill import Teacher
 from .engine import choose_precision, keep_freed_memory, quiet_libraries
 from .errors import UserError
 from .evaluate import measure, write_results
@@ -30,7 +31,7 @@ from .plug import plug as plug_in
 from .plug import plug_like, plug_spec
 from .processes import first_decides, gather, launch, lost_process, per_machine, placement, world
 from .runs import build_network, data_config_of, load, new_run_dir, read_info, write_whole
-from .settings import Augment, Detect, Ema, Optim, Segment
+from .settings import Augment, Detect, Distill, Ema, Optim, Segment
 from .tasks import get_task
 from .tasks.base import Task
 
@@ -68,6 +69,7 @@ def train(
     optim: Optim = Optim(),  # noqa: B008  (never changed; so written, each field becomes a flag)
     augment: Augment = Augment(),  # noqa: B008
     ema: Ema = Ema(),  # noqa: B008
+    distill: Distill = Distill(),  # noqa: B008
     segment: Segment = Segment(),  # noqa: B008
     detect: Detect = Detect(),  # noqa: B008
     val_fraction: float = 0.1,
@@ -117,6 +119,7 @@ def train(
         optim: How the weights are learnt.
         augment: How training images are varied.
         ema: The average of the weights that is scored and kept.
+        distill: Whose answers are learnt as well.
         segment: What is peculiar to segmentation.
         detect: What is peculiar to detection.
         val_fraction: Share of the training images held back where the data has no validation part.
@@ -204,6 +207,8 @@ def _run(s: SimpleNamespace, resumed: Path | None, lr_factor: float | None) -> T
         channels_last=s.channels_last,
         task_args=task_args,
     )
+    if s.distill["distill_from"]:
+        learner.learn_from(Teacher(Distill(**s.distill), splits.class_names, config))
     batches = min(max(1, len(splits.train) // s.batch_size), s.limit_batches or sys.maxsize)
     learner.updates_per_epoch = -(-batches // optim.accumulate)
     if trainer.is_global_zero:

@@ -161,6 +161,10 @@ class Task(L.LightningModule):
     def write_report(self, folder: Path, scores: dict[str, Any], part: Any, metrics: dict[str, Any]) -> None:
         """Draw ``report/`` from what was scored on ``part``."""
 
+    def learn_from(self, teacher: Any) -> None:
+        """Have a :class:`~transcnn.distill.Teacher` say what it thinks of the training images, too."""
+        raise UserError(f"distill_from is for the task classify, not for {self.name}")
+
     # --- the same for all -------------------------------------------------------------------------------------------
 
     def place(self, nth: int) -> int:

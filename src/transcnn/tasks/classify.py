@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ..data.augment import Transform
 from ..data.classify import ClassifyData, ImageSet, eval_transform, make_loader, open_set, open_splits, train_transform
+from ..distill import Teacher
 from ..errors import UserError
 from ..processes import gather
 from ..report import write_report
@@ -39,6 +40,7 @@ class Classify(Task):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         a, classes = self.augment, len(self.class_names)
+        self.teacher: Teacher | None = None
         self.mixup = None
         self.train_loss: nn.Module = LabelSmoothingCrossEntropy(a.smoothing)
         if a.mixup > 0 or a.cutmix > 0:
@@ -122,7 +124,13 @@ class Classify(Task):
             if len(images) % 2:  # images are mixed in pairs
                 images, labels = images[:-1], labels[:-1]
             images, labels = self.mixup(images, labels)
-        return self.train_loss(self(images).float(), labels)
+        logits = self(images).float()
+        loss = self.train_loss(logits, labels)
+        return loss if self.teacher is None else self.teacher.loss(loss, logits, images)
+
+    def learn_from(self, teacher: Teacher) -> None:
+        """Have a teacher say what it thinks of the training images, too."""
+        self.teacher = teacher
 
     def judge(self, batch: Any, batch_idx: int) -> None:
         """Count right answers; keep the surest wrong ones with their place in the set."""
