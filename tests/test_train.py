@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import yaml
 from timm.optim import create_optimizer_v2
 
 from transcnn import callbacks, engine
+from transcnn.cli import main
 from transcnn.errors import UserError
 from transcnn.runs import load, read_info
 from transcnn.settings import Augment, Ema, Optim
@@ -319,3 +321,39 @@ def test_tasks_are_found_by_name():
     assert get_task("classify") is Classify
     with pytest.raises(UserError, match="task must be one of"):
         get_task("sing")
+
+
+def test_a_dry_run_says_what_a_run_would_take_and_where_settings_came_from(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("model: transcnn_test\nepochs: 7\noptim:\n  weight_decay: 0.3\n")
+    command = ["train", "nowhere", "--config", "recipe.yaml", "--batch_size", "8", "--clip-grad", "2", "--dry-run"]
+    assert main([*command, "--accelerator", "cpu"]) == 0
+    text = capsys.readouterr().out
+    for line in (
+        r"nowhere isn't there: taken are 10 classes, as the model has",
+        r"parameters +0\.03 M",
+        r"multiply-adds +0\.001 G",
+        r"memory +about \S+ [MG]iB a process",
+        r"speed +\S+ images/s \(1 process on cpu.*\n? *.*tried with 2\s+images instead of 8",
+        r"disk +\S+ MiB for checkpoints",
+        r"model +transcnn_test +recipe.yaml",
+        r"optim.weight_decay +0\.3 +recipe.yaml",
+        r"optim.clip_grad +2\.0 +command line",
+        r"batch_size +8 +command line",
+        r"seed +0 +default",
+    ):
+        assert re.search(line, text), f"{line} is not in\n{text}"
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]  # nothing was written
+
+
+def test_a_dry_run_needs_data_to_segment(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        train(str(tmp_path / "nowhere"), task="segment", model="transcnn_test", dry_run=True)
+
+
+def test_a_dry_run_uses_the_data_that_is_there(folder, tmp_path):
+    result = train(folder, **QUICK, dry_run=True, out=str(tmp_path / "run"))
+    assert result.metrics["images_a_step"] == 4
+    assert result.metrics["hours"] > 0
+    assert result.metrics["parameters"] < 40_000  # three classes, not a thousand
+    assert not (tmp_path / "run").exists()

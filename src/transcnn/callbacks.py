@@ -17,11 +17,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from .checkpointing import KeepWeights, can_save
 from .errors import UserError
 from .processes import world
 from .runs import write_whole
+from .sharding import Sharded, full_state, load_full, shard
 
 __all__ = ["Bar", "Ema", "Events", "History", "Interrupted", "Stop", "StopOnSignal"]
 
@@ -56,6 +58,32 @@ class Ema(WeightAveraging):
                         mean.copy_(value)
 
         super().__init__(multi_avg_fn=average)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Copy the network before it is sharded, which a copy could not be."""
+        if stage == "fit":
+            self._average_model = AveragedModel(pl_module, pl_module.device, use_buffers=True, **self._kwargs)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if isinstance(trainer.strategy, Sharded) and self.average is not None:
+            shard(self.average.model, trainer.strategy.mesh)  # pyright: ignore
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not isinstance(trainer.strategy, Sharded) or self._average_model is None:
+            return super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        state = full_state(self._average_model)
+        checkpoint["current_model_state"] = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {n.removeprefix("module."): v for n, v in state.items() if n.startswith("module.")}
+        checkpoint["averaging_state"] = {n: v for n, v in state.items() if not n.startswith("module.")}
+        return None
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not isinstance(trainer.strategy, Sharded) or self._average_model is None:
+            return super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        state = {f"module.{name}": value for name, value in checkpoint["state_dict"].items()}
+        load_full(self._average_model, {**state, **checkpoint["averaging_state"]})
+        load_full(pl_module, checkpoint["current_model_state"])
+        return None
 
     @property
     def average(self) -> L.LightningModule | None:

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from .errors import UserError
 from .runs import read_info, save_weights, write_whole
+from .sharding import full_state
 
 __all__ = ["KeepWeights", "can_save", "newest_good", "note", "store"]
 
@@ -190,9 +191,10 @@ class KeepWeights(Checkpoint):
         self.best, self.best_epoch = value, trainer.current_epoch + 1
         averages = [average for c in trainer.callbacks if (average := getattr(c, "average", None)) is not None]  # pyright: ignore
         kept: Any = averages[0] if averages else pl_module
+        state = full_state(kept.model)
         if trainer.is_global_zero:
             info = {**self.info, "settings": self.settings, name: value, "epoch": self.best_epoch}
-            save_weights(self.run_dir / "best.safetensors", kept.model, info)
+            save_weights(self.run_dir / "best.safetensors", state, info)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         updates = (batch_idx + 1) // trainer.accumulate_grad_batches

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .errors import UserError
+from .origins import note_origins
 
 __all__ = ["COMMANDS", "main", "make_parser", "parse"]
 
@@ -86,11 +87,13 @@ def parse(name: str, function: Callable[..., Any], argv: Sequence[str]) -> dict[
     """The arguments of ``function`` as the command line ``argv`` (without the command's name) gives them."""
     parser = make_parser(name, function)
     try:
-        config = parser.parse_args(_spell_out(parser, function, list(argv)))
+        words = _spell_out(parser, function, list(argv))
+        config = parser.parse_args(words)
         arguments = parser.instantiate(config).as_dict()
     except argparse.ArgumentError as error:
         raise UserError(_one_line(error)) from error
     arguments.pop("config", None)
+    note_origins(words)
     return arguments
 
 

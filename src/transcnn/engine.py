@@ -66,6 +66,7 @@ def quiet_libraries() -> Iterator[None]:
                 ".*does not have many workers.*",  # images in memory need none
                 ".*number of training batches.*smaller than the logging interval.*",
                 ".*LeafSpec.*",  # Lightning's own code
+                ".*no `val_dataloader`.*",  # a dry run
                 ".*sync_dist=True.*",  # scores are those of all processes already
                 ".*Checkpoint directory.*exists and is not empty.*",
             ):

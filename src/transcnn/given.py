@@ -20,7 +20,9 @@ __all__ = ["as_yaml", "check", "find_resumed", "find_start", "plain", "resumed_s
 
 # What a resumed run may have otherwise than the run it goes on with; all else decides what is learnt.
 FREE = {"data", "resume", "out", "epochs", "num_workers", "early_stop", "save_every", "accelerator", "quiet"}
-FREE |= {"nonfinite", "max_nonfinite", "devices", "num_nodes"}
+FREE |= {"nonfinite", "max_nonfinite"}
+# And of these what the earlier run had says nothing: they are about here and now.
+PRESENT = {"resume", "out", "devices", "num_nodes", "strategy"}
 
 
 def plain(value: Any) -> Any:
@@ -64,12 +66,12 @@ def resumed_settings(given: dict[str, Any], defaults: dict[str, Any], checkpoint
         raise UserError(f"{checkpoint} was not written by transcnn train; to start from its weights use --init_from")
     settings = {**defaults, **saved}
     for name, value in given.items():
-        if value == defaults[name] or value == settings[name]:
+        if value == defaults[name] or value == settings[name] or name in PRESENT:
             continue
         if name not in FREE:
             raise UserError(f"a resumed run keeps its settings: {name} is {settings[name]} there, got {value}")
         settings[name] = value
-    return {**settings, "resume": given["resume"], "out": given["out"]}
+    return {**settings, **{name: given[name] for name in PRESENT}}
 
 
 def check(s: SimpleNamespace, world: int = 1) -> None:

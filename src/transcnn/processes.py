@@ -73,7 +73,7 @@ def _shape(devices: int, num_nodes: int) -> tuple[int, int]:
     return devices, num_nodes
 
 
-def placement(accelerator: str = "auto", strategy: str = "ddp") -> dict[str, Any]:
+def placement(accelerator: str = "auto", strategy: Any = "ddp") -> dict[str, Any]:
     """The arguments of Lightning's Trainer that say where it works."""
     if not _met:
         return {"accelerator": accelerator, "devices": 1}

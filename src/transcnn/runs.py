@@ -14,9 +14,10 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from .checkpoints import load_checkpoint
 from .errors import UserError
 from .plug import plug_like
 from .processes import attempt, launch_name
+from .stored import check_stored
 
 __all__ = ["Loaded", "build_model", "data_config_of", "load", "new_run_dir", "save_weights", "write_whole"]
 
@@ -182,9 +184,10 @@ def data_config_of(model: nn.Module, in_chans: int, img_size: int | None = None)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
 
-def save_weights(path: Path, model: nn.Module, info: dict[str, Any]) -> None:
-    """Weights and what is needed to use them (``info``, as JSON in the header) in one safetensors file."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+def save_weights(path: Path, weights: nn.Module | Mapping[str, torch.Tensor], info: dict[str, Any]) -> None:
+    """Weights (a module's, or a state dict) and what is needed to use them (``info``, as JSON in the header)."""
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     header = {key: json.dumps(value) for key, value in info.items()}
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
@@ -237,13 +240,27 @@ def _load_file(path: Path) -> Loaded:
         raise UserError(
             f"{path} doesn't say which model it is for; from Python: transcnn.load_checkpoint(create_model(...), path)"
         )
+    check_stored(info, path)
     config = info["data_config"]
     names = info["class_names"]
     task = info.get("task", "classify")
     args = {"num_classes": len(names), "in_chans": config["input_size"][0], **(info.get("model_args") or {})}
-    model = build_network(task, info["model"], info.get("task_args"), **args)
+    build = partial(build_network, task, str(info["model"]), info.get("task_args"), **args)
+    _refuse_too_large(build, path)
+    model = build()
     load_checkpoint(model, path)
     return Loaded(model.eval(), task, names, config, str(path), info)
+
+
+def _refuse_too_large(build: Callable[[], nn.Module], path: Path) -> None:
+    """Refuse a network with more weights than its file has bytes, before memory is taken for it."""
+    weights = 0
+    with suppress(NotImplementedError, RuntimeError), torch.device("meta"):  # some networks can't be built without data
+        weights = sum(parameter.numel() for parameter in build().parameters())
+    if weights > path.stat().st_size:
+        raise UserError(
+            f"{path} has {path.stat().st_size:,} bytes, but says it is for a network of {weights:,} weights"
+        )
 
 
 def _load_published(name: str) -> Loaded:

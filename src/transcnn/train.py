@@ -17,21 +17,19 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from . import callbacks as cb
+from .building import make_learner, make_network
 from .checkpointing import KeepWeights
-from .checkpoints import load_body, load_checkpoint
-from .data.sources import few
-from .distill import Teacher
+from .dryrun import assumed_splits, dry_run
 from .engine import choose_precision, keep_freed_memory, quiet_libraries
 from .errors import UserError
 from .evaluate import measure, write_results
 from .faults import GoBack, SkipNonFinite
 from .given import as_yaml, check, find_resumed, find_start, plain, resumed_settings
 from .loading import LoaderWatch
-from .plug import plug as plug_in
-from .plug import plug_like, plug_spec
 from .processes import first_decides, gather, launch, lost_process, per_machine, placement, world
-from .runs import build_network, data_config_of, load, new_run_dir, read_info, write_whole
+from .runs import data_config_of, load, new_run_dir, write_whole
 from .settings import Augment, Detect, Distill, Ema, Optim, Segment
+from .sharding import choose_strategy
 from .tasks import get_task
 from .tasks.base import Task
 
@@ -84,6 +82,8 @@ def train(
     accelerator: str = "auto",
     devices: int = 1,
     num_nodes: int = 1,
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto",
+    dry_run: bool = False,
     limit_batches: int | None = None,
     quiet: bool = False,
 ) -> TrainResult:
@@ -135,6 +135,10 @@ def train(
         accelerator: cpu, gpu, or auto.
         devices: Processes on this machine, each with a device of its own. Under torchrun or Slurm theirs count.
         num_nodes: Machines; on each the same command runs.
+        strategy: What each of several processes holds: the whole network (ddp), or a part of its weights and of the
+            optimizer's state (fsdp); auto is fsdp for transcnn_large and larger ones on several GPUs.
+        dry_run: Build everything, take two steps on made-up data, and print what the run would take (memory, time,
+            disk) and where each setting came from. Data for classification needn't be there.
         limit_batches: Only this many batches an epoch, for trying out.
         quiet: Print nothing but errors.
 
@@ -168,24 +172,17 @@ def _run(s: SimpleNamespace, resumed: Path | None, lr_factor: float | None) -> T
     L.seed_everything(s.seed, verbose=False)
     task_class = get_task(s.task)
     task_args = vars(s).get(task_class.group) or {}
-    splits = task_class.open_data(
+    assumed = assumed_splits(s) if s.dry_run else None
+    splits = assumed or task_class.open_data(
         s.data, task_args, val_fraction=s.val_fraction, seed=s.seed, strict=s.strict_data, in_chans=s.in_chans
     )
     task_args = {**task_args, **splits.task_args}
-    network, args = _build(s, splits, task_args)
+    network, args = make_network(s, splits, task_args)
     config = data_config_of(network, splits.in_chans, s.img_size)
-    augment, optim, ema = Augment(**s.augment), Optim(**s.optim), Ema(**s.ema)
-    workers = max(0, (os.cpu_count() or 1) // per_machine() - 1) if s.num_workers is None else s.num_workers
-    loaders = task_class.loaders(
-        splits,
-        config,
-        augment,
-        task_args,
-        batch_size=s.batch_size // world(),
-        num_workers=workers,
-        seed=s.seed,
-        progress=sys.stderr.isatty() and not s.quiet,
-    )
+    learner = make_learner(s, splits, network, config, task_args)
+    loaders = None if assumed else _loaders(s, task_class, splits, config, task_args)
+    if s.dry_run:
+        return TrainResult(Path(), dry_run(s, learner, splits, loaders))
 
     info = {"model": s.model, "model_args": args, "class_names": splits.class_names, "data_config": config}
     info |= {"task": s.task, "task_args": task_args, "data": splits.name}
@@ -193,30 +190,30 @@ def _run(s: SimpleNamespace, resumed: Path | None, lr_factor: float | None) -> T
     run_dir = resumed.parent if resumed and here else first_decides(lambda: new_run_dir(s.out, s.model, splits.name))
     keep = KeepWeights(run_dir, info, vars(s), s.save_every)
     skip = SkipNonFinite(run_dir, keep, s.max_nonfinite, s.nonfinite == "halve", lr_factor)
-    averages = [cb.Ema(ema.ema_decay, ema.ema_warmup)] if ema.ema else []
-    trainer = _trainer(s, run_dir, [*averages, skip], keep, task_class)
-    learner = task_class(
-        network,
-        splits.class_names,
-        config,
-        lr=s.lr * s.batch_size * optim.accumulate / (optim.lr_batch or s.batch_size * optim.accumulate),
-        epochs=s.epochs,
-        optim=optim,
-        augment=augment,
-        seed=s.seed,
-        channels_last=s.channels_last,
-        task_args=task_args,
-    )
-    if s.distill["distill_from"]:
-        learner.learn_from(Teacher(Distill(**s.distill), splits.class_names, config))
-    batches = min(max(1, len(splits.train) // s.batch_size), s.limit_batches or sys.maxsize)
-    learner.updates_per_epoch = -(-batches // optim.accumulate)
+    averages = [cb.Ema(s.ema["ema_decay"], s.ema["ema_warmup"])] if s.ema["ema"] else []
+    strategy = choose_strategy(s.strategy, network, s.accelerator)
+    trainer = _trainer(s, run_dir, [*averages, skip], keep, task_class, strategy)
     if trainer.is_global_zero:
         write_whole(run_dir / "config.yaml", lambda path: path.write_text(as_yaml(s)))
         if not s.quiet:
             _announce(s, splits, network, config, run_dir, trainer)
     _fit(trainer, learner, loaders, resumed)
     return _finish(s, task_class, splits, run_dir, trainer, keep)
+
+
+def _loaders(
+    s: SimpleNamespace, task_class: type[Task], splits: Any, config: dict[str, Any], task_args: dict[str, Any]
+) -> L.LightningDataModule:
+    return task_class.loaders(
+        splits,
+        config,
+        Augment(**s.augment),
+        task_args,
+        batch_size=s.batch_size // world(),
+        num_workers=max(0, (os.cpu_count() or 1) // per_machine() - 1) if s.num_workers is None else s.num_workers,
+        seed=s.seed,
+        progress=sys.stderr.isatty() and not s.quiet,
+    )
 
 
 def _fit(trainer: L.Trainer, learner: Task, loaders: Any, resumed: Path | None) -> None:
@@ -232,74 +229,13 @@ def _fit(trainer: L.Trainer, learner: Task, loaders: Any, resumed: Path | None) 
         raise UserError(f"{lost}; go on from the last checkpoint with --resume") from error
 
 
-def _build(s: SimpleNamespace, splits: Any, task_args: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """The network, and the arguments that make it again."""
-    args = dict(s.model_args or {})
-    if s.drop_rate is not None:
-        args["drop_rate"] = s.drop_rate
-    drop_path = {"drop_path_rate": s.drop_path_rate} if s.drop_path_rate else {}
-    given = args.pop("plug", None)
-    network = build_network(
-        s.task,
-        s.model,
-        task_args,
-        pretrained=s.pretrained,
-        num_classes=len(splits.class_names),
-        in_chans=splits.in_chans,
-        **args,
-        **drop_path,
-    )
-    # What is plugged, and what a classifier's weights are for.
-    host: torch.nn.Module = network if s.task == "classify" else network.body  # pyright: ignore
-    start = _find_weights(s.init_from) if s.init_from else None
-    info = _info_of(start) if start else {}
-    held = (info.get("model_args") or {}).get("plug")
-    whole = host is network or _kind(info.get("task"), info.get("task_args")) == _kind(s.task, task_args)
-    if start and not held:
-        _take(s, network if whole else host, start, whole)
-    if where := s.plug or given or held:
-        if isinstance(where, str):
-            size = data_config_of(network, splits.in_chans, s.img_size)["input_size"]
-            plug_in(host, where, example=torch.zeros(1, *size))
-        else:
-            plug_like(host, where)
-        args["plug"] = plug_spec(host)
-    if start and held:
-        _take(s, network if whole else host, start, whole)
-    if s.grad_checkpointing:
-        network.set_grad_checkpointing(True)  # pyright: ignore
-    return network, args
-
-
-def _take(s: SimpleNamespace, part: torch.nn.Module, weights: Path, whole: bool) -> None:
-    """Load a file's weights into the network, or into its backbone alone and say so."""
-    if whole:
-        load_checkpoint(part, weights)
-        return
-    count, unused = load_body(part, weights)
-    if not s.quiet:
-        rest = f", not taken: {few(unused)}" if unused else ""
-        print(f"backbone: {count} tensors of {weights}; all else starts anew{rest}", file=sys.stderr)
-
-
-def _info_of(weights: Path) -> dict[str, Any]:
-    """What a file of ours says of its network; nothing for files of others."""
-    return read_info(weights) if weights.suffix in (".safetensors", ".ckpt") and weights.is_file() else {}
-
-
-def _kind(task: str | None, task_args: dict[str, Any] | None) -> tuple[str, str]:
-    """What is on top of a network's backbone; published weights are classifiers'."""
-    args = task_args or {}
-    return task or "classify", args.get("decoder") or args.get("detector") or ""
-
-
-def _find_weights(source: str) -> Path:
-    path = Path(source)
-    return Path(load(path).source) if path.is_dir() else path
-
-
 def _trainer(
-    s: SimpleNamespace, run_dir: Path, callbacks: list[Callback], keep: KeepWeights, task_class: type[Task]
+    s: SimpleNamespace,
+    run_dir: Path,
+    callbacks: list[Callback],
+    keep: KeepWeights,
+    task_class: type[Task],
+    strategy: Any,
 ) -> L.Trainer:
     callbacks = [*callbacks, cb.History(run_dir, s.quiet), cb.StopOnSignal(keep)]
     if not s.quiet:
@@ -307,7 +243,7 @@ def _trainer(
     if s.early_stop:
         callbacks.append(EarlyStopping(f"val_{task_class.score}", mode="max", patience=s.early_stop))
     return L.Trainer(
-        **placement(s.accelerator),
+        **placement(s.accelerator, strategy),
         precision=choose_precision(s.precision, s.accelerator),  # pyright: ignore
         max_epochs=s.epochs,
         callbacks=[*callbacks, keep],

@@ -93,6 +93,31 @@ def test_four_processes_are_stopped_and_two_go_on(runs, images, tmp_path):
         assert float((last["state_dict"][name] - value).abs().max()) < 5e-5, name
 
 
+@pytest.mark.slow
+def test_sharded_weights_learn_the_same_and_their_checkpoints_are_like_all_others(runs, images, tmp_path):
+    run = tmp_path / "run"
+    # Two that share weights begin, one alone goes on, then two that share again.
+    starts = [(2, [images, *ALIKE, "--strategy=fsdp", "--out", run], 5), (1, ["--resume", run], 9)]
+    for world, arguments, stop in starts:
+        with Processes(world, "train", *arguments, log=tmp_path / f"log{world}-") as processes:
+            first = processes.commands[0]
+            first.until(lambda first=first, stop=stop: first.step >= stop)
+            first.signal(signal.SIGTERM)
+            assert processes.wait() == [0] * world, processes.text
+    with Processes(2, "train", "--resume", run, "--strategy=fsdp", log=tmp_path / "two") as processes:
+        assert processes.wait() == [0] * 2, processes.text
+    last, undisturbed = checkpoint(run / "last.ckpt"), checkpoint(runs / "1" / "last.ckpt")
+    assert last.keys() == undisturbed.keys()
+    assert (
+        last["optimizer_states"][0]["param_groups"][0].keys()
+        == undisturbed["optimizer_states"][0]["param_groups"][0].keys()
+    )
+    for part in ("state_dict", "current_model_state"):
+        assert last[part].keys() == undisturbed[part].keys()
+        for name, value in undisturbed[part].items():
+            assert float((last[part][name] - value).abs().max()) < 5e-5, name
+
+
 def test_processes_do_not_mix_with_an_older_run(runs, images, tmp_path):
     with Processes(2, "train", images, *ALIKE, "--out", runs / "2", log=tmp_path / "log") as processes:
         assert processes.wait() == [2, 2], processes.text

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..processes import rank, world
 from ..settings import Augment, Optim
+from ..sharding import Sharded, shard
 
 __all__ = ["Task"]
 
@@ -176,6 +177,11 @@ class Task(L.LightningModule):
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         return self.model(x)
+
+    def configure_model(self) -> None:
+        """Share the weights out where the strategy says so."""
+        if isinstance(self.trainer.strategy, Sharded):
+            shard(self.model, self.trainer.strategy.mesh)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout, stochastic depth and mixing for this very step: nothing random needs to be in a checkpoint."""

@@ -1,0 +1,112 @@
+"""From a run's settings to its network, and to what learns with it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from .checkpoints import load_body, load_checkpoint
+from .data.sources import few
+from .distill import Teacher
+from .plug import plug as plug_in
+from .plug import plug_like, plug_spec
+from .runs import build_network, data_config_of, load, read_info
+from .settings import Augment, Distill, Optim
+from .tasks import get_task
+from .tasks.base import Task
+
+__all__ = ["make_learner", "make_network"]
+
+
+def make_learner(
+    s: SimpleNamespace, splits: Any, network: torch.nn.Module, config: dict[str, Any], task_args: dict[str, Any]
+) -> Task:
+    """The task around the network, with its optimizer's settings and its teacher."""
+    augment, optim = Augment(**s.augment), Optim(**s.optim)
+    learner = get_task(s.task)(
+        network,
+        splits.class_names,
+        config,
+        lr=s.lr * s.batch_size * optim.accumulate / (optim.lr_batch or s.batch_size * optim.accumulate),
+        epochs=s.epochs,
+        optim=optim,
+        augment=augment,
+        seed=s.seed,
+        channels_last=s.channels_last,
+        task_args=task_args,
+    )
+    if s.distill["distill_from"]:
+        learner.learn_from(Teacher(Distill(**s.distill), splits.class_names, config))  # pyright: ignore
+    batches = min(max(1, len(splits.train) // s.batch_size), s.limit_batches or sys.maxsize)
+    learner.updates_per_epoch = -(-batches // optim.accumulate)
+    return learner
+
+
+def make_network(s: SimpleNamespace, splits: Any, task_args: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The network, and the arguments that make it again."""
+    args = dict(s.model_args or {})
+    if s.drop_rate is not None:
+        args["drop_rate"] = s.drop_rate
+    drop_path = {"drop_path_rate": s.drop_path_rate} if s.drop_path_rate else {}
+    given = args.pop("plug", None)
+    network = build_network(
+        s.task,
+        s.model,
+        task_args,
+        pretrained=s.pretrained,
+        num_classes=len(splits.class_names),
+        in_chans=splits.in_chans,
+        **args,
+        **drop_path,
+    )
+    # What is plugged, and what a classifier's weights are for.
+    host: torch.nn.Module = network if s.task == "classify" else network.body  # pyright: ignore
+    start = _find_weights(s.init_from) if s.init_from else None
+    info = _info_of(start) if start else {}
+    held = (info.get("model_args") or {}).get("plug")
+    whole = host is network or _kind(info.get("task"), info.get("task_args")) == _kind(s.task, task_args)
+    if start and not held:
+        _take(s, network if whole else host, start, whole)
+    if where := s.plug or given or held:
+        if isinstance(where, str):
+            size = data_config_of(network, splits.in_chans, s.img_size)["input_size"]
+            plug_in(host, where, example=torch.zeros(1, *size))
+        else:
+            plug_like(host, where)
+        args["plug"] = plug_spec(host)
+    if start and held:
+        _take(s, network if whole else host, start, whole)
+    if s.grad_checkpointing:
+        network.set_grad_checkpointing(True)  # pyright: ignore
+    return network, args
+
+
+def _take(s: SimpleNamespace, part: torch.nn.Module, weights: Path, whole: bool) -> None:
+    """Load a file's weights into the network, or into its backbone alone and say so."""
+    if whole:
+        load_checkpoint(part, weights)
+        return
+    count, unused = load_body(part, weights)
+    if not s.quiet:
+        rest = f", not taken: {few(unused)}" if unused else ""
+        print(f"backbone: {count} tensors of {weights}; all else starts anew{rest}", file=sys.stderr)
+
+
+def _info_of(weights: Path) -> dict[str, Any]:
+    """What a file of ours says of its network; nothing for files of others."""
+    return read_info(weights) if weights.suffix in (".safetensors", ".ckpt") and weights.is_file() else {}
+
+
+def _kind(task: str | None, task_args: dict[str, Any] | None) -> tuple[str, str]:
+    """What is on top of a network's backbone; published weights are classifiers'."""
+    args = task_args or {}
+    return task or "classify", args.get("decoder") or args.get("detector") or ""
+
+
+def _find_weights(source: str) -> Path:
+    path = Path(source)
+    return Path(load(path).source) if path.is_dir() else path
