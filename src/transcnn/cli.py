@@ -90,8 +90,14 @@ def parse(name: str, function: Callable[..., Any], argv: Sequence[str]) -> dict[
         words = _spell_out(parser, function, list(argv))
         config = parser.parse_args(words)
         arguments = parser.instantiate(config).as_dict()
+    except UserError:
+        raise
     except argparse.ArgumentError as error:
         raise UserError(_one_line(error)) from error
+    except (TypeError, ValueError, AttributeError, KeyError, RecursionError, OSError) as error:  # of a file's content
+        text = _one_line(error)
+        reason = "a group of settings must be names with values" if "must be a mapping" in text else text
+        raise UserError(f"the arguments can't be understood: {reason}") from error
     arguments.pop("config", None)
     note_origins(words)
     return arguments

@@ -17,6 +17,7 @@ from PIL import Image
 
 from .data.images import cut_ends, to_channels
 from .errors import UserError, require
+from .stored import check_stored
 
 __all__ = ["OnnxModel", "answers", "to_input"]
 
@@ -56,8 +57,9 @@ class OnnxModel:
             self.info: dict[str, Any] = {key: json.loads(value) for key, value in stored.items()}
             self.class_names: list[str] = self.info["class_names"]
             self.data_config: dict[str, Any] = self.info["data_config"]
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, RecursionError) as error:
             raise UserError(f"{path} was not written by transcnn export: class names and sizes are missing") from error
+        check_stored(self.info, path)
         self.task = str(self.info.get("task", "classify"))
         self._input = self.session.get_inputs()[0]
 

@@ -172,24 +172,37 @@ def _load(files: Files, items: list[Annotated], index: dict[int, int], i: int) -
 
 def _mask(segmentation: Any, box: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(H, W) of bool; where there is no outline, the box."""
-    width, height = size
     if isinstance(segmentation, dict):
-        from faster_coco_eval.core import mask as coco
-
-        counts = segmentation["counts"]
-        packed = coco.frPyObjects(segmentation, *segmentation["size"]) if isinstance(counts, list) else segmentation
-        decoded = np.asarray(coco.decode(packed), dtype=bool)
-        if decoded.shape != (height, width):
-            raise BrokenImage(f"a mask is for {decoded.shape[1]}x{decoded.shape[0]} pixels, not {width}x{height}")
-        return decoded
+        return _decode_lengths(segmentation, size)
     canvas = Image.new("1", size)
     draw = ImageDraw.Draw(canvas)
-    for outline in segmentation or ():
-        if len(outline) >= 6:
-            draw.polygon([float(value) for value in outline], fill=1)
+    try:
+        for outline in segmentation or ():
+            if len(outline) >= 6:
+                draw.polygon([float(value) for value in outline], fill=1)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BrokenImage(f"an outline is no list of numbers: {line(error)}") from error
     if not segmentation:
         draw.rectangle([float(box[0]), float(box[1]), float(box[2]) - 1, float(box[3]) - 1], fill=1)
     return np.asarray(canvas, dtype=bool)
+
+
+def _decode_lengths(segmentation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """COCO's run lengths, as numbers or packed, to (H, W) of bool; the size is looked at before memory is taken."""
+    from faster_coco_eval.core import mask as coco
+
+    width, height = size
+    try:
+        given, counts = segmentation["size"], segmentation["counts"]
+        if given != [height, width]:
+            raise ValueError(f"it is for {given} pixels, not {[height, width]}")
+        if isinstance(counts, list):
+            if sum(counts) != width * height or min(counts, default=0) < 0:
+                raise ValueError("its lengths don't fill the image")
+        packed: Any = coco.frPyObjects(segmentation, height, width) if isinstance(counts, list) else segmentation
+        return np.asarray(coco.decode(packed), dtype=bool)
+    except Exception as error:  # the library's decoder is C++ with errors of many kinds
+        raise BrokenImage(f"a mask can't be read: {line(error)}") from error
 
 
 def _anchor_size(images: DenseSet, settings: Mapping[str, Any]) -> int:
@@ -259,7 +272,7 @@ def _read_coco(found: Found, name: str, images: Sequence[str]) -> None:
         pictures = {entry["id"]: str(entry["file_name"]) for entry in sheet["images"]}
         sizes = {entry["id"]: (entry.get("width"), entry.get("height")) for entry in sheet["images"]}
         annotations = sheet.get("annotations", [])
-    except (BrokenImage, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{name} is no COCO annotation file: {line(error)}") from error
     for value, label in categories.items():
         if found.names.setdefault(value, label) != label:
@@ -292,10 +305,10 @@ def _add_coco(
         image, label = entry["image_id"], int(entry["category_id"])
         x, y, w, h = (float(value) for value in entry["bbox"])
         area = float(entry.get("area") or 0)
-    except (KeyError, TypeError, ValueError) as error:
+        item = items.get(image)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         broken.append((f"annotation {entry.get('id', '?')}" if isinstance(entry, dict) else "annotation", line(error)))
         return
-    item = items.get(image)
     if item is None:
         if image not in pictures:
             broken.append((f"annotation {entry.get('id', '?')}", f"it is about an unknown image {image}"))

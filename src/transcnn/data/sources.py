@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..errors import UserError
+
 __all__ = ["PARTS", "Parts", "Source", "few", "line", "part_of", "printable", "read_class_names", "split_stratified"]
 
 PARTS = {
@@ -85,7 +87,10 @@ def part_of(name: str) -> str:
 
 def read_class_names(folder: Path) -> list[str] | None:
     file = folder / "classes.txt"
-    return [line for line in file.read_text(encoding="utf-8").splitlines() if line] if file.is_file() else None
+    try:
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if line] if file.is_file() else None
+    except ValueError as error:
+        raise UserError(f"{file} is no text in UTF-8: {line(error)}") from error
 
 
 def printable(name: str) -> str:

@@ -82,9 +82,10 @@ class TarFiles:
         self.path = path
         self.name = path.stem
         try:
-            with tarfile.open(path, "r:") as tar:
-                members = [member for member in tar if member.isreg()]
-        except (tarfile.TarError, OSError) as error:
+            with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                end = os.fstat(file.fileno()).st_size
+                members = [member for member in tar if member.isreg() and 0 <= member.size <= end]
+        except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:
             raise UserError(f"{os.fspath(path)!r} is no tar that can be read: {line(error)}") from error
         self.places = {os.path.normpath(m.name).replace(os.sep, "/"): (m.offset_data, m.size) for m in members}
         roots = {name.partition("/")[0] for name in self.places}

@@ -19,6 +19,7 @@ from ..data.detect import open_set, open_splits
 from ..data.detect_transforms import DetectTransform
 from ..errors import require
 from ..overlay import draw_found, palette
+from ..processes import gather, world
 from ..report_dense import ends_and_middle, write_dense_report
 from ..settings import Augment
 from .dense import DenseTask
@@ -130,7 +131,7 @@ class Detect(DenseTask):
         images, targets = batch
         outputs = (self.model([image])[0] for image in images) if self.masks else self.model(images)
         for found, target in zip(outputs, targets, strict=True):
-            place, self._seen = self._seen, self._seen + 1
+            place, self._seen = self.place(self._seen), self._seen + 1
             if not target["counts"]:
                 continue
             found = {name: value.detach().cpu() for name, value in found.items()}
@@ -147,15 +148,13 @@ class Detect(DenseTask):
         """``map``, ``map50``, ``map75``, ``map_small`` ... in percent, ``mask_map`` ...; ``class_ap``, ``images``.
 
         Sizes and classes that the data lacks are left out. Over several processes, which may have seen different
-        numbers of images, all findings are gathered; ``ranking`` is that of the first process.
+        numbers of images, all findings are gathered.
         """
         metric = self._metric[0]
-        world = self.trainer.world_size
-        if world > 1:
+        if world() > 1:
             metric.update([], [])  # a process without images would be warned
             own = {name: getattr(metric, name) for name in metric._defaults}
-            gathered: list[Any] = [None] * world
-            torch.distributed.all_gather_object(gathered, own)
+            gathered = gather(own)
             for name in own:
                 setattr(metric, name, [entry for states in gathered for entry in states[name]])
         images = len(metric.groundtruth_labels)  # pyright: ignore
@@ -171,7 +170,7 @@ class Detect(DenseTask):
         for prefix, word in (("bbox_", "class_ap"), ("segm_", "class_mask_ap")) if self.masks else (("", "class_ap"),):
             each = computed.get(f"{prefix}map_per_class", torch.zeros(0)).reshape(-1).tolist()
             result[word] = {c: 100 * value for c, value in zip(classes, each, strict=False) if value >= 0}
-        result["ranking"] = self._ranking
+        result["ranking"] = [row for rows in gather(self._ranking) for row in rows]
         self._forget()
         return result
 

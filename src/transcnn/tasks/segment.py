@@ -19,6 +19,7 @@ from ..data.denseset import DenseSet, DenseSplits
 from ..data.segment import open_set, open_splits
 from ..data.segment_transforms import IGNORE, EvalTransform, TrainTransform
 from ..overlay import blend, label_png, legend, palette
+from ..processes import gather
 from ..report_dense import class_iou, ends_and_middle, write_segment_report
 from ..settings import Augment
 from .dense import DenseTask
@@ -191,13 +192,12 @@ class Segment(DenseTask):
                 table = torch.bincount(true[kept] * classes + one[kept], minlength=classes**2).view(classes, classes)
                 # Of one picture the classes that it shows; a few stray pixels of another shall not decide.
                 shown = table.sum(1) > 0
-                self._images.append((place + i, class_iou(table.cpu().numpy())[shown.cpu().numpy()].mean().item()))
+                self._images.append((self.place(place + i), class_iou(table.cpu().numpy())[shown.cpu().numpy()].mean().item()))
 
     def scores(self) -> dict[str, Any]:
         """``miou``, ``pixel_accuracy``, ``mean_accuracy`` in percent, ``loss``; ``confusion``, ``images``, ``ranking``.
 
-        ``ranking`` is (place in the set, IoU of its classes) of each image. Over several processes counts are summed;
-        ``ranking`` is that of the first process.
+        ``ranking`` is (place in the set, IoU of its classes) of each image. All is that of all processes together.
         """
         none = torch.zeros(0, dtype=torch.long, device=self.device)
         self.confusion.update(none, none)  # a process without images would be warned
@@ -214,7 +214,8 @@ class Segment(DenseTask):
             "mean_accuracy": 100 * _mean(recall),
             "loss": totals[0].item() / max(1.0, totals[1].item()),
         }
-        result |= {"images": totals[2].round().long(), "confusion": confusion, "ranking": self._images}
+        result |= {"images": totals[2].round().long(), "confusion": confusion}
+        result["ranking"] = [row for rows in gather(self._images) for row in rows]
         self._forget()
         return result
 
