@@ -196,9 +196,8 @@ def _decode_lengths(segmentation: dict[str, Any], size: tuple[int, int]) -> np.n
         given, counts = segmentation["size"], segmentation["counts"]
         if given != [height, width]:
             raise ValueError(f"it is for {given} pixels, not {[height, width]}")
-        if isinstance(counts, list):
-            if sum(counts) != width * height or min(counts, default=0) < 0:
-                raise ValueError("its lengths don't fill the image")
+        if isinstance(counts, list) and (sum(counts) != width * height or min(counts, default=0) < 0):
+            raise ValueError("its lengths don't fill the image")
         packed: Any = coco.frPyObjects(segmentation, height, width) if isinstance(counts, list) else segmentation
         return np.asarray(coco.decode(packed), dtype=bool)
     except Exception as error:  # the library's decoder is C++ with errors of many kinds
