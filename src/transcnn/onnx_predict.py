@@ -52,8 +52,8 @@ class OnnxModel:
             self.session = ort.InferenceSession(os.fspath(path), options, providers=_providers(ort, accelerator))
         except Exception as error:  # ONNX Runtime has a class of its own for each cause
             raise UserError(f"can't read {path}: {str(error).splitlines()[0]}") from error
-        stored = self.session.get_modelmeta().custom_metadata_map
         try:
+            stored = self.session.get_modelmeta().custom_metadata_map
             self.info: dict[str, Any] = {key: json.loads(value) for key, value in stored.items()}
             self.class_names: list[str] = self.info["class_names"]
             self.data_config: dict[str, Any] = self.info["data_config"]

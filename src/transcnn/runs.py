@@ -226,7 +226,8 @@ def read_info(path: Path) -> dict[str, Any]:
                 metadata = file.metadata() or {}
             return {key: json.loads(value) for key, value in metadata.items() if key != "format"}
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return checkpoint.get("transcnn", {}) if isinstance(checkpoint, dict) else {}
+        info = checkpoint.get("transcnn", {}) if isinstance(checkpoint, dict) else {}
+        return info if isinstance(info, dict) else {}
     except (json.JSONDecodeError, AttributeError):
         return {}
     except Exception as error:  # damaged files fail in many ways; torch's refusal of code has a long text
