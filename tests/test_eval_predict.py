@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,17 @@ def test_models_are_the_published_ones(tmp_path, capsys):
     assert rows[1]["paper_top1"] == ""
     with pytest.raises(UserError, match="img_size"):
         describe("transcnn_test", -1)
+
+
+def test_eval_shows_a_bar_on_terminals_alone(run, class_folder, capfd, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    wanted = {"accelerator": "cpu", "batch_size": 4}
+    shown = []
+    for terminal, quiet in ((True, False), (True, True), (False, False)):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        monkeypatch.setenv("FORCE_COLOR", "1") if terminal else monkeypatch.delenv("FORCE_COLOR")
+        evaluate(str(run), str(class_folder), quiet=quiet, **wanted)
+        shown.append(capfd.readouterr().err)
+    assert "6/6" in shown[0]
+    assert "images/s" in shown[0]
+    assert shown[1:] == ["", ""]

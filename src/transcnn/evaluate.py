@@ -6,12 +6,16 @@ import csv
 import importlib.metadata
 import json
 import platform
+import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .engine import choose_precision, quiet_libraries
 from .errors import UserError
@@ -97,7 +101,13 @@ def evaluate(
             strict=strict_data,
         )
         learner, scores = measure(
-            loaded, part, batch_size=batch_size, num_workers=num_workers, precision=precision, accelerator=accelerator
+            loaded,
+            part,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            precision=precision,
+            accelerator=accelerator,
+            bar=not quiet,
         )
     metrics = {
         **learner.summary(scores),
@@ -131,14 +141,19 @@ def measure(
     precision: str = "32",
     accelerator: str = "auto",
     limit: int | None = None,
+    bar: bool = False,
 ) -> tuple[Task, dict[str, Any]]:
-    """The task that counted, and a model's scores on one part of a data set (``Task.scores``, and ``seconds``)."""
+    """The task that counted, and a model's scores on one part of a data set (``Task.scores``, and ``seconds``).
+
+    ``bar`` shows how far it is, where standard error is a terminal.
+    """
     task_args = loaded.info.get("task_args") or {}
     learner = get_task(loaded.task)(loaded.model, loaded.class_names, loaded.preprocessing, task_args=task_args)
     settings = {"batch_size": batch_size, "num_workers": num_workers, "place": (rank(), world())}
     loader = learner.part_loader(part, loaded.preprocessing, task_args, **settings)
     trainer = L.Trainer(
         **placement(accelerator),
+        callbacks=[EvalBar()] if bar else None,
         precision=choose_precision(precision, accelerator),  # pyright: ignore
         logger=False,
         enable_progress_bar=False,
@@ -149,6 +164,42 @@ def measure(
     began = time.monotonic()
     trainer.test(learner, loader, verbose=False)
     return learner, {**learner.test_scores, "seconds": time.monotonic() - began}
+
+
+class EvalBar(Callback):
+    """A bar of the batches that are scored with images/s and the time that is left."""
+
+    progress: Progress | None = None
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not (trainer.is_global_zero and sys.stderr.isatty()):
+            return
+        columns = (TextColumn("eval"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
+        console = Console(stderr=True)
+        self.progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+        batches: Any = trainer.num_test_batches
+        self.task = self.progress.add_task("", total=sum(batches), speed="")
+        self.progress.start()
+        self.began, self.images = time.monotonic(), 0
+
+    def on_test_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self.progress is not None:
+            self.images += len(batch[0]) * trainer.world_size
+            speed = f"{self.images / (time.monotonic() - self.began):.0f} images/s"
+            self.progress.update(self.task, advance=1, speed=speed)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
 
 
 def write_results(
