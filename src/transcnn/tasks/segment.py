@@ -192,7 +192,8 @@ class Segment(DenseTask):
                 table = torch.bincount(true[kept] * classes + one[kept], minlength=classes**2).view(classes, classes)
                 # Of one picture the classes that it shows; a few stray pixels of another shall not decide.
                 shown = table.sum(1) > 0
-                self._images.append((self.place(place + i), class_iou(table.cpu().numpy())[shown.cpu().numpy()].mean().item()))
+                score = class_iou(table.cpu().numpy())[shown.cpu().numpy()].mean().item()
+                self._images.append((self.place(place + i), score))
 
     def scores(self) -> dict[str, Any]:
         """``miou``, ``pixel_accuracy``, ``mean_accuracy`` in percent, ``loss``; ``confusion``, ``images``, ``ranking``.
