@@ -1,0 +1,469 @@
+"""Damaged and hostile files for every reader that is ours: each must end in a result or in an error of one line.
+
+    python tests/fuzz.py --minutes 10          # what fails is kept in tests/corpus/, which test_fuzz.py replays
+    python tests/fuzz.py --only coco,manifest
+
+A small mutation fuzzer without coverage: good files (made below), of which bits, numbers, pieces and nodes are changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import io
+import json
+import logging
+import random
+import resource
+import sys
+import tarfile
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from transcnn.data.images import BrokenImage, read_ids, read_image
+from transcnn.errors import UserError
+
+CORPUS = Path(__file__).resolve().parent / "corpus"
+SLOW = 20.0  # seconds of the processor that no input of some kilobytes may take (first imports are in it)
+
+
+def image(fmt: str = "PNG", mode: str = "RGB", **options: Any) -> bytes:
+    """A small picture as a file."""
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (9, 12, 3), np.uint8)
+    Image.fromarray(pixels).convert(mode).save(buffer, fmt, **options)
+    return buffer.getvalue()
+
+
+def tar(files: dict[str, bytes]) -> bytes:
+    """A tar with these files."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as target:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            target.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+# --- what is read: each takes the file's bytes and an empty folder ----------------------------------------------------
+
+
+def read_picture(content: bytes, folder: Path) -> None:
+    read_image(content)
+
+
+def read_label_map(content: bytes, folder: Path) -> None:
+    read_ids(content)
+
+
+def read_tar(content: bytes, folder: Path) -> None:
+    from transcnn.data.opening import open_parts
+    from transcnn.data.store import open_files
+
+    (folder / "x.tar").write_bytes(content)
+    before = sorted(folder.rglob("*"))
+    for attempt in (lambda: open_parts(str(folder / "x.tar")).train, lambda: open_files(folder / "x.tar")):
+        with suppress(UserError, BrokenImage):
+            found: Any = attempt()
+            for i in range(min(9, len(getattr(found, "labels", ())))):
+                found.load(i)
+            for name in found.names() if hasattr(found, "names") else ():
+                found.read(name)
+    assert sorted(folder.rglob("*")) == before, "something was unpacked"
+
+
+def read_packed(manifest: bytes, index: bytes | None, folder: Path) -> None:
+    from transcnn.data.pack import pack
+    from transcnn.data.packed import open_packed
+
+    source = Path(tempfile.gettempdir()) / "transcnn-fuzz-packed"
+    if not (source / "manifest.json").exists():
+        pack(None, out=str(source), decode=False, quiet=True)
+    for path in source.iterdir():
+        if not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path)
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").write_bytes(manifest)
+    if index is not None:
+        (folder / "train.index").unlink()
+        (folder / "train.index").write_bytes(index)
+    train = open_packed(str(folder)).train
+    for i in (0, -1) if train is not None and len(train) else ():
+        train.load(i % len(train))  # pyright: ignore
+
+
+def read_manifest(content: bytes, folder: Path) -> None:
+    read_packed(content, None, folder)
+
+
+def read_index(content: bytes, folder: Path) -> None:
+    manifest = json.loads(manifest_seed())
+    entry = manifest["parts"]["train"]["index"]
+    entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    read_packed(json.dumps(manifest).encode(), content, folder)
+
+
+def manifest_seed() -> bytes:
+    with tempfile.TemporaryDirectory() as folder, suppress(UserError):
+        read_packed(b"", None, Path(folder))
+    return (Path(tempfile.gettempdir()) / "transcnn-fuzz-packed" / "manifest.json").read_bytes()
+
+
+def index_seed() -> bytes:
+    manifest_seed()
+    return (Path(tempfile.gettempdir()) / "transcnn-fuzz-packed" / "train.index").read_bytes()
+
+
+def read_coco(content: bytes, folder: Path) -> None:
+    (folder / "annotations").mkdir()
+    (folder / "annotations" / "train.json").write_bytes(content)
+    read_detection(folder)
+
+
+def read_voc(content: bytes, folder: Path) -> None:
+    (folder / "Annotations").mkdir()
+    for i in range(4):
+        (folder / "Annotations" / f"{i}.xml").write_bytes(content if i < 2 else VOC)
+    read_detection(folder)
+
+
+def read_detection(folder: Path) -> None:
+    from transcnn.data.detect import open_splits
+
+    (folder / "images").mkdir()
+    for i in range(4):
+        (folder / "images" / f"{i}.png").write_bytes(image())
+    splits = open_splits(str(folder))
+    for part in (splits.train, splits.val):
+        for i in range(len(part)):
+            with suppress(BrokenImage):
+                for mask in part.read(i)[1]["masks"]:
+                    mask()
+
+
+def read_config(content: bytes, folder: Path) -> None:
+    from transcnn import cli
+    from transcnn.train import train
+
+    (folder / "x.yaml").write_bytes(content)
+    cli.parse("train", train, ["--config", str(folder / "x.yaml")])
+
+
+def read_weights(content: bytes, folder: Path) -> None:
+    from transcnn.runs import load
+
+    (folder / "x.safetensors").write_bytes(content)
+    load(folder / "x.safetensors")
+
+
+def read_checkpoint(content: bytes, folder: Path) -> None:
+    from transcnn.runs import load
+
+    (folder / "x.ckpt").write_bytes(content)
+    load(folder / "x.ckpt")
+
+
+def read_onnx(content: bytes, folder: Path) -> None:
+    from transcnn.onnx_predict import OnnxModel, to_input
+
+    (folder / "x.onnx").write_bytes(content)
+    model = OnnxModel(folder / "x.onnx")
+    to_input(Image.new("RGB", (9, 9)), model.data_config)
+
+
+def read_parquet(content: bytes, folder: Path) -> None:
+    from transcnn.data.opening import open_parts
+
+    (folder / "x.parquet").write_bytes(content)
+    train = open_parts(str(folder / "x.parquet")).train
+    for i in range(len(train) if train else 0):
+        with suppress(BrokenImage):
+            train.load(i)  # pyright: ignore
+            train.name_of(i)  # pyright: ignore
+
+
+def read_classes(content: bytes, folder: Path) -> None:
+    from transcnn.data.segment import open_splits
+
+    (folder / "classes.txt").write_bytes(content)
+    for kind in ("images", "labels"):
+        (folder / kind).mkdir()
+        for i in range(4):
+            (folder / kind / f"{i}.png").write_bytes(image(mode="RGB" if kind == "images" else "L"))
+    open_splits(str(folder))
+
+
+# --- good files to begin with -----------------------------------------------------------------------------------------
+
+VOC = b"""<annotation><size><width>12</width><height>9</height></size><object><name>cat</name><difficult>0</difficult>
+<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>8</xmax><ymax>7</ymax></bndbox></object></annotation>"""
+COCO = {
+    "images": [{"id": i, "file_name": f"{i}.png", "width": 12, "height": 9} for i in range(4)],
+    "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    "annotations": [
+        {"id": 1, "image_id": 0, "category_id": 1, "bbox": [1, 1, 5, 5], "area": 25, "iscrowd": 0,
+         "segmentation": [[1, 1, 6, 1, 6, 6]]},
+        {"id": 2, "image_id": 1, "category_id": 2, "bbox": [1, 1, 5, 5], "iscrowd": 1,
+         "segmentation": {"size": [9, 12], "counts": [50, 8, 50]}},
+        {"id": 3, "image_id": 2, "category_id": 2, "bbox": [2, 1, 5, 5],
+         "segmentation": {"size": [9, 12], "counts": "b18b1"}},
+        {"id": 4, "image_id": 3, "category_id": 1, "bbox": [2, 1, 5, 5]},
+    ],
+}  # fmt: skip
+
+
+def weights_seed(suffix: str = ".safetensors") -> bytes:
+    import torch
+
+    from transcnn.runs import build_model, data_config_of, save_weights
+
+    model = build_model("transcnn_test", num_classes=2)
+    info = {"model": "transcnn_test", "model_args": {"drop_rate": 0.1}, "class_names": ["a", "b"], "task": "classify"}
+    info |= {"data_config": data_config_of(model, 3, 32), "task_args": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"x{suffix}"
+        if suffix == ".ckpt":
+            torch.save({"transcnn": info, "state_dict": model.state_dict()}, path)
+        else:
+            save_weights(path, model, info)
+        return path.read_bytes()
+
+
+def onnx_seed() -> bytes:
+    import onnx
+    from onnx import TensorProto, helper
+
+    shapes = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 3, "h", "w"]) for name in ("images", "logits")
+    ]
+    graph = helper.make_graph([helper.make_node("Identity", ["images"], ["logits"])], "g", shapes[:1], shapes[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    config = {
+        "input_size": [3, 32, 32],
+        "mean": [0.5] * 3,
+        "std": [0.2] * 3,
+        "interpolation": "bicubic",
+        "crop_pct": 0.9,
+    }
+    info = {"class_names": ["a", "b"], "data_config": config, "task": "classify"}
+    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in info.items()})
+    return model.SerializeToString()
+
+
+def parquet_seed() -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"image": {"bytes": image(), "path": f"{i}.png"}, "label": i % 2} for i in range(4)]
+    features = {"label": {"names": ["a", "b"], "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata(metadata), buffer, compression="none")
+    return buffer.getvalue()
+
+
+def pictures_seed() -> list[bytes]:
+    kinds = [
+        image("PNG"),
+        image("PNG", "P"),
+        image("PNG", "LA"),
+        image("JPEG"),
+        image("JPEG", "CMYK"),
+        image("GIF", "P"),
+    ]
+    kinds += [image("BMP"), image("TIFF"), image("WEBP"), image("PPM"), image("TGA"), image("ICO"), image("PCX", "P")]
+    return [*kinds, image("TIFF", "F"), image("TIFF", compression="tiff_lzw"), image("JPEG2000"), image("PNG", "I;16")]
+
+
+TARGETS: dict[str, tuple[Callable[[bytes, Path], None], Callable[[], list[bytes]], float]] = {
+    # name: reader, good files, share of the time
+    "image": (read_picture, pictures_seed, 1),
+    "ids": (read_label_map, lambda: [image(mode="L"), image(mode="P"), image("TIFF", "L")], 0.5),
+    "tar": (read_tar, lambda: [tar({"a.png": image(), "a.cls": b"0", "b.jpg": image("JPEG"), "b.cls": b"1"})], 1),
+    "manifest": (read_manifest, lambda: [manifest_seed()], 1),
+    "index": (read_index, lambda: [index_seed()], 0.5),
+    "coco": (read_coco, lambda: [json.dumps(COCO).encode()], 1.5),
+    "voc": (read_voc, lambda: [VOC], 1),
+    "config": (read_config, lambda: [p.read_bytes() for p in CORPUS.parents[1].glob("recipes/*.yaml")], 1.5),
+    "weights": (read_weights, lambda: [weights_seed()], 1),
+    "checkpoint": (read_checkpoint, lambda: [weights_seed(".ckpt")], 1),
+    "onnx": (read_onnx, lambda: [onnx_seed()], 0.5),
+    "parquet": (read_parquet, lambda: [parquet_seed()], 0.5),
+    "classes": (read_classes, lambda: [b"cat\ndog\n", b"0 sky\n7 road\n255 void\n"], 0.3),
+}
+
+
+# --- changing them ----------------------------------------------------------------------------------------------------
+
+NODES = (None, True, 0, -1, 1 << 31, 1 << 63, 10**30, 1e308, float("nan"), float("inf"), "", "x", "../../etc/passwd",
+         "/", "\0", "\ud800", [], {}, [[]], [1], {"a": 1}, "9" * 5000, [0] * 300)  # fmt: skip
+NUMBERS = (b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\xff" * 8, b"9999999999", b"-1", b"NaN")
+
+
+def mutate(content: bytes, draw: random.Random) -> bytes:
+    """A few bytes changed, left out, doubled, moved or replaced; sometimes the file just ends."""
+    data = bytearray(content)
+    # What is behind the headers of a large file says little: most changes go to its first and last kilobytes.
+    reach = lambda: draw.randrange(min(len(data), 4096) if draw.random() < 0.6 else len(data)) if data else 0  # noqa: E731
+    for _ in range(draw.choice((1, 1, 2, 4))):
+        at = len(data) - 1 - reach() if data and draw.random() < 0.3 else reach()
+        how = draw.randrange(6)
+        if how == 0 and data:
+            data[at] ^= 1 << draw.randrange(8)
+        elif how == 1:
+            data[at : at + draw.choice((1, 4, 8))] = draw.choice(NUMBERS)
+        elif how == 2:
+            del data[at : at + draw.choice((1, 3, 30, 300))]
+        elif how == 3:
+            data[at:at] = data[at : at + draw.choice((1, 10, 200))]
+        elif how == 4:
+            data[at:at] = draw.randbytes(draw.choice((1, 5, 20)))
+        elif draw.random() < 0.3:
+            del data[at:]
+    return bytes(data)
+
+
+def mutate_tree(tree: Any, draw: random.Random) -> Any:
+    """The same for what JSON and YAML hold: a node replaced, removed or doubled."""
+    tree = copy.deepcopy(tree)
+    for _ in range(draw.choice((1, 1, 2))):
+        places: list[tuple[Any, Any]] = []
+        todo = [tree]
+        while todo:
+            node = todo.pop()
+            items = (
+                list(node.items())
+                if isinstance(node, dict)
+                else list(enumerate(node))
+                if isinstance(node, list)
+                else []
+            )
+            places += [(node, key) for key, _ in items]
+            todo += [value for _, value in items]
+        if not places:
+            return draw.choice(NODES)
+        node, key = draw.choice(places)
+        how = draw.randrange(8)
+        if how == 0:
+            del node[key]
+        elif how == 1 and isinstance(node, list):
+            node.append(node[key])
+        elif how == 2 and isinstance(node, dict):
+            node[draw.choice(("x", "model", "format", "counts"))] = draw.choice(NODES)
+        else:
+            node[key] = copy.deepcopy(draw.choice(NODES))
+    return tree
+
+
+def mutate_value(value: Any, draw: random.Random) -> Any:
+    """The same, where the whole may be replaced, too."""
+    tree = mutate_tree({"": value}, draw)
+    return tree.get("") if isinstance(tree, dict) else tree
+
+
+def change(name: str, content: bytes, draw: random.Random) -> bytes:
+    """One hostile file of a kind."""
+    if draw.random() < 0.3:
+        return mutate(content, draw)
+    if name in ("coco", "manifest"):
+        return json.dumps(mutate_tree(json.loads(content), draw)).encode("utf-8", "surrogatepass")
+    if name == "config":
+        return yaml.safe_dump(mutate_tree(yaml.safe_load(content), draw)).encode("utf-8", "surrogatepass")
+    if name == "weights":  # 8 bytes with the header's length, and the header
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        stored = header["__metadata__"]
+        key = draw.choice([key for key in stored if key != "format"])
+        if draw.random() < 0.7:
+            stored[key] = json.dumps(mutate_value(json.loads(stored[key]), draw))
+        else:
+            header = mutate_tree(header, draw)
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + content[8 + length :]
+    if name == "onnx":
+        import onnx
+
+        model = onnx.load_from_string(content)
+        stored = draw.choice(model.metadata_props)
+        stored.value = json.dumps(mutate_value(json.loads(stored.value), draw))
+        return model.SerializeToString()
+    if name == "checkpoint":
+        import torch
+
+        held = torch.load(io.BytesIO(content), weights_only=True)
+        held["transcnn"] = mutate_value(held["transcnn"], draw)
+        buffer = io.BytesIO()
+        torch.save(held, buffer)
+        return buffer.getvalue()
+    return mutate(content, draw)
+
+
+def attempt(name: str, content: bytes) -> str:
+    """What is wrong with how a reader took this; "" if nothing."""
+    began = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            TARGETS[name][0](content, Path(folder))
+        except (UserError, BrokenImage) as error:
+            if "\n" in str(error).strip():
+                return f"an error of several lines: {error!r}"
+        except BaseException:
+            return traceback.format_exc()
+    seconds = time.process_time() - began
+    return f"it took {seconds:.1f} s" if seconds > SLOW else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--memory", type=float, default=2, help="gigabytes that may be taken; more is a failure")
+    options = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    names = options.only.split(",") if options.only else list(TARGETS)
+    shares = sum(TARGETS[name][2] for name in names)
+    failed = 0
+    seeds = {name: TARGETS[name][1]() for name in names}
+    for name in names:
+        for content in seeds[name]:
+            assert not (problem := attempt(name, content)), f"{name}: a good file is not read: {problem}"
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + int(options.memory * 1e9), resource.RLIM_INFINITY))
+    for name in names:
+        draw, tries, seen = random.Random(f"{options.seed} {name}"), 0, set()
+        end = time.monotonic() + 60 * options.minutes * TARGETS[name][2] / shares
+        while time.monotonic() < end:
+            content = change(name, draw.choice(seeds[name]), draw)
+            tries += 1
+            (Path(tempfile.gettempdir()) / f"transcnn-fuzz-last-{name}").write_bytes(content)  # should it crash hard
+            problem = attempt(name, content)
+            if problem:
+                where = [row.strip() for row in problem.splitlines() if row.strip().startswith("File")][-1:]
+                if str(where) in seen:
+                    continue
+                seen.add(str(where))
+                failed += 1
+                (CORPUS / name).mkdir(parents=True, exist_ok=True)
+                path = CORPUS / name / hashlib.sha256(content).hexdigest()[:12]
+                path.write_bytes(content)
+                print(f"--- {name} {path.name}\n{problem[-1500:]}", flush=True)
+        print(f"{name}: {tries} files, {len(seen)} kinds of failure", flush=True)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
