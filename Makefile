@@ -3,7 +3,7 @@
 #   make demo      train on the embedded digits (under 4 minutes on two cores), print the test accuracy
 #   make test      run the whole test suite with the coverage of src
 #   make bench     fail if the fast path isn't well ahead of the plain one on this machine (half a minute)
-#   make faults    the long tests of killed, starved and restarted runs
+#   make faults    the long tests of killed, starved and restarted runs; writes results/faults.csv
 #   make lint      format, lint and types; changes nothing
 #   make format    put the format right
 #   make install   .venv with every extra, nothing else
@@ -66,7 +66,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/ratio.py
 
 faults: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m 'slow or not slow' -rP
+	TRANSCNN_FAULTS=results/faults.csv OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m 'slow or not slow'
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .checkpointing import KeepWeights, can_save
 from .errors import UserError
-from .processes import world
+from .processes import rank, world
 from .runs import write_whole
 from .sharding import Sharded, full_state, load_full, shard
 
@@ -34,6 +34,7 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.signum = signum
+        self.told = rank() > 0  # the first process says it
 
 
 class Ema(WeightAveraging):

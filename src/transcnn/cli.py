@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as error:  # --help and --print_config end so
         return error.code if isinstance(error.code, int) else 0
     except KeyboardInterrupt as error:
-        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+        if not getattr(error, "told", False):
             print(f"transcnn: stopped {error}".strip(), file=sys.stderr)
         return 0 if getattr(error, "signum", None) == signal.SIGTERM else 130
     except BrokenPipeError:  # the reader of our output went away, as head does

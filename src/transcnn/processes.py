@@ -77,8 +77,13 @@ def placement(accelerator: str = "auto", strategy: Any = "ddp") -> dict[str, Any
     """The arguments of Lightning's Trainer that say where it works."""
     if not _met:
         return {"accelerator": accelerator, "devices": 1}
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
+
     devices, num_nodes = _met[0]
-    return {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes, "strategy": strategy}
+    placed = {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes, "strategy": strategy}
+    if SLURMEnvironment.detect():  # runs go on from their own checkpoints, not from what Lightning would write
+        placed["plugins"] = [SLURMEnvironment(auto_requeue=False)]
+    return placed
 
 
 def first_decides(decide: Callable[[], T]) -> T:
@@ -117,12 +122,13 @@ def lost_process(error: RuntimeError) -> str:
 
 
 def attempt() -> int:
-    """How often torchrun has restarted the processes of this run."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    """How often torchrun has restarted the processes of this run, or Slurm the job."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def launch_name() -> str:
-    """A name that all attempts of one torchrun command have, and no other command; "" without torchrun."""
-    run = os.environ.get("TORCHELASTIC_RUN_ID")
-    # Without --rdzv-id all runs are called "none"; their agents (our parents) are then what tells them apart.
-    return f"{run} {socket.gethostname()} {os.getppid()}" if run else ""
+    """A name that all attempts of one torchrun command or Slurm job have, and no other; "" without these."""
+    run, job = os.environ.get("TORCHELASTIC_RUN_ID"), os.environ.get("SLURM_JOB_ID")
+    if run:  # without --rdzv-id all are called "none"; their agents (our parents) are then what tells them apart
+        return f"{run} {socket.gethostname()} {os.getppid()}"
+    return f"slurm {job}" if job else ""

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+import csv
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import BUSY, Command
 from PIL import Image
+
+ROWS: list[dict[str, Any]] = []
+
+
+@pytest.fixture
+def account() -> Callable[..., None]:
+    """Takes down what a fault did: ``account(fault, tried, recovered, updates_lost, weights, how)``.
+
+    Where the environment variable ``TRANSCNN_FAULTS`` names a file, as in ``make faults``, the table is written there.
+    """
+
+    def take_down(fault: str, tried: int, recovered: int, updates_lost: int | str, weights: str, how: str) -> None:
+        row = {"fault": fault, "tried": tried, "recovered": recovered, "updates lost at most": updates_lost}
+        ROWS.append({**row, "weights": weights, "how": how})
+
+    return take_down
+
+
+def pytest_sessionfinish() -> None:
+    target = os.environ.get("TRANSCNN_FAULTS")
+    if target and ROWS:
+        with open(target, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(ROWS[0]))
+            writer.writeheader()
+            writer.writerows(sorted(ROWS, key=lambda row: row["fault"]))
 
 
 @pytest.fixture(scope="session")

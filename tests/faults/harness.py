@@ -90,13 +90,13 @@ class Command:
                 self.process.kill()
         self.process.join()
 
-    def wait(self, seconds: float = 60) -> int:
+    def wait(self, seconds: float = 240) -> int:
         """Its exit code; negative for the signal that ended it."""
         self.process.join(seconds)
         assert self.process.exitcode is not None, f"still running after {seconds} s:\n{self.text[-2000:]}"
         return self.process.exitcode
 
-    def until(self, what: Callable[[], Any], seconds: float = 60) -> None:
+    def until(self, what: Callable[[], Any], seconds: float = 240) -> None:
         """Wait for something to become true while it runs."""
         end = time.monotonic() + seconds
         while not what():
@@ -106,16 +106,23 @@ class Command:
 
 
 class Processes:
-    """A command in several processes, with what torchrun tells each of them; use as a context manager."""
+    """A command in several processes, with what torchrun or srun tells each of them; use as a context manager."""
 
-    def __init__(self, world: int, *argv: object, log: Path, prepare: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, world: int, *argv: object, log: Path, slurm: bool = False, prepare: Callable[[], None] | None = None
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        told = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        told |= {"TORCHELASTIC_RUN_ID": f"test-{port}", "GLOO_SOCKET_IFNAME": "lo", "GROUP_RANK": 0}
+        told: dict[str, object] = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+        if slurm:
+            told |= {"SLURM_NTASKS": world, "SLURM_NTASKS_PER_NODE": world, "SLURM_NNODES": 1, "SLURM_NODEID": 0}
+            told |= {"SLURM_JOB_ID": port, "SLURM_JOB_NAME": "test", "SLURM_NODELIST": "localhost"}
+        else:
+            told |= {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "TORCHELASTIC_RUN_ID": f"test-{port}"}
+        ranks = ("SLURM_PROCID", "SLURM_LOCALID") if slurm else ("RANK", "LOCAL_RANK")
         self.commands = [
-            Command(*argv, log=log.with_name(f"{log.name}{r}"), prepare=prepare, **told, RANK=r, LOCAL_RANK=r)
+            Command(*argv, log=log.with_name(f"{log.name}{r}"), prepare=prepare, **{**told, **dict.fromkeys(ranks, r)})
             for r in range(world)
         ]
 
@@ -131,7 +138,7 @@ class Processes:
         """What they printed so far, one after the other."""
         return "\n".join(command.text for command in self.commands)
 
-    def wait(self, seconds: float = 120) -> list[int]:
+    def wait(self, seconds: float = 240) -> list[int]:
         """Their exit codes."""
         return [command.wait(seconds) for command in self.commands]
 

@@ -36,7 +36,7 @@ def poison_one() -> None:
     Classify.loss = poisoned
 
 
-def test_an_update_that_is_not_finite_is_left_out(images, tmp_path):
+def test_an_update_that_is_not_finite_is_left_out(images, tmp_path, account):
     run = tmp_path / "run"
     with Command("train", images, *PLAIN, "--out", run, log=tmp_path / "log", prepare=poison_one) as command:
         assert command.wait() == 0, command.text
@@ -46,6 +46,7 @@ def test_an_update_that_is_not_finite_is_left_out(images, tmp_path):
     assert "update 4 was left out" in (run / "faults.log").read_text()
     with (run / "metrics.csv").open() as file:
         assert all(math.isfinite(float(row["train_loss"])) for row in csv.DictReader(file))
+    account("one update that is not finite", 1, 1, 1, "differ by that update", "left out and counted")
 
 
 def poison_all() -> None:
@@ -96,7 +97,7 @@ def explode() -> None:
 
 
 @pytest.mark.parametrize("schedule", [["--sched=constant"], pytest.param(["--sched=none"], marks=pytest.mark.slow)])
-def test_half_the_learning_rate_saves_a_run(images, tmp_path, schedule):
+def test_half_the_learning_rate_saves_a_run(images, tmp_path, schedule, account):
     run = tmp_path / "run"
     arguments = [*PLAIN, *schedule, "--warmup_epochs=0", "--epochs=3", "--max_nonfinite=3", "--out", run]
     with Command("train", images, *arguments, log=tmp_path / "log", prepare=explode) as command:
@@ -111,6 +112,8 @@ def test_half_the_learning_rate_saves_a_run(images, tmp_path, schedule):
     with Command("train", "--resume", run, "--epochs=4", log=tmp_path / "log2", prepare=explode) as command:
         assert command.wait() == 0, command.text
     assert checkpoint(run / "last.ckpt")["optimizer_states"][0]["param_groups"][0]["lr"] == 1.5e-3
+    fault = f"updates that are not finite, three in a row (schedule {schedule[0].partition('=')[2]})"
+    account(fault, 1, 1, 3, "differ: half the rate", "back to the last checkpoint with half the learning rate")
 
 
 class Trap(Tolerant):
@@ -133,12 +136,15 @@ class Trap(Tolerant):
 
 
 @pytest.mark.parametrize(("how", "said"), [("dies", "DataLoader worker"), ("hangs", "no images came for 2 s")])
-def test_a_loader_process_that_dies_or_hangs_is_an_error_with_the_file(monkeypatch, how, said):
+def test_a_loader_process_that_dies_or_hangs_is_an_error_with_the_file(monkeypatch, how, said, account):
     monkeypatch.setattr(Loader, "read_timeout", 2.0)
     loader = make_loader(Trap(how), 2, num_workers=1)
     with pytest.raises(UserError, match=rf"{said}.*begins with '4.jpg', '5.jpg'"):
         list(loader)
     assert loader.given == 2  # the batches before were fine
+    account(
+        f"a loader process that {how}", 1, 1, "since the checkpoint", "not compared", "ends with the file; --resume"
+    )
 
 
 DYING = """

@@ -5,12 +5,23 @@ from __future__ import annotations
 import csv
 import json
 import os
+import runpy
 import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from harness import QUICK, Processes, checkpoint, child
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+import transcnn
+from transcnn import processes
+from transcnn.checkpointing import newest_good
+from transcnn.errors import UserError
 
 # Norms of each image alone: what BatchNorm sees depends on how many images a process has.
 ALIKE = [*QUICK, "--model_args={norm_layer: groupnorm1}", "--epochs=3", "--policy=small", "--reprob=0.5"]
@@ -33,8 +44,8 @@ def runs(images, tmp_path_factory):
     for world in (1, 2):
         with Processes(
             world, "train", images, *ALIKE, "--out", folder / f"{world}", log=folder / f"log{world}-"
-        ) as processes:
-            assert processes.wait() == [0] * world, processes.text
+        ) as group:
+            assert group.wait() == [0] * world, group.text
     return folder
 
 
@@ -59,38 +70,39 @@ def test_two_processes_write_one_run(runs):
     assert (runs / "log2-0").read_text().count("epoch 1/3") == 1
 
 
-@pytest.mark.parametrize("world", [4])
-def test_each_image_is_scored_once_whatever_the_number_of_processes(runs, images, tmp_path, world):
-    for processes in (1, world):
-        out = tmp_path / f"{processes}"
+def test_each_image_is_scored_once_whatever_the_number_of_processes(runs, images, tmp_path):
+    for world in (1, 4):
+        out = tmp_path / f"{world}"
         arguments = ["eval", runs / "1", images, "--split=train", "--batch_size=3", "--accelerator=cpu", "--out", out]
-        with Processes(processes, *arguments, log=tmp_path / f"log{processes}-") as group:
-            assert group.wait() == [0] * processes, group.text
-    one, many = (json.loads((tmp_path / f"{n}" / "metrics.json").read_text()) for n in (1, world))
+        with Processes(world, *arguments, log=tmp_path / f"log{world}-", slurm=world > 1) as group:
+            assert group.wait() == [0] * world, group.text
+            assert group.text.count("top-1") == 1  # one of them tells
+    one, many = (json.loads((tmp_path / world / "metrics.json").read_text()) for world in "14")
     assert one["images"] == 22  # 6, 6, 5 and 5
     for name in ("images", "top1", "class_accuracy"):
         assert many[name] == one[name]
     assert many["loss"] == pytest.approx(one["loss"], abs=2e-4)  # four digits are written
 
 
-def test_four_processes_are_stopped_and_two_go_on(runs, images, tmp_path):
+def test_four_processes_are_stopped_and_two_go_on(runs, images, tmp_path, account):
     run = tmp_path / "run"
-    with Processes(4, "train", images, *ALIKE, "--out", run, log=tmp_path / "log") as processes:
-        first = processes.commands[0]
+    with Processes(4, "train", images, *ALIKE, "--out", run, log=tmp_path / "log") as group:
+        first = group.commands[0]
         first.until(lambda: first.step >= 7)
-        processes.commands[2].signal(signal.SIGTERM)  # one is enough
-        assert processes.wait() == [0] * 4, processes.text
+        group.commands[2].signal(signal.SIGTERM)  # one is enough
+        assert group.wait() == [0] * 4, group.text
         assert first.text.count("transcnn train --resume") == 1
     assert 5 < checkpoint(run / "last.ckpt")["global_step"] < 15
-    with Processes(3, "train", "--resume", run, log=tmp_path / "three") as processes:
-        assert processes.wait() == [2] * 3, processes.text
-        assert processes.text.count("batch_size counts the images of all processes: 4 can't be shared out to 3") == 3
-    with Processes(2, "train", "--resume", run, log=tmp_path / "two") as processes:
-        assert processes.wait() == [0] * 2, processes.text
+    with Processes(3, "train", "--resume", run, log=tmp_path / "three") as group:
+        assert group.wait() == [2] * 3, group.text
+        assert group.text.count("batch_size counts the images of all processes: 4 can't be shared out to 3") == 3
+    with Processes(2, "train", "--resume", run, log=tmp_path / "two") as group:
+        assert group.wait() == [0] * 2, group.text
     last, undisturbed = checkpoint(run / "last.ckpt"), checkpoint(runs / "1" / "last.ckpt")
     assert last["global_step"] == undisturbed["global_step"] == 15
     for name, value in undisturbed["state_dict"].items():
         assert float((last["state_dict"][name] - value).abs().max()) < 5e-5, name
+    account("SIGTERM to one of 4 processes, 2 go on", 1, 1, 0, "equal up to rounding", "all stop; --resume")
 
 
 @pytest.mark.slow
@@ -99,13 +111,13 @@ def test_sharded_weights_learn_the_same_and_their_checkpoints_are_like_all_other
     # Two that share weights begin, one alone goes on, then two that share again.
     starts = [(2, [images, *ALIKE, "--strategy=fsdp", "--out", run], 5), (1, ["--resume", run], 9)]
     for world, arguments, stop in starts:
-        with Processes(world, "train", *arguments, log=tmp_path / f"log{world}-") as processes:
-            first = processes.commands[0]
+        with Processes(world, "train", *arguments, log=tmp_path / f"log{world}-") as group:
+            first = group.commands[0]
             first.until(lambda first=first, stop=stop: first.step >= stop)
             first.signal(signal.SIGTERM)
-            assert processes.wait() == [0] * world, processes.text
-    with Processes(2, "train", "--resume", run, "--strategy=fsdp", log=tmp_path / "two") as processes:
-        assert processes.wait() == [0] * 2, processes.text
+            assert group.wait() == [0] * world, group.text
+    with Processes(2, "train", "--resume", run, "--strategy=fsdp", log=tmp_path / "two") as group:
+        assert group.wait() == [0] * 2, group.text
     last, undisturbed = checkpoint(run / "last.ckpt"), checkpoint(runs / "1" / "last.ckpt")
     assert last.keys() == undisturbed.keys()
     assert (
@@ -119,9 +131,9 @@ def test_sharded_weights_learn_the_same_and_their_checkpoints_are_like_all_other
 
 
 def test_processes_do_not_mix_with_an_older_run(runs, images, tmp_path):
-    with Processes(2, "train", images, *ALIKE, "--out", runs / "2", log=tmp_path / "log") as processes:
-        assert processes.wait() == [2, 2], processes.text
-        assert processes.text.count("is not empty") == 1  # told once
+    with Processes(2, "train", images, *ALIKE, "--out", runs / "2", log=tmp_path / "log") as group:
+        assert group.wait() == [2, 2], group.text
+        assert group.text.count("is not empty") == 1  # told once
 
 
 def die_once() -> None:
@@ -154,7 +166,7 @@ def agent(name: str, argv: list[str], log: str) -> None:
     elastic_launch(config, child)(argv, log, {"GLOO_SOCKET_IFNAME": "lo"}, die_once)
 
 
-def test_torchrun_restarts_what_was_killed_and_the_run_goes_on(runs, images, tmp_path):
+def test_torchrun_restarts_what_was_killed_and_the_run_goes_on(runs, images, tmp_path, account):
     run = tmp_path / "run"
     arguments = ["train", str(images), *ALIKE, "--save_every=1", "--out", str(run)]
     agent("first", arguments, str(tmp_path / "log"))
@@ -162,6 +174,9 @@ def test_torchrun_restarts_what_was_killed_and_the_run_goes_on(runs, images, tmp
     assert last["global_step"] == 15
     for name, value in undisturbed["state_dict"].items():
         assert last["state_dict"][name].equal(value), name
+    account(
+        "kill -9 of one of 2 processes under torchrun", 1, 1, 1, "equal", "torchrun --max-restarts: goes on by itself"
+    )
 
 
 @pytest.mark.slow
@@ -169,3 +184,56 @@ def test_restarted_processes_do_not_go_on_with_an_older_run(runs, images, tmp_pa
     with pytest.raises(ChildFailedError):
         agent("second", ["train", str(images), *ALIKE, "--out", str(runs / "1")], str(tmp_path / "log"))
     assert (tmp_path / "log").read_text().count("is not empty") == 2
+
+
+def torchrun(world: int, *arguments: object, log: Path) -> subprocess.Popen[bytes]:
+    """The real thing, in a session of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", "--standalone"]
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            [*command, "-m", "transcnn", "train", *map(str, arguments)],
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        )
+
+
+@pytest.mark.slow
+def test_four_processes_of_torchrun_are_killed_and_two_go_on(tmp_path, account):
+    run = tmp_path / "run"
+    settings = ["--model=transcnn_test", "--img_size=16", "--batch_size=64", "--epochs=4", "--precision=32"]
+    settings += ["--accelerator=cpu", "--num_workers=0", "--save_every=3"]
+    four = torchrun(4, *settings, "--out", run, log=tmp_path / "four")
+    try:
+        end = time.monotonic() + 900
+        while not (run / "last.ckpt").exists() or checkpoint(run / "last.ckpt")["global_step"] < 24:
+            assert four.poll() is None, (tmp_path / "four").read_text()
+            assert time.monotonic() < end, (tmp_path / "four").read_text()
+            time.sleep(0.05)
+    finally:
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(four.pid)], capture_output=True, text=True).stdout
+        for pid in [four.pid, *map(int, children.split())]:  # torchrun puts its workers into sessions of their own
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        four.wait()
+    before = checkpoint(newest_good(run)[0])["global_step"]
+    assert 24 <= before < 80
+    two = torchrun(2, "--resume", run, log=tmp_path / "two")
+    assert two.wait(900) == 0, (tmp_path / "two").read_text()
+    assert checkpoint(run / "last.ckpt")["global_step"] == 4 * 20  # 1,295 images make 20 batches of 64
+    assert len(losses(run)) == 4
+    account("kill -9 of torchrun and its 4 processes, 2 go on", 1, 1, 3, "not compared", "--resume")
+
+
+def test_python_can_run_the_package(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["transcnn", "--version"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("transcnn", run_name="__main__")
+    assert end.value.code == 0
+    assert capsys.readouterr().out.strip() == transcnn.__version__
+
+
+def test_too_few_devices_are_one_clear_line():
+    with pytest.raises(UserError, match="devices and num_nodes must be 1 or more, got 0 and 1"):
+        processes.launch("cpu", 0)
