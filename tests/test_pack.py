@@ -324,8 +324,10 @@ def served(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 def test_shards_are_fetched_when_needed_and_once(served, packed, tmp_path):
     url, asked = served
-    splits = open_splits(url, in_chans=3)
-    assert asked == ["manifest.json", "train.index", "val.index"]
+    splits = open_splits(url)
+    assert asked[:3] == ["manifest.json", "train.index", "val.index"]
+    assert len(asked) == 4  # one shard, to see whether images are grey
+    assert splits.in_chans == 3
     assert_same_part(splits.train, open_splits(str(packed)).train)
     shards = [path.name for path in packed.glob("train-*.tar")]
     assert sorted(asked[3:]) == sorted(shards)
@@ -348,6 +350,12 @@ def test_what_can_not_be_fetched_is_said(served, packed):
     with pytest.raises(UserError, match=r"^can't fetch http.*/train-00000\d\.tar: \d+ bytes came, expected \d+$"):
         list(make_loader(splits.train, 4, num_workers=2))
     assert len(asked) >= remote.TRIES
+    for path in packed.glob("train-*.tar"):
+        path.write_bytes(path.read_bytes() + b"x")  # as long as it was, but not the same
+    with pytest.raises(
+        UserError, match=r"^can't fetch http.*: what came is damaged: its SHA-256 is not the manifest's$"
+    ):
+        list(make_loader(splits.train, 4, num_workers=2))
 
 
 def test_other_schemes_go_through_fsspec(packed, tmp_path, monkeypatch):

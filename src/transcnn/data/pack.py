@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,12 @@ class _Job:
                 done[part] = self._write_part(part, source, places, lambda: progress.advance(bar))
         if not any(part["images"] for part in done.values()):
             raise UserError(f"none of the {total} images can be read; the first is {few(self.skipped[0])}")
-        manifest = {"format": FORMAT, "version": VERSION, "written_by": _version(), "name": parts.name}
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "written_by": f"transcnn {version('transcnn')}",
+            "name": parts.name,
+        }
         manifest |= {"class_names": class_names, "left_out": len(self.skipped), "parts": done}
         if self.skipped:
             with self.new("skipped.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
@@ -260,12 +266,6 @@ def _ahead(pool: ThreadPoolExecutor, work: Any, places: list[int], count: int) -
 
 def _key(place: int) -> str:
     return f"{place:09}"
-
-
-def _version() -> str:
-    from .. import __version__
-
-    return f"transcnn {__version__}"
 
 
 def _say(manifest: dict[str, Any], job: _Job, out: str) -> None:

@@ -118,7 +118,8 @@ def open_packed(data: str) -> Parts:
     place: Callable[[str], str] = remote.path if remote else LocalFolder(data).path
     name, class_names, parts = read_manifest(Path(place(MANIFEST)), data)
     if remote is not None:
-        remote.expect({file.file: file.bytes for part in parts.values() for file in (part.index, *part.shards)})
+        files = [file for part in parts.values() for file in (part.index, *part.shards)]
+        remote.expect({file.file: (file.bytes, file.sha256) for file in files})
     sources = {part: _open_part(files, place, class_names, remote is not None) for part, files in parts.items()}
     return Parts.of(name, sources)
 

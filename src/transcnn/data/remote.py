@@ -28,8 +28,8 @@ class Remote:
     """A folder at a URL, as fsspec reads it (http and https at once; s3 needs s3fs, gs gcsfs, and so on).
 
     Files are kept in ``$TRANSCNN_CACHE`` (by default ``~/.cache/transcnn``), where processes of one machine share
-    them: each is fetched once, by whichever process needs it first, under a temporary name until it is whole. The
-    cache grows to the size of what is read; removing it costs no more than fetching again.
+    them: each is fetched once, by whichever process needs it first, under a temporary name until it is whole and its
+    SHA-256 is right. The cache grows to the size of what is read; removing it costs no more than fetching again.
     """
 
     def __init__(self, url: str) -> None:
@@ -38,7 +38,7 @@ class Remote:
             os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "transcnn"
         )
         self.folder = Path(root) / hashlib.sha256(self.url.encode()).hexdigest()[:16]
-        self.sizes: dict[str, int] = {}
+        self.known: dict[str, tuple[int, str]] = {}
 
     @staticmethod
     def is_url(data: str) -> bool:
@@ -46,9 +46,9 @@ class Remote:
         scheme = re.match(r"(\w+)://", data)
         return bool(scheme) and scheme.group(1).lower() in SCHEMES
 
-    def expect(self, sizes: dict[str, int]) -> None:
-        """Say how many bytes each file has."""
-        self.sizes = sizes
+    def expect(self, known: dict[str, tuple[int, str]]) -> None:
+        """Say how many bytes each file has, and its SHA-256."""
+        self.known = known
 
     def path(self, name: str) -> str:
         """The path of a file on this machine, after it was fetched if need be.
@@ -58,26 +58,27 @@ class Remote:
         Raises:
             UserError: It can't be fetched or kept; a run that needs it ends, and can be resumed.
         """
-        path = self.folder / name
-        if name in self.sizes and path.is_file() and path.stat().st_size == self.sizes[name]:
+        size, digest = self.known.get(name, (None, ""))
+        path = self.folder / (f"{digest[:12]}-{name}" if digest else name)  # what changed there is another file here
+        if digest and path.is_file():
             return str(path)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / f".{name}.lock"):
-                if name not in self.sizes or not path.is_file() or path.stat().st_size != self.sizes[name]:
-                    self._fetch(name, path)
+            with FileLock(self.folder / f".{path.name}.lock"):
+                if not digest or not path.is_file():
+                    self._fetch(name, path, size, digest)
         except UserError:
             raise
         except OSError as error:
             raise UserError(f"can't keep {self.url}/{name} in {self.folder}: {error.strerror or error}") from error
         return str(path)
 
-    def _fetch(self, name: str, path: Path) -> None:
-        url, temporary = f"{self.url}/{name}", path.with_name(f".{name}.tmp")
+    def _fetch(self, name: str, path: Path, size: int | None, digest: str) -> None:
+        url, temporary = f"{self.url}/{name}", path.with_name(f".{path.name}.tmp")
         try:
             for attempt in range(TRIES):
                 try:
-                    _copy(url, temporary, self.sizes.get(name))
+                    _copy(url, temporary, size, digest)
                     break
                 except OSError as error:
                     if error.errno == errno.ENOSPC or attempt + 1 == TRIES or isinstance(error, FileNotFoundError):
@@ -91,15 +92,16 @@ class Remote:
                 temporary.unlink(missing_ok=True)
 
 
-def _copy(url: str, target: Path, size: int | None) -> None:
-    """Fetch a file; raises OSError, also where other than ``size`` bytes come."""
+def _copy(url: str, target: Path, size: int | None, digest: str) -> None:
+    """Fetch a file; raises OSError, also where other bytes come than are expected."""
     fsspec: Any = require("fsspec", "data")
     limit = LARGEST_MANIFEST if size is None else size
-    came = 0
+    came, seen = 0, hashlib.sha256()
     try:
         with fsspec.open(url, "rb") as file, target.open("wb") as copy:
             while came <= limit and (block := file.read(1 << 20)):
                 came += len(block)
+                seen.update(block)
                 copy.write(block)
     except (ImportError, ValueError) as error:  # a scheme whose library is not installed, or none at all
         raise UserError(f"can't fetch {url}: {line(error)}") from error
@@ -109,3 +111,5 @@ def _copy(url: str, target: Path, size: int | None) -> None:
         raise OSError(line(error)) from error
     if came > limit or (size is not None and came < size):
         raise OSError(f"{came} bytes came, expected {'at most ' if size is None else ''}{limit}")
+    if digest and seen.hexdigest() != digest:
+        raise OSError("what came is damaged: its SHA-256 is not the manifest's")

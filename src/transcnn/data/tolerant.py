@@ -80,9 +80,13 @@ class Tolerant(Dataset):
 
 
 def channels_of(images: Tolerant) -> int:
-    """1 if up to 16 images, from all over the set, are grey (transparent or not); else 3."""
-    modes = set()
-    for i in np.linspace(0, len(images) - 1, min(16, len(images))).astype(int).tolist():
+    """1 if up to 16 images are grey (transparent or not), else 3.
+
+    They are from all over the set, but of one file where files are slow to get.
+    """
+    modes, groups = set(), getattr(images, "groups", None)
+    places = np.arange(len(images)) if groups is None else np.flatnonzero(groups == groups[0])
+    for i in places[np.linspace(0, len(places) - 1, min(16, len(places))).astype(int)].tolist():
         with suppress(BrokenImage):
             modes.add(images.read(i)[0].mode)
     return 1 if modes and modes <= {"L", "LA"} else 3
