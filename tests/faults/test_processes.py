@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from harness import QUICK, Processes, checkpoint, child
+from test_broken import explode
+from test_survive import limit_files
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -128,6 +130,31 @@ def test_sharded_weights_learn_the_same_and_their_checkpoints_are_like_all_other
         assert last[part].keys() == undisturbed[part].keys()
         for name, value in undisturbed[part].items():
             assert float((last[part][name] - value).abs().max()) < 5e-5, name
+
+
+@pytest.mark.slow
+def test_two_processes_go_back_together_with_half_the_learning_rate(images, tmp_path):
+    run = tmp_path / "run"
+    settings = ["--sched=constant", "--warmup_epochs=0", "--max_nonfinite=3", "--save_every=1"]
+    with Processes(2, "train", images, *ALIKE, *settings, "--out", run, log=tmp_path / "log", prepare=explode) as group:
+        assert group.wait() == [0, 0], group.text
+    last = checkpoint(run / "last.ckpt")
+    assert last["global_step"] == 15
+    assert last["callbacks"]["SkipNonFinite"]["lr_factor"] == 0.5
+    report = json.loads((run / "nonfinite.json").read_text())
+    assert len(report["files"]) == 4  # two of each process
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one_process_ends_all(images, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["train", images, *ALIKE, "--save_every=1", "--out", run]
+    with Processes(2, *arguments, log=tmp_path / "log", prepare=limit_files) as group:
+        assert group.wait() == [2, 2], group.text
+        assert "last.ckpt: File too large" in group.text
+        assert "process 1 of 2 has lost another one" in group.text
+        assert "Traceback" not in group.text
+    assert checkpoint(run / "last.ckpt")["global_step"] == 2
 
 
 def test_processes_do_not_mix_with_an_older_run(runs, images, tmp_path):
