@@ -18,6 +18,7 @@ import yaml
 from timm.optim import create_optimizer_v2
 
 from transcnn import callbacks, engine
+from transcnn.building import make_network
 from transcnn.cli import main
 from transcnn.errors import UserError
 from transcnn.runs import load, read_info
@@ -357,3 +358,21 @@ def test_a_dry_run_uses_the_data_that_is_there(folder, tmp_path):
     assert result.metrics["hours"] > 0
     assert result.metrics["parameters"] < 40_000  # three classes, not a thousand
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("model", ["transcnn_test", "mobilenetv3_small_050"])
+def test_norms_are_synchronised_between_gpus_with_their_activations(monkeypatch, model):
+    monkeypatch.setattr("transcnn.building.world", lambda: 2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    settings = dict.fromkeys(("model_args", "drop_rate", "init_from", "plug", "img_size"))
+    s = SimpleNamespace(**settings, task="classify", model=model, drop_path_rate=0.0, pretrained=False, quiet=True)
+    s.grad_checkpointing, s.accelerator = False, "cpu"
+    splits = SimpleNamespace(class_names=["a", "b"], in_chans=3)
+    plain, _ = make_network(s, splits, {})
+    s.accelerator = "gpu"
+    synced, _ = make_network(s, splits, {})
+    assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in plain.modules())
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in synced.modules())
+    synced.load_state_dict(plain.state_dict())  # the names are the same
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(synced.eval()(x), plain.eval()(x))

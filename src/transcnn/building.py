@@ -8,12 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 
 from .checkpoints import load_body, load_checkpoint
 from .data.sources import few
 from .distill import Teacher
 from .plug import plug as plug_in
 from .plug import plug_like, plug_spec
+from .processes import world
 from .runs import build_network, data_config_of, load, read_info
 from .settings import Augment, Distill, Optim
 from .tasks import get_task
@@ -82,6 +84,9 @@ def make_network(s: SimpleNamespace, splits: Any, task_args: dict[str, Any]) -> 
         _take(s, network if whole else host, start, whole)
     if s.grad_checkpointing:
         network.set_grad_checkpointing(True)  # pyright: ignore
+    if world() > 1 and torch.cuda.is_available() and s.accelerator != "cpu":
+        # timm's: PyTorch's would drop the activations that some norms hold. On CPUs there is none.
+        network = convert_sync_batchnorm(network)
     return network, args
 
 

@@ -89,9 +89,10 @@ def check(s: SimpleNamespace, world: int = 1) -> None:
         if value is not None and value < least:
             raise UserError(f"{name} must be {least} or more, got {value}")
     if s.batch_size % world:
+        less, more = s.batch_size // world * world, -(-s.batch_size // world) * world
         raise UserError(
             f"batch_size counts the images of all processes: {s.batch_size} can't be shared out to {world}; "
-            f"{s.batch_size // world * world or world} or {-(-s.batch_size // world) * world} can"
+            f"{f'{less} or ' if less else ''}{more} can"
         )
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and not (s.out or s.resume):
         raise UserError("processes that are restarted must find their run again: give --out (or --resume)")

@@ -256,7 +256,6 @@ def _trainer(
         log_every_n_steps=10,
         enable_progress_bar=False,
         enable_model_summary=False,
-        sync_batchnorm=world() > 1 and s.accelerator != "cpu" and torch.cuda.is_available(),  # not made for CPUs
     )
 
 
