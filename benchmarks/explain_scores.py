@@ -1,10 +1,12 @@
 """Deletion and insertion scores of each kind of map against random ones, on real images.
 
     python benchmarks/explain_scores.py RUN_OR_CHECKPOINT DATA [--images 200] [--out results/explain_scores.csv]
+    python benchmarks/explain_scores.py --redraw [--figure docs/images/explain_scores.png]
 
-Writes a CSV file (a row a map) and a figure beside it (or at --figure). Random maps come in two kinds, because single
-pixels taken out at random destroy an image faster than patches do; "centre" is a bump in the middle, where
-photographers put things, and knows nothing of the image. Each image is scored for the class that the network answers.
+Writes a CSV file (a row a map) and a figure of it beside it (or at --figure), which the second form draws again. Random
+maps come in two kinds, because single pixels taken out at random destroy an image faster than patches do; "centre" is a
+bump in the middle, where photographers put things, and knows nothing of the image. Each image is scored for the class
+that the network answers.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from transcnn.data.classify import open_set
 from transcnn.explain import attention_rollout, deletion_insertion, grad_cam, gradient_attention
 from transcnn.explain.geometry import carry
 from transcnn.explain.record import record
-from transcnn.plots import BLUE, GREY, ORANGE, new_figure, style
+from transcnn.plots import BLUE, GREY, new_figure, style
 from transcnn.runs import Loaded, load
 from transcnn.tasks import get_task
 
@@ -93,50 +95,50 @@ def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def plot(found: dict[str, Any], rows: list[dict[str, Any]], title: str) -> Any:
-    """Dots with two standard errors for the areas, and the curves of the best of each kind."""
-    figure = new_figure(11, 0.3 * len(rows) + 5.2)
-    grid = figure.add_gridspec(2, 2, height_ratios=(0.3 * len(rows) + 0.6, 3.6))
-    figure.suptitle(title, fontsize=11)
+def plot(rows: list[dict[str, Any]]) -> Any:
+    """Dots with two standard errors for the areas of ``rows``, as the CSV file has them."""
+    figure = new_figure(11, 0.3 * len(rows) + 1.8)
+    axes = figure.subplots(1, 2)
+    first = rows[0]
+    right = f"{float(first['answers_right']):.0%} of their answers right"
+    figure.suptitle(f"{first['model']}, {first['images']} test images, {right}", fontsize=11)
     kinds = (("deletion", "Deletion: lower is better"), ("insertion", "Insertion: higher is better"))
     places = np.arange(len(rows))
-    shown = [REFERENCE, "attention rollout"]
-    for start in ("gradient × attention", "Grad-CAM"):
-        group = [row for row in rows if row["map"].startswith(start)]
-        shown.append(max(group, key=lambda row: row["insertion"] - row["deletion"])["map"])
-    looks = dict(zip(shown, ((GREY, "--"), (BLUE, ":"), (BLUE, "-"), (ORANGE, "-")), strict=True))
-    for column, (kind, words) in enumerate(kinds):
-        axes = figure.add_subplot(grid[0, column])
+    for column, (own, (kind, words)) in enumerate(zip(axes, kinds, strict=True)):
         for place, row in zip(places, rows, strict=True):
             plain = row["map"] in BASELINES
-            axes.errorbar(row[kind], place, xerr=2 * row[f"{kind}_se"], fmt="s" if plain else "o", capsize=2,
-                          color=GREY if plain else BLUE)  # fmt: skip
-        axes.axvline(next(row[kind] for row in rows if row["map"] == REFERENCE), color=GREY, linestyle="--", lw=1)
-        axes.set_yticks(places, [row["map"] for row in rows] if column == 0 else [""] * len(rows))
-        axes.set(ylim=(len(rows) - 0.5, -0.5), title=words, xlabel="Area under the curve (bars: 2 standard errors)")
-        axes = figure.add_subplot(grid[1, column])
-        for name, (colour, line) in looks.items():
-            mean = found[name][0][:, column].mean(0)
-            axes.plot(np.linspace(0, 1, len(mean)), mean, line, color=colour, label=name, linewidth=1.8)
-        verb = ("taken away", "put in")[column]
-        axes.set(
-            xlabel=f"Share of the pixels {verb}, what the map calls most important first",
-            ylabel="Probability of the class",
-        )
-        axes.legend(frameon=False, fontsize=8.5)
+            own.errorbar(float(row[kind]), place, xerr=2 * float(row[f"{kind}_se"]), fmt="s" if plain else "o",
+                         capsize=2, color=GREY if plain else BLUE)  # fmt: skip
+        reference = next(float(row[kind]) for row in rows if row["map"] == REFERENCE)
+        own.axvline(reference, color=GREY, linestyle="--", lw=1)
+        own.set_yticks(places, [row["map"] for row in rows] if column == 0 else [""] * len(rows))
+        own.set(ylim=(len(rows) - 0.5, -0.5), title=words, xlabel="Area under the curve (bars: 2 standard errors)")
     return figure
+
+
+def draw(table: Path, figure: Path) -> None:
+    """The figure of a CSV file."""
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    with style():
+        plot(rows).savefig(figure, dpi=130)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
-    parser.add_argument("data")
+    parser.add_argument("checkpoint", nargs="?")
+    parser.add_argument("data", nargs="?")
+    parser.add_argument("--redraw", action="store_true", help="draw the figure of --out again")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/explain_scores.csv"))
     parser.add_argument("--figure", type=Path, help="the figure's file; without it, that of --out with .png")
     arguments = parser.parse_args()
+    figure_file = arguments.figure or arguments.out.with_suffix(".png")
+    if arguments.redraw:
+        draw(arguments.out, figure_file)
+        return
     began = time.monotonic()
     loaded = load(arguments.checkpoint)
     found, right = measure(loaded, arguments.data, arguments.images, arguments.steps, arguments.seed)
@@ -149,10 +151,7 @@ def main() -> None:
         writer = csv.DictWriter(file, [*rows[0], *common])
         writer.writeheader()
         writer.writerows({**row, **common} for row in rows)
-    figure_file = arguments.figure or arguments.out.with_suffix(".png")
-    with style():
-        title = f"{name}, {len(right)} test images of {Path(arguments.data).name}, {right.mean():.1%} answered right"
-        plot(found, rows, title).savefig(figure_file, dpi=130)
+    draw(arguments.out, figure_file)
     for row in rows:
         print(f"{row['map']:34} deletion {row['deletion']:.3f} ± {row['deletion_se']:.3f}  "
               f"insertion {row['insertion']:.3f} ± {row['insertion_se']:.3f}")  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,127 @@ def hmhsa() -> Figure:
     return figure
 
 
+def attention() -> Figure:
+    """Plain attention beside that of H-MHSA: who attends to whom, and how many pairs that makes."""
+    values = feature_map()
+    merged = values.reshape(SIZE // RATIO, RATIO, SIZE // RATIO, RATIO).mean((1, 3))
+    figure = new_figure(10, 5.0, layout="none")
+    plain, ours = (figure.add_axes((left, 0.2, 0.36, 0.68)) for left in (0.07, 0.57))
+
+    draw_map(plain, values)
+    for row in range(SIZE):
+        for column in range(SIZE):
+            if (row, column) != QUERY:
+                connect(plain, QUERY, (row, column), 0.35)
+    mark(plain, QUERY)
+
+    draw_map(ours, values, shown=same_grid(QUERY))
+    for (row, column), value in np.ndenumerate(merged):
+        centre = RATIO * (row + 0.5) - 0.5, RATIO * (column + 0.5) - 0.5
+        connect(ours, QUERY, centre, 1.2)
+        corner = RATIO * (column + 0.5) - 0.75, RATIO * (row + 0.5) - 0.75
+        rectangle(ours, corner, 1.5, shade(value), edge="black", layer=4)
+    for row in range(SIZE):
+        for column in range(SIZE):
+            if same_grid(QUERY)[row, column] and (row, column) != QUERY:
+                connect(ours, QUERY, (row, column), 0.7)
+    mark(ours, QUERY)
+
+    positions, near, far = SIZE**2, GRID**2, (SIZE // RATIO) ** 2
+    texts = (
+        ("Plain attention", f"each of {positions} positions to all {positions}: {positions**2:,} pairs"),
+        ("H-MHSA", f"each to {near} of its grid and {far} merged tokens: {positions * (near + far):,} pairs"),
+    )
+    for axes, (title, text) in zip((plain, ours), texts, strict=True):
+        box = axes.get_position()
+        middle = (box.x0 + box.x1) / 2
+        figure.text(middle, 0.94, title, ha="center", va="center", fontsize=13, weight="bold")
+        figure.text(middle, 0.14, text, ha="center", va="top", fontsize=10.5)
+    return figure
+
+
+SIDES = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+
+
+def multiply_adds(side: int, grid_sizes: Any, pool_ratios: Any) -> int:
+    """Of transcnn_tiny for one square image, counted by PyTorch without computing."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import transcnn
+
+    more = {"img_size": side} if grid_sizes == "auto" else {}
+    with torch.device("meta"):
+        model = transcnn.create_model("transcnn_tiny", grid_sizes=grid_sizes, pool_ratios=pool_ratios, **more).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, side, side, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def cost() -> Figure:
+    """Multiply-adds for each pixel of the image against the image's side, of one network with three attentions."""
+    kinds = (
+        ("plain attention", [None] * 4, [None] * 4, ORANGE, ":"),
+        ("H-MHSA, two levels (published)", [8, 8, 8, None], [8, 4, 2, None], BLUE, "--"),
+        ('H-MHSA, grid_sizes="auto"', "auto", "auto", BLUE, "-"),
+    )
+    figure = new_figure(7.6, 4.4)
+    axes = figure.add_subplot()
+    for name, grids, ratios, colour, dashes in kinds:
+        each = [multiply_adds(side, grids, ratios) / side**2 / 1e3 for side in SIDES]
+        axes.plot(SIDES, each, dashes, marker="o", markersize=4, color=colour, label=name, linewidth=1.8)
+        axes.annotate(f"{each[-1]:,.0f}", (SIDES[-1], each[-1]), (8, 0), textcoords="offset points", va="center")
+    axes.set(xscale="log", yscale="log", xlabel="Side of the image in pixels (square)")
+    axes.set(
+        ylabel="Thousand multiply-adds for each pixel", title="What transcnn_tiny costs for each pixel of an image"
+    )
+    axes.set_xticks(SIDES, [str(side) for side in SIDES])
+    axes.minorticks_off()
+    axes.set_yticks([50, 100, 200, 500, 1000, 2000], ["50", "100", "200", "500", "1,000", "2,000"])
+    axes.legend(frameon=False)
+    return figure
+
+
+def pyramid() -> Figure:
+    """The four stages of transcnn_tiny for an image of 256x256: sizes, channels and blocks."""
+    stages = [("image", 256, 3, ""), ("stem", 64, 64, "2 strided\nconvolutions")]
+    grids = ("grids of 8, merged by 8", "grids of 8, merged by 4", "grids of 8, merged by 2", "plain attention")
+    for i, (channels, depth) in enumerate(zip((64, 128, 256, 512), (2, 2, 4, 2), strict=True)):
+        stages.append((f"stage {i + 1}", 64 >> i, channels, f"{depth} blocks\n{grids[i]}"))
+    figure = new_figure(11, 3.5, layout="none")
+    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
+    axes.axis("off")
+    axes.set(xlim=(0, 110), ylim=(3.5, 38.5), aspect="equal")
+    places = (9, 28, 46, 65, 83, 101)
+    for i, ((name, side, channels, text), x) in enumerate(zip(stages, places, strict=True)):
+        tall = 2.2 + 13 * (side / 256) ** 0.5
+        wide = 1.2 + 5 * (channels / 512) ** 0.5 if i else 1.2
+        slab(axes, x, 20, wide, tall, 0.25 + 0.13 * i if i else 0.05)
+        axes.text(x, 36, name, ha="center", va="center", fontsize=11.5, weight="bold")
+        axes.text(x, 32.6, f"{side}×{side}, {channels} channels", ha="center", va="center", fontsize=8.5)
+        axes.text(x, 9.5, text, ha="center", va="top", fontsize=8.5, linespacing=1.4)
+        if i:
+            axes.text((places[i - 1] + x) / 2 + 0.6, 20, "➜", ha="center", va="center", fontsize=15)
+    return figure
+
+
+def slab(axes: Axes, x: float, y: float, wide: float, tall: float, value: float) -> None:
+    """A stack of maps, as a box seen from the side: as wide as there are channels, as tall as the maps are."""
+    from matplotlib.patches import Polygon, Rectangle
+
+    shift, left, low = 0.3 * tall, x - wide / 2 - 0.15 * tall, y - 0.65 * tall
+    faces = (
+        (Rectangle((left, low), wide, tall), 1.0),
+        (Polygon([(left, low + tall), (left + wide, low + tall), (left + wide + shift, low + tall + shift),
+                  (left + shift, low + tall + shift)]), 0.6),
+        (Polygon([(left + wide, low), (left + wide, low + tall), (left + wide + shift, low + tall + shift),
+                  (left + wide + shift, low + shift)]), 0.8),
+    )  # fmt: skip
+    for face, strength in faces:
+        face.set(facecolor=shade(value, strength), edgecolor="black", linewidth=0.8)
+        axes.add_patch(face)
+
+
 def same_grid(position: tuple[int, int]) -> np.ndarray:
     """Which positions share the grid of ``position``, (SIZE, SIZE)."""
     row, column = (np.arange(SIZE) // GRID == p // GRID for p in position)
@@ -113,12 +235,13 @@ def connect(axes: Axes, start: tuple[float, float], end: tuple[float, float], wi
     axes.plot(x, y, color=ORANGE, linewidth=width, zorder=3, solid_capstyle="round")
 
 
-FIGURES = {"hmhsa.png": hmhsa}
+FIGURES = {"hmhsa.png": hmhsa, "attention.png": attention, "cost.png": cost, "pyramid.png": pyramid}
 
 if __name__ == "__main__":
+    wanted = sys.argv[1:] or list(FIGURES)  # python docs/make_figures.py cost.png draws that one alone
     folder = Path(__file__).parent / "images"
     folder.mkdir(exist_ok=True)
     with style():
-        for name, draw in FIGURES.items():
-            draw().savefig(folder / name, dpi=170)
+        for name in wanted:
+            FIGURES[name]().savefig(folder / name, dpi=170)
             print(folder / name)
