@@ -11,6 +11,7 @@ import pickle
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -31,6 +32,7 @@ from transcnn.data.classify import make_loader, open_set, open_splits
 from transcnn.data.pack import pack
 from transcnn.data.packed import open_packed
 from transcnn.data.sampling import EpochSampler
+from transcnn.data.sources import Parts
 from transcnn.errors import UserError
 from transcnn.train import train
 
@@ -282,6 +284,11 @@ def test_unusable_targets(class_folder, tmp_path, monkeypatch):
             pack(str(class_folder), out=str(tmp_path / "o"), **options)
     with pytest.raises(UserError, match="holds no manifest"):
         pack(str(class_folder), check=True)
+    one = pack_module.open_parts(str(class_folder)).train
+    two = replace(one, class_names=list(reversed(one.class_names)))  # pyright: ignore
+    monkeypatch.setattr(pack_module, "open_parts", lambda _: Parts("x", one, two))
+    with pytest.raises(UserError, match="the val part has other classes than the rest"):
+        pack("x", out=str(tmp_path / "p"))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])

@@ -128,6 +128,9 @@ class _Job:
     def run(self, parts: Parts, quiet: bool) -> dict[str, Any]:
         sources = _split(parts)
         class_names = next(iter(sources.values()))[0].class_names
+        other = [part for part, (source, _) in sources.items() if source.class_names != class_names]
+        if other:
+            raise UserError(f"the {' and '.join(other)} part has other classes than the rest, or another order of them")
         total = sum(len(places) for _, places in sources.values())
         hide = quiet or not sys.stderr.isatty()
         columns = (TextColumn("packing {task.fields[part]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
