@@ -60,7 +60,7 @@ def evaluate(
         accelerator: cpu, gpu, or auto.
         devices: Processes on this machine, each with a device and a share of the images. Under torchrun or Slurm
             theirs count.
-        num_nodes: Machines; on each the same command runs.
+        num_nodes: Machines; the same command runs on each, with MASTER_ADDR, MASTER_PORT and NODE_RANK set.
         val_fraction: Where data has no validation part: the share that training held back.
         seed: And the seed it was held back with.
         strict_data: Stop at the first image that can't be read, instead of leaving it out.

@@ -134,7 +134,7 @@ def train(
         channels_last: The memory format that is usually quicker.
         accelerator: cpu, gpu, or auto.
         devices: Processes on this machine, each with a device of its own. Under torchrun or Slurm theirs count.
-        num_nodes: Machines; on each the same command runs.
+        num_nodes: Machines; the same command runs on each, with MASTER_ADDR, MASTER_PORT and NODE_RANK set.
         strategy: What each of several processes holds: the whole network (ddp), or a part of its weights and of the
             optimizer's state (fsdp); auto is fsdp for transcnn_large and larger ones on several GPUs.
         dry_run: Build everything, take two steps on made-up data, and print what the run would take (memory, time,

@@ -30,12 +30,20 @@ def account() -> Callable[..., None]:
 
 
 def pytest_sessionfinish() -> None:
+    """Write the table, and show it on the page about faults."""
     target = os.environ.get("TRANSCNN_FAULTS")
-    if target and ROWS:
-        with open(target, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(ROWS[0]))
-            writer.writeheader()
-            writer.writerows(sorted(ROWS, key=lambda row: row["fault"]))
+    if not target or not ROWS:
+        return
+    rows = sorted(ROWS, key=lambda row: row["fault"])
+    with open(target, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(map(str, row.values())) for row in rows)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    page = Path(__file__).resolve().parents[2] / "docs" / "faults.md"
+    before, rest = page.read_text(encoding="utf-8").split("| fault |")
+    page.write_text(before + table + rest[rest.index("\n\n") :], encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

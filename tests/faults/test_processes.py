@@ -133,6 +133,19 @@ def test_sharded_weights_learn_the_same_and_their_checkpoints_are_like_all_other
 
 
 @pytest.mark.slow
+def test_a_ctrl_c_that_torchrun_hands_on_is_one_ctrl_c(images, tmp_path):
+    run = tmp_path / "run"
+    with Processes(2, "train", images, *ALIKE, "--epochs=50", "--out", run, log=tmp_path / "log") as group:
+        first = group.commands[0]
+        first.until(lambda: first.step >= 3)
+        for command in [*group.commands, *group.commands]:  # from the terminal, and from torchrun
+            command.signal(signal.SIGINT)
+        assert group.wait() == [130, 130], group.text
+        assert group.text.count("go on with: transcnn train --resume") == 1
+    assert checkpoint(run / "last.ckpt")["global_step"] >= 3
+
+
+@pytest.mark.slow
 def test_two_processes_go_back_together_with_half_the_learning_rate(images, tmp_path):
     run = tmp_path / "run"
     settings = ["--sched=constant", "--warmup_epochs=0", "--max_nonfinite=3", "--save_every=1"]
