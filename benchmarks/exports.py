@@ -1,9 +1,11 @@
 """What exported files answer and how fast: a row for each network, format and shape of images.
 
-    python benchmarks/exports.py PHOTO [PHOTO ...] [--models transcnn_nano.cifar10 transcnn_tiny] [--out FILE.csv]
+    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/exports.py PHOTO [PHOTO ...] [--networks NAME ...] [--out FILE.csv]
 
-Differences are the largest over all outputs, relative to the largest output; milliseconds are for one image, the median
-of five. Names without a tag get fresh weights with which every layer matters.
+Rows of networks that are measured anew take the place of those in the file. Differences are the largest over all
+outputs, relative to the largest output, for findings of a detector as shares of the image's side; milliseconds are for
+one image, the median of five runs in turn. All but the packaged network have made-up weights with which every layer
+matters.
 """
 
 from __future__ import annotations
@@ -13,50 +15,112 @@ import csv
 import dataclasses
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
-from transcnn.engines import build
-from transcnn.export import FORMATS, export_model
-from transcnn.runs import Loaded, data_config_of, load
+from transcnn import export
+from transcnn.engines import build, enliven
+from transcnn.export_check import check, comparisons
+from transcnn.runs import Loaded, build_network, data_config_of, load
+
+# The networks of recipes/camvid.yaml and recipes/bccd.yaml: 2 M parameters.
+SMALL = {"dims": [32, 64, 128, 192], "depths": [1, 2, 3, 2], "expansions": [3, 3, 3, 3], "head_dim": 32}
+FPN = {"decoder": "fpn", "decoder_channels": 64, "label_ids": list(range(11))}
+RETINANET = {
+    "detector": "retinanet",
+    "fpn_channels": 64,
+    "short_side": 256,
+    "long_side": 384,
+    "side_range": (1.0, 1.0),
+    "min_score": 0.3,
+    "max_found": 50,
+}
+NETWORKS = {
+    "transcnn_nano.cifar10": ("classify", {}),
+    "transcnn_tiny": ("classify", {}),
+    "small FPN": ("segment", FPN),
+    "small RetinaNet": ("detect", RETINANET),
+}
 
 
 def network(name: str) -> Loaded:
-    """Packaged weights by a name with a tag, else a fresh network for 1,000 classes."""
+    """Packaged weights by a name with a tag, else a fresh network."""
+    torch.manual_seed(0)
+    task, args = NETWORKS[name]
     if "." in name:
         return load(name)
-    model = build(name, 256)
-    config = data_config_of(model, 3)
-    return Loaded(model, "classify", [str(i) for i in range(1000)], config, name, {"model": name})
+    if task == "classify":
+        model = build(name, 256)
+        classes = [str(i) for i in range(1000)]
+        return Loaded(model, task, classes, data_config_of(model, 3), name, {"model": name})
+    model = build_network(task, "transcnn_tiny", args, num_classes=11, **SMALL)
+    enliven(model)
+    if task == "detect":
+        nn.init.zeros_(model.net.head.classification_head.cls_logits.bias)  # pyright: ignore
+    config = {**data_config_of(model, 3), "input_size": [3, 224, 224]}
+    names = [str(i) for i in range(11)]
+    return Loaded(model.eval(), task, names, config, name, {"model": "transcnn_tiny", "task_args": args})
+
+
+def measure(name: str, photos: list[str], folder: Path) -> list[dict[str, Any]]:
+    """The rows of one network: traced once, written and compared in each format."""
+    loaded = network(name)
+    model, info = export._graph_of(loaded), export._describe(loaded, None)
+    side = loaded.info["task_args"]["short_side"] if loaded.task == "detect" else None
+    with export._quiet():
+        least = export.LEAST if side else (0, 0)
+        program = export._capture(model, info["data_config"]["input_size"], None, least)
+    rows = []
+    for format, kind in export.FORMATS.items():
+        file = folder / f"{len(rows)}{kind.suffix}"
+        with export._quiet():
+            kind.write(program, file, info)
+        size = sum(part.stat().st_size for part in (file, file.with_suffix(".bin")) if part.exists())
+        for row in check(model, kind.open(file), comparisons(info["data_config"], None, photos, side)):
+            values = {key: value for key, value in dataclasses.asdict(row).items() if value is not None}
+            rounded = {key: f"{value:.3g}" for key, value in values.items()}
+            rows.append({"model": name, "task": loaded.task, "format": format, **rounded, "mb": f"{size / 1e6:.1f}"})
+            print(*rows[-1].values(), flush=True)
+    for row in rows:
+        row["threads"] = torch.get_num_threads()
+        row["processor"] = torch.cpu.get_capabilities().get("cpu_name", "")
+        row["note"] = "runs in turn, on a machine with other work"
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", nargs="+")
-    parser.add_argument("--models", nargs="+", default=["transcnn_nano.cifar10", "transcnn_tiny"])
-    parser.add_argument("--out", default="results/exports.csv")
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--out", type=Path, default=Path("results/exports.csv"))
     options = parser.parse_args()
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name in options.models:
-            loaded = network(name)
-            for format, kind in FORMATS.items():
-                file = Path(folder) / f"model{kind.suffix}"
-                result = export_model(loaded, file, format=format, images=options.photos, tolerance=1e-4)
-                size = sum(part.stat().st_size for part in (file, file.with_suffix(".bin")) if part.exists())
-                for row in result.rows:
-                    values = {key: f"{value:.3g}" for key, value in dataclasses.asdict(row).items()}
-                    rows.append(
-                        {"model": name, "task": loaded.task, "format": format, **values, "mb": f"{size / 1e6:.1f}"}
-                    )
-                    print(*rows[-1].values())
-    for row in rows:
-        row["threads"] = torch.get_num_threads()
-        row["processor"] = torch.cpu.get_capabilities().get("cpu_name", "")
-    with open(options.out, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    for name in options.networks:
+        with tempfile.TemporaryDirectory() as folder:
+            rows: list[dict[str, Any]] = measure(name, options.photos, Path(folder))
+        kept = []
+        if options.out.exists():
+            with options.out.open(newline="", encoding="utf-8") as file:
+                kept = [row for row in csv.DictReader(file) if row["model"] != name]
+        rows = sorted([*kept, *rows], key=lambda row: list(NETWORKS).index(row["model"]))
+        columns = [
+            "model",
+            "task",
+            "format",
+            "batch",
+            "height",
+            "width",
+            "difference",
+            "relative",
+            "torch_ms",
+            "file_ms",
+        ]
+        columns += ["findings", "mb", "threads", "processor", "note"]
+        with options.out.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from torch import nn
 from transcnn.data.augment import eval_transform
 from transcnn.data.images import read_image
 from transcnn.errors import UserError
-from transcnn.export import FORMATS, Format, _capture, check, export_model
+from transcnn.export import FORMATS, Format, _capture, export_model
+from transcnn.export_check import _made_image, check, comparisons
 from transcnn.onnx_predict import OnnxModel, to_input
 from transcnn.plug import plug
 from transcnn.predict import predict
@@ -107,7 +108,7 @@ def test_the_comparison_covers_three_sizes_and_is_not_vacuous(exported, trained)
     sizes = [(row.batch, row.height, row.width) for row in exported.rows]
     assert sizes == [(1, 32, 32), (3, 25, 41), (2, 48, 48)]
     assert all(row.relative <= 1e-5 and row.torch_ms > 0 and row.file_ms > 0 for row in exported.rows)
-    batches = export_module._comparisons(trained, None, None)
+    batches = comparisons(trained.preprocessing, None, None)
     logits = [answers_of(trained.model, images) for images in batches][1]
     assert logits.std(axis=0).max() > 0.1  # images with different answers, of which 1e-5 is a small part
 
@@ -228,6 +229,46 @@ def test_static_size_and_a_plugged_cnn(tmp_path):
         model.resize_to(64)
 
 
+@pytest.fixture(scope="session")
+def labelled(class_image, tmp_path_factory) -> Path:
+    """Images of the three classes, to train on and to test."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for part, first, count in (("train", 20, 8), ("test", 40, 6)):
+        for label, name in enumerate(NAMES):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(first, first + count):
+                class_image(label, i).save(folder / part / name / f"{i}.png")
+    return folder
+
+
+def test_int8_says_what_it_costs_and_is_refused_beyond(exported, run, program, labelled, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(export_module, "_capture", lambda *_: program)
+    out = tmp_path / "small.onnx"
+    result = export_module.export(str(run), out=str(out), int8=True, calibrate=str(labelled), max_loss=20)
+    told = result.info["int8"]
+    assert told["test_images"] == 18
+    assert told["calibrated_on"] == 21  # of 24, three are held back for validation
+    assert told["top1_before"] >= 90
+    assert told["top1_after"] >= told["top1_before"] - 20
+    assert "8 bits: top-1 from" in capsys.readouterr().out
+    small, plain = OnnxModel(out), OnnxModel(exported.file)
+    assert small.info["int8"] == told
+    assert small.class_names == NAMES
+    images = np.stack([to_input(read_image(file), CONFIG) for file in sorted(labelled.glob("test/*/4?.png"))])
+    difference = np.abs(small(images) - plain(images)).max() / np.abs(plain(images)).max()
+    assert 1e-4 < difference < 0.5  # it computes in 8 bits
+    with pytest.raises(UserError, match=r"in 8 bits top-1 is .* of 18 images: more lost than max_loss=-101"):
+        export_module.export(str(run), out=str(tmp_path / "b.onnx"), int8=True, calibrate=str(labelled), max_loss=-101)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small.json", "small.onnx"]
+    for wrong, text in (
+        ({"int8": True}, "int8 and calibrate go together"),
+        ({"calibrate": "x"}, "int8 and calibrate go together"),
+        ({"int8": True, "calibrate": "x", "format": "torch"}, "int8 is for the format onnx"),
+    ):
+        with pytest.raises(UserError, match=text):
+            export_module.export(str(run), **wrong)
+
+
 def test_a_file_that_answers_otherwise_is_not_kept(monkeypatch, trained, tmp_path):
     def write(program, path, info):
         path.write_bytes(b"x")
@@ -251,8 +292,6 @@ class FixedSize(nn.Module):
 
 
 def test_clear_errors(trained, tmp_path, run):
-    with pytest.raises(UserError, match="networks for detect can't be exported; those for classify, segment can"):
-        export_model(Loaded(trained.model, "detect", NAMES, dict(CONFIG), ""), tmp_path / "a.onnx")
     with pytest.raises(UserError, match=r"a file of format openvino ends in .xml, got .*a.onnx"):
         export_model(trained, tmp_path / "a.onnx", format="openvino")
     with pytest.raises(UserError, match="format must be one of onnx, torch, openvino, got 'tflite'"):
@@ -318,7 +357,7 @@ def test_node_js_answers_the_same(node, exported, trained, tmp_path, shape):
 
 
 def test_made_images_are_images():
-    image = export_module._made_image(1)
+    image = _made_image(1)
     assert isinstance(image, Image.Image)
     assert image.size == (256, 256)
     assert np.asarray(image).std() > 20

@@ -36,6 +36,7 @@ class OnnxModel:
 
     Attributes:
         info: All that the file says of itself; ``task``, ``class_names`` and ``data_config`` (timm's words) among it.
+        fixed: The one (H, W) that it takes, where it was exported for one.
 
     Raises:
         UserError: No such file, no ONNX file, or one that ``transcnn export`` didn't write.
@@ -62,10 +63,17 @@ class OnnxModel:
         check_stored(self.info, path)
         self.task = str(self.info.get("task", "classify"))
         self._input = self.session.get_inputs()[0]
+        sides = self._input.shape[2:]
+        self.fixed: list[int] | None = None if all(isinstance(side, str) for side in sides) else list(sides)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """(B, C, H, W) -> (B, classes), float32."""
-        return self.session.run(None, {self._input.name: images})[0]
+        """(B, C, H, W) -> (B, classes), or of a network that segments (B, classes, H, W); float32."""
+        return self.outputs(images)["logits"]
+
+    def outputs(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """All outputs by name; a detector's are those of :class:`transcnn.export_detect.DetectorGraph`."""
+        names = [output.name for output in self.session.get_outputs()]
+        return dict(zip(names, self.session.run(names, {self._input.name: images}), strict=True))
 
     def resize_to(self, img_size: int) -> None:
         """Let images be made ``img_size`` pixels large.
@@ -73,9 +81,9 @@ class OnnxModel:
         Raises:
             UserError: The file was exported for one size.
         """
-        fixed = self._input.shape[2:]
-        if not all(isinstance(side, str) for side in fixed) and list(fixed) != [img_size, img_size]:
-            raise UserError(f"the file was exported for images of {fixed[0]}x{fixed[1]} alone, got img_size={img_size}")
+        if self.fixed and self.fixed != [img_size, img_size]:
+            height, width = self.fixed
+            raise UserError(f"the file was exported for images of {height}x{width} alone, got img_size={img_size}")
         self.data_config["input_size"] = [self.data_config["input_size"][0], img_size, img_size]
 
 

@@ -11,9 +11,23 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["PictureFolder", "blend", "draw_found", "label_png", "legend", "palette", "run_lengths"]
+__all__ = [
+    "SHOWN_SCORE",
+    "PictureFolder",
+    "blend",
+    "draw_found",
+    "label_png",
+    "largest",
+    "legend",
+    "palette",
+    "run_lengths",
+    "tell_boxes",
+    "tell_classes",
+    "tell_found",
+]
 
 Colours = Sequence[Sequence[int]]
+SHOWN_SCORE = 0.5  # findings from this score on are drawn, and count for an image's own score
 
 
 def palette(count: int) -> list[list[int]]:
@@ -149,6 +163,83 @@ class PictureFolder:
         """Write ``predictions.json`` where there are findings in COCO's format."""
         if self.coco:
             (self.folder / "predictions.json").write_text(json.dumps(self.coco, indent=1), encoding="utf-8")
+
+
+def largest(labels: np.ndarray, names: Sequence[str], top_k: int) -> list[dict[str, Any]]:
+    """``[{"label": ..., "share": ...}, ...]``: the classes with most pixels of a label map (H, W)."""
+    shares = np.bincount(labels.ravel(), minlength=len(names)) / labels.size
+    order = [i for i in np.argsort(-shares, kind="stable").tolist() if shares[i] > 0]
+    return [{"label": names[i], "share": round(float(shares[i]), 6)} for i in order[:top_k]]
+
+
+def tell_classes(
+    image: Image.Image,
+    labels: np.ndarray,
+    file: str,
+    names: Sequence[str],
+    args: Mapping[str, Any],
+    pictures: PictureFolder,
+    top_k: int,
+) -> dict[str, Any]:
+    """What ``predict`` tells about a segmented image: shares of classes, and where ``mask`` and ``overlay`` are.
+
+    Args:
+        image: Itself.
+        labels: The class of each pixel (H, W).
+        file: Its name.
+        names: Of the classes.
+        args: ``label_ids`` and ``colours`` of the data (None: our own).
+        pictures: Where they go.
+        top_k: Classes to tell.
+    """
+    colours = args.get("colours") or palette(len(names))
+    stem = pictures.stem_for(file)
+    row: dict[str, Any] = {
+        "classes": largest(labels, names, top_k),
+        "mask": f"{stem}.png",
+        "overlay": f"{stem}_overlay.png",
+    }
+    label_png(labels, args["label_ids"], colours).save(row["mask"])
+    shown: list[int] = np.unique(labels).tolist()
+    blended = blend(image, labels, colours)
+    legend(blended, [names[i] for i in shown], [colours[i] for i in shown]).save(row["overlay"])
+    return row
+
+
+def tell_boxes(found: Mapping[str, np.ndarray], names: Sequence[str]) -> list[dict[str, Any]]:
+    """``[{"label", "score", "box": [x1, y1, x2, y2]}, ...]``, the surest first."""
+    return [
+        {
+            "label": names[int(found["labels"][i])],
+            "score": round(float(found["scores"][i]), 6),
+            "box": [round(float(value), 2) for value in found["boxes"][i]],
+        }
+        for i in np.argsort(-found["scores"], kind="stable").tolist()
+    ]
+
+
+def tell_found(
+    image: Image.Image,
+    found: Mapping[str, np.ndarray],
+    file: str,
+    names: Sequence[str],
+    args: Mapping[str, Any],
+    pictures: PictureFolder,
+) -> dict[str, Any]:
+    """What ``predict`` tells about an image with findings: ``boxes``, the surest first, and the ``overlay`` drawn.
+
+    Args:
+        image: Itself.
+        found: As :func:`draw_found` takes it.
+        file: Its name.
+        names: Of the classes.
+        args: ``label_ids`` of the data.
+        pictures: Where they go, and where findings gather in COCO's format.
+    """
+    row: dict[str, Any] = {"boxes": tell_boxes(found, names), "overlay": f"{pictures.stem_for(file)}_overlay.png"}
+    draw_found(image, found, names, palette(len(names)), SHOWN_SCORE).save(row["overlay"])
+    pictures.add_coco(file, found, args.get("label_ids") or list(range(1, len(names) + 1)))
+    return row
 
 
 def run_lengths(mask: np.ndarray) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def predict(
         checkpoint, images = PACKAGED, [checkpoint, *(images or ())]
     files = find_images(images or ())
     if checkpoint.lower().endswith(".onnx"):
-        rows = list(_predict_onnx(checkpoint, files, top_k, batch_size, img_size, accelerator))
+        rows = list(_predict_onnx(checkpoint, files, top_k, batch_size, img_size, accelerator, out))
     else:
         from .engine import quiet_libraries
         from .runs import load
@@ -162,23 +162,40 @@ def _predict(
 
 
 def _predict_onnx(
-    file: str, files: list[str], top_k: int, batch_size: int, img_size: int | None, accelerator: str
+    file: str, files: list[str], top_k: int, batch_size: int, img_size: int | None, accelerator: str, out: str
 ) -> Iterator[dict[str, Any]]:
     """The same by an exported file."""
     from .onnx_predict import OnnxModel, answers, to_input
 
     model = OnnxModel(file, accelerator=accelerator)
-    if model.task != "classify":
-        raise UserError(
-            f"from an ONNX file only classifiers can predict, {file} is for {model.task}; use the checkpoint"
-        )
     if img_size is not None:
         model.resize_to(img_size)
+    if model.task != "classify":
+        yield from _predict_dense(model, files, top_k, out)
+        return
 
     def answer(images: list[np.ndarray]) -> list[dict[str, Any]]:
         return answers(model(np.stack(images)), model.class_names, top_k)
 
-    return _in_batches(files, batch_size, lambda image, _: to_input(image, model.data_config), answer)
+    yield from _in_batches(files, batch_size, lambda image, _: to_input(image, model.data_config), answer)
+
+
+def _predict_dense(model: Any, files: list[str], top_k: int, out: str) -> Iterator[dict[str, Any]]:
+    """The same by a file that segments or detects, one image at a time."""
+    from .onnx_dense import class_map, findings
+    from .overlay import PictureFolder, tell_classes, tell_found
+
+    if model.fixed:
+        raise UserError(f"images to {model.task} have many sizes, the file takes one alone; export it without --static")
+    pictures, names, args = PictureFolder(Path(out)), model.class_names, model.info["task_args"]
+
+    def tell(image: Image.Image, file: str) -> dict[str, Any]:
+        if model.task == "segment":
+            return tell_classes(image, class_map(model.outputs, image, model.info), file, names, args, pictures, top_k)
+        return tell_found(image, findings(model.outputs, image, model.info), file, names, args, pictures)
+
+    yield from _in_batches(files, 1, lambda *given: given, lambda inputs: [tell(*given) for given in inputs])
+    pictures.finish()
 
 
 def _in_batches(

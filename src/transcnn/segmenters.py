@@ -92,7 +92,7 @@ class Segmenter(nn.Module):
         x = F.pad(x, (0, -width % COARSEST + alone, 0, -height % COARSEST))
         maps = self.backbone(x)
         # The decoders' lists begin with the image and stride 2, of which a map without channels stands for none.
-        finest = maps.get(2, x.new_zeros(len(x), 0, x.shape[2] // 2, x.shape[3] // 2))
+        finest = maps.get(2, x.new_zeros(x.shape[0], 0, x.shape[2] // 2, x.shape[3] // 2))
         logits = self.head(self.decoder([x, finest, *(maps[stride] for stride in maps if stride > 2)]))
         if logits.shape[-2:] != x.shape[-2:]:
             logits = F.interpolate(logits, x.shape[-2:], mode="bilinear", align_corners=False)

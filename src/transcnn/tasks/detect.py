@@ -18,7 +18,7 @@ from ..data.denseset import DenseSet, DenseSplits
 from ..data.detect import open_set, open_splits
 from ..data.detect_transforms import DetectTransform
 from ..errors import require
-from ..overlay import draw_found, palette
+from ..overlay import SHOWN_SCORE, draw_found, palette, tell_boxes, tell_found
 from ..processes import gather, world
 from ..report_dense import ends_and_middle, write_dense_report
 from ..settings import Augment
@@ -26,7 +26,6 @@ from .dense import DenseTask
 
 __all__ = ["Detect"]
 
-SHOWN_SCORE = 0.5  # findings from this score on are drawn, and count for an image's own score
 SIZES = ("small", "medium", "large")  # below 32², below 96² pixels, above: COCO's
 
 
@@ -83,40 +82,21 @@ class Detect(DenseTask):
     @staticmethod
     def answers(outputs: Any, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
         """``{"boxes": [{"label", "score", "box": [x1, y1, x2, y2]}, ...]}`` for each image, the surest first."""
-        rows = []
-        for found in outputs:
-            order = found["scores"].argsort(descending=True).tolist()
-            rows.append(
-                {
-                    "boxes": [
-                        {
-                            "label": class_names[int(found["labels"][i])],
-                            "score": round(float(found["scores"][i]), 6),
-                            "box": [round(float(value), 2) for value in found["boxes"][i]],
-                        }
-                        for i in order
-                    ]
-                }
-            )
-        return rows
+        return [
+            {"boxes": tell_boxes({name: value.cpu().numpy() for name, value in found.items()}, class_names)}
+            for found in outputs
+        ]
 
     @classmethod
     def predict_batch(
         cls, loaded: Any, inputs: list[Any], device: torch.device, top_k: int, pictures: Any
     ) -> list[dict[str, Any]]:
         """For each image its boxes and where they were drawn (``overlay``); also in COCO's format for the whole."""
-        names, colours = loaded.class_names, palette(len(loaded.class_names))
-        # One by one: masks of a hundred findings at the full size of a photograph are large.
-        outputs = (loaded.model([pixels.to(device)])[0] for pixels, _, _ in inputs)
-        ids = loaded.info.get("task_args", {}).get("label_ids") or list(range(1, len(names) + 1))
         rows = []
-        for found, (_, image, file) in zip(outputs, inputs, strict=True):
-            row = cls.answers([found], names, top_k)[0]
-            row["overlay"] = f"{pictures.stem_for(file)}_overlay.png"
-            drawn = {name: value.cpu().numpy() for name, value in found.items()}
-            draw_found(image, drawn, names, colours, SHOWN_SCORE).save(row["overlay"])
-            pictures.add_coco(file, drawn, ids)
-            rows.append(row)
+        for pixels, image, file in inputs:  # one by one: a hundred masks at the full size of a photograph are large
+            found = {name: value.cpu().numpy() for name, value in loaded.model([pixels.to(device)])[0].items()}
+            args = loaded.info.get("task_args") or {}
+            rows.append(tell_found(image, found, file, loaded.class_names, args, pictures))
         return rows
 
     def loss(self, batch: Any) -> Tensor:

@@ -18,7 +18,7 @@ from ..data.classify import ClassifyData
 from ..data.denseset import DenseSet, DenseSplits
 from ..data.segment import open_set, open_splits
 from ..data.segment_transforms import IGNORE, EvalTransform, TrainTransform
-from ..overlay import blend, label_png, legend, palette
+from ..overlay import blend, largest, palette, tell_classes
 from ..processes import gather
 from ..report_dense import class_iou, ends_and_middle, write_segment_report
 from ..settings import Augment
@@ -94,14 +94,7 @@ class Segment(DenseTask):
     @staticmethod
     def answers(outputs: Tensor, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
         """``{"classes": [{"label": ..., "share": ...}, ...]}`` of logits (B, classes, H, W): the largest areas."""
-        rows = []
-        for guess in outputs.argmax(1):
-            shares = torch.bincount(guess.flatten(), minlength=len(class_names)) / guess.numel()
-            order = [i for i in shares.argsort(descending=True).tolist() if shares[i] > 0]
-            rows.append(
-                {"classes": [{"label": class_names[i], "share": round(shares[i].item(), 6)} for i in order[:top_k]]}
-            )
-        return rows
+        return [{"classes": largest(guess.cpu().numpy(), class_names, top_k)} for guess in outputs.argmax(1)]
 
     @classmethod
     def predict_batch(
@@ -109,19 +102,11 @@ class Segment(DenseTask):
     ) -> list[dict[str, Any]]:
         """For each image the classes' shares, and where its label map (``mask``) and overlay were written."""
         learner = cls(loaded.model, loaded.class_names, loaded.preprocessing, task_args=loaded.info["task_args"])
-        names, rows = loaded.class_names, []
-        colours = learner.colours
+        rows = []
         for pixels, image, file in inputs:
             logits = learner.judge_maps(pixels[None].to(device), (image.height, image.width))
-            row = cls.answers(logits, names, top_k)[0]
             labels = logits[0].argmax(0).cpu().numpy()
-            stem = pictures.stem_for(file)
-            row |= {"mask": f"{stem}.png", "overlay": f"{stem}_overlay.png"}
-            label_png(labels, learner.task_args["label_ids"], colours).save(row["mask"])
-            shown = np.unique(labels).tolist()
-            blended = blend(image, labels, colours)
-            legend(blended, [names[i] for i in shown], [colours[i] for i in shown]).save(row["overlay"])
-            rows.append(row)
+            rows.append(tell_classes(image, labels, file, loaded.class_names, learner.task_args, pictures, top_k))
         return rows
 
     @property

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..onnx_dense import window_starts
 
 __all__ = ["judge_whole"]
 
@@ -36,16 +36,8 @@ def _windows(network: Callable[[Tensor], Tensor], images: Tensor, classes: int, 
     if window is None or (height <= window and width <= window):
         return network(images).float()
     total = images.new_zeros(len(images), classes, height, width, dtype=torch.float32)
-    for top in _starts(height, window):
-        for left in _starts(width, window):
+    for top in window_starts(height, window):
+        for left in window_starts(width, window):
             part = (..., slice(top, top + window), slice(left, left + window))
             total[part] += network(images[part]).float().softmax(1)
     return total.clamp_min(1e-12).log()  # counts of windows are the same for all classes of a pixel
-
-
-def _starts(full: int, window: int) -> list[int]:
-    """First pixels of windows that cover ``full`` evenly."""
-    if full <= window:
-        return [0]
-    count = math.ceil((full - window) / (window * 2 / 3)) + 1
-    return [round(i * (full - window) / (count - 1)) for i in range(count)]

@@ -1,0 +1,163 @@
+"""8-bit ONNX files: ONNX Runtime's static quantisation, calibrated and scored on real images.
+
+Weights are rounded channel by channel, activations by the range that calibration saw. What that costs and gains was
+measured by ``benchmarks/int8.py`` (docs/export.md).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .data.classify import open_set
+from .errors import UserError
+from .onnx_predict import OnnxModel, to_input
+from .runs import Loaded
+
+__all__ = ["note", "quantise", "race", "read", "to_int8", "top1"]
+
+Run = Callable[[np.ndarray], np.ndarray]
+CALIBRATED = 256  # images
+SCORED = 2000
+OPERATORS = ("Conv", "Gemm", "MatMul")
+
+
+def to_int8(loaded: Loaded, file: Path, data: str, max_loss: float, threads: int) -> dict[str, Any]:
+    """Put an 8-bit file in the place of a classifier's exported one.
+
+    Args:
+        loaded: The network.
+        file: What was exported; its metadata stay.
+        data: Images with classes, as ``transcnn eval`` takes them: those to train on calibrate, the others are scored.
+        max_loss: Points of top-1 that may be lost.
+        threads: That compute when speeds are compared.
+
+    Returns:
+        ``top1_before`` and ``top1_after`` in percent, ``test_images``, ``times_as_fast``, ``calibrated_on``.
+
+    Raises:
+        UserError: Not a classifier, data that can't be used, or more accuracy lost.
+    """
+    if loaded.task != "classify":
+        raise UserError(f"int8 was measured for classifiers alone, {loaded.source} is for the task {loaded.task}")
+    images, labels = read(data, "auto", loaded, SCORED)
+    try:
+        known, _ = read(data, "train", loaded, CALIBRATED)
+    except UserError:  # a part for testing alone
+        known = images[:: max(1, len(images) // CALIBRATED)]
+    small = file.with_name("int8.onnx")
+    quantise(file, small, known)
+    runs: dict[str, Run] = {str(path): OnnxModel(path, accelerator="cpu", threads=threads) for path in (file, small)}
+    before, after = (top1(run, images, labels) for run in runs.values())
+    if before - after > max_loss:
+        small.unlink()
+        raise UserError(
+            f"in 8 bits top-1 is {after:.2f} instead of {before:.2f} % of {len(labels)} images: more lost than "
+            f"max_loss={max_loss}"
+        )
+    plain, quick = race(runs, images[:16], 7).values()
+    gain = statistics.median(slow / fast for slow, fast in zip(plain, quick, strict=True))
+    small.replace(file)
+    return {
+        "top1_before": round(before, 2),
+        "top1_after": round(after, 2),
+        "test_images": len(labels),
+        "times_as_fast": round(gain, 2),
+        "calibrated_on": len(known),
+    }
+
+
+def read(data: str, split: str, loaded: Loaded, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """A part of a data set as the network takes it, and the labels; ``most`` images are spread evenly over it."""
+    part = open_set(data, split, class_names=loaded.class_names)
+    count = len(part) if most is None else min(most, len(part))
+    pairs = [part.read(i) for i in np.linspace(0, len(part) - 1, count).astype(int).tolist()]
+    pairs = [pair for pair in pairs if pair[1] >= 0]  # broken files have no label
+    return np.stack([to_input(pair[0], loaded.preprocessing) for pair in pairs]), np.array([pair[1] for pair in pairs])
+
+
+def quantise(
+    source: Path, target: Path, images: np.ndarray, method: str = "MinMax", operators: Sequence[str] = OPERATORS
+) -> None:
+    """Write ``source`` with weights and activations of 8 bits, as QDQ nodes; its metadata go with it.
+
+    Args:
+        source: An ONNX file of ``transcnn export``.
+        target: The new one.
+        images: To calibrate on, (N, C, H, W).
+        method: Of ``onnxruntime.quantization.CalibrationMethod``.
+        operators: Those that are computed in 8 bits.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = Path(folder) / "prepared.onnx"
+        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+        quantize_static(
+            str(prepared),
+            str(target),
+            _reader(images),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            op_types_to_quantize=list(operators),
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=getattr(CalibrationMethod, method),
+        )
+    made, told = onnx.load(target), onnx.load(source, load_external_data=False).metadata_props
+    del made.metadata_props[:]
+    made.metadata_props.extend(told)
+    onnx.save(made, target)
+
+
+def note(file: Path, info: dict[str, Any]) -> None:
+    """Write ``info`` into an ONNX file's metadata."""
+    import onnx
+
+    model = onnx.load(file)
+    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in info.items()})
+    onnx.save(model, file)
+
+
+def top1(run: Run, images: np.ndarray, labels: np.ndarray) -> float:
+    """In percent."""
+    parts = np.array_split(images, max(1, len(images) // 50))
+    return 100 * float((np.concatenate([run(part).argmax(1) for part in parts]) == labels).mean())
+
+
+def race(runs: dict[str, Run], batch: np.ndarray, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each in each round; they take turns, in an order that changes from round to round."""
+    names = list(runs)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for run in runs.values():
+        for _ in range(3):
+            run(batch)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            began = time.perf_counter()
+            runs[name](batch)
+            times[name].append(time.perf_counter() - began)
+    return times
+
+
+def _reader(images: np.ndarray) -> Any:
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches: Iterator[np.ndarray] = iter(np.array_split(images, max(1, len(images) // 32)))
+
+        def get_next(self) -> Any:
+            batch = next(self.batches, None)
+            return None if batch is None else {"images": batch}
+
+    return Reader()
