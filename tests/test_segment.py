@@ -474,3 +474,25 @@ def test_images_like_dots_and_ribbons_are_looked_at(run, tmp_path):
     for row, size in zip(rows, [(1, 1), (3000, 20)], strict=True):
         with Image.open(row["mask"]) as mask:
             assert mask.size == size
+
+
+def test_weights_are_taken_back_when_images_are_judged():
+    args = {"decoder": "fpn", "decoder_channels": 64, "class_weights": "median", "shares": [0.7, 0.25, 0.05, 0.0]}
+    torch.manual_seed(0)
+    plain = build("transcnn_test", args, num_classes=4)
+    torch.manual_seed(0)
+    back = build("transcnn_test", {**args, "weights_back": 0.5}, num_classes=4)
+    assert plain.state_dict().keys() == back.state_dict().keys()
+    x = torch.randn(2, 3, 40, 50)
+    trained = []
+    for network in (plain, back):
+        torch.manual_seed(1)  # dropout
+        trained.append(network.train()(x))
+    assert torch.equal(*trained)
+    plain.load_state_dict(back.state_dict())
+    taken = (plain.eval()(x) - back.eval()(x)).mean((0, 2, 3))
+    assert taken.tolist() == pytest.approx(
+        [0.5 * np.log(0.25 / share) for share in (0.7, 0.25, 0.05)] + [0.0], abs=1e-4
+    )
+    with pytest.raises(UserError, match="weights_back"):
+        build("transcnn_test", {**args, "weights_back": 2}, num_classes=4)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError, require
 from .pyramid import Pyramid, build_pyramid
 
-__all__ = ["DECODERS", "Segmenter", "build"]
+__all__ = ["DECODERS", "Segmenter", "build", "class_weights"]
 
 COARSEST = 32
 
@@ -60,10 +61,17 @@ class Segmenter(nn.Module):
         decoder: One of ``DECODERS``.
         num_classes: Outputs for each pixel.
         decoder_channels: Its width; None is what its paper has.
+        handicap: What is taken off the logits of each class when images are judged (classes,).
     """
 
     def __init__(
-        self, backbone: Pyramid, decoder: str, num_classes: int, in_chans: int, decoder_channels: int | None = None
+        self,
+        backbone: Pyramid,
+        decoder: str,
+        num_classes: int,
+        in_chans: int,
+        decoder_channels: int | None = None,
+        handicap: Tensor | None = None,
     ) -> None:
         super().__init__()
         require("segmentation_models_pytorch", "dense")
@@ -81,6 +89,7 @@ class Segmenter(nn.Module):
         self.head = SegmentationHead(channels, num_classes, kernel_size=1)
         initialize_decoder(self.decoder)
         initialize_head(self.head)
+        self.register_buffer("handicap", handicap, persistent=False)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.pretrained_cfg = {**(getattr(backbone.body, "pretrained_cfg", None) or {}), "classifier": "head.0"}
@@ -94,6 +103,9 @@ class Segmenter(nn.Module):
         # The decoders' lists begin with the image and stride 2, of which a map without channels stands for none.
         finest = maps.get(2, x.new_zeros(x.shape[0], 0, x.shape[2] // 2, x.shape[3] // 2))
         logits = self.head(self.decoder([x, finest, *(maps[stride] for stride in maps if stride > 2)]))
+        handicap: Any = self.handicap
+        if handicap is not None and not self.training:
+            logits = logits - handicap[:, None, None]
         if logits.shape[-2:] != x.shape[-2:]:
             logits = F.interpolate(logits, x.shape[-2:], mode="bilinear", align_corners=False)
         return logits[..., :height, :width]
@@ -109,6 +121,32 @@ class Segmenter(nn.Module):
 
 
 def build(name: str, task_args: dict[str, Any], *, num_classes: int, in_chans: int = 3, **kwargs: Any) -> Segmenter:
-    """A segmenter by its backbone's name; ``task_args`` has ``decoder`` and ``decoder_channels``."""
+    """A segmenter by its backbone's name.
+
+    Args:
+        name: Of this package or of timm.
+        task_args: ``decoder``, ``decoder_channels``; ``weights_back`` of ``class_weights`` by the classes' ``shares``.
+        num_classes, in_chans, kwargs: As for the backbone.
+
+    Raises:
+        UserError: No such network or decoder, or settings outside their values.
+    """
+    back = task_args.get("weights_back", 0.0)
+    if not 0 <= back <= 1:
+        raise UserError(f"weights_back must be from 0 to 1, got {back}")
+    weights = class_weights(task_args.get("class_weights", "none"), task_args.get("shares"))
+    handicap = None
+    if back and weights is not None:
+        handicap = back * torch.where(weights > 0, weights, 1.0).log()
     backbone = build_pyramid(name, in_chans=in_chans, **kwargs)
-    return Segmenter(backbone, task_args["decoder"], num_classes, in_chans, task_args.get("decoder_channels"))
+    return Segmenter(backbone, task_args["decoder"], num_classes, in_chans, task_args.get("decoder_channels"), handicap)
+
+
+def class_weights(kind: str, shares: list[float] | None) -> Tensor | None:
+    """A weight for each class by its share of the training pixels; classes that don't occur weigh nothing."""
+    if kind == "none" or not shares:
+        return None
+    share = torch.tensor(shares)
+    occurs = share > 0
+    weights = share[occurs].median() / share.clamp(min=1e-9) if kind == "median" else 1 / torch.log(1.02 + share)
+    return torch.where(occurs, weights, 0.0)

@@ -136,6 +136,8 @@ class Segment:
         loss: Cross entropy, Dice, or both summed.
         class_weights: Rare classes count more in the cross entropy: by the ``median`` of all classes' shares over their
             own (SegNet), by 1 / ``log``(1.02 + share) (ENet), or ``none``.
+        weights_back: Share of the class weights that is taken back when images are judged, by logits minus this times
+            the weights' logarithms (Menon et al., 2007.07314): weights find rare classes, but too much of them.
         ignore_index: The value of label maps that doesn't count; without it 255, and classes named void or unlabelled.
         resize: Short side that images are resized to before anything else; without it they keep their size.
         scale_range: Smallest and largest enlargement of training images, drawn for each.
@@ -147,6 +149,7 @@ class Segment:
     decoder_channels: int | None = None
     loss: Literal["ce", "dice", "both"] = "ce"
     class_weights: Literal["none", "median", "log"] = "none"
+    weights_back: float = 0.0
     ignore_index: int | None = None
     resize: int | None = None
     scale_range: tuple[float, float] = (0.5, 2.0)

@@ -21,6 +21,7 @@ from ..data.segment_transforms import IGNORE, EvalTransform, TrainTransform
 from ..overlay import blend, largest, palette, tell_classes
 from ..processes import gather
 from ..report_dense import class_iou, ends_and_middle, write_segment_report
+from ..segmenters import class_weights
 from ..settings import Augment
 from .dense import DenseTask
 from .sliding import judge_whole
@@ -45,7 +46,7 @@ class Segment(DenseTask):
         super().__init__(*args, **kwargs)
         classes = len(self.class_names)
         self.confusion = MulticlassConfusionMatrix(classes, ignore_index=IGNORE)
-        weights = _class_weights(self.task_args.get("class_weights", "none"), self.task_args.get("shares"))
+        weights = class_weights(self.task_args.get("class_weights", "none"), self.task_args.get("shares"))
         self.register_buffer("class_weights", weights, persistent=False)
         self._forget()
 
@@ -259,13 +260,3 @@ def _mean(values: np.ndarray) -> float:
     """Of those that are known; 0 where none is."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else 0.0
-
-
-def _class_weights(kind: str, shares: list[float] | None) -> Tensor | None:
-    """A weight for each class by its share of the training pixels; classes that don't occur weigh nothing."""
-    if kind == "none" or not shares:
-        return None
-    share = torch.tensor(shares)
-    occurs = share > 0
-    weights = share[occurs].median() / share.clamp(min=1e-9) if kind == "median" else 1 / torch.log(1.02 + share)
-    return torch.where(occurs, weights, 0.0)
