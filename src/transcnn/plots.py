@@ -37,7 +37,12 @@ __all__ = [
 
 BLUE, ORANGE, GREY = "#0060a8", "#d55e00", "#8a8a8a"
 # Colour of each split, and the dashes of its first and its further measures.
-LINES = {"train": (GREY, ("--", ":")), "val": (BLUE, ("-", "-.")), "test": (ORANGE, ("-", "-."))}
+DASHES = ("-", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+LINES: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "train": (GREY, ("--", ":")),
+    "val": (BLUE, DASHES),
+    "test": (ORANGE, DASHES),
+}
 MAX_BARS = 50  # more classes than that: the lowest ones and how all are spread
 MAX_WRONG = 30
 
@@ -89,7 +94,7 @@ def plot_history(columns: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure
     panels: dict[str, dict[str, Any]] = {"Loss": {}, "Accuracy": {}, "Learning rate": {}}
     for name, column in columns.items():
         words = re.split(r"[/_\-.]", name.lower())
-        if "step" in words:
+        if "step" in words or words[-1] in ("small", "medium", "large", "map75"):  # lines enough without
             continue
         if "loss" in words:
             panels["Loss"][name] = column
@@ -117,7 +122,8 @@ def _draw_lines(axes: Axes, title: str, lines: Mapping[str, tuple[np.ndarray, np
         colour, dashes = LINES[split]
         marker = "os^"[drawn[split] % 3] if len(epochs) == 1 else None
         line = dashes[min(drawn[split], len(dashes) - 1)]
-        axes.plot(epochs, values, line, color=colour, linewidth=1.8, marker=marker, label=re.sub("[/_]", " ", name))
+        label = re.sub("[/_]", " ", name)
+        axes.plot(epochs, values, linestyle=line, color=colour, linewidth=1.8, marker=marker, label=label)
         drawn[split] += 1
     axes.set(title=title, xlabel="Epoch")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
@@ -149,7 +155,7 @@ def plot_confusion(confusion: np.ndarray, class_names: Sequence[str], what: str 
     ticks = range(count)
     axes.set_xticks(ticks, labels, fontsize=font, rotation=90 if upright else 0)
     axes.set_yticks(ticks, labels, fontsize=font)
-    axes.set(xlabel="Guess", ylabel="Truth", title=f"{confusion.trace()} of {confusion.sum()} {what} right")
+    axes.set(xlabel="Guess", ylabel="Truth", title=f"{confusion.trace():,} of {confusion.sum():,} {what} right")
     axes.set_xticks(np.arange(count + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(count + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="#d8d8d8", linewidth=0.4)
