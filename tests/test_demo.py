@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from transcnn.attention import HMHSA
@@ -34,6 +35,7 @@ from transcnn.runs import Loaded, build_model, data_config_of, load
 CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser") if Path(path).exists()), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync"]
+FLAGS += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a camera that shows a test picture
 MARKED = tuple(int(MARK[i : i + 2], 16) for i in (1, 3, 5))
 
 
@@ -162,6 +164,83 @@ def test_a_network_that_draws(photo: Image.Image) -> None:
     assert sum(part["share"] for part in answer["classes"]) == pytest.approx(1, abs=1e-4)
     visit = viewer.visit(photo)
     assert all(side % 32 == 0 for side in visit.input.shape[2:])
+    assert viewer.look(visit, viewer.stages[0].number)
+
+
+def coloured(count: int, side: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pictures (count, 3, side, side) from 0 to 1 with a green square each, its mask and its box."""
+    generator = torch.Generator().manual_seed(count)
+    images = 0.2 + 0.05 * torch.rand(count, 3, side, side, generator=generator)
+    masks, boxes = torch.zeros(count, side, side, dtype=torch.long), torch.zeros(count, 4)
+    for i in range(count):
+        x, y = torch.randint(2, side - 34, (2,), generator=generator).tolist()
+        images[i, 1, y : y + 32, x : x + 32] = 0.9
+        masks[i, y : y + 32, x : x + 32] = 1
+        boxes[i] = torch.tensor([x, y, x + 32, y + 32])
+    return images, masks, boxes
+
+
+def shown(image: torch.Tensor) -> Image.Image:
+    return Image.fromarray((255 * image).byte().permute(1, 2, 0).numpy())
+
+
+def test_a_segmenter_that_has_learnt_colours_the_right_pixels() -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    from transcnn.overlay import palette
+    from transcnn.segmenters import build
+
+    args = {"decoder": "fpn", "decoder_channels": 64, "label_ids": [0, 1], "resize": None}
+    model = build("transcnn_test", args, num_classes=2)
+    config = {**data_config_of(model, 3, 64), "mean": [0.0] * 3, "std": [1.0] * 3}
+    images, masks, _ = coloured(12)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(100):
+        torch.nn.functional.cross_entropy(model(images), masks).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    viewer = Viewer(Loaded(model.eval(), "segment", ["ground", "square"], config, "", {"task_args": args}))
+    images, masks, _ = coloured(3)
+    for image, mask in zip(images, masks, strict=True):
+        answer = viewer.answer(shown(image))
+        assert dict(ground=0.75, square=0.25) == pytest.approx(
+            {part["label"]: part["share"] for part in answer["classes"]}, abs=0.08
+        )
+        picture = np.asarray(answer["picture"], float)[:64, :64]
+        inside = mask.bool().numpy()
+        near = np.abs(picture - np.array(palette(2)[1])).sum(-1) < np.abs(picture - np.array(palette(2)[0])).sum(-1)
+        assert (near == inside).mean() > 0.9
+
+
+@pytest.mark.slow
+def test_a_detector_that_has_learnt_draws_its_boxes() -> None:
+    pytest.importorskip("faster_coco_eval")
+    from transcnn.detectors import build
+    from transcnn.overlay import palette
+
+    args = dict(detector="retinanet", fpn_channels=32, short_side=64, long_side=64, side_range=(1.0, 1.0))
+    args |= dict(anchor_size=16, min_score=0.3, max_found=5, label_ids=[1])
+    model = build("transcnn_test", args, num_classes=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for step in range(120):
+        images, _, boxes = coloured(8 + step % 4)
+        targets = [{"boxes": box[None], "labels": torch.zeros(1, dtype=torch.long)} for box in boxes]
+        torch.stack(list(model.train()(list(images), targets).values())).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    viewer = Viewer(Loaded(model.eval(), "detect", ["square"], data_config_of(model, 3, 64), "", {"task_args": args}))
+    images, _, boxes = coloured(3)
+    for image, box in zip(images, boxes, strict=True):
+        answer = viewer.answer(shown(image))
+        best = answer["boxes"][0]
+        assert best["label"] == "square"
+        assert best["score"] > 0.5
+        assert best["box"] == pytest.approx(box.tolist(), abs=4)
+        drawn = np.abs(np.asarray(answer["picture"]).astype(int) - palette(1)[0]).max(-1) < 3
+        rows = np.flatnonzero(drawn.any(1))
+        columns = np.flatnonzero(drawn[rows[-1] - 8 :].any(0))  # name and score stand higher, at the upper edge
+        edges = [columns[0], rows[-1], columns[-1]]
+        assert edges == pytest.approx([best["box"][0], best["box"][3] - 1, best["box"][2] - 1], abs=2)
+    visit = viewer.visit(shown(images[0]))
     assert viewer.look(visit, viewer.stages[0].number)
 
 
@@ -457,6 +536,18 @@ def test_example_on_a_phone(server: Server, browser: Any) -> None:
     width = visitor.page.evaluate("document.documentElement.scrollWidth")
     assert width <= 390  # nothing sticks out
     visitor.snap("demo_phone.png")
+    visitor.context.close()
+
+
+def test_a_picture_from_the_camera(server: Server, browser: Any) -> None:
+    visitor = Visitor(browser, server.address, permissions=["camera"])
+    visitor.page.click("#picture [data-testid=source-select] button >> nth=1")
+    visitor.page.click("#picture [title='grant webcam access'] button")
+    visitor.page.wait_for_function("document.querySelector('#picture video')?.videoWidth > 0")
+    visitor.page.click("#picture button[aria-label='capture photo']")
+    visitor.source("#far")
+    picture = visitor.picture("#picture")
+    assert picture.std() > 10  # chromium's camera shows a green ground and a moving wedge
     visitor.context.close()
 
 

@@ -239,3 +239,30 @@ def test_every_detector_goes_into_every_format(detector, format, tmp_path):
     suffix = {"onnx": ".onnx", "torch": ".pt2", "openvino": ".xml"}[format]
     result = export_model(loaded, tmp_path / f"model{suffix}", format=format, tolerance=1e-4)
     assert sum(row.findings or 0 for row in result.rows) > 5
+
+
+@pytest.mark.slow
+def test_a_segmenter_answers_and_predicts_the_same_from_its_file(tmp_path):
+    pytest.importorskip("segmentation_models_pytorch")
+    from transcnn.engines import enliven
+    from transcnn.segmenters import build as build_segmenter
+
+    torch.manual_seed(0)
+    args = {"decoder": "fpn", "decoder_channels": 64, "label_ids": [3, 4, 5], "resize": None}
+    network = build_segmenter("test_resnet", args, num_classes=3)
+    enliven(network)
+    info = {"model": "test_resnet", "class_names": NAMES, "data_config": CONFIG, "task": "segment", "task_args": args}
+    (tmp_path / "run").mkdir()
+    save_weights(tmp_path / "run" / "best.safetensors", network, info)
+    result = export_model(load(tmp_path / "run"), tmp_path / "run" / "model.onnx")
+    assert [(row.batch, row.height, row.width) for row in result.rows] == [(1, 64, 64), (3, 49, 73), (2, 96, 96)]
+    assert all(row.relative <= 1e-5 for row in result.rows)
+    photo(2, (97, 71)).save(tmp_path / "a.png")
+    wanted, found = (
+        predict(str(path), [str(tmp_path / "a.png")], accelerator="cpu", quiet=True, out=str(tmp_path / name))[0]
+        for path, name in ((tmp_path / "run", "x"), (result.file, "y"))
+    )
+    assert found["classes"] == wanted["classes"]
+    with Image.open(wanted["mask"]) as one, Image.open(found["mask"]) as other:
+        assert (np.asarray(one) != np.asarray(other)).mean() < 1e-3
+        assert set(np.unique(np.asarray(other))) <= {3, 4, 5}
