@@ -25,7 +25,7 @@ from torch import nn
 
 import reference
 import transcnn
-from transcnn.checkpoints import convert_state_dict
+from transcnn.checkpoints import convert_state_dict, load_body
 from transcnn.errors import UserError
 
 DESIGNS = {"transcnn": {}, "hatnet": dict(design="hatnet", norm_layer="groupnorm1")}
@@ -196,6 +196,9 @@ def test_features_only_takes_the_same_files(tmp_path):
         torch.save(state, tmp_path / "weights.pth")
         extractor = transcnn.load_checkpoint(make(features_only=True), tmp_path / "weights.pth")
         assert all(torch.equal(a, b) for a, b in zip(extractor(X), features, strict=True))
+        below = make(features_only=True)
+        assert load_body(below, tmp_path / "weights.pth") == (len(below.state_dict()), [])
+        assert all(torch.equal(a, b) for a, b in zip(below(X), features, strict=True))
 
 
 def test_other_models_load_their_own_names(tmp_path):
