@@ -11,7 +11,9 @@ import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from .errors import UserError
 
@@ -51,13 +53,30 @@ def launch(accelerator: str = "auto", devices: int = 1, num_nodes: int = 1) -> N
         raise UserError(f"devices and num_nodes must be 1 or more, got {devices} and {num_nodes}")
     if devices * num_nodes > 1:
         from lightning import Fabric
+        from lightning.fabric.plugins.environments import TorchElasticEnvironment
 
         try:
+            if TorchElasticEnvironment.detect() and attempt():
+                _meet_again(accelerator)
             Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy="ddp").launch()
         except (ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"can't have {devices * num_nodes} processes meet: {reason}") from error
         _met.append((devices, num_nodes))
+
+
+def _meet_again(accelerator: str) -> None:
+    """Have restarted processes meet under names of their own.
+
+    torchrun's agent lends all attempts one store. What an earlier attempt left there are the addresses of dead
+    processes, and whoever comes first would take them for those of the living.
+    """
+    store, number, processes = next(rendezvous("env://"))
+    gpu = accelerator != "cpu" and torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store = dist.PrefixStore(f"attempt {attempt()}", store)
+    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=number, world_size=processes)
 
 
 def _shape(devices: int, num_nodes: int) -> tuple[int, int]:
