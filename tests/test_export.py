@@ -286,6 +286,17 @@ def test_a_file_that_answers_otherwise_is_not_kept(monkeypatch, trained, tmp_pat
         assert (tmp_path / "model.onnx").read_bytes() == b"an older one"
 
 
+def test_what_a_format_cannot_hold_ends_in_one_line(monkeypatch, trained, tmp_path):
+    def write(program, path, info):
+        raise RuntimeError("no such operator\nand a long report")
+
+    monkeypatch.setitem(FORMATS, "onnx", Format(".onnx", (), write, lambda path: lambda x: x))
+    monkeypatch.setattr(export_module, "_capture", lambda *_: None)
+    with pytest.raises(UserError, match=r"the format onnx can't hold TransCNN: no such operator$"):
+        export_model(trained, tmp_path / "model.onnx")
+    assert not any(tmp_path.iterdir())
+
+
 class FixedSize(nn.Module):
     def forward(self, x):
         return (x + torch.zeros(65, 99)).sum((2, 3))
