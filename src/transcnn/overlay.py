@@ -114,9 +114,9 @@ def draw_found(
     for i in reversed(list(chosen)):
         label = int(found["labels"][i])
         x1, y1, x2, y2 = (float(value) for value in found["boxes"][i])
-        draw.rectangle(
-            (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=tuple(colours[label]), width=max(2, size // 6)
-        )
+        x2, y2, wide = max(x1, x2 - 1), max(y1, y2 - 1), max(2, size // 6)
+        draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="black", width=wide + 2)  # pale colours on pale ground
+        draw.rectangle((x1, y1, x2, y2), outline=tuple(colours[label]), width=wide)
         if key:
             text = names[label] if scores is None else f"{names[label]} {scores[i]:.2f}"
             left, top = x1, max(0.0, y1 - size - 3)
