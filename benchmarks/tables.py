@@ -1,7 +1,7 @@
 """The three tables of docs/speed.md, each in one run on this machine: results/speed_{inference,training,large}.csv.
 
-    python benchmarks/tables.py                      # all three, under 10 minutes on two quiet cores
-    python benchmarks/tables.py --only large --big   # with 4096x4096 and the plain network at 2048 (9 GB)
+    python benchmarks/tables.py                      # all three, about 15 minutes on two quiet cores
+    python benchmarks/tables.py --only large --big   # with the plain network at 2048, too (9 GB)
 
 Nothing else should run meanwhile. ``transcnn compare`` does the measuring; this says what to measure.
 """
@@ -43,15 +43,15 @@ def training(out: str, options: argparse.Namespace) -> None:
 
 def large(out: str, options: argparse.Namespace) -> None:
     common = dict(batch=1, dtype="fp32", threads=options.threads, rounds=2, seconds=0.0)
-    sizes = "512,1024,2048" + (",4096" if options.big else "")
-    compare(f"transcnn_tiny,{AUTO}", sizes=sizes, engine="optimize", out=out, **common)
-    plain, others = out + "_plain", out + "_others"
+    compare(AUTO, sizes="512,1024,2048,4096", engine="optimize", out=out, **common)
+    levels, others, plain = out + "_levels", out + "_others", out + "_plain"
+    compare("transcnn_tiny", sizes="512,1024,2048", engine="optimize", out=levels, **common)
     names = "resnet50,pvt_v2_b1,swin_tiny_patch4_window7_224"
-    compare(names, sizes="512,1024,2048" if options.big else "512,1024", engine="eager", out=others, **common)
+    compare(names, sizes="512,1024,2048", engine="eager", out=others, **common)
     sizes = "512,1024,2048" if options.big else "512,1024"
     compare([], sizes=sizes, engine="eager", reference=PLAIN, out=plain, **common)
-    append(Path(others), Path(out))
-    append(Path(plain), Path(out))
+    for folder in (levels, others, plain):
+        append(Path(folder), Path(out))
 
 
 def append(source: Path, target: Path) -> None:
@@ -80,7 +80,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("inference", "training", "large"))
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--big", action="store_true", help="the largest images, too")
+    parser.add_argument("--big", action="store_true", help="the plain network at 2048, too: 9 GB, some minutes")
     parser.add_argument("--compile", action="store_true", help="torch.compile, too: some minutes more")
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     options = parser.parse_args()

@@ -100,6 +100,12 @@ def test_training_and_memory():
     assert row["peak_mb"] > row["above_mb"] > 0
 
 
+def test_memory_is_that_of_the_network_not_of_whoever_asks():
+    held = torch.ones(2**30, dtype=torch.uint8)  # written to: 1 GiB of this process
+    (row,) = compare("transcnn_test", sizes="32", engine="eager", **{**QUICK, "memory": True})
+    assert held.numel() / 2**20 > row["peak_mb"] > row["above_mb"] > 0
+
+
 def test_a_training_step_trains():
     model = build("transcnn_test", 32)
     before = [p.clone() for p in model.parameters()]

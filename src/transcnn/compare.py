@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import platform
 import resource
 import statistics
@@ -239,21 +238,22 @@ def _child() -> None:
     case = Case(**what)
     model = load_reference(reference) if case.model == REFERENCE else build(case.model, case.size)
     images = torch.randn(case.batch, 3, case.size, case.size)
-    before = _resident_mb()
+    before = _memory_mb("VmRSS")
     if case.mode == "train":
         run = prepare_training(model, case.dtype)
     else:
         run = prepare(case.engine, model, case.dtype, images)
     del model
     run(images)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    peak = _memory_mb("VmHWM")
     print(json.dumps([peak, peak - before]))
 
 
-def _resident_mb() -> float:
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+def _memory_mb(kind: str) -> float:
+    """This process's resident memory now (``VmRSS``) or at its peak (``VmHWM``)."""
+    try:  # not getrusage, whose peak a process has from the one that started it
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(kind + ":"))
     except OSError:  # not Linux: the peak so far
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
