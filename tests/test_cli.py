@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from transcnn import cli
-from transcnn.callbacks import Interrupted
 from transcnn.errors import UserError
 from transcnn.predict import predict
 from transcnn.train import train
+from transcnn.training.callbacks import Interrupted
 
 
 def parse_train(*argv: str) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 
-from transcnn import loading
 from transcnn.data.imageset import ImageSet
-from transcnn.loading import hint
 from transcnn.train import train
+from transcnn.training import loading
+from transcnn.training.loading import hint
 
 
 def test_a_slow_loader_is_said_once(class_folder, tmp_path, monkeypatch, capsys):

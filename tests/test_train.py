@@ -17,8 +17,6 @@ import torch
 import yaml
 from timm.optim import create_optimizer_v2
 
-from transcnn import callbacks, engine
-from transcnn.building import make_network
 from transcnn.cli import main
 from transcnn.errors import UserError
 from transcnn.runs import load, read_info
@@ -26,6 +24,8 @@ from transcnn.settings import Augment, Ema, Optim
 from transcnn.tasks import get_task
 from transcnn.tasks.classify import Classify
 from transcnn.train import train
+from transcnn.training import callbacks, engine
+from transcnn.training.building import make_network
 
 QUICK: dict[str, Any] = dict(
     model="transcnn_test", batch_size=4, precision="32", accelerator="cpu", num_workers=0, img_size=32, quiet=True
@@ -362,7 +362,7 @@ def test_a_dry_run_uses_the_data_that_is_there(folder, tmp_path):
 
 @pytest.mark.parametrize("model", ["transcnn_test", "mobilenetv3_small_050"])
 def test_norms_are_synchronised_between_gpus_with_their_activations(monkeypatch, model):
-    monkeypatch.setattr("transcnn.building.world", lambda: 2)
+    monkeypatch.setattr("transcnn.training.building.world", lambda: 2)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     settings = dict.fromkeys(("model_args", "drop_rate", "init_from", "plug", "img_size"))
     s = SimpleNamespace(**settings, task="classify", model=model, drop_path_rate=0.0, pretrained=False, quiet=True)

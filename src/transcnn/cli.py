@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .errors import UserError
-from .origins import note_origins
+from .training.origins import note_origins
 
 __all__ = ["COMMANDS", "main", "make_parser", "parse"]
 

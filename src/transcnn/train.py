@@ -16,22 +16,22 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
-from . import callbacks as cb
-from .building import make_learner, make_network
-from .checkpointing import KeepWeights
-from .dryrun import assumed_splits, dry_run
 from .engine import choose_precision, keep_freed_memory, quiet_libraries
 from .errors import UserError
 from .evaluate import measure, write_results
-from .faults import GoBack, SkipNonFinite
-from .given import as_yaml, check, find_resumed, find_start, plain, resumed_settings
-from .loading import LoaderWatch
 from .processes import first_decides, gather, launch, lost_process, per_machine, placement, world
 from .runs import data_config_of, load, new_run_dir, write_whole
 from .settings import Augment, Detect, Distill, Ema, Optim, Segment
-from .sharding import choose_strategy
 from .tasks import get_task
 from .tasks.base import Task
+from .training import callbacks as cb
+from .training.building import make_learner, make_network
+from .training.checkpointing import KeepWeights
+from .training.dryrun import assumed_splits, dry_run
+from .training.faults import GoBack, SkipNonFinite
+from .training.given import as_yaml, check, find_resumed, find_start, plain, resumed_settings
+from .training.loading import LoaderWatch
+from .training.sharding import choose_strategy
 
 __all__ = ["TrainResult", "train"]
 
@@ -147,7 +147,7 @@ def train(
 
     Raises:
         UserError: Data, model or settings that can't be used, or a run directory that can't be written to.
-        KeyboardInterrupt: The run was asked to stop (:class:`~transcnn.callbacks.Interrupted`), after a checkpoint.
+        KeyboardInterrupt: The run was asked to stop (``callbacks.Interrupted``), after a checkpoint.
     """
     settings = plain(dict(locals()))
     with quiet_libraries():

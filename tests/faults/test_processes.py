@@ -22,8 +22,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import transcnn
 from transcnn import processes
-from transcnn.checkpointing import newest_good
 from transcnn.errors import UserError
+from transcnn.training.checkpointing import newest_good
 
 # Norms of each image alone: what BatchNorm sees depends on how many images a process has.
 ALIKE = [*QUICK, "--model_args={norm_layer: groupnorm1}", "--epochs=3", "--policy=small", "--reprob=0.5"]
@@ -178,7 +178,7 @@ def test_processes_do_not_mix_with_an_older_run(runs, images, tmp_path):
 
 def die_once() -> None:
     """The second process is killed at the eighth update of the first attempt."""
-    from transcnn.callbacks import History
+    from transcnn.training.callbacks import History
 
     after = History.on_train_batch_end
 

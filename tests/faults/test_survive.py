@@ -11,8 +11,8 @@ import pytest
 import torch
 from harness import BUSY, Command, assert_equal_weights, checkpoint
 
-from transcnn.checkpointing import newest_good
 from transcnn.errors import UserError
+from transcnn.training.checkpointing import newest_good
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
@@ -143,7 +143,7 @@ def test_of_two_checkpoints_the_whole_one_is_used(undisturbed, stopped, tmp_path
 
 def limit_files() -> None:
     """What a full disk is to a process: no file grows beyond 300 KiB."""
-    from transcnn import callbacks
+    from transcnn.training import callbacks
 
     after = callbacks.History.on_train_batch_end
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..processes import rank, world
 from ..settings import Augment, Optim
-from ..sharding import Sharded, shard
+from ..training.sharding import Sharded, shard
 
 __all__ = ["Task"]
 

@@ -16,12 +16,12 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ..data.augment import Transform
 from ..data.classify import ClassifyData, ImageSet, eval_transform, make_loader, open_set, open_splits, train_transform
-from ..distill import Teacher
 from ..errors import UserError
 from ..processes import gather
 from ..report import write_report
 from ..settings import Augment
 from .base import Task
+from .distill import Teacher
 
 __all__ = ["Classify"]
 

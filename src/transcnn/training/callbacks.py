@@ -19,10 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from ..errors import UserError
+from ..processes import rank, world
+from ..runs import write_whole
 from .checkpointing import KeepWeights, can_save
-from .errors import UserError
-from .processes import rank, world
-from .runs import write_whole
 from .sharding import Sharded, full_state, load_full, shard
 
 __all__ = ["Bar", "Ema", "Events", "History", "Interrupted", "Stop", "StopOnSignal"]

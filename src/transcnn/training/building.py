@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from timm.layers import convert_sync_batchnorm
 
-from .checkpoints import load_body, load_checkpoint
-from .data.sources import few
-from .distill import Teacher
-from .plug import plug as plug_in
-from .plug import plug_like, plug_spec
-from .processes import world
-from .runs import build_network, data_config_of, load, read_info
-from .settings import Augment, Distill, Optim
-from .tasks import get_task
-from .tasks.base import Task
+from ..checkpoints import load_body, load_checkpoint
+from ..data.sources import few
+from ..plug import plug as plug_in
+from ..plug import plug_like, plug_spec
+from ..processes import world
+from ..runs import build_network, data_config_of, load, read_info
+from ..settings import Augment, Distill, Optim
+from ..tasks import get_task
+from ..tasks.base import Task
+from ..tasks.distill import Teacher
 
 __all__ = ["make_learner", "make_network"]
 

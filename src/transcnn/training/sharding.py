@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from .errors import UserError
-from .processes import world
+from ..errors import UserError
+from ..processes import world
 
 __all__ = ["Sharded", "choose_strategy", "full_state", "load_full", "shard"]
 

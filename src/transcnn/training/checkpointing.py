@@ -17,8 +17,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
-from .errors import UserError
-from .runs import read_info, save_weights, write_whole
+from ..errors import UserError
+from ..runs import read_info, save_weights, write_whole
 from .sharding import full_state
 
 __all__ = ["KeepWeights", "can_save", "newest_good", "note", "store"]

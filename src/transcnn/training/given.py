@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
+from ..errors import UserError
+from ..processes import attempt
+from ..runs import clear_leavings, made_by_this_launch, read_info
 from .checkpointing import LAST, PREVIOUS, newest_good, note
-from .errors import UserError
-from .processes import attempt
-from .runs import clear_leavings, made_by_this_launch, read_info
 
 __all__ = ["as_yaml", "check", "find_resumed", "find_start", "plain", "resumed_settings"]
 

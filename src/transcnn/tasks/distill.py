@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UserError
-from .runs import Loaded, load
-from .settings import Distill
+from ..errors import UserError
+from ..runs import Loaded, load
+from ..settings import Distill
 
 __all__ = ["Teacher"]
 

@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from ..errors import UserError
+from ..processes import gather
+from ..runs import write_whole
 from .checkpointing import LAST, KeepWeights, note
-from .errors import UserError
-from .processes import gather
-from .runs import write_whole
 
 __all__ = ["GoBack", "SkipNonFinite", "first_not_finite"]
 

@@ -1,0 +1,1 @@
+"""What ``transcnn train`` is made of: building, checkpoints, callbacks, faults, many processes."""
