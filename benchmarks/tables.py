@@ -9,6 +9,7 @@ Nothing else should run meanwhile. ``transcnn compare`` does the measuring; this
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import shutil
 import sys
@@ -20,6 +21,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # for all cases alike: befor
 import torch
 
 from transcnn.compare import compare
+from transcnn.compare_plot import draw
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = f"{ROOT / 'benchmarks' / 'plain.py'}:plain"
@@ -60,6 +62,8 @@ def append(source: Path, target: Path) -> None:
     with (target / "compare.csv").open("a") as file:
         file.writelines(lines[1:])
     shutil.rmtree(source)
+    with (target / "compare.csv").open(newline="") as file:
+        draw(list(csv.DictReader(file)), target / "compare.png")
 
 
 def limit(seconds: float = 2.0) -> str:

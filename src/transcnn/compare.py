@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .compare_plot import draw
 from .engines import ENGINES, build, count, load_reference, prepare, prepare_training, same_weights
 from .errors import UserError
 from .models import PAPER_TOP1
@@ -156,7 +157,7 @@ def compare(
     rows = [{key: value for key, value in asdict(case).items() if key != "times"} for case in cases]
     if out:
         _write(Path(out), rows, device)
-        _plot(Path(out) / "compare.png", cases)
+        draw(rows, Path(out) / "compare.png")
     return rows
 
 
@@ -332,37 +333,6 @@ def _processor() -> str:
     flags = facts.get("flags", "").split()
     extras = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8") if flag in flags]
     return f"{facts.get('model name', platform.machine())} family {facts.get('cpu family', '?')} ({' '.join(extras)})"
-
-
-def _plot(path: Path, cases: list[Case]) -> None:
-    """Accuracy against speed where accuracies are known, and time per pixel against size where sizes differ."""
-    from matplotlib.figure import Figure
-
-    done = [case for case in cases if case.times]
-    known = [case for case in done if case.paper_top1 is not None]
-    several = len({case.size for case in done}) > 1
-    panels = [name for name, wanted in (("accuracy", bool(known)), ("pixels", several)) if wanted] or ["speed"]
-    figure = Figure(figsize=(6.5 * len(panels), 4.5), layout="constrained")
-    for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
-        if panel == "accuracy":
-            for case in known:
-                axes.plot(case.images_per_s, case.paper_top1, "o" if case.model[:3] in ("tra", "hat") else "s")
-                axes.annotate(
-                    f"{case.model} {case.engine} {case.size}", (case.images_per_s, case.paper_top1), fontsize=6
-                )
-            axes.set(xlabel="images/s", ylabel="ImageNet-1K top-1 in % (each paper's own)", xscale="log")
-        elif panel == "pixels":
-            for key in dict.fromkeys((case.model, case.engine, case.dtype) for case in done):
-                line = [case for case in done if (case.model, case.engine, case.dtype) == key]
-                axes.plot([c.size for c in line], [c.ns_per_pixel for c in line], "o-", label=" ".join(key))
-            axes.set(xlabel="side of the image in pixels", ylabel="ns per pixel", xscale="log", yscale="log")
-            axes.legend(fontsize=6)
-        else:
-            labels = [f"{case.model} {case.engine} {case.dtype}" for case in done]
-            axes.barh(labels[::-1], [case.images_per_s or 0 for case in done][::-1])
-            axes.set(xlabel="images/s")
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
 
 
 def _items(text: str | Iterable[str]) -> list[str]:
