@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from transcnn import distill
 from transcnn.errors import UserError
 from transcnn.runs import Loaded, load
 from transcnn.settings import Augment, Distill, Ema, Optim
+from transcnn.tasks import distill
 from transcnn.tasks.classify import Classify
 from transcnn.tasks.distill import Teacher
 from transcnn.train import train

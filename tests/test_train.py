@@ -17,6 +17,7 @@ import torch
 import yaml
 from timm.optim import create_optimizer_v2
 
+from transcnn import engine
 from transcnn.cli import main
 from transcnn.errors import UserError
 from transcnn.runs import load, read_info
@@ -24,7 +25,7 @@ from transcnn.settings import Augment, Ema, Optim
 from transcnn.tasks import get_task
 from transcnn.tasks.classify import Classify
 from transcnn.train import train
-from transcnn.training import callbacks, engine
+from transcnn.training import callbacks
 from transcnn.training.building import make_network
 
 QUICK: dict[str, Any] = dict(

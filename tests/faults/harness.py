@@ -36,7 +36,8 @@ def child(argv: list[str], log: str, env: dict[str, str], prepare: Callable[[], 
     os.dup2(out, 2)
     os.environ.update(env)
     torch.set_num_threads(1)
-    from transcnn.training import callbacks, cli
+    from transcnn import cli
+    from transcnn.training import callbacks
 
     after = callbacks.History.on_train_batch_end
 
