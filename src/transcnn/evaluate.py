@@ -6,17 +6,14 @@ import csv
 import importlib.metadata
 import json
 import platform
-import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .bars import EvalBar
 from .engine import choose_precision, quiet_libraries
 from .errors import UserError
 from .processes import gather, launch, placement, rank, world
@@ -164,42 +161,6 @@ def measure(
     began = time.monotonic()
     trainer.test(learner, loader, verbose=False)
     return learner, {**learner.test_scores, "seconds": time.monotonic() - began}
-
-
-class EvalBar(Callback):
-    """A bar of the batches that are scored with images/s and the time that is left."""
-
-    progress: Progress | None = None
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not (trainer.is_global_zero and sys.stderr.isatty()):
-            return
-        columns = (TextColumn("eval"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
-        console = Console(stderr=True)
-        self.progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
-        batches: Any = trainer.num_test_batches
-        self.task = self.progress.add_task("", total=sum(batches), speed="")
-        self.progress.start()
-        self.began, self.images = time.monotonic(), 0
-
-    def on_test_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if self.progress is not None:
-            self.images += len(batch[0]) * trainer.world_size
-            speed = f"{self.images / (time.monotonic() - self.began):.0f} images/s"
-            self.progress.update(self.task, advance=1, speed=speed)
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._close()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
 
 
 def write_results(

@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
+from .bars import TrainBar
 from .engine import choose_precision, keep_freed_memory, quiet_libraries
 from .errors import UserError
 from .evaluate import measure, write_results
@@ -239,7 +240,7 @@ def _trainer(
 ) -> L.Trainer:
     callbacks = [*callbacks, cb.History(run_dir, s.quiet), cb.StopOnSignal(keep)]
     if not s.quiet:
-        callbacks += [cb.Bar(), LoaderWatch()]
+        callbacks += [TrainBar(), LoaderWatch()]
     if s.early_stop:
         callbacks.append(EarlyStopping(f"val_{task_class.score}", mode="max", patience=s.early_stop))
     return L.Trainer(

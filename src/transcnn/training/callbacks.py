@@ -1,10 +1,9 @@
-"""What happens around the training steps: averaged weights, a line and a row an epoch, a bar, signals."""
+"""What happens around the training steps: averaged weights, a line and a row an epoch, signals."""
 
 from __future__ import annotations
 
 import csv
 import signal
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -15,17 +14,17 @@ import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from ..bars import clock
 from ..errors import UserError
 from ..processes import rank, world
 from ..runs import write_whole
 from .checkpointing import KeepWeights, can_save
 from .sharding import Sharded, full_state, load_full, shard
 
-__all__ = ["Bar", "Ema", "Events", "History", "Interrupted", "Stop", "StopOnSignal"]
+__all__ = ["Ema", "Events", "History", "Interrupted", "Stop", "StopOnSignal"]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -168,7 +167,7 @@ class History(Callback):
         left = (epochs - done) * sum(times) / len(times)
         shown = [f"{name.replace('_', ' ')} {values[name]:.4g}" for name in values if name != "val_images"]
         speed = f"{float(row['images_per_second']):.0f} images/s"
-        self.console.print(f"epoch {done}/{epochs}  {'  '.join(shown)}  {speed}  {_clock(left)} left")
+        self.console.print(f"epoch {done}/{epochs}  {'  '.join(shown)}  {speed}  {clock(left)} left")
 
 
 class Events(TensorBoardLogger):
@@ -235,65 +234,3 @@ class Stop(Exception):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.signum = signum
-
-
-class Bar(Callback):
-    """A bar for the running epoch with images/s and the time that is left, where standard error is a terminal."""
-
-    def __init__(self) -> None:
-        self.progress: Progress | None = None
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not (trainer.is_global_zero and sys.stderr.isatty()):
-            return
-        text = TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}  {task.fields[what]}")
-        speed = TextColumn("{task.fields[speed]:.0f} images/s  {task.fields[left]} left")
-        console = Console(stderr=True)
-        self.progress = Progress(text, BarColumn(), MofNCompleteColumn(), speed, console=console, transient=True)
-        self.task = self.progress.add_task(
-            "",
-            total=int(trainer.num_training_batches),
-            epoch=trainer.current_epoch + 1,
-            epochs=trainer.max_epochs,
-            what="train",
-            speed=0.0,
-            left="-:--",
-        )
-        self.progress.start()
-        self.began, self.first, self.images = time.monotonic(), None, 0
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.progress is None:
-            return
-        self.first = batch_idx if self.first is None else self.first
-        self.images += len(batch[0]) * trainer.world_size
-        seconds = time.monotonic() - self.began
-        batches = trainer.num_training_batches
-        to_do = batches * (trainer.max_epochs - trainer.current_epoch) - batch_idx - 1
-        left = seconds / (batch_idx + 1 - self.first) * to_do
-        self.progress.update(self.task, completed=batch_idx + 1, speed=self.images / seconds, left=_clock(left))
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.progress is not None:
-            self.progress.update(self.task, what="validate")
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._close()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
-
-
-def _clock(seconds: float) -> str:
-    """Seconds as a person reads them: 45 s, 3:20 min, 2:05 h."""
-    whole = round(seconds)
-    if whole < 100:
-        return f"{whole} s"
-    if whole < 6000:
-        return f"{whole // 60}:{whole % 60:02} min"
-    return f"{whole // 3600}:{whole % 3600 // 60:02} h"
