@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .plots import new_figure, style
+from .plots import BLUE, GREY, ORANGE, draw_bars, new_figure, style
 
 __all__ = ["draw"]
 
-COLOURS = {"fp32": "#0060a8", "bf16": "#d55e00", "fp16": "#5f5f5f"}
-LINES = ("#0060a8", "#d55e00", "#5f5f5f", "#009e73", "#b0508a", "#000000")
+COLOURS = {"fp32": BLUE, "bf16": ORANGE, "fp16": GREY}
+LINES = (BLUE, ORANGE, GREY, "#009e73", "#b0508a", "#000000")
 MARKS = "osD^vP"
 
 
@@ -37,12 +37,9 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 def _speed(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     """A bar for each line of the table, with its images/s."""
     speeds = [float(row["images_per_s"]) for row in rows]
-    bars = axes.barh(range(len(rows)), speeds, color=[COLOURS[row["dtype"]] for row in rows], height=0.7)
-    axes.bar_label(bars, [f"{speed:.3g}" for speed in speeds], padding=4, fontsize=8.5)
-    axes.set_yticks(range(len(rows)), [_name(row, rows) for row in rows])
-    axes.tick_params(axis="y", length=0)
-    axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="images/s", title="Speed")
-    axes.margins(x=0.12)
+    ends = [f"{speed:.3g}" for speed in speeds]
+    draw_bars(axes, [_name(row, rows) for row in rows], speeds, ends, [COLOURS[row["dtype"]] for row in rows])
+    axes.set(xlabel="images/s", title="Speed")
 
 
 def _pixels(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "BLUE",
+    "GREY",
+    "ORANGE",
     "Wrong",
+    "draw_bars",
     "new_figure",
     "plot_bars",
     "plot_classes",
@@ -183,7 +187,7 @@ def plot_pairs(pairs: Sequence[Mapping[str, Any]], most: int = 25) -> Figure | N
     axes = figure.add_subplot()
     names = [f"{_short(pair['truth'], 26)} → {_short(pair['guess'], 26)}" for pair in pairs]
     ends = [f"{pair['images']} ({pair['share']:.0%})" for pair in pairs]
-    _bars(axes, names, [pair["images"] for pair in pairs], ends)
+    draw_bars(axes, names, [pair["images"] for pair in pairs], ends)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set(xlabel="Images (share of the true class)", title=f"The {len(pairs)} most confused pairs, truth → guess")
     return figure
@@ -200,7 +204,7 @@ def plot_classes(rows: Sequence[Mapping[str, Any]]) -> Figure:
     ends = [
         f"{row['accuracy']:.1%}  ({row['right']} of {row['images']})" if row["images"] else "no images" for row in shown
     ]
-    _bars(axes, [_short(row["class"], 30) for row in shown], [row["accuracy"] or 0.0 for row in shown], ends)
+    draw_bars(axes, [_short(row["class"], 30) for row in shown], [row["accuracy"] or 0.0 for row in shown], ends)
     axes.set(xlim=(0, 1.4), xlabel="Accuracy", title="The 30 lowest classes" if many else "Accuracy of each class")
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.xaxis.set_major_formatter(PercentFormatter(1))
@@ -223,17 +227,19 @@ def plot_bars(names: Sequence[str], values: Sequence[float], ends: Sequence[str]
 
     figure = new_figure(7.5, 0.27 * len(names) + 1.2)
     axes = figure.add_subplot()
-    _bars(axes, [_short(name, 30) for name in names], values, ends)
+    draw_bars(axes, [_short(name, 30) for name in names], values, ends)
     axes.set(xlim=(0, 1.25), xlabel=what, title=title)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     return figure
 
 
-def _bars(axes: Axes, names: Sequence[str], values: Sequence[float], ends: Sequence[str]) -> None:
+def draw_bars(
+    axes: Axes, names: Sequence[str], values: Sequence[float], ends: Sequence[str], color: str | Sequence[str] = BLUE
+) -> None:
     """Horizontal bars from top to bottom, each with a text at its end."""
     places = np.arange(len(names))
-    bars = axes.barh(places, values, color=BLUE, height=0.7)
+    bars = axes.barh(places, values, color=color, height=0.7)
     axes.bar_label(bars, ends, padding=4, fontsize=8.5)
     axes.set_yticks(places, names)
     axes.tick_params(axis="y", length=0)

@@ -17,15 +17,13 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from PIL import Image
 
 from ..errors import UserError
 from .augment import Transform, eval_transform, train_transform
-from .images import to_channels
 from .imageset import CACHE_BYTES, IGNORE, ImageSet
 from .opening import open_parts
 from .sampling import EpochSampler, Loader
-from .sources import Parts, Source, few, split_stratified
+from .sources import Parts, Source, check_fraction, few, split_stratified
 from .tolerant import channels_of
 
 __all__ = [
@@ -98,8 +96,7 @@ def open_splits(
     Raises:
         UserError: No such data, nothing in it, fewer than two classes, or values that are not allowed.
     """
-    if not 0 < val_fraction < 1:
-        raise UserError(f"val_fraction must be between 0 and 1, got {val_fraction}")
+    check_fraction(val_fraction)
     parts = open_parts(data)
     what = parts.name if data is None else data
     if parts.train is None:
@@ -110,8 +107,7 @@ def open_splits(
     train, val = sets["train"], sets["val"]
     if train is None or val is None:
         raise UserError(f"{what!r} has {len(parts.train)} images, too few to split off a validation part")
-    channels = channels_of(train) if in_chans is None else in_chans
-    to_channels(Image.new("L", (1, 1)), channels)  # refuses what is not 1 to 4
+    channels = channels_of(train, in_chans)
     return ClassifySplits(train, val, sets["test"], train.class_names, parts.name, channels)
 
 

@@ -23,8 +23,8 @@ from PIL import Image, ImageDraw
 
 from ..errors import UserError
 from .denseset import DenseSet, DenseSource, DenseSplits, choose_part, part_sets
-from .images import BrokenImage, is_image_name, read_image, to_channels
-from .sources import PARTS, few, line, part_of
+from .images import BrokenImage, is_image_name, read_image
+from .sources import PARTS, check_fraction, few, line, part_of
 from .store import Files, open_files
 from .tolerant import channels_of
 
@@ -93,8 +93,7 @@ def open_splits(
     Raises:
         UserError: No such data, or none with boxes.
     """
-    if not 0 < val_fraction < 1:
-        raise UserError(f"val_fraction must be between 0 and 1, got {val_fraction}")
+    check_fraction(val_fraction)
     found = _find(data)
     ids = sorted(found.names)
     index = {value: i for i, value in enumerate(ids)}
@@ -105,8 +104,7 @@ def open_splits(
     items = [item for part in ("train", "") for item in found.parts.get(part, ())]
     if not any(item.boxes for item in items):
         raise UserError(f"{data!r} has no boxes to learn from")
-    channels = channels_of(train) if in_chans is None else in_chans
-    to_channels(Image.new("L", (1, 1)), channels)
+    channels = channels_of(train, in_chans)
     args: dict[str, Any] = {"label_ids": ids}
     if not (settings or {}).get("anchor_size"):
         args["anchor_size"] = _anchor_size(train, settings or {})

@@ -21,9 +21,9 @@ from PIL import Image
 
 from ..errors import UserError
 from .denseset import DenseSet, DenseSource, DenseSplits, choose_part, part_sets
-from .images import BrokenImage, is_image_name, read_ids, read_image, to_channels
+from .images import BrokenImage, is_image_name, read_ids, read_image
 from .segment_transforms import IGNORE
-from .sources import PARTS, few
+from .sources import PARTS, check_fraction, few
 from .store import Files, open_files
 from .tolerant import channels_of
 
@@ -112,8 +112,7 @@ def open_splits(
         UserError: No such data, nothing in it that fits together, or fewer than two classes.
     """
     settings = settings or {}
-    if not 0 < val_fraction < 1:
-        raise UserError(f"val_fraction must be between 0 and 1, got {val_fraction}")
+    check_fraction(val_fraction)
     found = _find(data)
     names, ids, colours = _classes(found, settings.get("ignore_index"))
     sets = part_sets(found.parts, partial(_make_set, found, ids, strict), val_fraction, seed)
@@ -122,8 +121,7 @@ def open_splits(
         raise UserError(f"{data!r} has too few images with label maps to learn from and to validate on")
     if len(names) < 2:
         raise UserError(f"{data!r} has {len(names)} class ({few(names)}); 2 or more are needed")
-    channels = channels_of(train) if in_chans is None else in_chans
-    to_channels(Image.new("L", (1, 1)), channels)
+    channels = channels_of(train, in_chans)
     args: dict[str, Any] = {"label_ids": ids.ids, "colours": colours}
     if settings.get("class_weights", "none") != "none":
         args["shares"] = class_shares(train, len(names)).tolist()

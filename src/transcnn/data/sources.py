@@ -13,7 +13,8 @@ from PIL import Image
 
 from ..errors import UserError
 
-__all__ = ["PARTS", "Parts", "Source", "few", "line", "part_of", "printable", "read_class_names", "split_stratified"]
+__all__ = ["PARTS", "Parts", "Source", "check_fraction", "few", "line", "part_of", "printable", "read_class_names"]
+__all__ += ["split_stratified"]
 
 PARTS = {
     "train": ("train", "training"),
@@ -96,6 +97,12 @@ def read_class_names(folder: Path) -> list[str] | None:
 def printable(name: str) -> str:
     """A file's name as text that can be written everywhere; bytes that are no UTF-8 become \\xff and the like."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def check_fraction(val_fraction: float) -> None:
+    """Raise UserError for what is no share of the training images."""
+    if not 0 < val_fraction < 1:
+        raise UserError(f"val_fraction must be between 0 and 1, got {val_fraction}")
 
 
 def few(names: Sequence[str]) -> str:

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from ..errors import UserError
-from .images import BrokenImage
+from .images import BrokenImage, to_channels
 
 __all__ = ["Tolerant", "channels_of"]
 
@@ -79,11 +80,14 @@ class Tolerant(Dataset):
         raise UserError(f"none of the {len(self)} images can be read; the first is {name!r}: {reason}")
 
 
-def channels_of(images: Tolerant) -> int:
-    """1 if up to 16 images are grey (transparent or not), else 3.
+def channels_of(images: Tolerant, in_chans: int | None = None) -> int:
+    """``in_chans``, which must be from 1 to 4; without it 1 if up to 16 images are grey (transparent or not), else 3.
 
     They are from all over the set, but of one file where files are slow to get.
     """
+    if in_chans is not None:
+        to_channels(Image.new("L", (1, 1)), in_chans)  # refuses what is not 1 to 4
+        return in_chans
     modes, groups = set(), getattr(images, "groups", None)
     places = np.arange(len(images)) if groups is None else np.flatnonzero(groups == groups[0])
     for i in places[np.linspace(0, len(places) - 1, min(16, len(places))).astype(int)].tolist():

@@ -93,10 +93,10 @@ class Task(L.LightningModule):
         ``name``, ``broken`` and ``task_args`` (what the data adds to them); raises ``UserError`` for what can't be
         read so."""
 
-    @staticmethod
+    @classmethod
     @abstractmethod
     def loaders(
-        splits: Any, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any], **settings: Any
+        cls, splits: Any, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any], **settings: Any
     ) -> L.LightningDataModule:
         """A data module over the parts; ``settings``: ``batch_size``, ``num_workers``, ``seed``, ``progress``."""
 

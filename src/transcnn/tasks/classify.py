@@ -54,9 +54,9 @@ class Classify(Task):
         """The parts of a classification data set."""
         return open_splits(data, **settings)
 
-    @staticmethod
+    @classmethod
     def loaders(
-        splits: Any, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any], **settings: Any
+        cls, splits: Any, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any], **settings: Any
     ) -> ClassifyData:
         """Loaders whose training part is varied as ``augment`` says."""
         in_chans, *size = data_config["input_size"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
-from ..data.classify import make_loader
+from ..data.classify import ClassifyData, make_loader
 from ..data.denseset import DenseSet
 from ..errors import UserError
 from ..settings import Augment
@@ -19,6 +20,20 @@ class DenseTask(Task):
     """A task whose predictions are drawn, and whose loaders give whole images with what is in them."""
 
     pictures = True
+
+    @classmethod
+    @abstractmethod
+    def train_transform(cls, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any]) -> Any:
+        """What the training part goes through, varied as ``augment`` says."""
+
+    @classmethod
+    def loaders(
+        cls, splits: Any, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any], **settings: Any
+    ) -> ClassifyData:
+        """Loaders whose training part is varied as ``augment`` says."""
+        cls.refuse_mixing(augment)
+        train = cls.train_transform(data_config, augment, task_args)
+        return ClassifyData(splits, train, cls.image_transform(data_config, task_args), **settings)  # pyright: ignore
 
     @classmethod
     def part_loader(

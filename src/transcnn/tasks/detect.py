@@ -13,7 +13,6 @@ from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
-from ..data.classify import ClassifyData
 from ..data.denseset import DenseSet, DenseSplits
 from ..data.detect import open_set, open_splits
 from ..data.detect_transforms import DetectTransform
@@ -50,13 +49,12 @@ class Detect(DenseTask):
         """The parts of a detection data set."""
         return open_splits(data, task_args, **settings)
 
-    @staticmethod
-    def loaders(
-        splits: Any, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any], **settings: Any
-    ) -> ClassifyData:
-        """Loaders whose training part is varied as ``augment`` says."""
-        Detect.refuse_mixing(augment)
-        train = DetectTransform(
+    @classmethod
+    def train_transform(
+        cls, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any]
+    ) -> DetectTransform:
+        """Images mirrored and changed in colour, with boxes and masks that follow."""
+        return DetectTransform(
             in_chans=data_config["input_size"][0],
             masks=task_args["detector"] == "maskrcnn",
             training=True,
@@ -64,7 +62,6 @@ class Detect(DenseTask):
             vflip=augment.vflip,
             color_jitter=augment.color_jitter,
         )
-        return ClassifyData(splits, train, Detect.image_transform(data_config, task_args), **settings)  # pyright: ignore
 
     @staticmethod
     def open_part(

@@ -14,7 +14,6 @@ from rich.table import Table
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from ..data.classify import ClassifyData
 from ..data.denseset import DenseSet, DenseSplits
 from ..data.segment import open_set, open_splits
 from ..data.segment_transforms import IGNORE, EvalTransform, TrainTransform
@@ -55,14 +54,13 @@ class Segment(DenseTask):
         """The parts of a segmentation data set."""
         return open_splits(data, task_args, **settings)
 
-    @staticmethod
-    def loaders(
-        splits: Any, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any], **settings: Any
-    ) -> ClassifyData:
-        """Loaders whose training part is varied as ``augment`` says."""
-        Segment.refuse_mixing(augment)
+    @classmethod
+    def train_transform(
+        cls, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any]
+    ) -> TrainTransform:
+        """Parts of images, enlarged or shrunk, mirrored and changed in colour, with label maps that follow."""
         in_chans, *size = data_config["input_size"]
-        train = TrainTransform(
+        return TrainTransform(
             tuple(size),
             scale_range=tuple(task_args["scale_range"]),
             hflip=augment.hflip,
@@ -73,7 +71,6 @@ class Segment(DenseTask):
             std=data_config["std"],
             resize=task_args["resize"],
         )
-        return ClassifyData(splits, train, Segment.image_transform(data_config, task_args), **settings)  # pyright: ignore
 
     @staticmethod
     def open_part(
