@@ -220,6 +220,29 @@ def test_early_stop(folder, tmp_path):
     assert len(rows_of(result.run_dir)) == 3  # one, and two no better
 
 
+def test_the_epoch_of_the_lowest_loss_can_be_kept_instead(folder, tmp_path):
+    settings: Any = dict(QUICK, lr=3e-2, epochs=6, eval_metric="loss", ema=Ema(ema=False))
+    result = train(folder, **settings, out=str(tmp_path / "run"))
+    losses = [float(row["val_loss"]) for row in rows_of(result.run_dir)]
+    assert losses[result.metrics["best_epoch"] - 1] == min(losses) < losses[-1]  # not the last
+    assert result.metrics["chosen_by"] == "val_loss"
+    for name in ("val_loss", "loss"):
+        assert result.metrics[name] == pytest.approx(min(losses), abs=1e-4)
+    info = read_info(result.run_dir / "best.safetensors")
+    assert info["val_top1"] == pytest.approx(result.metrics["top1"], abs=1e-3)  # the score is told all the same
+
+
+def test_early_stop_looks_at_what_chooses_the_epoch(folder, tmp_path):
+    settings: Any = dict(QUICK, lr=1e-12, epochs=9, early_stop=2, eval_metric="loss", ema=Ema(ema=False))
+    assert len(rows_of(train(folder, **settings, out=str(tmp_path / "run")).run_dir)) == 3
+
+
+def test_a_metric_that_the_task_lacks_is_refused(folder, tmp_path):
+    with pytest.raises(UserError, match="eval_metric of classify must be one of top1, loss, got miou"):
+        train(folder, **QUICK, eval_metric="miou", out=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def learner(**settings: Any) -> Classify:
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
     return Classify(network, ["a", "b", "c"], {}, **settings)

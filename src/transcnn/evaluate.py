@@ -16,7 +16,7 @@ import torch
 from .bars import EvalBar
 from .engine import choose_precision, quiet_libraries
 from .errors import UserError
-from .processes import gather, launch, placement, rank, world
+from .processes import gather_lists, launch, placement, rank, world
 from .runs import Loaded, load, write_whole
 from .tasks import get_task
 from .tasks.base import Task
@@ -112,7 +112,7 @@ def evaluate(
         "data": data or "digits",
         "checkpoint": loaded.source,
     }
-    broken = list(dict.fromkeys(file for files in gather(part.broken) for file in files))
+    broken = list(dict.fromkeys(gather_lists(part.broken)))
     if rank() > 0:
         return metrics
     target = Path(out) if out else Path(checkpoint) / "eval" if Path(checkpoint).is_dir() else None

@@ -17,8 +17,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from .errors import UserError
 
-__all__ = ["attempt", "first_decides", "gather", "launch", "launch_name", "lost_process", "per_machine", "placement"]
-__all__ += ["rank", "world"]
+__all__ = ["attempt", "first_decides", "gather", "gather_lists", "launch", "launch_name", "lost_process", "per_machine"]
+__all__ += ["placement", "rank", "world"]
 
 T = TypeVar("T")
 
@@ -130,6 +130,11 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * world()
     dist.all_gather_object(values, value)
     return values
+
+
+def gather_lists(values: list[T]) -> list[T]:
+    """The entries of all processes' lists, in the processes' order; all processes call this."""
+    return [value for part in gather(values) for value in part]
 
 
 def lost_process(error: RuntimeError) -> str:

@@ -20,7 +20,7 @@ from .bars import TrainBar
 from .engine import choose_precision, keep_freed_memory, quiet_libraries
 from .errors import UserError
 from .evaluate import measure, write_results
-from .processes import first_decides, gather, launch, lost_process, per_machine, placement, world
+from .processes import first_decides, gather_lists, launch, lost_process, per_machine, placement, world
 from .runs import data_config_of, load, new_run_dir, write_whole
 from .settings import Augment, Detect, Distill, Ema, Optim, Segment
 from .tasks import get_task
@@ -74,6 +74,7 @@ def train(
     val_fraction: float = 0.1,
     strict_data: bool = False,
     num_workers: int | None = None,
+    eval_metric: str | None = None,
     early_stop: int | None = None,
     save_every: int | None = None,
     nonfinite: Literal["halve", "stop"] = "halve",
@@ -126,7 +127,9 @@ def train(
         val_fraction: Share of the training images held back where the data has no validation part.
         strict_data: Stop at the first image that can't be read, instead of leaving it out.
         num_workers: Processes that read images; without it, one for each core but one, and none for images in memory.
-        early_stop: Stop after this many epochs without a better validation score.
+        eval_metric: The validation figure that chooses the best epoch; without it top1, miou or map. ``loss`` tells
+            epochs apart where a small validation part gives many the same score.
+        early_stop: Stop after this many epochs without a better one.
         save_every: Write last.ckpt each this many updates, not only after each epoch.
         nonfinite: What to do about max_nonfinite updates in a row whose gradients are not finite: go back to the last
             checkpoint with half the learning rate (three times at most), or stop; nonfinite.json then holds the cause.
@@ -168,10 +171,10 @@ def train(
 
 def _run(s: SimpleNamespace, resumed: Path | None, lr_factor: float | None) -> TrainResult:
     """Build everything, fit, measure."""
-    check(s, world())
+    task_class = get_task(s.task)
+    check(s, task_class.eval_metrics, world())
     keep_freed_memory()
     L.seed_everything(s.seed, verbose=False)
-    task_class = get_task(s.task)
     task_args = vars(s).get(task_class.group) or {}
     assumed = assumed_splits(s) if s.dry_run else None
     splits = assumed or task_class.open_data(
@@ -189,11 +192,12 @@ def _run(s: SimpleNamespace, resumed: Path | None, lr_factor: float | None) -> T
     info |= {"task": s.task, "task_args": task_args, "data": splits.name}
     here = resumed is not None and (s.out is None or Path(s.out).resolve() == resumed.parent.resolve())
     run_dir = resumed.parent if resumed and here else first_decides(lambda: new_run_dir(s.out, s.model, splits.name))
-    keep = KeepWeights(run_dir, info, vars(s), s.save_every)
+    metric = s.eval_metric or task_class.score
+    keep = KeepWeights(run_dir, info, vars(s), s.save_every, metric)
     skip = SkipNonFinite(run_dir, keep, s.max_nonfinite, s.nonfinite == "halve", lr_factor)
     averages = [cb.Ema(s.ema["ema_decay"], s.ema["ema_warmup"])] if s.ema["ema"] else []
     strategy = choose_strategy(s.strategy, network, s.accelerator)
-    trainer = _trainer(s, run_dir, [*averages, skip], keep, task_class, strategy)
+    trainer = _trainer(s, run_dir, [*averages, skip], keep, strategy)
     if trainer.is_global_zero:
         write_whole(run_dir / "config.yaml", lambda path: path.write_text(as_yaml(s)))
         if not s.quiet:
@@ -235,14 +239,13 @@ def _trainer(
     run_dir: Path,
     callbacks: list[Callback],
     keep: KeepWeights,
-    task_class: type[Task],
     strategy: Any,
 ) -> L.Trainer:
     callbacks = [*callbacks, cb.History(run_dir, s.quiet), cb.StopOnSignal(keep)]
     if not s.quiet:
         callbacks += [TrainBar(), LoaderWatch()]
     if s.early_stop:
-        callbacks.append(EarlyStopping(f"val_{task_class.score}", mode="max", patience=s.early_stop))
+        callbacks.append(EarlyStopping(keep.metric, mode=keep.mode, patience=s.early_stop))
     return L.Trainer(
         **placement(s.accelerator, strategy),
         precision=choose_precision(s.precision, s.accelerator),  # pyright: ignore
@@ -279,9 +282,9 @@ def _finish(
         accelerator=s.accelerator,
         limit=s.limit_batches,
     )
-    broken = list(dict.fromkeys(file for files in gather(splits.broken) for file in files))
+    broken = list(dict.fromkeys(gather_lists(splits.broken)))
     metrics = learner.summary(scores)
-    metrics |= {"split": split, "data": splits.name, "chosen_on": "val", f"val_{task_class.score}": keep.best}
+    metrics |= {"split": split, "data": splits.name, "chosen_on": "val", "chosen_by": keep.metric, **keep.figures}
     metrics |= {"best_epoch": keep.best_epoch, "epochs": trainer.current_epoch, "train_seconds": round(keep.seconds, 1)}
     if not trainer.is_global_zero:
         return TrainResult(run_dir, metrics)

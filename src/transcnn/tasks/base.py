@@ -46,7 +46,8 @@ class Task(L.LightningModule):
     name: ClassVar[str]
     group: ClassVar[str] = ""  # the argument of ``train`` that holds the task's own settings
     pictures: ClassVar[bool] = False  # whether ``predict`` draws what it finds
-    score: ClassVar[str]  # the metric that chooses the best epoch, larger is better; logged as val_<score>
+    score: ClassVar[str]  # the metric that people compare, larger is better; logged as val_<score>
+    eval_metrics: ClassVar[tuple[str, ...]]  # what ``--eval_metric`` may name, the score first
 
     def __init__(
         self,

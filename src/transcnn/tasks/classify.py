@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from ..data.augment import Transform
 from ..data.classify import ClassifyData, ImageSet, eval_transform, make_loader, open_set, open_splits, train_transform
 from ..errors import UserError
-from ..processes import gather
+from ..processes import gather_lists
 from ..report import write_report
 from ..settings import Augment
 from .base import Task
@@ -36,6 +36,7 @@ class Classify(Task):
 
     name = "classify"
     score = "top1"
+    eval_metrics = ("top1", "loss")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -169,7 +170,7 @@ class Classify(Task):
         result: dict[str, Any] = {"top1": confusion.diagonal().sum().item() / images * 100}
         if len(self.class_names) > 5:
             result["top5"] = totals[1].item() / images * 100
-        wrong = [row for rows in gather(self._wrong) for row in rows]
+        wrong = gather_lists(self._wrong)
         result |= {"loss": totals[0].item() / images}
         result |= {"images": torch.tensor(images), "confusion": confusion, "wrong": _surest(wrong)}
         self._forget()

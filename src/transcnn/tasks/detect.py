@@ -18,7 +18,7 @@ from ..data.detect import open_set, open_splits
 from ..data.detect_transforms import DetectTransform
 from ..errors import require
 from ..overlay import SHOWN_SCORE, draw_found, palette, tell_boxes, tell_found
-from ..processes import gather, world
+from ..processes import gather, gather_lists, world
 from ..report_dense import ends_and_middle, write_dense_report
 from ..settings import Augment
 from .dense import DenseTask
@@ -37,6 +37,7 @@ class Detect(DenseTask):
     name = "detect"
     group = "detect"
     score = "map"
+    eval_metrics = ("map", "map50")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -147,7 +148,7 @@ class Detect(DenseTask):
         for prefix, word in (("bbox_", "class_ap"), ("segm_", "class_mask_ap")) if self.masks else (("", "class_ap"),):
             each = computed.get(f"{prefix}map_per_class", torch.zeros(0)).reshape(-1).tolist()
             result[word] = {c: 100 * value for c, value in zip(classes, each, strict=False) if value >= 0}
-        result["ranking"] = [row for rows in gather(self._ranking) for row in rows]
+        result["ranking"] = gather_lists(self._ranking)
         self._forget()
         return result
 

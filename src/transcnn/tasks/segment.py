@@ -18,7 +18,7 @@ from ..data.denseset import DenseSet, DenseSplits
 from ..data.segment import open_set, open_splits
 from ..data.segment_transforms import IGNORE, EvalTransform, TrainTransform
 from ..overlay import blend, largest, palette, tell_classes
-from ..processes import gather
+from ..processes import gather_lists
 from ..report_dense import class_iou, ends_and_middle, write_segment_report
 from ..segmenters import class_weights
 from ..settings import Augment
@@ -40,6 +40,7 @@ class Segment(DenseTask):
     name = "segment"
     group = "segment"
     score = "miou"
+    eval_metrics = ("miou", "pixel_accuracy", "mean_accuracy", "loss")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -199,7 +200,7 @@ class Segment(DenseTask):
             "loss": totals[0].item() / max(1.0, totals[1].item()),
         }
         result |= {"images": totals[2].round().long(), "confusion": confusion}
-        result["ranking"] = [row for rows in gather(self._images) for row in rows]
+        result["ranking"] = gather_lists(self._images)
         self._forget()
         return result
 

@@ -141,7 +141,7 @@ def _keep_as(file: Path, name: Path) -> None:
 
 
 class KeepWeights(Checkpoint):
-    """``last.ckpt`` after each epoch, ``best.safetensors`` where the validation score reaches or passes the best.
+    """``last.ckpt`` after each epoch, ``best.safetensors`` where the validation part is answered as well or better.
 
     ``last.ckpt`` holds all that is needed to go on (weights, their average, optimizer, schedule, loops), and the
     run's settings and model under ``transcnn``. All are written whole or not at all.
@@ -151,17 +151,25 @@ class KeepWeights(Checkpoint):
         info: What is stored beside the weights: model, model_args, class_names, data_config, task, ...
         settings: The run's settings, for ``--resume``.
         every: Also write ``last.ckpt`` each this many updates.
+        metric: What chooses the best epoch: larger is better, but for ``loss``.
 
     Attributes:
-        best, best_epoch: The best validation score, and the epoch that reached it (from 1).
+        metric, mode: The metric as it is logged (``val_...``), and ``max`` or ``min``.
+        best, best_epoch: The metric's best value, and the epoch that reached it (from 1).
+        figures: The metric and the task's score at that epoch, by name.
         hold: While True, no checkpoint is written: the run is in trouble, and the last good one is to stay.
     """
 
-    def __init__(self, run_dir: Path, info: dict[str, Any], settings: dict[str, Any], every: int | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, info: dict[str, Any], settings: dict[str, Any], every: int | None, metric: str
+    ) -> None:
         self.run_dir = run_dir
         self.info = info
         self.settings = settings
         self.every = every
+        self.metric = f"val_{metric}"
+        self.mode = "min" if metric == "loss" else "max"
+        self.figures: dict[str, float] = {}
         self.best: float | None = None
         self.best_epoch = 0
         self.hold = False
@@ -174,26 +182,29 @@ class KeepWeights(Checkpoint):
         return self._seconds_before + time.monotonic() - self._began
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_epoch": self.best_epoch, "seconds": self.seconds}
+        return {"best": self.best, "best_epoch": self.best_epoch, "figures": self.figures, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.best_epoch = state_dict["best"], state_dict["best_epoch"]
+        self.figures = state_dict.get("figures") or {self.metric: state_dict["best"]}  # earlier versions had one figure
         self._seconds_before = state_dict.get("seconds", 0.0)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["transcnn"] = {**self.info, "settings": self.settings}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        name = f"val_{pl_module.score}"
-        value = float(trainer.callback_metrics[name])
-        if self.best is not None and value < self.best:  # of equals the later, which has learnt longer
+        value = float(trainer.callback_metrics[self.metric])
+        sign = -1 if self.mode == "min" else 1
+        if self.best is not None and sign * value < sign * self.best:  # of equals the later, which has learnt longer
             return
         self.best, self.best_epoch = value, trainer.current_epoch + 1
+        names = {self.metric, f"val_{pl_module.score}"}
+        self.figures = {name: float(trainer.callback_metrics[name]) for name in sorted(names)}
         averages = [average for c in trainer.callbacks if (average := getattr(c, "average", None)) is not None]  # pyright: ignore
         kept: Any = averages[0] if averages else pl_module
         state = full_state(kept.model)
         if trainer.is_global_zero:
-            info = {**self.info, "settings": self.settings, name: value, "epoch": self.best_epoch}
+            info = {**self.info, "settings": self.settings, **self.figures, "epoch": self.best_epoch}
             save_weights(self.run_dir / "best.safetensors", state, info)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -74,8 +74,10 @@ def resumed_settings(given: dict[str, Any], defaults: dict[str, Any], checkpoint
     return {**settings, **{name: given[name] for name in PRESENT}}
 
 
-def check(s: SimpleNamespace, world: int = 1) -> None:
-    """Raise UserError for numbers that can't be meant."""
+def check(s: SimpleNamespace, eval_metrics: tuple[str, ...], world: int = 1) -> None:
+    """Raise UserError for what can't be meant; ``eval_metrics`` are the metrics that may choose the best epoch."""
+    if s.eval_metric is not None and s.eval_metric not in eval_metrics:
+        raise UserError(f"eval_metric of {s.task} must be one of {', '.join(eval_metrics)}, got {s.eval_metric}")
     for name, value, least in (
         ("epochs", s.epochs, 1),
         ("batch_size", s.batch_size, 1),
