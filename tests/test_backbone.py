@@ -23,7 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import reference
 import transcnn
-from transcnn.backbone import VARIANTS, Block, StridedConv2d, TransCNN
+from transcnn.backbone import TransCNN
+from transcnn.blocks import Block, StridedConv2d
+from transcnn.variants import VARIANTS
 
 HATNET = dict(design="hatnet", norm_layer="groupnorm1")
 DESIGNS = {"transcnn": {}, "hatnet": HATNET}
@@ -130,7 +132,7 @@ def test_nano_is_small():
 
 def test_names_are_registered_with_timm():
     assert transcnn.list_models() == list(VARIANTS)
-    assert sorted(timm.list_models(module="backbone")) == sorted(VARIANTS)
+    assert sorted(timm.list_models(module="variants")) == sorted(VARIANTS)
     assert set(timm.list_models("transcnn*", pretrained=True)) == {
         *(f"transcnn_{size}.in1k" for size in ("tiny", "small", "medium", "large")),
         "transcnn_nano.cifar10",

@@ -14,13 +14,13 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 from transcnn import share
-from transcnn.backbone import CIFAR10, default_cfgs
 from transcnn.errors import UserError
 from transcnn.evaluate import evaluate
 from transcnn.plug import plug
 from transcnn.predict import PACKAGED, predict
 from transcnn.runs import build_model, load, save_weights
 from transcnn.share import from_pretrained, model_card, push_to_hub, save_pretrained
+from transcnn.variants import CIFAR10, default_cfgs
 from transcnn.weights.pack import pack
 
 NAMES = ["rising", "steep", "falling"]

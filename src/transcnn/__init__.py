@@ -27,19 +27,20 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .attention import HMHSA
-    from .backbone import TransCNN, create_model, list_models
+    from .backbone import TransCNN
     from .checkpoints import load_checkpoint
     from .explain import attention_maps, attention_rollout
     from .fast import optimize
     from .plug import load_host, plug, plug_like, plug_spec, plugged_parameters, unplug
+    from .variants import create_model, list_models
 
 _HOMES = {
     "HMHSA": "attention",
     "TransCNN": "backbone",
     "attention_maps": "explain",
     "attention_rollout": "explain",
-    "create_model": "backbone",
-    "list_models": "backbone",
+    "create_model": "variants",
+    "list_models": "variants",
     "load_checkpoint": "checkpoints",
     "load_host": "plug",
     "optimize": "fast",

@@ -41,6 +41,7 @@ def build(spec: str, size: int) -> nn.Module:
     from torchvision.models import get_model
     from torchvision.models import list_models as torchvision_models
 
+    from . import variants as _registers_our_models  # noqa: F401
     from .backbone import TransCNN
 
     name, *pairs = spec.split(":")

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .backbone import VARIANTS
 from .errors import UserError
 from .runs import build_model
+from .variants import VARIANTS
 
 __all__ = ["PAPER_TOP1", "describe", "models"]
 

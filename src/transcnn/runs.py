@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from timm.data import ImageNetInfo, resolve_data_config
 from torch import nn
 
-from . import backbone as _registers_our_models  # noqa: F401
+from . import variants as _registers_our_models  # noqa: F401
 from .checkpoints import load_checkpoint
 from .errors import UserError
 from .plug import plug_like

@@ -53,7 +53,7 @@ def poison_all() -> None:
     """From the fourth update on, a layer in the middle gives infinity."""
     import torch
 
-    from transcnn.backbone import Stage
+    from transcnn.blocks import Stage
 
     forward, calls = Stage.forward, [0]
 
