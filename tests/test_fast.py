@@ -13,7 +13,8 @@ from transcnn.attention import attend as training_attend
 from transcnn.errors import UserError
 from transcnn.fast import fold_batchnorms, optimize
 from transcnn.kernels import attend as kernel
-from transcnn.kernels.tokens import FastBlock, FastHMHSA
+from transcnn.kernels import parts
+from transcnn.kernels.tokens import FastBlock, FastHMHSA, FastResidual
 
 SIZES = [(64, 64), (97, 131), (33, 40)]
 NETWORKS = {
@@ -59,6 +60,28 @@ def test_equal_at_every_size(kind):
     for size in SIZES:
         x = torch.randn(2, 3, *size)
         assert error(fast(x), model(x)) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["transcnn", "hatnet", "three levels", "large kernels"])
+@pytest.mark.parametrize("cache", [1, 10_000, 40_000])  # bytes: a few rows, more rows, one image at a time
+@torch.no_grad()
+def test_work_in_parts_changes_nothing(kind, cache, monkeypatch):
+    model = network(**NETWORKS.get(kind, dict(kernel_sizes=(7, 5, 5, 3))))
+    fast, x = optimize(model), torch.randn(3, 3, 113, 70)
+    whole = fast(x)
+    block = next(module for module in fast.modules() if isinstance(module, FastBlock))
+    residual = next(module for module in block.modules() if isinstance(module, FastResidual))
+    sizes: dict[str, list[int]] = {"qkv": [], "q": [], "hidden": []}
+    for name, module in (("qkv", block.attn.local[0].qkv), ("q", block.attn.q), ("hidden", residual.expand)):
+        module.register_forward_hook(lambda module, inputs, output, name=name: sizes[name].append(output.nbytes))
+    monkeypatch.setattr(parts, "CACHE", cache)
+    assert error(fast(x), model(x)) <= 1e-5
+    assert error(fast(x), whole) <= 1e-6
+    assert all(len(calls) >= 2 * 3 for calls in sizes.values())  # two passes, each image by itself at least
+    row = 18 * 3 * 8 * 4  # bytes of a row of Q, K and V; the hidden map has two thirds of that
+    assert max(sizes["qkv"]) <= max(1.4 * cache, 8 * 24 / 18 * row)  # padded, or a row of grids
+    assert max(sizes["q"]) <= max(cache, row)
+    assert max(sizes["hidden"]) <= max(cache, 13 * row) + 6 * row
 
 
 @pytest.mark.parametrize("kind", ["transcnn", "hatnet", "three levels"])

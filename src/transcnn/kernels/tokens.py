@@ -22,6 +22,7 @@ from ..attention import HMHSA, LocalStep, merge, spread
 from ..errors import UserError
 from .attend import attend
 from .grid import grid_kernel
+from .parts import eager_cpu, in_parts
 
 __all__ = ["Convolution", "FastBlock", "FastDualDownsample", "FastHMHSA", "Frozen", "Matrix", "affine", "fuse"]
 
@@ -174,6 +175,29 @@ def fuse(layers: Iterable[nn.Module]) -> nn.Sequential:
     return nn.Sequential(*fused)
 
 
+class FastResidual(Frozen):
+    """Expansion, depthwise convolution and projection, a part at a time, (B, H, W, C) -> (B, H, W, C').
+
+    A part's hidden rows reach as far beyond it as the convolution looks; those are computed twice.
+    """
+
+    def __init__(self, expand: Matrix, mix: Convolution, project: Matrix) -> None:
+        super().__init__()
+        self.expand, self.mix, self.project = expand, mix, project
+        self.reach = mix.weight.shape[2] // 2
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C'), plus ``residual`` (B, H, W, C') where given."""
+        height, hidden = x.shape[1], self.expand.weight.shape[0]
+
+        def part(images: slice, rows: slice) -> Tensor:
+            above, below = max(0, rows.start - self.reach), min(height, rows.stop + self.reach)
+            y = self.mix(self.expand(x[images, above:below]))[:, rows.start - above : rows.stop - above]
+            return self.project(y, None if residual is None else residual[images, rows])
+
+        return in_parts(part, x, hidden, 4 * self.reach + 1)
+
+
 class FastLocalStep(Frozen):
     """:class:`transcnn.attention.LocalStep` on tokens, (B, H, W, C) -> (B, H, W, C)."""
 
@@ -194,7 +218,8 @@ class FastLocalStep(Frozen):
         normed = x if self.norm is None else self.norm(x)
         kernel = grid_kernel(x, self.head_dim, self.grid_size)
         if kernel is None:
-            a = self._cut_and_attend(x, normed)
+            part = lambda images, rows: self._cut_and_attend(x[images, rows], normed[images, rows])  # noqa: E731
+            a = in_parts(part, x, 3 * x.shape[3], self.grid_size)
         else:
             out = kernel(self.qkv(normed), self.head_dim, self.grid_size, 1.0)
             a = x + out if self.scale is None else torch.addcmul(out, x, self.scale)
@@ -277,10 +302,16 @@ class FastHMHSA(Frozen):
             ratio *= pool_ratio
         merged = merged if self.norm_kv is None else self.norm_kv(merged)
         kv = self.kv(merged).view(batch, -1, 2, self.num_heads, self.head_dim)
-        q = self.q(a1).view(batch, height * width, self.num_heads, self.head_dim)
-        out = attend(q.transpose(1, 2), *kv.permute(2, 0, 3, 1, 4))  # (B, h, H·W, d)
-        out = out.transpose(1, 2).reshape(x.shape).add_(a1)
-        return self.proj(out if y is None else out.add_(y), residual)
+
+        def part(images: slice, rows: slice) -> Tensor:
+            own = a1[images, rows]
+            q = self.q(own).view(len(own), -1, self.num_heads, self.head_dim)
+            seen = attend(q.transpose(1, 2), *kv[images].permute(2, 0, 3, 1, 4))  # (b, h, n, d)
+            seen = seen.transpose(1, 2).reshape(own.shape).add_(own)
+            seen = seen if y is None else seen.add_(y[images, rows])
+            return self.proj(seen, None if residual is None else residual[images, rows])
+
+        return in_parts(part, x, 3 * self.dim)
 
 
 class FastBlock(Frozen):
@@ -289,7 +320,7 @@ class FastBlock(Frozen):
     def __init__(self, attn: HMHSA, irb: Iterable[nn.Module]) -> None:
         super().__init__()
         self.attn = FastHMHSA(attn)
-        self.irb = fuse(irb)
+        self.irb = _as_residual(fuse(irb))
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -300,7 +331,7 @@ class FastBlock(Frozen):
         y = x
         for layer in first:
             y = layer(y)
-        if isinstance(last, Matrix):
+        if isinstance(last, Matrix | FastResidual):
             return to_map(last(y, x))
         return to_map(last(y).add(x))
 
@@ -353,6 +384,16 @@ def _flatten(layers: Iterable[nn.Module]) -> Iterable[nn.Module]:
             yield layer
 
 
+def _as_residual(layers: nn.Sequential) -> nn.Sequential:
+    """``layers`` with the three of an inverted residual, if they follow each other, as one."""
+    row = list(layers)
+    for i, three in enumerate(zip(row, row[1:], row[2:], strict=False)):
+        expand, mix, project = three
+        if isinstance(expand, Matrix) and isinstance(mix, Convolution) and isinstance(project, Matrix):
+            return nn.Sequential(*row[:i], FastResidual(expand, mix, project), *row[i + 3 :])
+    return layers
+
+
 def _pointwise(conv: nn.Conv2d) -> bool:
     padded = conv.padding not in ((0, 0), 0, "valid")
     return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and not padded
@@ -361,12 +402,10 @@ def _pointwise(conv: nn.Conv2d) -> bool:
 def _onednn(x: Tensor) -> bool:
     """Whether oneDNN's matrix product with fused bias, sum and activation can run."""
     return (
-        x.device.type == "cpu"
+        eager_cpu(x)
         and x.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-        and not torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()
     )
 
 
