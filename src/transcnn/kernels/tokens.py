@@ -401,12 +401,9 @@ def _pointwise(conv: nn.Conv2d) -> bool:
 
 def _onednn(x: Tensor) -> bool:
     """Whether oneDNN's matrix product with fused bias, sum and activation can run."""
-    return (
-        eager_cpu(x)
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-    )
+    if not eager_cpu(x) or x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 def _real(height: int, width: int, rows: int, columns: int, size: int, batch: int, device: torch.device) -> Tensor:
