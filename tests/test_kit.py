@@ -237,7 +237,7 @@ ROWS = re.findall(r"^\| ((?:transcnn|hatnet)_\w+) \| ([\d.]+) M \| (\d+) \|", RE
 
 
 def test_readme_table_has_all_published_models() -> None:
-    models = [timm.get_pretrained_cfg(name) for name in timm.list_models(module="backbone", pretrained=True)]
+    models = [timm.get_pretrained_cfg(name) for name in timm.list_models(module="variants", pretrained=True)]
     published = {config.architecture for config in models if "yun-liu" in (config.url or "")}
     assert len(published) == 8
     assert {name for name, _, _ in ROWS} == published
