@@ -65,17 +65,16 @@ def network(name: str) -> Loaded:
 
 
 def measure(name: str, photos: list[str], folder: Path) -> list[dict[str, Any]]:
-    """The rows of one network: traced once, written and compared in each format."""
+    """The rows of one network: written and compared in each format."""
     loaded = network(name)
     model, info = export._graph_of(loaded), export._describe(loaded, None)
     side = loaded.info["task_args"]["short_side"] if loaded.task == "detect" else None
-    with export._quiet():
-        least = export.LEAST if side else (0, 0)
-        program = export._capture(model, info["data_config"]["input_size"], None, least)
+    least = export.LEAST if side else (0, 0)
     rows = []
     for format, kind in export.FORMATS.items():
         file = folder / f"{len(rows)}{kind.suffix}"
-        with export._quiet():
+        with export._quiet():  # a graph for each: translating a detector's to ONNX uses it up
+            program = export._capture(model, info["data_config"]["input_size"], None, least)
             kind.write(program, file, info)
         size = sum(part.stat().st_size for part in (file, file.with_suffix(".bin")) if part.exists())
         for row in check(model, kind.open(file), comparisons(info["data_config"], None, photos, side)):
