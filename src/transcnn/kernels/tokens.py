@@ -218,7 +218,10 @@ class FastLocalStep(Frozen):
         normed = x if self.norm is None else self.norm(x)
         kernel = grid_kernel(x, self.head_dim, self.grid_size)
         if kernel is None:
-            part = lambda images, rows: self._cut_and_attend(x[images, rows], normed[images, rows])  # noqa: E731
+
+            def part(images: slice, rows: slice) -> Tensor:
+                return self._cut_and_attend(x[images, rows], normed[images, rows])
+
             a = in_parts(part, x, 3 * x.shape[3], self.grid_size)
         else:
             out = kernel(self.qkv(normed), self.head_dim, self.grid_size, 1.0)

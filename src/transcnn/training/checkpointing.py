@@ -155,7 +155,7 @@ class KeepWeights(Checkpoint):
 
     Attributes:
         metric, mode: The metric as it is logged (``val_...``), and ``max`` or ``min``.
-        best, best_epoch: The metric's best value, and the epoch that reached it (from 1).
+        best_epoch: The epoch that reached the metric's best value (from 1).
         figures: The metric and the task's score at that epoch, by name.
         hold: While True, no checkpoint is written: the run is in trouble, and the last good one is to stay.
     """
@@ -170,7 +170,6 @@ class KeepWeights(Checkpoint):
         self.metric = f"val_{metric}"
         self.mode = "min" if metric == "loss" else "max"
         self.figures: dict[str, float] = {}
-        self.best: float | None = None
         self.best_epoch = 0
         self.hold = False
         self._seconds_before = 0.0
@@ -182,11 +181,12 @@ class KeepWeights(Checkpoint):
         return self._seconds_before + time.monotonic() - self._began
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_epoch": self.best_epoch, "figures": self.figures, "seconds": self.seconds}
+        return {"best_epoch": self.best_epoch, "figures": self.figures, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.best_epoch = state_dict["best"], state_dict["best_epoch"]
-        self.figures = state_dict.get("figures") or {self.metric: state_dict["best"]}  # earlier versions had one figure
+        self.best_epoch = state_dict["best_epoch"]
+        known = state_dict.get("figures")
+        self.figures = {self.metric: state_dict["best"]} if known is None else known  # earlier versions had one figure
         self._seconds_before = state_dict.get("seconds", 0.0)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -195,9 +195,10 @@ class KeepWeights(Checkpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         value = float(trainer.callback_metrics[self.metric])
         sign = -1 if self.mode == "min" else 1
-        if self.best is not None and sign * value < sign * self.best:  # of equals the later, which has learnt longer
+        best = self.figures.get(self.metric)
+        if best is not None and sign * value < sign * best:  # of equals the later, which has learnt longer
             return
-        self.best, self.best_epoch = value, trainer.current_epoch + 1
+        self.best_epoch = trainer.current_epoch + 1
         names = {self.metric, f"val_{pl_module.score}"}
         self.figures = {name: float(trainer.callback_metrics[name]) for name in sorted(names)}
         averages = [average for c in trainer.callbacks if (average := getattr(c, "average", None)) is not None]  # pyright: ignore
