@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
 import pickle
@@ -19,13 +18,12 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
+from made_parquet import SIZE, parquet_rows, write_parquet
 from transcnn.data.augment import channel_stats
 from transcnn.data.classify import (
     IGNORE,
@@ -43,8 +41,6 @@ from transcnn.data.randomness import Draws, sample_seeds, seeded
 from transcnn.data.sampling import EpochSampler
 from transcnn.data.sources import Source, split_stratified
 from transcnn.errors import UserError
-
-SIZE = 16
 
 
 def numbered(count: int, classes: int = 5) -> Source:
@@ -64,24 +60,6 @@ def plain() -> Any:
 
 def numbers(images: torch.Tensor) -> list[int]:
     return images[:, 0, 0, 0].round().int().tolist()
-
-
-def parquet_rows(count: int, classes: int = 3, first: int = 0) -> list[dict[str, Any]]:
-    rows = []
-    for i in range(first, first + count):
-        buffer = io.BytesIO()
-        Image.new("RGB", (SIZE, SIZE), (i, i, i)).save(buffer, "PNG")
-        rows.append({"image": {"bytes": buffer.getvalue(), "path": f"{i}.png"}, "label": i % classes})
-    return rows
-
-
-def write_parquet(path: Path, rows: list[dict[str, Any]], names: list[str] | None = None) -> None:
-    table = pa.Table.from_pylist(rows)
-    if names:
-        features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": names}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path)
 
 
 # --- what is found ------------------------------------------------------------------------------------------------
@@ -162,6 +140,14 @@ def test_parquet_files_are_put_together(tmp_path: Path) -> None:
     assert np.asarray(splits.train.read(19)[0])[0, 0, 0] == 19
     single = open_splits(str(tmp_path / "data" / "train-00000-of-00002.parquet"))
     assert (len(single.train), len(single.val), single.test) == (7, 3, None)
+
+
+def test_parquet_parts_may_be_folders(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train" / "0000.parquet", parquet_rows(10))
+    write_parquet(tmp_path / "test" / "0000.parquet", parquet_rows(6, first=40))
+    splits = open_splits(str(tmp_path))
+    assert splits.test is not None
+    assert (len(splits.train) + len(splits.val), len(splits.test)) == (10, 6)
 
 
 def test_parquet_of_names_bytes_and_paths(tmp_path: Path) -> None:

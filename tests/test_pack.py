@@ -347,7 +347,7 @@ def test_shards_are_fetched_when_needed_and_once(served, packed, tmp_path):
 
 def test_what_can_not_be_fetched_is_said(served, packed):
     url, asked = served
-    with pytest.raises(UserError, match=r"can't fetch http.*/nothing/manifest\.json"):
+    with pytest.raises(UserError, match=r"^http.*/nothing holds neither a manifest\.json .* nor Parquet files$"):
         open_splits(url + "nothing")
     splits = open_splits(url, in_chans=3)
     for path in packed.glob("train-*.tar"):

@@ -95,7 +95,8 @@ def train(
 
     Args:
         data: A folder of class folders (or of train/ with val/ or test/ that hold them), a Parquet file or a folder of
-            them, torch/..., hfds/..., wds/... as timm's readers know them; without it, the embedded handwritten digits.
+            them, what transcnn pack wrote, the URL of either (https, s3, hf://datasets/OWNER/NAME, ...), torch/...,
+            hfds/..., wds/... as timm's readers know them; without it, the embedded handwritten digits.
             To segment, a folder or tar of images/{train,val,test}/ and labels/{train,val,test}/; to detect,
             of images/ and annotations/{train,val,test}.json in COCO's format, or of Pascal VOC's.
         task: What is learnt.

@@ -85,9 +85,10 @@ def open_splits(
 
     Args:
         data: None for the embedded digits; a folder of class folders, or of ``train/`` with ``val/`` or ``test/``
-            that hold them; a folder that ``transcnn pack`` wrote, or its URL; a Parquet file or a folder of them; other
-            WebDataset shards on a local disk as ``wds/PATH/{000..015}.tar``; ``torch/NAME:FOLDER`` or ``hfds/NAME``
-            through timm's readers. (What the hub has is downloaded before use; nothing is streamed from there.)
+            that hold them; a folder that ``transcnn pack`` wrote; a Parquet file or a folder of them; the URL of
+            either (``https://...``, ``s3://...``, ``hf://datasets/OWNER/NAME``), whose files are fetched as they are
+            needed; other WebDataset shards on a local disk as ``wds/PATH/{000..015}.tar``; ``torch/NAME:FOLDER`` or
+            ``hfds/NAME`` through timm's readers, which download everything first.
         val_fraction: Share of the training images that becomes the validation part.
         seed: Of that split.
         strict: Raise at the first file that can't be read, instead of leaving it out.

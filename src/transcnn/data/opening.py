@@ -14,6 +14,8 @@ from ..errors import UserError, require
 from .folders import open_folder
 from .named import open_hfds, open_torch
 from .packed import is_packed, open_packed
+from .remote import Remote
+from .remote_tables import open_remote_parquet
 from .shards import open_shards
 from .sources import Parts, Source, split_stratified
 from .tables import open_parquet
@@ -29,6 +31,8 @@ def open_parts(data: str | None) -> Parts:
     """
     if data is None:
         return _digits()
+    if Remote.is_url(os.fspath(data)):
+        return _open_url(os.fspath(data))
     if is_packed(data):
         return open_packed(data)
     prefix, _, rest = os.fspath(data).partition("/")
@@ -37,8 +41,8 @@ def open_parts(data: str | None) -> Parts:
         if opener and rest:
             return opener(rest)
         raise UserError(
-            f"no such data: {data!r}; allowed: a folder of class folders, packed data or its URL, a Parquet file or "
-            "folder, torch/NAME, hfds/NAME, wds/SHARDS, or nothing for the embedded digits"
+            f"no such data: {data!r}; allowed: a folder of class folders, packed data, a Parquet file or folder, "
+            "the URL of either, torch/NAME, hfds/NAME, wds/SHARDS, or nothing for the embedded digits"
         )
     path = Path(data)
     if path.is_dir():
@@ -50,6 +54,17 @@ def open_parts(data: str | None) -> Parts:
     if path.suffix.lower() == ".tar":
         return open_shards(data)
     raise UserError(f"{data!r} is neither a folder nor a Parquet file nor a tar of samples")
+
+
+def _open_url(url: str) -> Parts:
+    """Packed data if there is a manifest, else Parquet files."""
+    if not url.endswith(".parquet"):
+        try:
+            return open_packed(url)
+        except UserError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+    return open_remote_parquet(url)
 
 
 def _digits() -> Parts:

@@ -34,7 +34,7 @@ from PIL import Image
 
 from ..errors import UserError
 from .images import BrokenImage, read_image
-from .remote import LARGEST_MANIFEST, Remote
+from .remote import LARGEST_MANIFEST, Expected, Remote
 from .sources import PARTS, Parts, Source, few
 
 __all__ = ["INDEX", "MANIFEST", "FileSum", "PartFiles", "Shards", "is_packed", "open_packed", "read_manifest", "sha256"]
@@ -104,8 +104,8 @@ class Shards:
 
 
 def is_packed(data: str | os.PathLike[str]) -> bool:
-    """Whether this is a folder, or the URL of one, that ``transcnn pack`` may have written."""
-    return Remote.is_url(os.fspath(data)) or os.path.isfile(os.path.join(data, MANIFEST))
+    """Whether this is a folder that ``transcnn pack`` may have written."""
+    return os.path.isfile(os.path.join(data, MANIFEST))
 
 
 def open_packed(data: str) -> Parts:
@@ -119,7 +119,7 @@ def open_packed(data: str) -> Parts:
     name, class_names, parts = read_manifest(Path(place(MANIFEST)), data)
     if remote is not None:
         files = [file for part in parts.values() for file in (part.index, *part.shards)]
-        remote.expect({file.file: (file.bytes, file.sha256) for file in files})
+        remote.expect({file.file: Expected(file.bytes, file.sha256, file.sha256) for file in files})
     sources = {part: _open_part(files, place, class_names, remote is not None) for part, files in parts.items()}
     return Parts.of(name, sources)
 

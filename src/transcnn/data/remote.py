@@ -7,16 +7,17 @@ import hashlib
 import os
 import re
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 
 from ..errors import UserError, require
 from .sources import line
 
-__all__ = ["Remote"]
+__all__ = ["Expected", "Remote", "errors_of"]
 
 # Schemes of fsspec that only read files elsewhere; those that run programs or unpack archives are not asked.
 SCHEMES = ["http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "hf", "memory"]
@@ -24,12 +25,21 @@ TRIES, PAUSE = 4, 1.0  # fetching is tried so often, with pauses of 1, 2 and 4 s
 LARGEST_MANIFEST = 64 << 20  # bytes
 
 
+class Expected(NamedTuple):
+    """What is known of a file before it comes: its size, what changes when it does, and its SHA-256 if known."""
+
+    size: int | None = None
+    version: str = ""
+    sha256: str = ""
+
+
 class Remote:
     """A folder at a URL, as fsspec reads it (http and https at once; s3 needs s3fs, gs gcsfs, and so on).
 
     Files are kept in ``$TRANSCNN_CACHE`` (by default ``~/.cache/transcnn``), where processes of one machine share
     them: each is fetched once, by whichever process needs it first, under a temporary name until it is whole and its
-    SHA-256 is right. The cache grows to the size of what is read; removing it costs no more than fetching again.
+    SHA-256, where it is known, is right. The cache grows to the size of what is read; removing it costs no more than
+    fetching again.
     """
 
     def __init__(self, url: str) -> None:
@@ -38,7 +48,7 @@ class Remote:
             os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "transcnn"
         )
         self.folder = Path(root) / hashlib.sha256(self.url.encode()).hexdigest()[:16]
-        self.known: dict[str, tuple[int, str]] = {}
+        self.known: dict[str, Expected] = {}
 
     @staticmethod
     def is_url(data: str) -> bool:
@@ -46,50 +56,79 @@ class Remote:
         scheme = re.match(r"(\w+)://", data)
         return bool(scheme) and scheme.group(1).lower() in SCHEMES
 
-    def expect(self, known: dict[str, tuple[int, str]]) -> None:
-        """Say how many bytes each file has, and its SHA-256."""
+    def expect(self, known: dict[str, Expected]) -> None:
+        """Say what is known of the files."""
         self.known = known
 
     def path(self, name: str) -> str:
         """The path of a file on this machine, after it was fetched if need be.
 
-        The first file, before ``expect``, is the manifest: it is fetched anew each time.
+        What nothing is known of, such as a manifest, is fetched anew each time.
 
         Raises:
             UserError: It can't be fetched or kept; a run that needs it ends, and can be resumed.
         """
-        size, digest = self.known.get(name, (None, ""))
-        path = self.folder / (f"{digest[:12]}-{name}" if digest else name)  # what changed there is another file here
-        if digest and path.is_file():
+        return self.keep(name, "", lambda target: self.fetch(name, target))
+
+    def keep(self, name: str, suffix: str, make: Callable[[Path], None]) -> str:
+        """The path of what is made of a file, once for all processes: ``make`` writes it to the path that it is given.
+
+        Raises:
+            UserError: It can't be made or kept.
+        """
+        version = self.known.get(name, Expected()).version
+        flat = name.replace("/", "-") + suffix
+        path = self.folder / (f"{version[:12]}-{flat}" if version else flat)  # what changed there is another file here
+        if version and path.is_file():
             return str(path)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / f".{path.name}.lock"):
-                if not digest or not path.is_file():
-                    self._fetch(name, path, size, digest)
+                if not version or not path.is_file():
+                    temporary = path.with_name(f".{path.name}.tmp")
+                    try:
+                        make(temporary)
+                        os.replace(temporary, path)
+                    finally:
+                        with suppress(OSError):
+                            temporary.unlink(missing_ok=True)
         except UserError:
             raise
         except OSError as error:
             raise UserError(f"can't keep {self.url}/{name} in {self.folder}: {error.strerror or error}") from error
         return str(path)
 
-    def _fetch(self, name: str, path: Path, size: int | None, digest: str) -> None:
-        url, temporary = f"{self.url}/{name}", path.with_name(f".{path.name}.tmp")
+    def fetch(self, name: str, target: Path) -> None:
+        """Copy a file from there, whole and checked; tried several times."""
+        size, _, digest = self.known.get(name, Expected())
+        self.patiently(name, lambda: _copy(f"{self.url}/{name}", target, size, digest))
+
+    def patiently(self, name: str, action: Callable[[], None]) -> None:
+        """Do something with a file that is there, again after a while if it fails; UserError if it always does."""
         try:
             for attempt in range(TRIES):
                 try:
-                    _copy(url, temporary, size, digest)
+                    action()
                     break
                 except OSError as error:
                     if error.errno == errno.ENOSPC or attempt + 1 == TRIES or isinstance(error, FileNotFoundError):
                         raise
                     time.sleep(PAUSE * 2**attempt)
-            os.replace(temporary, path)
         except OSError as error:
-            raise UserError(f"can't fetch {url}: {line(error)}") from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            raise UserError(f"can't fetch {self.url}/{name}: {line(error)}") from error
+
+
+@contextmanager
+def errors_of(url: str) -> Iterator[None]:
+    """Turn what fsspec and its schemes raise into OSError, which is worth another try, or UserError, which isn't."""
+    try:
+        yield
+    except (OSError, UserError):
+        raise
+    except (ImportError, ValueError) as error:  # a scheme whose library is not installed, or none at all
+        raise UserError(f"can't fetch {url}: {line(error)}") from error
+    except Exception as error:  # each scheme's library has errors of its own
+        raise OSError(line(error)) from error
 
 
 def _copy(url: str, target: Path, size: int | None, digest: str) -> None:
@@ -97,18 +136,11 @@ def _copy(url: str, target: Path, size: int | None, digest: str) -> None:
     fsspec: Any = require("fsspec", "data")
     limit = LARGEST_MANIFEST if size is None else size
     came, seen = 0, hashlib.sha256()
-    try:
-        with fsspec.open(url, "rb") as file, target.open("wb") as copy:
-            while came <= limit and (block := file.read(1 << 20)):
-                came += len(block)
-                seen.update(block)
-                copy.write(block)
-    except (ImportError, ValueError) as error:  # a scheme whose library is not installed, or none at all
-        raise UserError(f"can't fetch {url}: {line(error)}") from error
-    except OSError:
-        raise
-    except Exception as error:  # each scheme's library has errors of its own
-        raise OSError(line(error)) from error
+    with errors_of(url), fsspec.open(url, "rb") as file, target.open("wb") as copy:
+        while came <= limit and (block := file.read(1 << 20)):
+            came += len(block)
+            seen.update(block)
+            copy.write(block)
     if came > limit or (size is not None and came < size):
         raise OSError(f"{came} bytes came, expected {'at most ' if size is None else ''}{limit}")
     if digest and seen.hexdigest() != digest:

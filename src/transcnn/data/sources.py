@@ -80,10 +80,10 @@ def split_stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
     return np.setdiff1d(np.arange(len(labels)), part), part
 
 
-def part_of(name: str) -> str:
-    """Which part a file's name speaks of: train-00000-of-00002.parquet is of train; without a word it is train."""
+def part_of(name: str, otherwise: str = "train") -> str:
+    """Which part a file's name speaks of: train-00000-of-00002.parquet is of train; ``otherwise`` without a word."""
     words = re.split(r"[^a-z]+", name.lower())
-    return next((part for part, synonyms in PARTS.items() if any(word in synonyms for word in words)), "train")
+    return next((part for part, synonyms in PARTS.items() if any(word in synonyms for word in words)), otherwise)
 
 
 def read_class_names(folder: Path) -> list[str] | None:

@@ -14,7 +14,7 @@ from ..errors import UserError, require
 from .images import BrokenImage, read_bytes, read_image
 from .sources import PARTS, Parts, Source, few, line, part_of, read_class_names
 
-__all__ = ["open_parquet"]
+__all__ = ["Rows", "feature_names", "find_columns", "label_values", "open_parquet", "part_of_file", "parts_of"]
 
 IN_MEMORY = 2 << 30  # bytes of a part that are read into memory; larger ones are mapped from disk
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
@@ -25,20 +25,36 @@ def open_parquet(path: Path, files: list[Path]) -> Parts:
     folder = path if path.is_dir() else path.parent
     by_part: dict[str, list[Path]] = {}
     for file in files:
-        by_part.setdefault(part_of(file.name) if path.is_dir() else "train", []).append(file)
+        part = part_of_file(file.relative_to(folder).as_posix()) if path.is_dir() else "train"
+        by_part.setdefault(part, []).append(file)
     names = read_class_names(folder)
     sources = {part: _parquet_part(by_part[part], folder, names) for part in PARTS if part in by_part}
+    return parts_of(sources, folder.resolve().name if path.is_dir() else path.stem, str(path))
+
+
+def part_of_file(name: str) -> str:
+    """Which part a file is of: train-00000.parquet, train/0000.parquet and data/train-00000.parquet are of train."""
+    folder, _, file = name.rpartition("/")
+    parts = [part_of(word, "") for word in (file, folder.rpartition("/")[2])]
+    return next(filter(None, parts), "train")
+
+
+def parts_of(sources: dict[str, Source | None], name: str, what: str) -> Parts:
+    """The parts together, with the classes of the first that has any.
+
+    Raises:
+        UserError: ``what`` has no labels, or a part of it other classes.
+    """
     first = next((source for source in sources.values() if source is not None), None)
     if first is None:
-        raise UserError(f"nothing in {str(path)!r} has a label (all are below 0)")
+        raise UserError(f"nothing in {what!r} has a label (all are below 0)")
     for part in ("val", "test"):
         source = sources.get(part)
         if source is not None and source.class_names != first.class_names:
             if not set(source.class_names) <= set(first.class_names):
-                raise UserError(f"{part} of {str(path)!r} has other classes than train: {few(source.class_names)}")
+                raise UserError(f"{part} of {what!r} has other classes than train: {few(source.class_names)}")
             order = np.array([first.class_names.index(name) for name in source.class_names])
             source.labels, source.class_names = order[source.labels], first.class_names
-    name = folder.resolve().name if path.is_dir() else path.stem
     return Parts.of(name, sources)
 
 
@@ -51,7 +67,7 @@ def _parquet_part(files: list[Path], folder: Path, names: list[str] | None) -> S
     except (arrow.ArrowException, OSError) as error:
         raise UserError(f"can't read {few([str(file) for file in files])} as Parquet: {line(error)}") from error
     schema = opened[0].schema_arrow
-    image, label = (_column(schema.names, known, files[0]) for known in (IMAGE_COLUMNS, LABEL_COLUMNS))
+    image, label = find_columns(schema.names, files[0])
     size = sum(
         group.total_byte_size
         for file in opened
@@ -65,11 +81,11 @@ def _parquet_part(files: list[Path], folder: Path, names: list[str] | None) -> S
             table = datasets.Dataset.from_parquet([str(file) for file in files]).data.table
     except (arrow.ArrowException, OSError) as error:
         raise UserError(f"can't read {few([str(file) for file in files])}: {line(error)}") from error
-    labels, class_names = _labels(table[label], _feature_names(schema, label) or names, files[0])
-    if len(labels) and (labels < 0).all():
-        return None
+    labels, class_names = label_values(table[label], feature_names(schema, label) or names, files[0])
     if not len(labels):
         raise UserError(f"no rows in {few([str(file) for file in files])}")
+    if (labels < 0).all():
+        return None
     rows = Rows(table[image], folder, "+".join(file.stem for file in files[:1]))
     return Source(labels, class_names, rows.load, rows.name, raw=rows.raw)
 
@@ -102,14 +118,18 @@ class Rows:
         return value
 
 
-def _column(columns: Sequence[str], known: Sequence[str], file: Path) -> str:
-    found = next((name for name in known if name in columns), None)
-    if found is None:
-        raise UserError(f"{str(file)!r} has columns {few(columns)}; expected one named {' or '.join(known)}")
-    return found
+def find_columns(columns: Sequence[str], file: Path | str) -> tuple[str, str]:
+    """The names of the columns of images and of labels; raises UserError where there is none."""
+    found = []
+    for known in (IMAGE_COLUMNS, LABEL_COLUMNS):
+        name = next((name for name in known if name in columns), None)
+        if name is None:
+            raise UserError(f"{str(file)!r} has columns {few(columns)}; expected one named {' or '.join(known)}")
+        found.append(name)
+    return found[0], found[1]
 
 
-def _feature_names(schema: Any, label: str) -> list[str] | None:
+def feature_names(schema: Any, label: str) -> list[str] | None:
     """Class names from the features that Hugging Face datasets keep in the schema's metadata."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
@@ -118,7 +138,8 @@ def _feature_names(schema: Any, label: str) -> list[str] | None:
         return None
 
 
-def _labels(column: Any, names: list[str] | None, file: Path) -> tuple[np.ndarray, list[str]]:
+def label_values(column: Any, names: list[str] | None, file: Path | str) -> tuple[np.ndarray, list[str]]:
+    """Labels as int64, and the names of the classes; raises UserError for what can't be labels."""
     if column.null_count:
         raise UserError(f"{str(file)!r} has {column.null_count} rows without a label")
     values = column.to_numpy() if column.num_chunks else np.zeros(0, np.int64)
