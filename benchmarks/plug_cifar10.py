@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=2e-2, help="chosen for the network without attention")
     parser.add_argument("--limit_batches", type=int, help="only this many batches an epoch, for trying out")
     parser.add_argument("--runs", type=Path, default=Path("runs/plug_cifar10"))
     parser.add_argument("--out", type=Path, default=Path("results/plug_cifar10.csv"))
@@ -147,9 +147,10 @@ def run(options: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
         seed=seed,
         resume=str(folder) if (folder / "last.ckpt").is_file() else None,
         out=None if (folder / "last.ckpt").is_file() else str(folder),
-        optim=Optim(opt="adamw", weight_decay=0.05, warmup_epochs=1),
+        optim=Optim(opt="muon", weight_decay=0.05, warmup_epochs=0.5, clip_grad=None),
         augment=Augment(policy="small"),
         ema=Ema(ema=False),
+        channels_last=True,
         limit_batches=options.limit_batches,
         quiet=True,
     ).metrics
