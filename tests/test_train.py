@@ -272,6 +272,10 @@ def test_layer_decay_and_weight_decay_reach_the_optimizer():
     scales = sorted({group["lr_scale"] for group in groups})
     assert scales[-1] == 1.0
     assert scales[-2] == 0.5
+    muon = learner(optim=Optim(opt="muon", opt_args={"ns_steps": 3})).configure_optimizers()["optimizer"]
+    assert muon.defaults["ns_steps"] == 3
+    with pytest.raises(UserError, match=r"opt='adamw', opt_args=\{'steps': 3\}: .*'steps'"):
+        learner(optim=Optim(opt_args={"steps": 3})).configure_optimizers()
     with pytest.raises(UserError, match="no optimizer is named 'adamx'"):
         learner(optim=Optim(opt="adamx")).configure_optimizers()
     with pytest.raises(UserError, match="sched='cosinus'"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.metadata
 import json
 import platform
@@ -14,6 +13,7 @@ import lightning as L
 import torch
 
 from .bars import EvalBar
+from .data.tolerant import write_skipped
 from .engine import choose_precision, quiet_libraries
 from .errors import UserError
 from .processes import gather_lists, launch, placement, rank, world
@@ -180,7 +180,7 @@ def write_results(
     write_whole(folder / "metrics.json", lambda path: path.write_text(text, encoding="utf-8"))
     (folder / "skipped.csv").unlink(missing_ok=True)  # of an earlier evaluation
     if broken:
-        write_whole(folder / "skipped.csv", lambda path: _write_skipped(path, broken))
+        write_whole(folder / "skipped.csv", lambda path: write_skipped(path, broken))
     if report:
         learner.write_report(folder, scores, part, metrics)
 
@@ -196,8 +196,3 @@ def _device() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return str(torch.cpu.get_capabilities().get("cpu_name", platform.machine()))
-
-
-def _write_skipped(path: Path, broken: list[tuple[str, str]]) -> None:
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        csv.writer(file).writerows([("file", "reason"), *broken])

@@ -7,7 +7,7 @@ On the command line each has a flag of its own, with or without the group's name
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 __all__ = ["Augment", "Detect", "Distill", "Ema", "Optim", "Segment"]
 
@@ -22,6 +22,7 @@ class Optim:
         layer_decay: Each layer's rate is this times that of the layer above it (0.65 to 0.8 to fine-tune).
         betas: The optimizer's betas, if it has any.
         momentum: The optimizer's momentum, if it has any.
+        opt_args: Further arguments of the optimizer, such as {ns_steps: 3} of muon.
         sched: Schedule of the rate: cosine, step, poly, constant, ... (those of ``timm.scheduler``).
         milestones: Epochs after which ``multistep`` multiplies the rate by ``decay_rate``.
         decay_rate: What ``step`` and ``multistep`` multiply the rate by (without it 0.1); the power of ``poly`` (0.9).
@@ -39,6 +40,7 @@ class Optim:
     layer_decay: float | None = None
     betas: tuple[float, float] | None = None
     momentum: float = 0.9
+    opt_args: dict[str, Any] | None = None
     sched: str = "cosine"
     milestones: list[int] | None = None
     decay_rate: float | None = None

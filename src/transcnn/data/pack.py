@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
@@ -27,6 +26,7 @@ from .opening import open_parts
 from .packed import FORMAT, INDEX, MANIFEST, VERSION, FileSum, PartFiles, read_manifest, sha256
 from .shards import read_contents
 from .sources import PARTS, Parts, Source, few
+from .tolerant import write_skipped
 
 __all__ = ["pack"]
 
@@ -151,8 +151,7 @@ class _Job:
         }
         manifest |= {"class_names": class_names, "left_out": len(self.skipped), "parts": done}
         if self.skipped:
-            with self.new("skipped.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-                csv.writer(file).writerows([("file", "reason"), *self.skipped])
+            write_skipped(self.new("skipped.csv"), self.skipped)
         temporary = self.new(f".{MANIFEST}.tmp")
         temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(temporary, self.new(MANIFEST))  # last: a folder with a manifest is complete

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch.utils.data import Dataset
 from ..errors import UserError
 from .images import BrokenImage, to_channels
 
-__all__ = ["Tolerant", "channels_of"]
+__all__ = ["Tolerant", "channels_of", "write_skipped"]
 
 logger = logging.getLogger(__name__)
 
@@ -94,3 +96,9 @@ def channels_of(images: Tolerant, in_chans: int | None = None) -> int:
         with suppress(BrokenImage):
             modes.add(images.read(i)[0].mode)
     return 1 if modes and modes <= {"L", "LA"} else 3
+
+
+def write_skipped(path: Path, broken: Iterable[tuple[str, str]]) -> None:
+    """A CSV file of the files that could not be read: name and reason."""
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        csv.writer(file).writerows([("file", "reason"), *broken])

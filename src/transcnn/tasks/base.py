@@ -227,15 +227,19 @@ class Task(L.LightningModule):
         if o.opt not in list_optimizers():
             raise UserError(f"no optimizer is named {o.opt!r}; some that are: adamw, sgd, lamb, lion, nadamw")
         extra: dict[str, Any] = {"betas": tuple(o.betas)} if o.betas else {}
-        optimizer = create_optimizer_v2(
-            self.model,
-            o.opt,
-            lr=self.lr,
-            weight_decay=o.weight_decay,
-            momentum=o.momentum,
-            layer_decay=o.layer_decay,
-            **extra,
-        )
+        try:
+            optimizer = create_optimizer_v2(
+                self.model,
+                o.opt,
+                lr=self.lr,
+                weight_decay=o.weight_decay,
+                momentum=o.momentum,
+                layer_decay=o.layer_decay,
+                **extra,
+                **(o.opt_args or {}),
+            )
+        except (TypeError, ValueError) as error:
+            raise UserError(f"opt={o.opt!r}, opt_args={o.opt_args}: {error}") from error
         updates = self.updates_per_epoch
         usual = 0.9 if o.sched == "poly" else 0.1
         try:
