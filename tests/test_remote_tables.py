@@ -150,6 +150,11 @@ def test_what_can_not_be_used_is_said(bucket, folder, cache, monkeypatch):
     memory.pipe("/bucket/text/x.parquet", (folder / "x.parquet").read_bytes())
     with pytest.raises(UserError, match=r"'x\.parquet' has columns 'text', 'label'; expected one named image or "):
         open_splits("memory://bucket/text")
+    pq.write_table(pa.table({"image": [b""], "label": ["a"]}), folder / "x.parquet")
+    memory.pipe("/bucket/set/data/train-00009.parquet", (folder / "x.parquet").read_bytes())
+    with pytest.raises(UserError, match=r"of memory://bucket/set have labels of different kinds"):
+        open_splits(bucket)
+    memory.rm("/bucket/set/data/train-00009.parquet")
     splits = open_splits(bucket, in_chans=3)
     path = "/bucket/set/data/train-00000-of-00003.parquet"
     memory.pipe(path, memory.cat(path)[:-1])  # cut off while the run goes on

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
 
 from ..errors import UserError, require
 from .images import read_image
@@ -43,7 +45,10 @@ def open_remote_parquet(url: str) -> Parts:
     found = _find(remote, last if single else None)
     remote.expect(found)
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        columns = dict(zip(found, pool.map(lambda name: _label_column(remote, name), found), strict=True))
+        asked = pool.map(lambda name: _label_column(remote, name), found)
+        console, few_files = Console(stderr=True), len(found) <= AT_ONCE
+        told = track(asked, "asking for labels", len(found), console=console, transient=True, disable=few_files)
+        columns = dict(zip(found, told, strict=True))
     by_part: dict[str, list[str]] = {}
     for name in found:
         by_part.setdefault("train" if single else part_of_file(name), []).append(name)
@@ -103,6 +108,8 @@ def _source(remote: Remote, names: list[str], columns: dict[str, Any]) -> Source
     arrow: Any = require("pyarrow", "train")
     tables = [columns[name] for name in names]
     label = tables[0].column_names[0]
+    if len({(table.column_names[0], table.schema.types[0]) for table in tables}) > 1:
+        raise UserError(f"{few(names)} of {remote.url} have labels of different kinds")
     chunks = [chunk for table in tables for chunk in table.column(0).chunks]
     column = arrow.chunked_array(chunks, type=tables[0].schema.types[0])
     labels, class_names = label_values(column, feature_names(tables[0].schema, label), f"{remote.url}/{names[0]}")
