@@ -166,6 +166,8 @@ def test_host_exports_with_dynamic_sizes(name: str) -> None:
     example, other = torch.randn(2, 3, 224, 288), torch.randn(3, 3, 160, 256)
     if name == "lenet5":  # its linear layers take one size
         dims, example, other = {0: dims[0]}, image, image.repeat(2, 1, 1, 1)[:3]
+    if name.startswith("inception"):  # the exporter can't solve what even sides make of its unpadded convolutions
+        example = torch.randn(2, 3, 257, 323)  # sides such as transcnn export takes
     if name == "unet":  # smp wants multiples of 32
         dims |= {2: 32 * torch.export.Dim("h"), 3: 32 * torch.export.Dim("w")}
     # The exporter's guards on sizes (whether a map is one grid, and whether sizes divide, as the example's do) come
