@@ -31,7 +31,7 @@ def measure(source: str, photo: str, times: int) -> dict[str, object]:
         rows.append((time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024))
     wall, processor, memory = (min(column) for column in zip(*rows, strict=True))
     return {
-        "source": Path(source).suffix.removeprefix(".") or "run",
+        "source": "onnx" if source.endswith(".onnx") else "checkpoint",
         "processor_seconds": round(processor, 2),
         "wall_seconds": round(wall, 2),
         "peak_mib": round(memory),
