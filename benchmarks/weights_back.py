@@ -32,18 +32,20 @@ def row_of(run: Path, data: str) -> dict[str, Any]:
         raise SystemExit(f"{run} takes no class weights back (segment.weights_back)")
     whole = handicap / args["weights_back"]
 
-    def miou(split: str, share: float) -> float:
+    def part_of(split: str) -> Any:
+        how = {"val_fraction": 0.1, "seed": 0, "strict": True}
+        return get_task("segment").open_part(data, split, loaded.class_names, args, **how)
+
+    def miou(part: Any, share: float) -> float:
         loaded.model.handicap = share * whole  # pyright: ignore
-        part = get_task("segment").open_part(
-            data, split, loaded.class_names, args, val_fraction=0.1, seed=0, strict=True
-        )
         _, scores = measure(loaded, part, batch_size=8, precision="auto")
         return round(float(scores["miou"]), 2)
 
-    val = {share: miou("val", share) for share in SHARES}
+    held = part_of("val")
+    val = {share: miou(held, share) for share in SHARES}
     best = max(val, key=val.__getitem__)
     columns = {f"val_{share}": value for share, value in val.items()}
-    return {"run": run.name, **columns, "weights_back": best, "test_miou": miou("test", best)}
+    return {"run": run.name, **columns, "weights_back": best, "test_miou": miou(part_of("test"), best)}
 
 
 def main() -> None:

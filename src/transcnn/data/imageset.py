@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from .augment import Transform
 from .images import BrokenImage
 from .randomness import sample_seeds
 from .sampling import Sample
-from .sources import Source
+from .sources import Source, tracked
 from .tolerant import Tolerant
 
 __all__ = ["IGNORE", "ImageSet"]
@@ -110,7 +110,7 @@ class ImageSet(Tolerant):
         if self._cache is not None and self._cached_for == key:
             return True
         cache = torch.zeros(len(self), transform.in_chans, height, width, dtype=torch.uint8)
-        for i in _track(range(len(self)), f"reading {len(self)} images", progress):
+        for i in tracked(range(len(self)), f"reading {len(self)} images", progress):
             image = self._try(i, 0)
             if image is not None:
                 cache[i] = image
@@ -148,12 +148,3 @@ class ImageSet(Tolerant):
         except BrokenImage as error:
             self.note_broken(i, error)
             return None
-
-
-def _track(items: Iterable[int], text: str, show: bool) -> Iterable[int]:
-    if not show:
-        return items
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(items, text, console=Console(stderr=True), transient=True)

@@ -16,13 +16,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from ..errors import UserError, require
 from .images import read_image
 from .remote import Expected, Remote, errors_of
-from .sources import PARTS, Parts, Source, few, line, part_of
+from .sources import PARTS, Parts, Source, few, line, part_of, tracked
 from .tables import Rows, feature_names, find_columns, label_values, part_of_file, parts_of
 
 __all__ = ["open_remote_parquet"]
@@ -46,8 +44,7 @@ def open_remote_parquet(url: str) -> Parts:
     remote.expect(found)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         asked = pool.map(lambda name: _label_column(remote, name), found)
-        console, few_files = Console(stderr=True), len(found) <= AT_ONCE
-        told = track(asked, "asking for labels", len(found), console=console, transient=True, disable=few_files)
+        told = tracked(asked, "asking for labels", len(found) > AT_ONCE, len(found))
         columns = dict(zip(found, told, strict=True))
     by_part: dict[str, list[str]] = {}
     for name in found:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -14,7 +15,9 @@ from PIL import Image
 from ..errors import UserError
 
 __all__ = ["PARTS", "Parts", "Source", "check_fraction", "few", "line", "part_of", "printable", "read_class_names"]
-__all__ += ["split_stratified"]
+__all__ += ["split_stratified", "tracked"]
+
+T = TypeVar("T")
 
 PARTS = {
     "train": ("train", "training"),
@@ -113,3 +116,13 @@ def few(names: Sequence[str]) -> str:
 def line(error: BaseException) -> str:
     """The first line of an error, for a message of one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def tracked(items: Iterable[T], text: str, show: bool, total: int | None = None) -> Iterable[T]:
+    """The items, with a bar on standard error while they come; ``total`` where they have no length."""
+    if not show:
+        return items
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, text, total, console=Console(stderr=True), transient=True)

@@ -35,8 +35,7 @@ def open_parquet(path: Path, files: list[Path]) -> Parts:
 def part_of_file(name: str) -> str:
     """Which part a file is of: train-00000.parquet, train/0000.parquet and data/train-00000.parquet are of train."""
     folder, _, file = name.rpartition("/")
-    parts = [part_of(word, "") for word in (file, folder.rpartition("/")[2])]
-    return next(filter(None, parts), "train")
+    return part_of(file, part_of(folder.rpartition("/")[2]))
 
 
 def parts_of(sources: dict[str, Source | None], name: str, what: str) -> Parts:
