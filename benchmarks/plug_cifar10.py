@@ -4,8 +4,8 @@
 
 DATA is whatever ``transcnn train`` takes. All variants get the same epochs, recipe, data order and seeds. Writes
 results/plug_cifar10.csv (parameters, multiply-adds, images/s, accuracy: mean and spread over the seeds),
-results/plug_cifar10_runs.csv (each run) and docs/images/plug_cifar10.png, all three anew after each run. Runs of that
-many epochs that the file of runs holds are not repeated, and one that was cut off goes on.
+results/plug_cifar10_runs.csv (each run) and a plot (``--figure``, or beside the table), all three anew after each run.
+Runs of that many epochs that the file of runs holds are not repeated, and one that was cut off goes on.
 
 The network is ResNet-20 of He et al., arXiv 1512.03385, section 4.2, with 1x1 convolutions in the two widening
 shortcuts. Attention inside each block (se, cbam, eca) sits before the addition, as in their papers; non-local blocks
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--limit_batches", type=int, help="only this many batches an epoch, for trying out")
     parser.add_argument("--runs", type=Path, default=Path("runs/plug_cifar10"))
     parser.add_argument("--out", type=Path, default=Path("results/plug_cifar10.csv"))
-    parser.add_argument("--figure", type=Path, default=Path("docs/images/plug_cifar10.png"))
+    parser.add_argument("--figure", type=Path, help="where the plot goes [beside the table]")
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     file = options.out.with_stem(options.out.stem + "_runs")
@@ -164,7 +164,7 @@ def write_table(options: argparse.Namespace, runs: list[dict[str, Any]]) -> list
     variants = [v for v in VARIANTS if any(r["variant"] == v for r in runs)]
     table = [summary(variant, [r for r in runs if r["variant"] == variant]) for variant in variants]
     write(options.out, COLUMNS, table)
-    draw(options.figure, table)
+    draw(options.figure or options.out.with_suffix(".png"), table)
     return table
 
 
