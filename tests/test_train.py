@@ -168,11 +168,16 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(whole, tmp_path, monkey
 
 
 def test_resume_keeps_the_settings_but_can_train_longer(folder, tmp_path):
-    run = train(folder, **QUICK, epochs=1, out=str(tmp_path / "run")).run_dir
+    settings = dict(QUICK, optim=Optim(warmup_epochs=0))
+    run = train(folder, **settings, epochs=1, out=str(tmp_path / "run")).run_dir
     with pytest.raises(UserError, match=r"lr is 0.001 there, got 0.5"):
         train(resume=str(run), lr=0.5)
-    train(resume=str(run), epochs=2, quiet=True)
-    assert [row["epoch"] for row in rows_of(run)] == ["1", "2"]
+    train(resume=str(run), epochs=3, quiet=True)
+    assert [row["epoch"] for row in rows_of(run)] == ["1", "2", "3"]
+    longer = rows_of(train(folder, **settings, epochs=3, out=str(tmp_path / "longer")).run_dir)
+    rates, wanted = ([float(row["lr"]) for row in rows] for rows in (rows_of(run), longer))
+    assert rates[0] < wanted[0]
+    assert rates[1:] == wanted[1:]  # the schedule is that of all three epochs now
     with pytest.raises(UserError, match="nothing to resume"):
         train(resume=str(tmp_path / "nowhere"))
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")

@@ -262,6 +262,15 @@ class Task(L.LightningModule):
         scheduler.step_update(0)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The schedule follows from the settings and the updates made; a saved one would keep the epochs it was for."""
+        checkpoint["lr_schedulers"] = []
+
+    def on_train_start(self) -> None:
+        """A run that goes on for other epochs than before has another rate at once."""
+        if scheduler := self.lr_schedulers():
+            self.lr_scheduler_step(scheduler, None)
+
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """timm's schedulers are told the number of updates made."""
         scheduler.step_update(self.global_step)
