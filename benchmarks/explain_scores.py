@@ -26,7 +26,7 @@ from transcnn.data.classify import open_set
 from transcnn.explain import attention_rollout, deletion_insertion, grad_cam, gradient_attention
 from transcnn.explain.geometry import carry
 from transcnn.explain.record import record
-from transcnn.plots import BLUE, GREY, new_figure, style
+from transcnn.report.plots import BLUE, GREY, new_figure, style
 from transcnn.runs import Loaded, load
 from transcnn.tasks import get_task
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from transcnn import export
-from transcnn.engines import build, enliven
-from transcnn.export_check import check, comparisons
+from transcnn.compare.engines import build, enliven
+from transcnn.export import command
+from transcnn.export.check import check, comparisons
 from transcnn.runs import Loaded, build_network, data_config_of, load
 
 # The networks of recipes/camvid.yaml and recipes/bccd.yaml: 2 M parameters.
@@ -67,14 +67,14 @@ def network(name: str) -> Loaded:
 def measure(name: str, photos: list[str], folder: Path) -> list[dict[str, Any]]:
     """The rows of one network: written and compared in each format."""
     loaded = network(name)
-    model, info = export._graph_of(loaded), export._describe(loaded, None)
+    model, info = command._graph_of(loaded), command._describe(loaded, None)
     side = loaded.info["task_args"]["short_side"] if loaded.task == "detect" else None
-    least = export.LEAST if side else (0, 0)
+    least = command.LEAST if side else (0, 0)
     rows = []
-    for format, kind in export.FORMATS.items():
+    for format, kind in command.FORMATS.items():
         file = folder / f"{len(rows)}{kind.suffix}"
-        with export._quiet():  # a graph for each: translating a detector's to ONNX uses it up
-            program = export._capture(model, info["data_config"]["input_size"], None, least)
+        with command._quiet():  # a graph for each: translating a detector's to ONNX uses it up
+            program = command._capture(model, info["data_config"]["input_size"], None, least)
             kind.write(program, file, info)
         size = sum(part.stat().st_size for part in (file, file.with_suffix(".bin")) if part.exists())
         for row in check(model, kind.open(file), comparisons(info["data_config"], None, photos, side)):

@@ -28,7 +28,7 @@ from torch import nn
 
 import transcnn
 from transcnn.attention import grid_attention as plain_grid
-from transcnn.engines import enliven
+from transcnn.compare.engines import enliven
 from transcnn.fast import accelerate_training
 from transcnn.kernels.grid_triton import grid_attention
 

@@ -24,7 +24,7 @@ import torch
 
 import transcnn
 from transcnn.export import export_model
-from transcnn.export_int8 import OPERATORS, quantise, race, read, top1
+from transcnn.export.int8 import OPERATORS, quantise, race, read, top1
 from transcnn.runs import load
 
 Run = Callable[[np.ndarray], np.ndarray]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from transcnn.overlay import run_lengths
+from transcnn.report.overlay import run_lengths
 
 NAMES = ("square", "disc", "triangle")
 MOST_HIDDEN = 0.25

@@ -14,8 +14,8 @@ import torch
 from plain import plain
 
 import transcnn
+from transcnn.compare.engines import enliven
 from transcnn.engine import choose_precision
-from transcnn.engines import enliven
 
 LEAST = {"fp32": 1.15, "bf16": 1.2}  # measured on quiet machines: 1.7 and 1.8, see docs/speed.md
 

@@ -22,7 +22,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # for all cases alike: befor
 import torch
 
 from transcnn.compare import compare
-from transcnn.compare_plot import draw
+from transcnn.compare.plot import draw
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = f"{ROOT / 'benchmarks' / 'plain.py'}:plain"

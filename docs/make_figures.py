@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from transcnn.plots import BLUE, ORANGE, new_figure, style
+from transcnn.report.plots import BLUE, ORANGE, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

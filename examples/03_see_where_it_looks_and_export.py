@@ -23,7 +23,7 @@ import transcnn
 from transcnn.explain import deletion_insertion, grad_cam
 from transcnn.explain.command import explain
 from transcnn.export import export
-from transcnn.onnx_predict import OnnxModel, answers, to_input
+from transcnn.onnx.predict import OnnxModel, answers, to_input
 from transcnn.runs import load
 
 HERE = Path(tempfile.mkdtemp(prefix="transcnn-example-"))

@@ -176,7 +176,7 @@ def read_checkpoint(content: bytes, folder: Path) -> None:
 
 
 def read_onnx(content: bytes, folder: Path) -> None:
-    from transcnn.onnx_predict import OnnxModel, to_input
+    from transcnn.onnx.predict import OnnxModel, to_input
 
     (folder / "x.onnx").write_bytes(content)
     model = OnnxModel(folder / "x.onnx")

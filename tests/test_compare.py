@@ -7,9 +7,8 @@ import timm
 import torch
 
 import transcnn
-from transcnn import compare as module
-from transcnn.compare import PAPER, compare
-from transcnn.engines import build, prepare, prepare_training
+from transcnn.compare import PAPER, command, compare
+from transcnn.compare.engines import build, prepare, prepare_training
 from transcnn.errors import UserError
 from transcnn.levels import auto_levels
 
@@ -54,8 +53,8 @@ def test_medians_of_interleaved_rounds(monkeypatch):
     def named(case, reference, device, names):
         return case.model, torch.zeros(1)
 
-    monkeypatch.setattr(module, "_time", fake)
-    monkeypatch.setattr(module, "_prepare", named)
+    monkeypatch.setattr(command, "_time", fake)
+    monkeypatch.setattr(command, "_prepare", named)
     rows = compare("transcnn_test,resnet10t", sizes=[32], engine="eager", batch=4, rounds=3, memory=False)
     assert order == ["transcnn_test", "resnet10t"] * 3
     assert [row["images_per_s"] for row in rows] == [4.0, 2.0]
@@ -76,7 +75,7 @@ def test_a_reference_gets_the_same_weights(root, tmp_path):
 
 @torch.no_grad()
 def test_the_plain_network_equals_ours(root):
-    from transcnn.engines import load_reference, same_weights
+    from transcnn.compare.engines import load_reference, same_weights
 
     plain, ours = load_reference(f"{root}/benchmarks/plain.py:plain"), build("transcnn_tiny", 128)
     assert same_weights(plain, ours)
@@ -174,7 +173,7 @@ def test_few_tokens_are_left_at_any_size(size):
 
 
 def test_cost_grows_with_the_pixels():
-    from transcnn.engines import count
+    from transcnn.compare.engines import count
 
     per_pixel = []
     for size in (512, 1024, 2048):

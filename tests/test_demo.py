@@ -186,7 +186,7 @@ def shown(image: torch.Tensor) -> Image.Image:
 
 def test_a_segmenter_that_has_learnt_colours_the_right_pixels() -> None:
     pytest.importorskip("segmentation_models_pytorch")
-    from transcnn.overlay import palette
+    from transcnn.report.overlay import palette
     from transcnn.segmenters import build
 
     args = {"decoder": "fpn", "decoder_channels": 64, "label_ids": [0, 1], "resize": None}
@@ -215,7 +215,7 @@ def test_a_segmenter_that_has_learnt_colours_the_right_pixels() -> None:
 def test_a_detector_that_has_learnt_draws_its_boxes() -> None:
     pytest.importorskip("faster_coco_eval")
     from transcnn.detectors import build
-    from transcnn.overlay import palette
+    from transcnn.report.overlay import palette
 
     args = dict(detector="retinanet", fpn_channels=32, short_side=64, long_side=64, side_range=(1.0, 1.0))
     args |= dict(anchor_size=16, min_score=0.3, max_found=5, label_ids=[1])

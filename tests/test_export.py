@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -19,14 +18,14 @@ from torch import nn
 from transcnn.data.augment import eval_transform
 from transcnn.data.images import read_image
 from transcnn.errors import UserError
-from transcnn.export import FORMATS, Format, _capture, export_model
-from transcnn.export_check import _made_image, check, comparisons
-from transcnn.onnx_predict import OnnxModel, to_input
+from transcnn.export import command, export, export_model
+from transcnn.export.check import _made_image, check, comparisons
+from transcnn.export.command import FORMATS, Exported, Format, _capture
+from transcnn.onnx.predict import OnnxModel, to_input
 from transcnn.plug import plug
 from transcnn.predict import predict
 from transcnn.runs import Loaded, build_model, load, save_weights
 
-export_module = importlib.import_module("transcnn.export")  # transcnn.export may be the function
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
@@ -88,11 +87,11 @@ def program(trained):
 
 
 @pytest.fixture(scope="session")
-def exported(run, program) -> export_module.Exported:
+def exported(run, program) -> Exported:
     """The ONNX file of the run, made by the command's function."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_module, "_capture", lambda *_: program)
-        return export_module.export(str(run), quiet=True)
+        patch.setattr(command, "_capture", lambda *_: program)
+        return export(str(run), quiet=True)
 
 
 def random_images(*shape: int) -> np.ndarray:
@@ -242,9 +241,9 @@ def labelled(class_image, tmp_path_factory) -> Path:
 
 
 def test_int8_says_what_it_costs_and_is_refused_beyond(exported, run, program, labelled, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(export_module, "_capture", lambda *_: program)
+    monkeypatch.setattr(command, "_capture", lambda *_: program)
     out = tmp_path / "small.onnx"
-    result = export_module.export(str(run), out=str(out), int8=True, calibrate=str(labelled), max_loss=20)
+    result = export(str(run), out=str(out), int8=True, calibrate=str(labelled), max_loss=20)
     told = result.info["int8"]
     assert told["test_images"] == 18
     assert told["calibrated_on"] == 21  # of 24, three are held back for validation
@@ -258,7 +257,7 @@ def test_int8_says_what_it_costs_and_is_refused_beyond(exported, run, program, l
     difference = np.abs(small(images) - plain(images)).max() / np.abs(plain(images)).max()
     assert 1e-4 < difference < 0.5  # it computes in 8 bits
     with pytest.raises(UserError, match=r"in 8 bits top-1 is .* of 18 images: more lost than max_loss=-101"):
-        export_module.export(str(run), out=str(tmp_path / "b.onnx"), int8=True, calibrate=str(labelled), max_loss=-101)
+        export(str(run), out=str(tmp_path / "b.onnx"), int8=True, calibrate=str(labelled), max_loss=-101)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small.json", "small.onnx"]
     for wrong, text in (
         ({"int8": True}, "int8 and calibrate go together"),
@@ -266,7 +265,7 @@ def test_int8_says_what_it_costs_and_is_refused_beyond(exported, run, program, l
         ({"int8": True, "calibrate": "x", "format": "torch"}, "int8 is for the format onnx"),
     ):
         with pytest.raises(UserError, match=text):
-            export_module.export(str(run), **wrong)
+            export(str(run), **wrong)
 
 
 def test_a_file_that_answers_otherwise_is_not_kept(monkeypatch, trained, tmp_path):
@@ -276,7 +275,7 @@ def test_a_file_that_answers_otherwise_is_not_kept(monkeypatch, trained, tmp_pat
     for wrong in (lambda x: x * 1.001, lambda x: x * np.nan):
         kind = Format(".onnx", (), write, lambda path, wrong=wrong: lambda x: wrong(answers_of(trained.model, x)))
         monkeypatch.setitem(FORMATS, "onnx", kind)
-        monkeypatch.setattr(export_module, "_capture", lambda *_: None)
+        monkeypatch.setattr(command, "_capture", lambda *_: None)
         (tmp_path / "model.onnx").write_bytes(b"an older one")
         with pytest.raises(
             UserError, match=r"model.onnx is not kept: at \d+x\d+x\d+ it differs .* tolerance is 1.0e-05"
@@ -291,7 +290,7 @@ def test_what_a_format_cannot_hold_ends_in_one_line(monkeypatch, trained, tmp_pa
         raise RuntimeError("no such operator\nand a long report")
 
     monkeypatch.setitem(FORMATS, "onnx", Format(".onnx", (), write, lambda path: lambda x: x))
-    monkeypatch.setattr(export_module, "_capture", lambda *_: None)
+    monkeypatch.setattr(command, "_capture", lambda *_: None)
     with pytest.raises(UserError, match=r"the format onnx can't hold TransCNN: no such operator$"):
         export_model(trained, tmp_path / "model.onnx")
     assert not any(tmp_path.iterdir())
@@ -306,7 +305,7 @@ def test_clear_errors(trained, tmp_path, run):
     with pytest.raises(UserError, match=r"a file of format openvino ends in .xml, got .*a.onnx"):
         export_model(trained, tmp_path / "a.onnx", format="openvino")
     with pytest.raises(UserError, match="format must be one of onnx, torch, openvino, got 'tflite'"):
-        export_module.export(str(run), format="tflite")  # pyright: ignore
+        export(str(run), format="tflite")  # pyright: ignore
     with pytest.raises(UserError, match="static must be 1 or more, got 0"):
         export_model(trained, tmp_path / "a.onnx", static=0)
     with pytest.raises(UserError, match="FixedSize works at a fixed height and width only; give --static SIZE"):

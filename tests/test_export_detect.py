@@ -17,12 +17,12 @@ from torch import nn
 from transcnn.detectors import DETECTORS, build
 from transcnn.errors import UserError
 from transcnn.export import export_model
-from transcnn.export_check import _of_findings, check
-from transcnn.export_detect import DetectorGraph
-from transcnn.onnx_dense import bilinear, class_map, findings, window_starts
-from transcnn.onnx_predict import OnnxModel
-from transcnn.overlay import largest
+from transcnn.export.check import _of_findings, check
+from transcnn.export.detect import DetectorGraph
+from transcnn.onnx.dense import bilinear, class_map, findings, window_starts
+from transcnn.onnx.predict import OnnxModel
 from transcnn.predict import predict
+from transcnn.report.overlay import largest
 from transcnn.runs import Loaded, load, save_weights
 from transcnn.tasks.sliding import judge_whole
 
@@ -205,7 +205,7 @@ def test_windows_cover_all():
 def test_a_file_of_one_size_is_refused_for_whole_images(monkeypatch, tmp_path):
     photo(0).save(tmp_path / "a.png")
     fake = type("Fake", (), {"task": "segment", "fixed": [64, 64], "class_names": NAMES, "info": {"task_args": {}}})
-    monkeypatch.setattr("transcnn.onnx_predict.OnnxModel", lambda *_, **__: fake)
+    monkeypatch.setattr("transcnn.onnx.predict.OnnxModel", lambda *_, **__: fake)
     with pytest.raises(UserError, match="images to segment have many sizes, the file takes one alone"):
         predict("model.onnx", [str(tmp_path / "a.png")], quiet=True)
 
@@ -247,7 +247,7 @@ def test_every_detector_goes_into_every_format(detector, format, tmp_path):
 @pytest.mark.slow
 def test_a_segmenter_answers_and_predicts_the_same_from_its_file(tmp_path):
     pytest.importorskip("segmentation_models_pytorch")
-    from transcnn.engines import enliven
+    from transcnn.compare.engines import enliven
     from transcnn.segmenters import build as build_segmenter
 
     torch.manual_seed(0)

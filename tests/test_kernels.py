@@ -33,7 +33,7 @@ for batch, height, width, heads, head_dim, size, dtype in json.load(sys.stdin):
 
 # A whole network, optimized and in training, goes through the kernel.
 import timm, transcnn
-from transcnn import engines
+from transcnn.compare import engines
 from transcnn.fast import accelerate_training, optimize
 from transcnn.kernels import grid_triton
 launches, launch = [], grid_triton._launch

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from transcnn.errors import UserError
-from transcnn.plots import Wrong, plot_classes, plot_confusion, plot_history, plot_wrong, style
-from transcnn.report import class_table, confused_pairs, read_history, write_report
+from transcnn.report.classify import class_table, confused_pairs, read_history, write_report
+from transcnn.report.plots import Wrong, plot_classes, plot_confusion, plot_history, plot_wrong, style
 
 CONFUSION = np.array([[8, 2, 0], [0, 5, 0], [0, 0, 0]])
 NAMES = ["ash", "birch", "cedar"]

@@ -25,7 +25,7 @@ from transcnn.errors import UserError
 from transcnn.evaluate import evaluate
 from transcnn.plug import plug, plug_spec, plugged, plugged_parameters
 from transcnn.predict import predict
-from transcnn.report_dense import class_iou, ends_and_middle
+from transcnn.report.dense import class_iou, ends_and_middle
 from transcnn.runs import load, save_weights
 from transcnn.segmenters import DECODERS, build
 from transcnn.settings import Augment, Ema, Optim, Segment

@@ -24,7 +24,7 @@ from transcnn import cli
 from transcnn.data.classify import open_set
 from transcnn.data.store import open_files
 from transcnn.errors import UserError
-from transcnn.onnx_predict import OnnxModel
+from transcnn.onnx.predict import OnnxModel
 from transcnn.runs import load, read_info
 from transcnn.train import train
 

@@ -28,9 +28,9 @@ COMMANDS = {
     "eval": ("transcnn.evaluate:evaluate", "score a trained network on a data set"),
     "predict": ("transcnn.predict:predict", "name what images show"),
     "explain": ("transcnn.explain.command:explain", "draw where a network looks in an image"),
-    "compare": ("transcnn.compare:compare", "networks side by side: speed, memory, size"),
+    "compare": ("transcnn.compare.command:compare", "networks side by side: speed, memory, size"),
     "plug": ("transcnn.plug_table:plug_network", "where H-MHSA can go in a CNN, and what it costs there"),
-    "export": ("transcnn.export:export", "write a trained network as a file for other engines"),
+    "export": ("transcnn.export.command:export", "write a trained network as a file for other engines"),
     "pack": ("transcnn.data.pack:pack", "write data as shards with a manifest and checksums"),
     "demo": ("transcnn.demo.command:demo", "a page in the browser: answers, and where any spot looks"),
 }

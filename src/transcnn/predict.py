@@ -142,7 +142,7 @@ def _predict(
     import torch
 
     from .engine import choose_precision
-    from .overlay import PictureFolder
+    from .report.overlay import PictureFolder
     from .tasks import get_task
 
     task = get_task(loaded.task)
@@ -165,7 +165,7 @@ def _predict_onnx(
     file: str, files: list[str], top_k: int, batch_size: int, img_size: int | None, accelerator: str, out: str
 ) -> Iterator[dict[str, Any]]:
     """The same by an exported file."""
-    from .onnx_predict import OnnxModel, answers, to_input
+    from .onnx.predict import OnnxModel, answers, to_input
 
     model = OnnxModel(file, accelerator=accelerator)
     if img_size is not None:
@@ -182,8 +182,8 @@ def _predict_onnx(
 
 def _predict_dense(model: Any, files: list[str], top_k: int, out: str) -> Iterator[dict[str, Any]]:
     """The same by a file that segments or detects, one image at a time."""
-    from .onnx_dense import class_map, findings
-    from .overlay import PictureFolder, tell_classes, tell_found
+    from .onnx.dense import class_map, findings
+    from .report.overlay import PictureFolder, tell_classes, tell_found
 
     if model.fixed:
         raise UserError(f"images to {model.task} have many sizes, the file takes one alone; export it without --static")

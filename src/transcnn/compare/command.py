@@ -22,10 +22,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .compare_plot import draw
+from ..errors import UserError
+from ..models import PAPER_TOP1
 from .engines import ENGINES, build, count, load_reference, prepare, prepare_training, same_weights
-from .errors import UserError
-from .models import PAPER_TOP1
+from .plot import draw
 
 __all__ = ["PAPER", "compare"]
 
@@ -224,7 +224,7 @@ def _time(run: Callable[[Tensor], Any], images: Tensor, seconds: float) -> float
 def _peak_memory(case: Case, reference: str | None) -> None:
     """Fills in the case's memory, as a process of its own measures it."""
     what = {**asdict(case), "times": [], "reference": reference, "threads": torch.get_num_threads()}
-    child = [sys.executable, "-c", "from transcnn.compare import _child; _child()"]
+    child = [sys.executable, "-c", "from transcnn.compare.command import _child; _child()"]
     done = subprocess.run(child, input=json.dumps(what), capture_output=True, text=True)
     if done.returncode:
         case.note = (case.note + " memory not measured").strip()

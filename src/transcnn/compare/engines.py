@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .checkpoints import convert_state_dict
-from .errors import UserError, require
-from .fast import optimize
+from ..checkpoints import convert_state_dict
+from ..errors import UserError, require
+from ..fast import optimize
 
 __all__ = ["ENGINES", "build", "count", "load_reference", "prepare", "prepare_training", "same_weights"]
 
@@ -41,8 +41,8 @@ def build(spec: str, size: int) -> nn.Module:
     from torchvision.models import get_model
     from torchvision.models import list_models as torchvision_models
 
-    from . import variants as _registers_our_models  # noqa: F401
-    from .backbone import TransCNN
+    from .. import variants as _registers_our_models  # noqa: F401
+    from ..backbone import TransCNN
 
     name, *pairs = spec.split(":")
     given = [pair.partition("=") for pair in pairs]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .plots import BLUE, GREY, ORANGE, draw_bars, new_figure, style
+from ..report.plots import BLUE, GREY, ORANGE, draw_bars, new_figure, style
 
 __all__ = ["draw"]
 

@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..explain.maps import AttentionMap, maps_of
 from ..explain.picture import describe
 from ..explain.record import record
-from ..overlay import PictureFolder
+from ..report.overlay import PictureFolder
 from ..runs import Loaded
 from ..tasks import get_task
 from .drawing import draw_look, enlarged, mark_spot

@@ -51,7 +51,7 @@ def explain(
     """
     require("matplotlib", "train")
     from ..engine import quiet_libraries
-    from ..plots import style
+    from ..report.plots import style
     from .picture import draw
 
     target = Path(out) if out else Path(f"{Path(image).stem}_explain.png")

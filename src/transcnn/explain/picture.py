@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..plots import BLUE, GREY, ORANGE, new_figure
+from ..report.plots import BLUE, GREY, ORANGE, new_figure
 from .geometry import edges
 from .maps import AttentionMap
 

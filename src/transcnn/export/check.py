@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .data.images import read_image
-from .errors import UserError
-from .onnx_predict import to_input
+from ..data.images import read_image
+from ..errors import UserError
+from ..onnx.predict import to_input
 
 __all__ = ["Row", "Run", "check", "comparisons", "judge"]
 

@@ -2,7 +2,7 @@
 
 One trace by ``torch.export`` serves the three formats. Batch, height and width stay free unless a size is given; the
 grids at a map's border then always carry their mask, because a graph can't ask whether sizes divide. A detector goes in
-whole, from normalised images to boxes after non-maximum suppression (:mod:`transcnn.export_detect`).
+whole, from normalised images to boxes after non-maximum suppression (:mod:`transcnn.export.detect`).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from . import __version__
-from .errors import UserError, require
-from .export_check import Row, Run, check, comparisons, judge
-from .plug import plug_spec
-from .runs import Loaded, load
+from .. import __version__
+from ..errors import UserError, require
+from ..plug import plug_spec
+from ..runs import Loaded, load
+from .check import Row, Run, check, comparisons, judge
 
 __all__ = ["Exported", "export", "export_model"]
 
@@ -140,7 +140,7 @@ def export_model(
             rows = check(model, kind.open(file), comparisons(info["data_config"], static, images, side))
             judge(rows, TOLERANCES[loaded.task] if tolerance is None else tolerance, out)
             if calibrate is not None:
-                from .export_int8 import note, to_int8
+                from .int8 import note, to_int8
 
                 info["int8"] = to_int8(loaded, file, calibrate, max_loss, torch.get_num_threads())
                 note(file, info)
@@ -178,7 +178,7 @@ def _write_onnx(program: ExportedProgram, path: Path, info: dict[str, Any]) -> N
 
 
 def _open_onnx(path: Path) -> Run:
-    from .onnx_predict import OnnxModel
+    from ..onnx.predict import OnnxModel
 
     model = OnnxModel(path, accelerator="cpu", threads=torch.get_num_threads())
     return lambda images: _one_or_all(list(model.outputs(images).values()))
@@ -254,7 +254,7 @@ def _graph_of(loaded: Loaded) -> nn.Module:
     model = loaded.model.cpu().float().eval()
     if loaded.task != "detect":
         return model
-    from .export_detect import DetectorGraph
+    from .detect import DetectorGraph
 
     return DetectorGraph(model).eval()  # pyright: ignore
 

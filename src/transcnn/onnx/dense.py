@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .data.images import to_channels
+from ..data.images import to_channels
 
 __all__ = ["bilinear", "class_map", "findings", "window_starts"]
 
@@ -47,7 +47,7 @@ def findings(network: Network, image: Image.Image, info: dict[str, Any]) -> dict
     """What is in an image: ``boxes`` (N, 4), ``scores``, ``labels``, perhaps ``masks`` (N, 1, H, W).
 
     Args:
-        network: (1, C, h, w) of any size to a detector's answers (:class:`transcnn.export_detect.DetectorGraph`).
+        network: (1, C, h, w) of any size to a detector's answers (:class:`transcnn.export.detect.DetectorGraph`).
         image: As :func:`transcnn.data.images.read_image` gives it.
         info: What the exported file holds.
     """

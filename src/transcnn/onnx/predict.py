@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .data.images import cut_ends, to_channels
-from .errors import UserError, require
-from .stored import check_stored
+from ..data.images import cut_ends, to_channels
+from ..errors import UserError, require
+from ..stored import check_stored
 
 __all__ = ["OnnxModel", "answers", "to_input"]
 
@@ -71,7 +71,7 @@ class OnnxModel:
         return self.outputs(images)["logits"]
 
     def outputs(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """All outputs by name; a detector's are those of :class:`transcnn.export_detect.DetectorGraph`."""
+        """All outputs by name; a detector's are those of :class:`transcnn.export.detect.DetectorGraph`."""
         names = [output.name for output in self.session.get_outputs()]
         return dict(zip(names, self.session.run(names, {self._input.name: images}), strict=True))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import UserError, require
+from ..errors import UserError, require
 from .plots import Wrong, plot_classes, plot_confusion, plot_history, plot_pairs, plot_wrong, style
 
 __all__ = [

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .classify import facts_of, html_page, html_table, read_history, skipped_part, write_rows
 from .plots import new_figure, plot_bars, plot_confusion, plot_history, style
-from .report import facts_of, html_page, html_table, read_history, skipped_part, write_rows
 
 __all__ = ["class_iou", "ends_and_middle", "write_dense_report", "write_segment_report"]
 

@@ -177,7 +177,7 @@ def plot_confusion(confusion: np.ndarray, class_names: Sequence[str], what: str 
 
 
 def plot_pairs(pairs: Sequence[Mapping[str, Any]], most: int = 25) -> Figure | None:
-    """The first ``most`` rows of :func:`transcnn.report.confused_pairs` as bars; None without any."""
+    """The first ``most`` rows of :func:`transcnn.report.classify.confused_pairs` as bars; None without any."""
     from matplotlib.ticker import MaxNLocator
 
     if not pairs:
@@ -194,7 +194,7 @@ def plot_pairs(pairs: Sequence[Mapping[str, Any]], most: int = 25) -> Figure | N
 
 
 def plot_classes(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """The rows of :func:`transcnn.report.class_table` as bars; above 50 the lowest ones and how all are spread."""
+    """The rows of :func:`transcnn.report.classify.class_table` as bars; above 50 the lowest and how all are spread."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     many = len(rows) > MAX_BARS

@@ -18,7 +18,7 @@ from ..data.augment import Transform
 from ..data.classify import ClassifyData, ImageSet, eval_transform, make_loader, open_set, open_splits, train_transform
 from ..errors import UserError
 from ..processes import gather_lists
-from ..report import write_report
+from ..report.classify import write_report
 from ..settings import Augment
 from .base import Task
 from .distill import Teacher

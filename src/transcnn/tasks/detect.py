@@ -17,9 +17,9 @@ from ..data.denseset import DenseSet, DenseSplits
 from ..data.detect import open_set, open_splits
 from ..data.detect_transforms import DetectTransform
 from ..errors import require
-from ..overlay import SHOWN_SCORE, draw_found, palette, tell_boxes, tell_found
 from ..processes import gather, gather_lists, world
-from ..report_dense import ends_and_middle, write_dense_report
+from ..report.dense import ends_and_middle, write_dense_report
+from ..report.overlay import SHOWN_SCORE, draw_found, palette, tell_boxes, tell_found
 from ..settings import Augment
 from .dense import DenseTask
 

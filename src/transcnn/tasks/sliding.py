@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..onnx_dense import window_starts
+from ..onnx.dense import window_starts
 
 __all__ = ["judge_whole"]
 

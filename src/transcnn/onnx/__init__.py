@@ -1,0 +1,1 @@
+"""What runs an exported ONNX file, with ONNX Runtime, NumPy and Pillow alone: nothing here may import torch."""
