@@ -136,7 +136,7 @@ def test_eval_gives_the_runs_score_again(run, data, tmp_path, capsys):
     again = evaluate(str(run), str(data), accelerator="cpu", split="test", out=str(tmp_path))
     assert again["map"] == pytest.approx(metrics["map"], abs=0.01)
     assert "square" in capsys.readouterr().out
-    with pytest.raises(UserError, match="window is for segmentation"):
+    with pytest.raises(UserError, match="window is for segment alone"):
         evaluate(str(run), str(data), window=64, quiet=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from transcnn.data.images import read_image
 from transcnn.errors import UserError
 from transcnn.evaluate import evaluate
 from transcnn.models import describe, models
 from transcnn.predict import find_images, predict
 from transcnn.runs import build_model, data_config_of, load, save_weights
+from transcnn.tasks import get_task
 
 
 @pytest.fixture
@@ -50,6 +53,28 @@ def test_eval_counts_as_a_loop_would(run, class_folder, capsys):
     assert json.loads((run / "eval" / "metrics.json").read_text()) == metrics
     assert (run / "eval" / "report" / "index.html").is_file()
     assert "top-1" in capsys.readouterr().out
+
+
+def test_eval_averages_an_image_and_its_mirror_image(run, class_folder, tmp_path, capsys):
+    settings: dict[str, Any] = dict(precision="32", accelerator="cpu", out=str(tmp_path))
+    once = evaluate(str(run), str(class_folder), **settings, quiet=True)
+    metrics = evaluate(str(run), str(class_folder), **settings, flip=True)
+    assert "each also mirrored" in capsys.readouterr().out
+    loaded = load(run)
+    transform = get_task("classify").image_transform(loaded.preprocessing)
+    losses = []
+    for path in sorted(class_folder.glob("*/*.png")):
+        x = transform(read_image(path))[None]
+        with torch.inference_mode():
+            logs = [loaded.model.eval()(view).double().log_softmax(1)[0] for view in (x, x.flip(-1))]
+        mean = torch.logaddexp(*logs) - math.log(2)  # of the probabilities
+        losses.append(-mean[loaded.class_names.index(path.parent.name)].item())
+    assert metrics["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert metrics["loss"] != once["loss"]
+    assert metrics["flip"] is True
+    assert "flip" not in once
+    with pytest.raises(UserError, match=r"window is for segment alone; .* is for the task classify"):
+        evaluate(str(run), str(class_folder), window=64)
 
 
 def test_eval_leaves_broken_files_out_and_lists_them(run, class_folder):

@@ -23,6 +23,11 @@ from .tasks.base import Task
 
 __all__ = ["evaluate", "measure", "write_results"]
 
+VIEWS = {
+    "window": ("segment",),
+    "flip": ("classify", "segment"),
+}  # how images are judged, by task
+
 
 def evaluate(
     checkpoint: str,
@@ -63,7 +68,7 @@ def evaluate(
         strict_data: Stop at the first image that can't be read, instead of leaving it out.
         num_workers: Processes that read images.
         window: To segment: judge in overlapping windows of this side, otherwise than training did.
-        flip: To segment: judge images also mirrored.
+        flip: To classify or segment: judge images also mirrored, and average; twice the time.
         out: Directory for metrics.json; without it the run's eval/, or none where there is no run.
         report: Also draw the report.
         quiet: Print nothing but errors.
@@ -79,11 +84,13 @@ def evaluate(
         loaded = load(checkpoint)
         if img_size is not None:
             loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
-        for name, value in (("window", window), ("flip", flip)):
-            if value:
-                if name not in (loaded.info.get("task_args") or {}):
-                    raise UserError(f"{name} is for segmentation; {loaded.source} is for the task {loaded.task}")
-                loaded.info["task_args"][name] = value
+        views: dict[str, Any] = {"window": window} if window else {}
+        views |= {"flip": flip} if flip else {}
+        for name in views:
+            if loaded.task not in VIEWS[name]:
+                tasks = " and ".join(VIEWS[name])
+                raise UserError(f"{name} is for {tasks} alone; {loaded.source} is for the task {loaded.task}")
+        loaded.info["task_args"] = {**(loaded.info.get("task_args") or {}), **views}
         trained = loaded.info.get("settings") or {}
         if data is None and "data" in trained:
             data = trained["data"]
@@ -108,6 +115,7 @@ def evaluate(
         )
     metrics = {
         **learner.summary(scores),
+        **views,
         "split": part.split or split,
         "data": data or "digits",
         "checkpoint": loaded.source,

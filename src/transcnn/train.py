@@ -111,7 +111,8 @@ def train(
         out: The run's directory, new or empty; without it runs/DATE-TIME-MODEL-DATA.
         seed: Of the weights, the split, the order and the augmentation.
         precision: auto is bf16 where the processor has it, else 32; 16 needs a GPU.
-        resume: A run's directory or last.ckpt: go on exactly where it stopped, with its settings.
+        resume: A run's directory or last.ckpt: go on exactly where it stopped, with its settings. ``epochs`` may be
+            others than before; the schedule is then that of all of them.
         init_from: Weights to start from: a run's directory, a checkpoint of ours or a published one. To segment or
             detect, those of a classifier (or of another decoder) are taken for the backbone.
         pretrained: Start from the model's published weights.

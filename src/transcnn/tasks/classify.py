@@ -22,6 +22,7 @@ from ..report.classify import write_report
 from ..settings import Augment
 from .base import Task
 from .distill import Teacher
+from .sliding import average
 
 __all__ = ["Classify"]
 
@@ -139,7 +140,7 @@ class Classify(Task):
         counted = labels >= 0  # broken files and padding are not to be scored
         places = torch.tensor([self.place(self._seen + i) for i in range(len(labels))])[counted.cpu()]
         self._seen += len(labels)
-        logits, labels = self(images).float()[counted], labels[counted]
+        logits, labels = self._judged(images)[counted], labels[counted]
         self._loss = self._loss.to(logits.device) + F.cross_entropy(logits, labels, reduction="sum").double()
         self._top5 = self._top5.to(logits.device) + _hits(logits, labels, 5)
         probability, guess = logits.softmax(1).max(1)
@@ -154,6 +155,11 @@ class Classify(Task):
             strict=True,
         )
         self._wrong = _surest([*self._wrong, *rows])
+
+    def _judged(self, images: Tensor) -> Tensor:
+        """Logits (B, classes), of the mirrored images, too, where the task's settings say ``flip``."""
+        logits = self(images).float()
+        return average(logits, self(images.flip(-1)).float()) if self.task_args.get("flip") else logits
 
     def scores(self) -> dict[str, Any]:
         """``top1``, ``top5`` (more than five classes only), ``loss``; ``confusion``, ``wrong`` and ``images``.
@@ -200,7 +206,8 @@ class Classify(Task):
             if name in metrics:
                 table.add_row(word, f"{metrics[name]:.2f} %")
         table.add_row("loss", f"{metrics['loss']:.4f}")
-        table.add_row("images", f"{metrics['images']:,} ({metrics['split']} of {metrics['data']})")
+        twice = ", each also mirrored" if metrics.get("flip") else ""
+        table.add_row("images", f"{metrics['images']:,} ({metrics['split']} of {metrics['data']}{twice})")
         table.add_row("speed", f"{metrics['images_per_second']:.0f} images/s")
         known = [(value, name) for name, value in metrics["class_accuracy"].items() if value is not None]
         table.add_row()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..onnx.dense import window_starts
 
-__all__ = ["judge_whole"]
+__all__ = ["average", "judge_whole"]
 
 
 def judge_whole(
@@ -28,7 +29,12 @@ def judge_whole(
     if not flip:
         return _windows(network, images, classes, window)
     both = [_windows(network, x, classes, window) for x in (images, images.flip(-1))]
-    return torch.stack([both[0].log_softmax(1), both[1].flip(-1).log_softmax(1)]).logsumexp(0)
+    return average(both[0], both[1].flip(-1))
+
+
+def average(*logits: Tensor) -> Tensor:
+    """What answers logits (B, classes, ...) give together: the mean of their probabilities, as logarithms."""
+    return torch.stack([each.log_softmax(1) for each in logits]).logsumexp(0) - math.log(len(logits))
 
 
 def _windows(network: Callable[[Tensor], Tensor], images: Tensor, classes: int, window: int | None) -> Tensor:
