@@ -25,7 +25,7 @@ from timm.layers import create_attn
 from timm.models import create_model, register_model
 from torch import Tensor, nn
 
-from transcnn.plug import plug
+from transcnn.plug import HMHSABranch, plug
 from transcnn.plug_table import cost
 from transcnn.settings import Augment, Ema, Optim
 from transcnn.train import train
@@ -39,6 +39,8 @@ VARIANTS: dict[str, str] = {
     "nonlocal": "non-local blocks after stages 2 and 3",
     "hmhsa2": "H-MHSA of two levels after each stage",
     "hmhsa2_late": "H-MHSA of two levels after stages 2 and 3",
+    "hmhsa2_inside": "H-MHSA of two levels after the first block of stages 2 and 3",
+    "hmhsa2_open": "H-MHSA of two levels after stages 2 and 3, its scale 0.1 at first",
     "hmhsa3": "H-MHSA of three levels after each stage",
 }
 COLUMNS = ["variant", "what", "params", "macs", "images_per_s", "epochs", "seeds", "top1_mean", "top1_spread"]
@@ -95,12 +97,16 @@ def resnet20_attention(pretrained: bool = False, variant: str = "none", **kwargs
         for name, channels in (("layer2", 32), ("layer3", 64)):
             getattr(model, name).append(create_attn("nl", channels))
     example = torch.zeros(1, *size)
-    if variant == "hmhsa2":
-        plug(
-            model, STAGES, example=example
-        )  # by the default rule: grids of 8 and ratios 4, 2; stage 3 has 8x8 positions
+    if variant == "hmhsa2":  # by the default rule: grids of 8 and ratios 4, 2; stage 3 has 8x8 positions
+        plug(model, STAGES, example=example)
     if variant == "hmhsa2_late":
         plug(model, STAGES[1:], example=example)
+    if variant == "hmhsa2_inside":  # so that convolutions of the same stage work on what it gives
+        plug(model, [f"{name}.0" for name in STAGES[1:]], example=example)
+    if variant == "hmhsa2_open":
+        for branch in plug(model, STAGES[1:], example=example).modules():
+            if isinstance(branch, HMHSABranch):
+                nn.init.constant_(branch.scale, 0.1)
     if variant == "hmhsa3":
         for name, grids in zip(STAGES, ((8, 8), (8, 4), (4, 2)), strict=True):
             plug(model, name, grid_sizes=grids, pool_ratios=(2, 2), example=example)
@@ -180,8 +186,8 @@ def summary(variant: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "images_per_s": round(figures["images/s"]),
         "epochs": runs[0]["epochs"],
         "seeds": len(runs),
-        "top1_mean": statistics.mean(accuracies),
-        "top1_spread": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+        "top1_mean": round(statistics.mean(accuracies), 3),
+        "top1_spread": round(statistics.stdev(accuracies), 3) if len(accuracies) > 1 else 0.0,
     }
 
 
@@ -205,12 +211,16 @@ def draw(path: Path, table: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    drawn: list[tuple[float, float]] = []
     for row in table:
         at, colour = (row["macs"] / 1e6, row["top1_mean"]), "#0060a8" if "hmhsa" in row["variant"] else "#707070"
+        taken = any(abs(at[0] - x) < 1 and abs(at[1] - y) < 0.05 for x, y in drawn)
+        drawn.append(at)
         axes.errorbar(*at, row["top1_spread"] or None, fmt="o", capsize=3, color=colour)
-        axes.annotate(row["variant"], at, (6, 4), textcoords="offset points", color=colour)
-    seeds = max(row["seeds"] for row in table)
-    title = f"ResNet-20 and attention, {table[0]['epochs']} epochs, {seeds} seed{'s' * (seeds > 1)}"
+        axes.annotate(row["variant"], at, (6, -11 if taken else 4), textcoords="offset points", color=colour)
+    fewest, most = min(row["seeds"] for row in table), max(row["seeds"] for row in table)
+    seeds = f"{most} seed{'s' * (most > 1)}" if fewest == most else f"{fewest} to {most} seeds"
+    title = f"ResNet-20 and attention, {table[0]['epochs']} epochs, {seeds}"
     axes.set(xlabel="multiply-adds of one image (M)", ylabel="CIFAR-10 top-1 (%)", title=title)
     axes.margins(x=0.15, y=0.1)
     axes.spines[["top", "right"]].set_visible(False)
