@@ -25,8 +25,9 @@ from timm.layers import create_attn
 from timm.models import create_model, register_model
 from torch import Tensor, nn
 
-from transcnn.plug import HMHSABranch, plug
+from transcnn.plug import plug, plugged
 from transcnn.plug_table import cost
+from transcnn.report.plots import BLUE, GREY, new_figure, style
 from transcnn.settings import Augment, Ema, Optim
 from transcnn.train import train
 
@@ -104,9 +105,8 @@ def resnet20_attention(pretrained: bool = False, variant: str = "none", **kwargs
     if variant == "hmhsa2_inside":  # so that convolutions of the same stage work on what it gives
         plug(model, [f"{name}.0" for name in STAGES[1:]], example=example)
     if variant == "hmhsa2_open":
-        for branch in plug(model, STAGES[1:], example=example).modules():
-            if isinstance(branch, HMHSABranch):
-                nn.init.constant_(branch.scale, 0.1)
+        for _, branch in plugged(plug(model, STAGES[1:], example=example)):
+            nn.init.constant_(branch.scale, 0.1)
     if variant == "hmhsa3":
         for name, grids in zip(STAGES, ((8, 8), (8, 4), (4, 2)), strict=True):
             plug(model, name, grid_sizes=grids, pool_ratios=(2, 2), example=example)
@@ -170,7 +170,8 @@ def write_table(options: argparse.Namespace, runs: list[dict[str, Any]]) -> list
     variants = [v for v in VARIANTS if any(r["variant"] == v for r in runs)]
     table = [summary(variant, [r for r in runs if r["variant"] == variant]) for variant in variants]
     write(options.out, COLUMNS, table)
-    draw(options.figure or options.out.with_suffix(".png"), table)
+    with style():
+        draw(options.figure or options.out.with_suffix(".png"), table)
     return table
 
 
@@ -208,12 +209,11 @@ def write(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
 
 def draw(path: Path, table: list[dict[str, Any]]) -> None:
     """Accuracy over multiply-adds, a bar for the spread; ours are blue, others grey."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = new_figure(6, 4)
+    axes = figure.subplots()
     drawn: list[tuple[float, float]] = []
     for row in table:
-        at, colour = (row["macs"] / 1e6, row["top1_mean"]), "#0060a8" if "hmhsa" in row["variant"] else "#707070"
+        at, colour = (row["macs"] / 1e6, row["top1_mean"]), BLUE if "hmhsa" in row["variant"] else GREY
         taken = any(abs(at[0] - x) < 1 and abs(at[1] - y) < 0.05 for x, y in drawn)
         drawn.append(at)
         axes.errorbar(*at, row["top1_spread"] or None, fmt="o", capsize=3, color=colour)
@@ -223,9 +223,7 @@ def draw(path: Path, table: list[dict[str, Any]]) -> None:
     title = f"ResNet-20 and attention, {table[0]['epochs']} epochs, {seeds}"
     axes.set(xlabel="multiply-adds of one image (M)", ylabel="CIFAR-10 top-1 (%)", title=title)
     axes.margins(x=0.15, y=0.1)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -84,8 +84,7 @@ def evaluate(
         loaded = load(checkpoint)
         if img_size is not None:
             loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
-        views: dict[str, Any] = {"window": window} if window else {}
-        views |= {"flip": flip} if flip else {}
+        views = {name: value for name, value in (("window", window), ("flip", flip)) if value}
         for name in views:
             if loaded.task not in VIEWS[name]:
                 tasks = " and ".join(VIEWS[name])
