@@ -84,6 +84,32 @@ def test_work_in_parts_changes_nothing(kind, cache, monkeypatch):
     assert max(sizes["hidden"]) <= max(cache, 13 * row) + 6 * row
 
 
+@torch.no_grad()
+def test_steps_that_merge_nothing_between_them():
+    attn = transcnn.HMHSA(8, head_dim=4, grid_sizes=[4, 3, 2], pool_ratios=[1, 2, 2]).eval()
+    x = torch.randn(2, 8, 21, 13)
+    assert error(optimize(attn)(x), attn(x)) <= 1e-5
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 64, 64), (1, 512, 512), (2, 100, 3001), (1, 3000, 40)])
+@pytest.mark.parametrize(("channels", "unit", "reach"), [(64, 1, 0), (192, 8, 0), (512, 1, 1), (2048, 1, 3)])
+def test_parts_cover_all_once_and_keep_what_is_computed_twice_small(shape, channels, unit, reach):
+    batch, height, width = shape
+    seen = torch.zeros(*shape, 1)
+    computed = []
+
+    def count(part):
+        images, rows, columns = (side.stop - side.start for side in part)
+        assert part[1].start % unit == 0
+        assert images * rows * columns <= max(2**23 / (4 * channels), unit * width, (8 * reach) ** 2)
+        computed.append(images * min(rows + 2 * reach, height) * min(columns + 2 * reach, width))
+        seen[part] += 1
+        return seen[part].clone()
+
+    assert (parts.in_parts(count, seen, channels, unit, reach) == 1).all()
+    assert sum(computed) <= 1.6 * batch * height * width  # (8 + 2)² / 8² where a tile is as small as it may get
+
+
 @pytest.mark.parametrize("kind", ["transcnn", "hatnet", "three levels"])
 @torch.no_grad()
 def test_bf16_rounds_no_worse_than_autocast_does(kind):

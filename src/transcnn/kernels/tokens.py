@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import HMHSA, LocalStep, merge, spread
+from ..attention import HMHSA, LocalStep, merge
 from ..errors import UserError
 from .attend import attend
 from .grid import grid_kernel
-from .parts import eager_cpu, in_parts
+from .parts import Part, eager_cpu, in_parts
 
 __all__ = ["Convolution", "FastBlock", "FastDualDownsample", "FastHMHSA", "Frozen", "Matrix", "affine", "fuse"]
 
@@ -178,7 +178,7 @@ def fuse(layers: Iterable[nn.Module]) -> nn.Sequential:
 class FastResidual(Frozen):
     """Expansion, depthwise convolution and projection, a part at a time, (B, H, W, C) -> (B, H, W, C').
 
-    A part's hidden rows reach as far beyond it as the convolution looks; those are computed twice.
+    A part's hidden map reaches as far beyond it as the convolution looks; that border is computed twice.
     """
 
     def __init__(self, expand: Matrix, mix: Convolution, project: Matrix) -> None:
@@ -188,14 +188,20 @@ class FastResidual(Frozen):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C'), plus ``residual`` (B, H, W, C') where given."""
-        height, hidden = x.shape[1], self.expand.weight.shape[0]
 
-        def part(images: slice, rows: slice) -> Tensor:
-            above, below = max(0, rows.start - self.reach), min(height, rows.stop + self.reach)
-            y = self.mix(self.expand(x[images, above:below]))[:, rows.start - above : rows.stop - above]
-            return self.project(y, None if residual is None else residual[images, rows])
+        def part(where: Part) -> Tensor:
+            images, rows, columns = where
+            wide_rows, own_rows = self._widen(rows, x.shape[1])
+            wide_columns, own_columns = self._widen(columns, x.shape[2])
+            y = self.mix(self.expand(x[images, wide_rows, wide_columns].contiguous()))[:, own_rows, own_columns]
+            return self.project(y.contiguous(), None if residual is None else residual[where].contiguous())
 
-        return in_parts(part, x, hidden, 4 * self.reach + 1)
+        return in_parts(part, x, self.expand.weight.shape[0], reach=self.reach)
+
+    def _widen(self, part: slice, length: int) -> tuple[slice, slice]:
+        """What a part of ``length`` positions sees, and where in that the part itself lies."""
+        start, stop = max(0, part.start - self.reach), min(length, part.stop + self.reach)
+        return slice(start, stop), slice(part.start - start, part.stop - start)
 
 
 class FastLocalStep(Frozen):
@@ -219,8 +225,8 @@ class FastLocalStep(Frozen):
         kernel = grid_kernel(x, self.head_dim, self.grid_size)
         if kernel is None:
 
-            def part(images: slice, rows: slice) -> Tensor:
-                return self._cut_and_attend(x[images, rows], normed[images, rows])
+            def part(where: Part) -> Tensor:
+                return self._cut_and_attend(x[where], normed[where])
 
             a = in_parts(part, x, 3 * x.shape[3], self.grid_size)
         else:
@@ -293,28 +299,26 @@ class FastHMHSA(Frozen):
             return self.proj(out.transpose(1, 2).reshape(x.shape), residual)
 
         merged, ratio = x, 1
-        y, a1 = None, x
+        steps = []  # what each gives, (B, ⌈H/ratio⌉, ⌈W/ratio⌉, C), and its ratio
         for step, pool_ratio in zip(self.local, self.pool_ratios, strict=True):
-            a = step(merged)  # (B, ⌈H/ratio⌉, ⌈W/ratio⌉, C)
-            if ratio == 1:
-                a1 = a
-            else:
-                up = to_tokens(spread(to_map(a), ratio, to_map(a1)))
-                y = up if y is None else y.add_(up)
+            a = step(merged)
+            steps.append((a, ratio))
             merged = to_tokens(merge(to_map(a), pool_ratio))
             ratio *= pool_ratio
+        (a1, _), *further = steps
         merged = merged if self.norm_kv is None else self.norm_kv(merged)
         kv = self.kv(merged).view(batch, -1, 2, self.num_heads, self.head_dim)
 
-        def part(images: slice, rows: slice) -> Tensor:
-            own = a1[images, rows]
+        def part(where: Part) -> Tensor:
+            own = a1[where]
             q = self.q(own).view(len(own), -1, self.num_heads, self.head_dim)
-            seen = attend(q.transpose(1, 2), *kv[images].permute(2, 0, 3, 1, 4))  # (b, h, n, d)
+            seen = attend(q.transpose(1, 2), *kv[where[0]].permute(2, 0, 3, 1, 4))  # (b, h, n, d)
             seen = seen.transpose(1, 2).reshape(own.shape).add_(own)
-            seen = seen if y is None else seen.add_(y[images, rows])
-            return self.proj(seen, None if residual is None else residual[images, rows])
+            for a, ratio in further:
+                seen.add_(_spread(a, ratio, where))
+            return self.proj(seen, None if residual is None else residual[where])
 
-        return in_parts(part, x, 3 * self.dim)
+        return in_parts(part, x, 3 * self.dim, out=a1)  # whose part is read before it is written
 
 
 class FastBlock(Frozen):
@@ -377,6 +381,15 @@ def to_tokens(x: Tensor) -> Tensor:
 def to_map(x: Tensor) -> Tensor:
     """(B, H, W, C) -> (B, C, H, W), never a copy."""
     return x.permute(0, 3, 1, 2)
+
+
+def _spread(x: Tensor, ratio: int, where: Part) -> Tensor:
+    """A part of :func:`transcnn.attention.spread` on tokens, (B, ⌈H/r⌉, ⌈W/r⌉, C) -> (b, h, w, C)."""
+    images, *sides = where
+    x = x[images]
+    for dim, side in enumerate(sides, start=1):
+        x = x.index_select(dim, torch.arange(side.start, side.stop, device=x.device) // ratio)
+    return x
 
 
 def _flatten(layers: Iterable[nn.Module]) -> Iterable[nn.Module]:
