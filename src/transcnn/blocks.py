@@ -15,6 +15,7 @@ from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from .attention import HMHSA
+from .depthwise import DepthwiseConv2d
 
 __all__ = ["Block", "ConvDownsample", "DualDownsample", "InvertedResidual", "Stage", "StridedConv2d"]
 
@@ -40,7 +41,7 @@ class InvertedResidual(nn.Module):
         super().__init__()
         hidden = dim * expansion
         expand = nn.Conv2d(dim, hidden, 1, bias=False, **dd)
-        depthwise = nn.Conv2d(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden, bias=False, **dd)
+        depthwise = DepthwiseConv2d(hidden, kernel_size, **dd)
         project = nn.Conv2d(hidden, dim, 1, bias=False, **dd)
         if pre_norm:
             self.conv1 = nn.Sequential(norm_layer(dim), expand, act_layer())

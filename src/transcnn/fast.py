@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from .attention import HMHSA, LocalStep
 from .backbone import TransCNN
 from .blocks import Block, ConvDownsample, DualDownsample, StridedConv2d
+from .depthwise import DepthwiseConv2d
 from .errors import UserError
 from .kernels.grid import KernelLocalStep
 from .kernels.tokens import FastBlock, FastDualDownsample, FastHMHSA, Frozen, OnTokens, affine
@@ -131,9 +132,8 @@ class _Tracer(torch.fx.Tracer):
     """Sees into everything but PyTorch's layers, norms of any library, and what was replaced already."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Frozen | StridedConv2d | nn.modules.batchnorm._BatchNorm) or super().is_leaf_module(
-            m, module_qualified_name
-        )
+        own = Frozen | StridedConv2d | DepthwiseConv2d | nn.modules.batchnorm._BatchNorm
+        return isinstance(m, own) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _pairs(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -156,7 +156,7 @@ def _pairs(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
         once = calls.count(source.target) == 1 and calls.count(node.target) == 1
         if (
             once
-            and type(conv) in (nn.Conv2d, StridedConv2d)
+            and type(conv) in (nn.Conv2d, StridedConv2d, DepthwiseConv2d)
             and _foldable(norm)
             and not _hooked(conv)
             and not _hooked(norm)
