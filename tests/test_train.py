@@ -362,19 +362,19 @@ def test_a_dry_run_says_what_a_run_would_take_and_where_settings_came_from(tmp_p
     (tmp_path / "recipe.yaml").write_text("model: transcnn_test\nepochs: 7\noptim:\n  weight_decay: 0.3\n")
     command = ["train", "nowhere", "--config", "recipe.yaml", "--batch_size", "8", "--clip-grad", "2", "--dry-run"]
     assert main([*command, "--accelerator", "cpu"]) == 0
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())  # the table's cells wrap where their widths fall
     for line in (
         r"nowhere isn't there: taken are 10 classes, as the model has",
-        r"parameters +0\.03 M",
-        r"multiply-adds +0\.001 G",
-        r"memory +about \S+ [MG]iB a process",
-        r"speed +\S+ images/s \(1 process on cpu.*\n? *.*tried with 2\s+images instead of 8",
-        r"disk +\S+ MiB for checkpoints",
-        r"model +transcnn_test +recipe.yaml",
-        r"optim.weight_decay +0\.3 +recipe.yaml",
-        r"optim.clip_grad +2\.0 +command line",
-        r"batch_size +8 +command line",
-        r"seed +0 +default",
+        r"parameters 0\.03 M",
+        r"multiply-adds 0\.001 G",
+        r"memory about \S+ [MG]iB a process",
+        r"speed \S+ images/s \(1 process on cpu, \S+, tried with 2 images instead of 8\)",
+        r"disk \S+ MiB for checkpoints",
+        r"model transcnn_test recipe.yaml",
+        r"optim.weight_decay 0\.3 recipe.yaml",
+        r"optim.clip_grad 2\.0 command line",
+        r"batch_size 8 command line",
+        r"seed 0 default",
     ):
         assert re.search(line, text), f"{line} is not in\n{text}"
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]  # nothing was written
