@@ -32,7 +32,7 @@ AUTO = "transcnn_tiny:grid_sizes=auto:pool_ratios=auto"
 def inference(out: str, options: argparse.Namespace) -> None:
     engines = "eager,channels_last,optimize,onnxruntime,openvino" + (",compile" if options.compile else "")
     compare("transcnn_tiny", sizes="256", batch=8, dtype="fp32,bf16", engine=engines, reference=PLAIN, out=out,
-            threads=options.threads, memory=False, rounds=5, seconds=1.5)  # fmt: skip
+            threads=options.threads, memory=False, rounds=9, seconds=1.0)  # fmt: skip
 
 
 def training(out: str, options: argparse.Namespace) -> None:
