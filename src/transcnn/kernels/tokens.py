@@ -22,6 +22,7 @@ from ..attention import HMHSA, LocalStep, merge
 from ..errors import UserError
 from .attend import attend
 from .grid import grid_kernel
+from .native import calls as native
 from .parts import Part, eager_cpu, in_parts
 
 __all__ = ["Convolution", "FastBlock", "FastDualDownsample", "FastHMHSA", "Frozen", "Matrix", "affine", "fuse"]
@@ -80,6 +81,11 @@ class Matrix(Frozen):
         self.weight = frozen(weight, conv.weight)
         self.bias = frozen(bias, conv.weight)
         self.silu = False
+        self._pack = native.Packed(native.pack_matrix)
+
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias as the kernels of :mod:`transcnn.kernels.native` read them."""
+        return self._pack(self.weight, self.bias)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., C) -> (..., C'), plus ``residual`` (..., C') where given."""
@@ -185,9 +191,14 @@ class FastResidual(Frozen):
         super().__init__()
         self.expand, self.mix, self.project = expand, mix, project
         self.reach = mix.weight.shape[2] // 2
+        self._pack = native.Packed(native.pack_residual)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C'), plus ``residual`` (B, H, W, C') where given."""
+        if self._is_usual() and native.fits(x, x.shape[3], len(self.project.weight)):
+            layers = (self.expand, self.mix, self.project)
+            weights = self._pack(*(tensor for layer in layers for tensor in (layer.weight, layer.bias)))
+            return native.inverted_residual(x, residual, *weights)
 
         def part(where: Part) -> Tensor:
             images, rows, columns = where
@@ -197,6 +208,12 @@ class FastResidual(Frozen):
             return self.project(y.contiguous(), None if residual is None else residual[where].contiguous())
 
         return in_parts(part, x, self.expand.weight.shape[0], reach=self.reach)
+
+    def _is_usual(self) -> bool:
+        """Whether these are the layers that the kernel has."""
+        size, hidden = self.mix.weight.shape[2], len(self.mix.weight)
+        usual = self.mix.options == ((1, 1), (size // 2,) * 2, (1, 1), hidden) and size in native.SIZES
+        return usual and self.expand.silu and self.mix.silu and not self.project.silu
 
     def _widen(self, part: slice, length: int) -> tuple[slice, slice]:
         """What a part of ``length`` positions sees, and where in that the part itself lies."""
@@ -218,12 +235,16 @@ class FastLocalStep(Frozen):
         self.qkv = Matrix(step.qkv, before, after)
         self.scale = None if grid is None else frozen(grid[0], step.qkv.weight)
         self.grid_norm = None if grid is not None else fuse([step.grid_norm])
+        self._scale = native.Packed(Tensor.float)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
         normed = x if self.norm is None else self.norm(x)
         kernel = grid_kernel(x, self.head_dim, self.grid_size)
-        if kernel is None:
+        if kernel is None and _has_kernels(x, self.head_dim):
+            scale = None if self.scale is None else self._scale(self.scale)
+            a = native.attend_locally(x, normed, self.qkv.packed(), scale, self.head_dim, self.grid_size)
+        elif kernel is None:
 
             def part(where: Part) -> Tensor:
                 return self._cut_and_attend(x[where], normed[where])
@@ -307,7 +328,11 @@ class FastHMHSA(Frozen):
             ratio *= pool_ratio
         (a1, _), *further = steps
         merged = merged if self.norm_kv is None else self.norm_kv(merged)
-        kv = self.kv(merged).view(batch, -1, 2, self.num_heads, self.head_dim)
+        kv = self.kv(merged)
+        if _has_kernels(x, self.head_dim):
+            q, proj = self.q.packed(), self.proj.packed()
+            return native.attend_globally(a1, residual, q, kv.flatten(1, 2), proj, further, self.head_dim)
+        kv = kv.view(batch, -1, 2, self.num_heads, self.head_dim)
 
         def part(where: Part) -> Tensor:
             own = a1[where]
@@ -390,6 +415,10 @@ def _spread(x: Tensor, ratio: int, where: Part) -> Tensor:
     for dim, side in enumerate(sides, start=1):
         x = x.index_select(dim, torch.arange(side.start, side.stop, device=x.device) // ratio)
     return x
+
+
+def _has_kernels(x: Tensor, head_dim: int) -> bool:
+    return head_dim <= native.MOST and native.fits(x, head_dim)
 
 
 def _flatten(layers: Iterable[nn.Module]) -> Iterable[nn.Module]:

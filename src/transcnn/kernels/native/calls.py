@@ -1,0 +1,140 @@
+"""The kernels as functions of tensors. Each says in ``fits`` what it can do; where it can't, PyTorch's own run."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..parts import eager_cpu
+from .build import library, supports
+
+__all__ = [
+    "Packed",
+    "attend_globally",
+    "attend_locally",
+    "call",
+    "fits",
+    "inverted_residual",
+    "pack_matrix",
+    "pack_residual",
+]
+
+PANEL = 32
+MOST = 256  # channels of a head
+SIZES = (3, 5, 7)  # of a depthwise convolution
+Affine = tuple[Tensor, Tensor]  # weight and bias
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (("map", ctypes.c_void_p), ("ratio", ctypes.c_long))
+
+
+def fits(x: Tensor, *channels: int, products: bool = True) -> bool:
+    """Whether the kernels run on tensors like this one, and on maps and heads of so many channels each.
+
+    Those without matrix products take 16 channels at a time in bf16, too.
+
+    Nothing that records operations sees them: what traces, compiles or exports is given PyTorch's own.
+    """
+    unit = 32 if products and x.dtype == torch.bfloat16 else 16
+    seen = type(x) in (Tensor, torch.nn.Parameter) and eager_cpu(x) and not torch.jit.is_tracing()
+    return seen and x.numel() > 0 and not any(n % unit for n in channels) and supports(x.dtype)
+
+
+class Packed:
+    """What the kernels read in place of a module's weights: made when first needed, and anew when those changed."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make, self._of, self._made = make, None, None
+
+    def __call__(self, *weights: Tensor | None) -> Any:
+        """What ``make(*weights)`` gives."""
+        of = [w is not None and (w.data_ptr(), w.dtype, w.is_inference() or w._version) for w in weights]
+        if of != self._of:
+            self._of, self._made = of, self._make(*weights)
+        return self._made
+
+
+def pack_matrix(weight: Tensor, bias: Tensor) -> Affine:
+    """Weights (N, K), 32 rows at a time, turned, with zeros beyond N, in bf16 K two by two; and the bias in fp32."""
+    n, k = weight.shape
+    weight = F.pad(weight, (0, 0, 0, -n % PANEL))
+    word = 1 if weight.dtype == torch.float32 else 2
+    return weight.view(-1, PANEL, k // word, word).transpose(1, 2).contiguous(), bias.float()
+
+
+def pack_residual(
+    expand: Tensor, expand_bias: Tensor, mix: Tensor, mix_bias: Tensor | None, project: Tensor, project_bias: Tensor
+) -> tuple[Affine, Affine, Affine]:
+    """The weights of an inverted residual as :func:`inverted_residual` takes them."""
+    mix_bias = expand_bias * 0 if mix_bias is None else mix_bias
+    more = -len(expand) % PANEL
+    expand, project = F.pad(expand, (0, 0, 0, more)), F.pad(project, (0, more))
+    mix = F.pad(mix.float().squeeze(1).permute(1, 2, 0), (0, more)).contiguous()  # (k, k, hidden)
+    return (
+        pack_matrix(expand, F.pad(expand_bias, (0, more))),
+        (mix, F.pad(mix_bias.float(), (0, more))),
+        pack_matrix(project, project_bias),
+    )
+
+
+def inverted_residual(x: Tensor, residual: Tensor | None, expand: Affine, mix: Affine, project: Affine) -> Tensor:
+    """Expansion, SiLU, depthwise convolution, SiLU, projection, plus residual; (B, H, W, C) -> (B, H, W, C')."""
+    x = x.contiguous()
+    batch, height, width, channels = x.shape
+    size, _, hidden = mix[0].shape
+    out = x.new_empty(batch, height, width, len(project[1]))
+    residual = None if residual is None else residual.contiguous()
+    call("residual", x, x, residual, out, *expand, *mix, *project, batch, height, width, channels, hidden,
+          out.shape[3], size)  # fmt: skip
+    return out
+
+
+def attend_locally(x: Tensor, normed: Tensor, qkv: Affine, scale: Tensor | None, head_dim: int, size: int) -> Tensor:
+    """x, times ``scale`` where given, plus the attention inside each grid, all (B, H, W, C)."""
+    x, normed = x.contiguous(), normed.contiguous()
+    out = torch.empty_like(x)
+    call("local", x, x, normed, out, *qkv, scale, *x.shape, head_dim, size)
+    return out
+
+
+def attend_globally(
+    own: Tensor,
+    residual: Tensor | None,
+    q: Affine,
+    kv: Tensor,
+    proj: Affine,
+    further: Sequence[tuple[Tensor, int]],
+    head_dim: int,
+) -> Tensor:
+    """The global step and the sum of all, (B, H, W, C) and kv (B, M, 2C) -> (B, H, W, C), written over ``own``."""
+    own = own.contiguous()
+    batch, height, width, channels = own.shape
+    residual = None if residual is None else residual.contiguous()
+    maps = [(step.contiguous(), ratio) for step, ratio in further]
+    steps = (_Step * len(maps))(*(_Step(step.data_ptr(), ratio) for step, ratio in maps))
+    tokens = kv.shape[1]
+    padded = -(-tokens // PANEL) * PANEL
+    packed = own.new_empty(batch * channels // head_dim * padded * (head_dim + -(-head_dim // PANEL) * PANEL))
+    call("global", own, own, residual, *q, kv.contiguous(), *proj, ctypes.addressof(steps), len(maps), packed, batch,
+          height, width, channels, head_dim, tokens)  # fmt: skip
+    return own
+
+
+def call(name: str, like: Tensor, *arguments: Tensor | int | None) -> None:
+    """Call the kernel for tensors like this one with as many threads as PyTorch uses; tensors must be contiguous."""
+    kernels = library()
+    assert kernels is not None
+    kernel = getattr(kernels, f"{name}_{'fp32' if like.dtype == torch.float32 else 'bf16'}")
+    kernel(*(_argument(x) for x in arguments), ctypes.c_long(torch.get_num_threads()))
+
+
+def _argument(x: Tensor | int | None) -> ctypes.c_void_p | ctypes.c_long:
+    if isinstance(x, int):
+        return ctypes.c_long(x)
+    return ctypes.c_void_p(None if x is None else x.data_ptr())

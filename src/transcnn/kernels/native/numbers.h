@@ -1,0 +1,168 @@
+// Rows of sixteen numbers, what is stored as bfloat16, and the two functions that networks need of them.
+//
+// GCC and Clang turn these vectors into whatever the processor has: one register of AVX-512, two of AVX2, four of NEON.
+
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+constexpr long LANES = 16;
+
+typedef float Row __attribute__((vector_size(64)));
+typedef int32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+template <class To, class From>
+inline To as(const From& from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+inline Row all(float x) { return Row{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+
+inline Row load(const float* p) {
+    Row x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+
+inline Bits bits(const bf16* p) {
+    Halves x;
+    std::memcpy(&x, p, sizeof x);
+    return __builtin_convertvector(x, Bits);
+}
+
+inline Row load(const bf16* p) { return as<Row>(bits(p) << 16); }
+
+inline void store(float* p, Row x) { std::memcpy(p, &x, sizeof x); }
+
+// Rounds to the nearest, of two equally near ones to the even one; what is no number stays none.
+inline Halves rounded(Row x) {
+#ifdef __AVX512BF16__
+    return as<Halves>(_mm512_cvtneps_pbh(as<__m512>(x)));
+#else
+    Bits bits = as<Bits>(x);
+    Bits nearest = bits + 0x7fff + ((bits >> 16) & 1);
+    return __builtin_convertvector((x == x ? nearest : bits | 0x400000) >> 16, Halves);
+#endif
+}
+
+inline void store(bf16* p, Row x) {
+    Halves halves = rounded(x);
+    std::memcpy(p, &halves, sizeof halves);
+}
+
+// eˣ from -87 to 88 and constant beyond, within 2 units of fp32's last place, or, where T is bf16, within 2e-6.
+#if defined(__AVX512F__)
+
+// x = (n + j/16)·ln 2 + r with |r| below 0.022: eˣ = 2ⁿ·2^(j/16)·eʳ, and sixteen values of 2^(j/16) are one register.
+template <class T>
+inline Row exponential(Row x) {
+    const Row sixteenths = {1.0f, 1.0442737824f, 1.0905077327f, 1.1387886348f, 1.1892071150f, 1.2418578121f,
+                            1.2968395547f, 1.3542555469f, 1.4142135624f, 1.4768261459f, 1.5422108254f, 1.6104903320f,
+                            1.6817928305f, 1.7562521604f, 1.8340080864f, 1.9152065614f};
+    const float shift = 786432.0f;  // 1.5·2¹⁹, added and taken away again: rounds to sixteenths
+    x = x > 88.0f ? all(88.0f) : x;
+    x = x < -87.0f ? all(-87.0f) : x;
+    Row shifted = x * 1.44269504f + shift;
+    Row n = shifted - shift;
+    Row r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    Row p = sizeof(T) == 2 ? r * 0.5f + 1.0f : (r * 0.16666667f + 0.5f) * r + 1.0f;
+    __m512i places = as<__m512i>(shifted);
+    Row base = as<Row>(_mm512_permutexvar_ps(places, as<__m512>(sixteenths)));
+    p = (base * r) * p + base;
+    return as<Row>(as<Bits>(p) + ((as<Bits>(shifted) >> 4) << 23));
+}
+
+inline Row inverse(Row x) {
+    Row y = as<Row>(_mm512_rcp14_ps(as<__m512>(x)));
+    return y * (2.0f - x * y);
+}
+
+#else
+
+// x = n·ln 2 + r with |r| below 0.35: eˣ = 2ⁿ·eʳ.
+template <class T>
+inline Row exponential(Row x) {
+    const float shift = 12582912.0f;  // 1.5·2²³, added and taken away again: rounds to whole numbers
+    x = x > 88.0f ? all(88.0f) : x;
+    x = x < -87.0f ? all(-87.0f) : x;
+    Row shifted = x * 1.44269504f + shift;
+    Row n = shifted - shift;
+    Row r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    Row p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    return as<Row>(as<Bits>(p) + (as<Bits>(shifted) << 23));
+}
+
+inline Row inverse(Row x) { return 1.0f / x; }
+
+#endif
+
+template <class T>
+inline Row silu(Row x) {
+    return x * inverse(exponential<T>(-x) + 1.0f);
+}
+
+inline float largest(Row x) {
+    float top = x[0];
+    for (int i = 1; i < LANES; i++) top = x[i] > top ? x[i] : top;
+    return top;
+}
+
+inline float total(Row x) {
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += x[i];
+    return sum;
+}
+
+constexpr long whole(long n, long unit) { return (n + unit - 1) / unit * unit; }
+
+// Memory of one thread that lives as long as the thread and is used anew by each piece of work.
+class Scratch {
+  public:
+    ~Scratch() { std::free(memory); }
+    void begin(size_t bytes) {
+        if (bytes > size) {
+            std::free(memory);
+            size = whole(bytes, 1 << 21);
+            memory = static_cast<char*>(std::aligned_alloc(1 << 21, size));
+            if (!memory) std::abort();
+        }
+        used = 0;
+    }
+    template <class T>
+    T* take(long count) {
+        char* p = memory + used;
+        used += whole(count * sizeof(T), 64);
+        if (used > size) std::abort();
+        return reinterpret_cast<T*>(p);
+    }
+
+  private:
+    char* memory = nullptr;
+    size_t size = 0, used = 0;
+};
+
+inline Scratch& scratch() {
+    static thread_local Scratch own;
+    return own;
+}
