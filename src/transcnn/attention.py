@@ -115,11 +115,16 @@ class HMHSA(nn.Module):
             ratio *= pool_ratio
 
         a1 = steps[0][0]
-        k, v = self.kv(self.ds_norm(tokens)).chunk(2, dim=1)  # (B, C, ⌈H/ratio⌉, ⌈W/ratio⌉), M tokens each
-        y = global_attention(self.q(a1), k, v, self.head_dim) + a1
+        kv = self.kv(self.ds_norm(tokens))  # (B, 2C, ⌈H/ratio⌉, ⌈W/ratio⌉), M tokens
+        y = self.global_step(self.q(a1), kv) + a1
         for a, level_ratio in steps[1:]:
             y = y + spread(a, level_ratio, a1)
         return self.proj(y)
+
+    def global_step(self, q: Tensor, kv: Tensor) -> Tensor:
+        """Attention of all positions to the merged tokens, (B, C, H, W) and (B, 2C, H', W') -> (B, C, H, W)."""
+        k, v = kv.chunk(2, dim=1)
+        return global_attention(q, k, v, self.head_dim)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, head_dim={self.head_dim}, grid_sizes={self.grid_sizes}, pool_ratios={self.pool_ratios}"

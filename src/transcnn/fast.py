@@ -15,10 +15,12 @@ from torch.utils._pytree import tree_map_only
 
 from .attention import HMHSA, LocalStep
 from .backbone import TransCNN
-from .blocks import Block, ConvDownsample, DualDownsample, StridedConv2d
+from .blocks import Block, ConvDownsample, DualDownsample, InvertedResidual, StridedConv2d
 from .depthwise import DepthwiseConv2d
 from .errors import UserError
 from .kernels.grid import KernelLocalStep
+from .kernels.middle import NativeInvertedResidual
+from .kernels.steps import NativeHMHSA
 from .kernels.tokens import FastBlock, FastDualDownsample, FastHMHSA, Frozen, OnTokens, affine
 
 __all__ = ["accelerate_training", "fold_batchnorms", "optimize"]
@@ -77,14 +79,19 @@ def optimize(
 
 
 def accelerate_training(model: nn.Module) -> nn.Module:
-    """Let every H-MHSA in ``model`` train with the GPU kernel where that is faster, in place; returns the model.
+    """Let ``model`` train with kernels of our own where those are faster, in place; returns the model.
 
-    Parameters, state dict and answers stay the same. On a processor this changes nothing: what is faster there needs no
-    asking (see :func:`transcnn.attention.attend`).
+    On a GPU that is the attention inside grids, on a processor both kinds of attention and the middle of every inverted
+    residual, for which maps must be channels-last (``model.to(memory_format=torch.channels_last)``, and the images as
+    well). Parameters, state dict and, up to rounding, answers and gradients stay the same.
     """
     for module in model.modules():
         if type(module) is LocalStep:
             module.__class__ = KernelLocalStep
+        elif type(module) is HMHSA:
+            module.__class__ = NativeHMHSA
+        elif type(module) is InvertedResidual:
+            module.__class__ = NativeInvertedResidual
     return model
 
 

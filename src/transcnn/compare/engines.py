@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..checkpoints import convert_state_dict
 from ..errors import UserError, require
-from ..fast import optimize
+from ..fast import accelerate_training, optimize
 
 __all__ = ["ENGINES", "build", "count", "load_reference", "prepare", "prepare_training", "same_weights"]
 
@@ -124,7 +124,7 @@ def prepare(engine: str, model: nn.Module, dtype: str, example: Tensor) -> Run:
 
 def prepare_training(model: nn.Module, dtype: str, channels_last: bool = True) -> Run:
     """A function of images that takes one training step: forward, cross-entropy, backward, AdamW."""
-    model = copy.deepcopy(model).train()
+    model = accelerate_training(copy.deepcopy(model).train())  # no network but ours has anything to accelerate
     if channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

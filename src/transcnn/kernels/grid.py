@@ -1,4 +1,8 @@
-"""Whether the GPU kernel of :mod:`transcnn.kernels.grid_triton` is there, fits, and wins; the plain path else."""
+"""Which kernel makes the attention inside grids.
+
+On a GPU it is that of :mod:`transcnn.kernels.grid_triton` where it is there, fits and wins; in training on a processor
+that of :mod:`transcnn.kernels.steps`; the plain path else.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from torch import Tensor
 
 from ..attention import LocalStep
 from ..attention import grid_attention as plain
+from .steps import grid_attention, trainable
 
 __all__ = ["KernelLocalStep", "grid_kernel"]
 
@@ -18,12 +23,14 @@ Kernel = Callable[..., Tensor]  # qkv (B, H, W, 3C), head_dim, grid size, scale 
 
 
 class KernelLocalStep(LocalStep):
-    """:class:`transcnn.attention.LocalStep` that trains with the GPU kernel wherever that wins."""
+    """:class:`transcnn.attention.LocalStep` that trains with a kernel wherever there is one."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)  # (B, H, W, 3C)
         kernel = grid_kernel(qkv[..., : x.shape[1]], self.head_dim, self.grid_size)
+        if kernel is None and trainable(qkv, self.head_dim):
+            kernel = grid_attention
         if kernel is None:
             out = plain(qkv.permute(0, 3, 1, 2), self.head_dim, self.grid_size)
         else:
@@ -42,13 +49,13 @@ def grid_kernel(like: Tensor, head_dim: int, size: int) -> Kernel | None:
     if not (like.is_cuda or interpreted):
         return None
     try:
-        from .grid_triton import grid_attention, supports
+        from . import grid_triton
     except ImportError:
         return None
-    if not supports(like.dtype, head_dim, size):
+    if not grid_triton.supports(like.dtype, head_dim, size):
         return None
     if interpreted or _wins(tuple(like.shape), like.dtype, like.device, head_dim, size, torch.is_grad_enabled()):
-        return grid_attention
+        return grid_triton.grid_attention
     return None
 
 
@@ -57,7 +64,7 @@ def _wins(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, head_dim: int, size: int, backward: bool
 ) -> bool:
     """Time both on zeros of this shape, with the backward pass where gradients are on; the kernel must not fail."""
-    from .grid_triton import grid_attention
+    from .grid_triton import grid_attention as fused
 
     qkv = torch.zeros(*shape[:3], 3 * shape[3], dtype=dtype, device=device)
 
@@ -79,6 +86,6 @@ def _wins(
 
     try:
         with torch.cuda.device(device):
-            return seconds(grid_attention) < seconds(usual)
+            return seconds(fused) < seconds(usual)
     except Exception:  # an old GPU, too little shared memory, a Triton that doesn't fit: the plain path always runs
         return False

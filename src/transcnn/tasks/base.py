@@ -19,6 +19,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..fast import accelerate_training
 from ..processes import rank, world
 from ..settings import Augment, Optim
 from ..training.sharding import Sharded, shard
@@ -180,7 +181,9 @@ class Task(L.LightningModule):
         return self.model(x)
 
     def configure_model(self) -> None:
-        """Share the weights out where the strategy says so."""
+        """Train with kernels of our own on a processor, and share the weights out where the strategy says so."""
+        if self.trainer.strategy.root_device.type == "cpu":
+            accelerate_training(self.model)
         if isinstance(self.trainer.strategy, Sharded):
             shard(self.model, self.trainer.strategy.mesh)
 

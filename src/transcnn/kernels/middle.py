@@ -1,0 +1,160 @@
+"""The middle of an inverted residual in training, on a processor: one operation for five layers.
+
+Between the expansion and the projection lie BatchNorm, SiLU, a depthwise convolution, BatchNorm and SiLU. One by one
+they read and write the hidden map, several times as wide as the block's own, a dozen times each way, and keep five
+copies of it for the backward pass. Here two are kept, and everything else is made again where it is needed
+(``native/training.cpp``). With z = γ·(x - μ)/σ + β, n positions, S = Σ dz and Q = Σ dz·(x - μ),
+
+    dβ = S,   dγ = Q/σ,   dx = γ/σ·(dz - S/n - (x - μ)·Q/(n·σ²))
+
+HAT-Net has no norms there; ``None`` stands for each of them then.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..blocks import InvertedResidual
+from .native import calls as native
+
+__all__ = ["NativeInvertedResidual"]
+
+
+class NativeInvertedResidual(InvertedResidual):
+    """:class:`transcnn.blocks.InvertedResidual` that trains with the kernels for processors wherever they fit."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        if not (self.training and torch.is_grad_enabled() and self._is_usual()):
+            return super().forward(x)
+        before, (norm1, act1, conv, norm2, act2) = self._layers()
+        e = before(x)
+        if _trainable(e):
+            s = _middle(e, norm1, conv, norm2)
+        else:
+            s = act1(e if norm1 is None else norm1(e))
+            s = act2(conv(s) if norm2 is None else norm2(conv(s)))
+        return self.conv3(s)
+
+    def _layers(self) -> tuple[nn.Sequential, tuple[Any, ...]]:
+        """What comes before the middle, and the five layers of the middle."""
+        if len(self.conv2) == 3:  # TransCNN
+            return self.conv1[:1], (*self.conv1[1:], *self.conv2)
+        return self.conv1[:2], (None, self.conv1[2], self.conv2[0], None, self.conv2[1])
+
+    def _is_usual(self) -> bool:
+        """Whether these are the layers that the kernels have."""
+        _, (norm1, act1, conv, norm2, act2) = self._layers()
+        usual = all(
+            norm is None or (type(norm) is nn.BatchNorm2d and norm.training and norm.affine) for norm in (norm1, norm2)
+        )
+        usual = usual and all(type(act) is nn.SiLU for act in (act1, act2)) and conv.kernel_size[0] in native.SIZES
+        hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in self.modules())
+        return usual and not hooked
+
+
+def _trainable(e: Tensor) -> bool:
+    batch, channels, height, width = e.shape
+    return (
+        native.fits(e, channels, products=False)
+        and batch * height * width > 1
+        and e.is_contiguous(memory_format=torch.channels_last)
+        and not torch._C._are_functorch_transforms_active()  # whose tensors have no memory of their own
+    )
+
+
+def _middle(e: Tensor, norm1: nn.BatchNorm2d | None, conv: nn.Conv2d, norm2: nn.BatchNorm2d | None) -> Tensor:
+    weights1, weights2 = ((None, None) if norm is None else (norm.weight, norm.bias) for norm in (norm1, norm2))
+    return _Middle.apply(e, *weights1, conv.weight, *weights2, norm1, norm2)  # pyright: ignore
+
+
+class _Statistics(NamedTuple):
+    """Of each channel, all in fp32."""
+
+    mean: Tensor
+    inverse: Tensor  # 1/σ
+    scale: Tensor  # a BatchNorm is x * scale + shift
+    shift: Tensor
+
+
+class _Middle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, e: Tensor, *arguments: Any) -> Tensor:  # γ₁, β₁, weight, γ₂, β₂, the norms themselves
+        weight1, bias1, weight, weight2, bias2, norm1, norm2 = arguments
+        x = e.permute(0, 2, 3, 1)
+        channels, positions = x.shape[3], x.shape[:3].numel()
+        size = weight.shape[2]
+        taps = weight.detach().float().view(channels, size * size).t().contiguous()
+
+        sums = _sums(channels)
+        if norm1 is not None:
+            native.call("moments", x, x, sums, positions, channels)
+        first = _normalise(norm1, weight1, bias1, sums, positions)
+        m, s, sums = torch.empty_like(x), torch.empty_like(x), _sums(channels)
+        native.call("middle_forward", x, x, first.scale, first.shift, taps, m, sums, *x.shape, size)
+        second = _normalise(norm2, weight2, bias2, sums, positions)
+        native.call("activate", x, m, second.scale, second.shift, s, positions, channels)
+        ctx.save_for_backward(x, m, taps, *first, *second)
+        ctx.dtypes = [None if argument is None else argument.dtype for argument in arguments[:5]]
+        return s.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        x, m, taps, *rest = ctx.saved_tensors
+        first, second = _Statistics(*rest[:4]), _Statistics(*rest[4:])
+        channels, positions = x.shape[3], x.shape[:3].numel()
+        ds = grads[0].permute(0, 2, 3, 1).to(x.dtype).contiguous()
+
+        sums = _sums(channels)
+        if ctx.dtypes[3] is not None:
+            native.call("steepen", x, m, ds, second.scale, second.shift, second.mean, sums, positions, channels)
+        factors, weight2, bias2 = _through_norm(second, sums, positions)
+        dx = torch.empty_like(x)
+        turned, sums = taps.flip(0).contiguous(), _sums(channels)
+        dtaps = torch.zeros(torch.get_num_threads(), *taps.shape)
+        native.call("middle_backward", x, m, ds, second.scale, second.shift, *factors, x, first.scale, first.shift,
+                    first.mean, turned, dx, dtaps, sums, *x.shape, round(len(taps) ** 0.5))  # fmt: skip
+        factors, weight1, bias1 = _through_norm(first, sums, positions)
+        if ctx.dtypes[0] is not None:
+            native.call("finish", x, dx, x, *factors, positions, channels)
+        size = round(len(taps) ** 0.5)
+        weight = dtaps.sum(0).t().reshape(channels, 1, size, size)
+        found = (weight1, bias1, weight, weight2, bias2)
+        found = [dtype and grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True)]
+        return dx.permute(0, 3, 1, 2), *found, None, None
+
+
+def _sums(channels: int) -> Tensor:
+    return torch.zeros(torch.get_num_threads(), 2, channels, dtype=torch.double)
+
+
+def _normalise(norm: nn.BatchNorm2d | None, weight: Tensor, bias: Tensor, sums: Tensor, positions: int) -> _Statistics:
+    """What BatchNorm makes of the sums of x and of its square; its running statistics go on."""
+    if norm is None:
+        zero = torch.zeros(sums.shape[2])
+        return _Statistics(zero, zero + 1, zero + 1, zero)
+    mean, square = sums.sum(0) / positions
+    variance = (square - mean**2).clamp_min(0)
+    if norm.track_running_stats and norm.running_mean is not None and norm.running_var is not None:
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked.add_(1)
+        share = 1 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
+        norm.running_var.lerp_((variance * positions / (positions - 1)).to(norm.running_var.dtype), share)
+    inverse = (variance + norm.eps).rsqrt()
+    scale = weight.detach().double() * inverse
+    return _Statistics(*(t.float() for t in (mean, inverse, scale, bias.detach().double() - mean * scale)))
+
+
+def _through_norm(norm: _Statistics, sums: Tensor, positions: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """Factors a, b and c with which dx = a·dz + b·x + c, and the gradients of γ and β."""
+    of_sum, of_products = sums.sum(0)
+    mean, inverse, scale, _ = (t.double() for t in norm)
+    by_x = -scale * inverse**2 * of_products / positions
+    rest = -scale * of_sum / positions - by_x * mean
+    return (norm.scale, by_x.float(), rest.float()), of_products * inverse, of_sum

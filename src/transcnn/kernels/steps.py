@@ -1,0 +1,83 @@
+"""The attention of both steps of H-MHSA in training, on a processor: neither keeps its scores.
+
+The forward pass keeps Q, K and V alone; the backward pass makes scores and their softmax again, a head and 64 queries
+at a time, in a core's own cache (``native/attention_training.cpp``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..attention import HMHSA
+from .native import calls as native
+
+__all__ = ["NativeHMHSA", "grid_attention", "trainable"]
+
+
+def trainable(x: Tensor, head_dim: int) -> bool:
+    """Whether the kernels train with tokens like these, (..., C)."""
+    return (
+        torch.is_grad_enabled()
+        and x.is_contiguous()
+        and head_dim <= native.MOST
+        and native.fits(x, head_dim)
+        and not torch._C._are_functorch_transforms_active()  # whose tensors have no memory of their own
+    )
+
+
+class NativeHMHSA(HMHSA):
+    """:class:`transcnn.HMHSA` that trains with the kernels for processors wherever they fit."""
+
+    def global_step(self, q: Tensor, kv: Tensor) -> Tensor:
+        """(B, C, H, W) and (B, 2C, H', W') -> (B, C, H, W)."""
+        queries, tokens = q.permute(0, 2, 3, 1), kv.permute(0, 2, 3, 1)
+        if q.dtype != kv.dtype or not (trainable(queries, self.head_dim) and trainable(tokens, self.head_dim)):
+            return super().global_step(q, kv)
+        out = _Global.apply(queries.flatten(1, 2), tokens.flatten(1, 2), self.head_dim)
+        return out.view(queries.shape).permute(0, 3, 1, 2)  # pyright: ignore
+
+
+def grid_attention(qkv: Tensor, head_dim: int, size: int) -> Tensor:
+    """Multi-head attention inside each size×size grid, (B, H, W, 3C) -> (B, H, W, C)."""
+    return _Grid.apply(qkv, head_dim, size)  # pyright: ignore
+
+
+class _Grid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, head_dim: int, size: int) -> Tensor:
+        batch, height, width, three = qkv.shape
+        out = qkv.new_empty(batch, height, width, three // 3)
+        native.call("grid_forward", qkv, qkv, out, *out.shape, head_dim, size)
+        ctx.save_for_backward(qkv)
+        ctx.sizes = (*out.shape, head_dim, size)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        (qkv,) = ctx.saved_tensors
+        of_qkv = torch.empty_like(qkv)
+        native.call("grid_backward", qkv, qkv, grads[0].to(qkv.dtype).contiguous(), of_qkv, *ctx.sizes)
+        return of_qkv, None, None
+
+
+class _Global(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, kv: Tensor, head_dim: int) -> Tensor:  # (B, N, C), (B, M, 2C) -> (B, N, C)
+        out = torch.empty_like(q)
+        ctx.sizes = (len(q), q.shape[1], kv.shape[1], q.shape[2], head_dim)
+        native.call("global_forward", q, q, kv, out, *ctx.sizes)
+        ctx.save_for_backward(q, kv)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        q, kv = ctx.saved_tensors
+        of_q, of_kv = torch.empty_like(q), torch.empty_like(kv)
+        native.call("global_backward", q, q, kv, grads[0].to(q.dtype).contiguous(), of_q, of_kv, *ctx.sizes)
+        return of_q, of_kv, None
