@@ -44,7 +44,8 @@ class Frozen(nn.Module):
 
 def frozen(tensor: Tensor, like: Tensor) -> nn.Parameter:
     """A parameter of the dtype of ``like`` that nothing trains."""
-    return nn.Parameter(tensor.to(like.dtype).contiguous(), requires_grad=False)
+    with torch.inference_mode(False):  # whose tensors don't tell when they change
+        return nn.Parameter(tensor.to(like.dtype, copy=True).contiguous(), requires_grad=False)
 
 
 def affine(norm: nn.Module) -> Affine | None:
@@ -195,7 +196,7 @@ class FastResidual(Frozen):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C'), plus ``residual`` (B, H, W, C') where given."""
-        if self._is_usual() and native.fits(x, x.shape[3], len(self.project.weight)):
+        if self._is_usual() and _has_kernels(self.expand, x, x.shape[3], len(self.project.weight)):
             layers = (self.expand, self.mix, self.project)
             weights = self._pack(*(tensor for layer in layers for tensor in (layer.weight, layer.bias)))
             return native.inverted_residual(x, residual, *weights)
@@ -211,8 +212,8 @@ class FastResidual(Frozen):
 
     def _is_usual(self) -> bool:
         """Whether these are the layers that the kernel has."""
-        size, hidden = self.mix.weight.shape[2], len(self.mix.weight)
-        usual = self.mix.options == ((1, 1), (size // 2,) * 2, (1, 1), hidden) and size in native.SIZES
+        hidden, _, size, width = self.mix.weight.shape
+        usual = self.mix.options == ((1, 1), (size // 2,) * 2, (1, 1), hidden) and size == width in native.SIZES
         return usual and self.expand.silu and self.mix.silu and not self.project.silu
 
     def _widen(self, part: slice, length: int) -> tuple[slice, slice]:
@@ -241,7 +242,7 @@ class FastLocalStep(Frozen):
         """(B, H, W, C) -> (B, H, W, C)."""
         normed = x if self.norm is None else self.norm(x)
         kernel = grid_kernel(x, self.head_dim, self.grid_size)
-        if kernel is None and _has_kernels(x, self.head_dim):
+        if kernel is None and self.head_dim <= native.MOST and _has_kernels(self.qkv, x, self.head_dim):
             scale = None if self.scale is None else self._scale(self.scale)
             a = native.attend_locally(x, normed, self.qkv.packed(), scale, self.head_dim, self.grid_size)
         elif kernel is None:
@@ -329,7 +330,7 @@ class FastHMHSA(Frozen):
         (a1, _), *further = steps
         merged = merged if self.norm_kv is None else self.norm_kv(merged)
         kv = self.kv(merged)
-        if _has_kernels(x, self.head_dim):
+        if self.head_dim <= native.MOST and _has_kernels(self.q, x, self.head_dim):
             q, proj = self.q.packed(), self.proj.packed()
             return native.attend_globally(a1, residual, q, kv.flatten(1, 2), proj, further, self.head_dim)
         kv = kv.view(batch, -1, 2, self.num_heads, self.head_dim)
@@ -417,8 +418,10 @@ def _spread(x: Tensor, ratio: int, where: Part) -> Tensor:
     return x
 
 
-def _has_kernels(x: Tensor, head_dim: int) -> bool:
-    return head_dim <= native.MOST and native.fits(x, head_dim)
+def _has_kernels(first: Matrix, x: Tensor, *channels: int) -> bool:
+    """Whether kernels.native runs on these tokens, of which ``first`` makes something; other inputs fail as ever."""
+    matches = x.dtype == first.weight.dtype and x.shape[3] == first.weight.shape[1]
+    return matches and native.fits(x, *channels)
 
 
 def _flatten(layers: Iterable[nn.Module]) -> Iterable[nn.Module]:

@@ -33,7 +33,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
         _log.info("kernels for this processor can't be had, PyTorch's own are used: %s", reason)
         return None
@@ -52,7 +52,7 @@ def _compiled() -> Path:
     if compiler is None:
         raise FileNotFoundError("there is no g++, and CXX names no other compiler")
     sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
+    version = _run([compiler, "--version"])
     content = b"".join(path.read_bytes() for path in sources)
     known = "\n".join([version, _processor(), *FLAGS]).encode()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transcnn"
@@ -63,9 +63,13 @@ def _compiled() -> Path:
             made = Path(workshop) / path.name
             files = [str(source) for source in sources if source.suffix == ".cpp"]
             command = [compiler, *FLAGS, *files, "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+            _run(command)
             made.replace(path)
     return path
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=300).stdout
 
 
 def _processor() -> str:

@@ -42,22 +42,38 @@ def fits(x: Tensor, *channels: int, products: bool = True) -> bool:
     Nothing that records operations sees them: what traces, compiles or exports is given PyTorch's own.
     """
     unit = 32 if products and x.dtype == torch.bfloat16 else 16
-    seen = type(x) in (Tensor, torch.nn.Parameter) and eager_cpu(x) and not torch.jit.is_tracing()
-    return seen and x.numel() > 0 and not any(n % unit for n in channels) and supports(x.dtype)
+    recorded = torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    plain = type(x) in (Tensor, torch.nn.Parameter) and eager_cpu(x) and x.numel() > 0
+    return plain and not recorded and not any(n % unit for n in channels) and supports(x.dtype)
 
 
 class Packed:
-    """What the kernels read in place of a module's weights: made when first needed, and anew when those changed."""
+    """What the kernels read in place of a module's weights: made when first needed, and anew when those changed.
+
+    Changes are told by PyTorch's count of them, which ``tensor.data.mul_()`` and its like evade.
+    """
 
     def __init__(self, make: Callable[..., Any]) -> None:
-        self._make, self._of, self._made = make, None, None
+        self._make, self._kept = make, None
 
     def __call__(self, *weights: Tensor | None) -> Any:
         """What ``make(*weights)`` gives."""
-        of = [w is not None and (w.data_ptr(), w.dtype, w.is_inference() or w._version) for w in weights]
-        if of != self._of:
-            self._of, self._made = of, self._make(*weights)
-        return self._made
+        kept = self._kept
+        if kept is None or not all(map(_same, kept[0], weights)):
+            # The tensors are held, so that nothing else can come to lie where they lie.
+            of = [None if w is None else (w.detach(), w._version) for w in weights]
+            kept = self._kept = of, self._make(*weights)
+        return kept[1]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Packed, (self._make,)  # a copy, or what is read from a file, makes its own
+
+
+def _same(kept: tuple[Tensor, int] | None, weight: Tensor | None) -> bool:
+    if kept is None or weight is None:
+        return kept is weight
+    tensor, version = kept
+    return weight.data_ptr() == tensor.data_ptr() and weight.dtype == tensor.dtype and weight._version == version
 
 
 def pack_matrix(weight: Tensor, bias: Tensor) -> Affine:
@@ -89,7 +105,7 @@ def inverted_residual(x: Tensor, residual: Tensor | None, expand: Affine, mix: A
     batch, height, width, channels = x.shape
     size, _, hidden = mix[0].shape
     out = x.new_empty(batch, height, width, len(project[1]))
-    residual = None if residual is None else residual.contiguous()
+    residual = None if residual is None else residual.to(x.dtype).contiguous()
     call("residual", x, x, residual, out, *expand, *mix, *project, batch, height, width, channels, hidden,
           out.shape[3], size)  # fmt: skip
     return out
@@ -97,7 +113,7 @@ def inverted_residual(x: Tensor, residual: Tensor | None, expand: Affine, mix: A
 
 def attend_locally(x: Tensor, normed: Tensor, qkv: Affine, scale: Tensor | None, head_dim: int, size: int) -> Tensor:
     """x, times ``scale`` where given, plus the attention inside each grid, all (B, H, W, C)."""
-    x, normed = x.contiguous(), normed.contiguous()
+    x, normed = x.contiguous(), normed.to(x.dtype).contiguous()
     out = torch.empty_like(x)
     call("local", x, x, normed, out, *qkv, scale, *x.shape, head_dim, size)
     return out
@@ -115,7 +131,7 @@ def attend_globally(
     """The global step and the sum of all, (B, H, W, C) and kv (B, M, 2C) -> (B, H, W, C), written over ``own``."""
     own = own.contiguous()
     batch, height, width, channels = own.shape
-    residual = None if residual is None else residual.contiguous()
+    residual = None if residual is None else residual.to(own.dtype).contiguous()
     maps = [(step.contiguous(), ratio) for step, ratio in further]
     steps = (_Step * len(maps))(*(_Step(step.data_ptr(), ratio) for step, ratio in maps))
     tokens = kv.shape[1]

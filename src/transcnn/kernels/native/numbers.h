@@ -1,6 +1,6 @@
 // Rows of sixteen numbers, what is stored as bfloat16, and the two functions that networks need of them.
 //
-// GCC and Clang turn these vectors into whatever the processor has: one register of AVX-512, two of AVX2, four of NEON.
+// GCC turns these vectors into whatever the processor has: one register of AVX-512, two of AVX2, four of NEON.
 
 #pragma once
 
