@@ -25,83 +25,115 @@ struct Work {
     const T* project;
     const float* project_bias;
     Shape s;
+};
 
-    // Rows top to bottom (exclusive) of one image.
-    void run(long image, long top, long bottom) const {
-        const long reach = s.size / 2, wide = s.width + 2 * reach, per_image = s.height * s.width;
-        const long step = std::min(bottom - top, std::max<long>(1, (128 + s.width - 1) / s.width));  // rows at a time
-        const long line = wide * LANES, block = (step + 2 * reach) * line + AT_ONCE * LANES;  // of 16 channels; some over
+// Rows top to bottom (exclusive) of some images, one after the other with the same hidden channels: their weights are read
+// from afar once.
+template <class T>
+class Piece {
+  public:
+    Piece(const Work<T>& work, long image, long images, long top, long bottom)
+        : w(work), s(work.s), image(image), images(images), top(top), bottom(bottom) {
+        reach = s.size / 2;
+        step = std::min(bottom - top, std::max<long>(1, (128 + s.width - 1) / s.width));
+        line = (s.width + 2 * reach) * LANES;
+        block = (step + 2 * reach) * line + AT_ONCE * LANES;  // of 16 channels; some over
         const long column = block * 4 + (step * s.width + s.channels + s.outputs) * LANES * sizeof(T);
-        const long together = std::min(s.hidden, std::max<long>(PANEL, CACHE / column * LANES / PANEL * PANEL));
-        const bool once = together == s.hidden;
+        together = std::min(s.hidden, std::max<long>(PANEL, CACHE / column * LANES / PANEL * PANEL));
+        const long results = together == s.hidden ? 0 : images * (bottom - top) * s.width * s.outputs;
         Scratch& memory = scratch();
-        const long results = once ? 0 : (bottom - top) * s.width * s.outputs;
         memory.begin((together / LANES * block + results) * 4 + step * s.width * together * sizeof(T) + 1024);
-        float* map = memory.take<float>(together / LANES * block);
-        T* mixed = memory.take<T>(step * s.width * together);
-        float* sums = memory.take<float>(results);
+        map = memory.take<float>(together / LANES * block);
+        mixed = memory.take<T>(step * s.width * together);
+        sums = memory.take<float>(results);
         std::memset(map, 0, together / LANES * block * sizeof(float));
+    }
 
-        const T* own = x + image * per_image * s.channels;
-        for (long first = 0; first < s.hidden; first += together) {
-            const long some = std::min(together, s.hidden - first);
-            for (long y = top; y < bottom; y += step) {
-                const long rows = std::min(step, bottom - y);
-                long made = y - reach;  // hidden rows from y - reach to this one are there
-                if (y > top) {
-                    made = y + reach;
-                    for (long c = 0; c < some / LANES; c++)
-                        std::memmove(map + c * block, map + c * block + step * line, 2 * reach * line * sizeof(float));
+    void run() {
+        for (first = 0; first < s.hidden; first += together) {
+            some = std::min(together, s.hidden - first);
+            for (long i = 0; i < images; i++)
+                for (long y = top; y < bottom; y += step) {
+                    make_room(y);
+                    expand(image + i, y, std::min(step, bottom - y));
+                    mix(std::min(step, bottom - y));
+                    project(i, y, std::min(step, bottom - y));
                 }
-                const long from = std::max<long>(made, 0), to = std::min(y + rows + reach, s.height);
-                for (long row = made; row < y + rows + reach; row++)  // beyond the image there are zeros
-                    if (row < 0 || row >= s.height)
-                        for (long c = 0; c < some / LANES; c++)
-                            std::memset(map + c * block + (row - y + reach) * line, 0, line * sizeof(float));
-                multiply(own + from * s.width * s.channels, s.channels, (to - from) * s.width,
-                         expand + first * s.channels, s.channels, s.channels, some,
-                         [&](long token, long tokens, long channel, long, const float* c) {
-                             const Row low = load(expand_bias + first + channel);
-                             const Row high = load(expand_bias + first + channel + LANES);
-                             float* left = map + channel / LANES * block;
-                             long row = from + token / s.width, place = token % s.width;
-                             for (long i = 0; i < tokens; i++, c += PANEL) {
-                                 float* p = left + (row - y + reach) * line + (place + reach) * LANES;
-                                 store(p, silu<T>(load(c) + low));
-                                 store(p + block, silu<T>(load(c + LANES) + high));
-                                 if (++place == s.width) place = 0, row++;
-                             }
-                         });
-                for (long c = 0; c < some; c += LANES) {
-                    const float* from = map + c / LANES * block;
-                    const float* w = mix + first + c;
-                    const Row bias = load(mix_bias + first + c);
-                    const auto keep = [&](long token, Row sum) { store(mixed + token * some + c, silu<T>(sum)); };
-                    if (s.size == 3) convolve<3>(from, rows, s.width, w, s.hidden, bias, keep);
-                    if (s.size == 5) convolve<5>(from, rows, s.width, w, s.hidden, bias, keep);
-                    if (s.size == 7) convolve<7>(from, rows, s.width, w, s.hidden, bias, keep);
-                }
-                const long place = image * per_image + y * s.width;
-                multiply(mixed, some, rows * s.width, project + first * PANEL, s.hidden, some, s.outputs,
-                         [&](long token, long tokens, long channel, long columns, const float* c) {
-                             for (long i = token; i < token + tokens; i++, c += PANEL)
-                                 for (long j = 0; j < columns; j += LANES) {
-                                     const long at = (place + i) * s.outputs + channel + j;
-                                     float* sum = sums + ((y - top) * s.width + i) * s.outputs + channel + j;
-                                     Row value = load(c + j);
-                                     if (first) value += load(sum);
-                                     if (first + some < s.hidden) {
-                                         store(sum, value);
-                                         continue;
-                                     }
-                                     value += load(project_bias + channel + j);
-                                     if (residual) value += load(residual + at);
-                                     store(out + at, value);
-                                 }
-                         });
-            }
         }
     }
+
+  private:
+    // Hidden rows that the rows at y need and the rows before them had, too.
+    void make_room(long y) {
+        if (y > top)
+            for (long c = 0; c < some / LANES; c++)
+                std::memmove(map + c * block, map + c * block + step * line, 2 * reach * line * sizeof(float));
+    }
+
+    // The further hidden rows that ``rows`` rows at y need: 1x1 convolution and SiLU, zeros beyond the image.
+    void expand(long image, long y, long rows) {
+        const long made = y > top ? y + reach : y - reach, end = y + rows + reach;
+        for (long row = made; row < end; row++)
+            if (row < 0 || row >= s.height)
+                for (long c = 0; c < some / LANES; c++)
+                    std::memset(map + c * block + (row - y + reach) * line, 0, line * sizeof(float));
+        const long from = std::max<long>(made, 0), to = std::min(end, s.height);
+        const T* own = w.x + (image * s.height + from) * s.width * s.channels;
+        multiply(own, s.channels, (to - from) * s.width, w.expand + first * s.channels, s.channels, s.channels, some,
+                 [&](long token, long tokens, long channel, long, const float* c) {
+                     const Row low = load(w.expand_bias + first + channel);
+                     const Row high = load(w.expand_bias + first + channel + LANES);
+                     float* left = map + channel / LANES * block;
+                     long row = from + token / s.width, place = token % s.width;
+                     for (long i = 0; i < tokens; i++, c += PANEL) {
+                         float* p = left + (row - y + reach) * line + (place + reach) * LANES;
+                         store(p, silu<T>(load(c) + low));
+                         store(p + block, silu<T>(load(c + LANES) + high));
+                         if (++place == s.width) place = 0, row++;
+                     }
+                 });
+    }
+
+    // Depthwise convolution and SiLU.
+    void mix(long rows) {
+        for (long c = 0; c < some; c += LANES) {
+            const float* from = map + c / LANES * block;
+            const float* weight = w.mix + first + c;
+            const Row bias = load(w.mix_bias + first + c);
+            const auto keep = [&](long token, Row sum) { store(mixed + token * some + c, silu<T>(sum)); };
+            if (s.size == 3) convolve<3>(from, rows, s.width, weight, s.hidden, bias, keep);
+            if (s.size == 5) convolve<5>(from, rows, s.width, weight, s.hidden, bias, keep);
+            if (s.size == 7) convolve<7>(from, rows, s.width, weight, s.hidden, bias, keep);
+        }
+    }
+
+    // What these hidden channels add to the result of the i-th image.
+    void project(long i, long y, long rows) {
+        const long place = ((image + i) * s.height + y) * s.width;
+        float* own = sums + (i * (bottom - top) + y - top) * s.width * s.outputs;
+        multiply(mixed, some, rows * s.width, w.project + first * PANEL, s.hidden, some, s.outputs,
+                 [&](long token, long tokens, long channel, long columns, const float* c) {
+                     for (long t = token; t < token + tokens; t++, c += PANEL)
+                         for (long j = channel; j < channel + columns; j += LANES) {
+                             const long at = (place + t) * s.outputs + j;
+                             Row value = load(c + j - channel);
+                             if (first) value += load(own + t * s.outputs + j);
+                             if (first + some < s.hidden) {
+                                 store(own + t * s.outputs + j, value);
+                                 continue;
+                             }
+                             value += load(w.project_bias + j);
+                             if (w.residual) value += load(w.residual + at);
+                             store(w.out + at, value);
+                         }
+                 });
+    }
+
+    const Work<T>& w;
+    const Shape& s;
+    long image, images, top, bottom, reach, step, line, block, together, first = 0, some = 0;
+    float *map, *sums;
+    T* mixed;
 };
 
 template <class T>
@@ -111,12 +143,17 @@ void all_of(const Work<T>& work, long threads) {
     long bands = s.batch % threads == 0 ? 1 : std::max<long>(1, std::min(2 * threads, s.height / least));
     const long rows = (s.height + bands - 1) / bands;
     bands = (s.height + rows - 1) / rows;
+    const long each = std::max<long>(1, (s.batch + threads - 1) / threads);  // images of a thread
+    const long images = bands > 1 ? 1 : std::clamp<long>(512 / (s.height * s.width), 1, each);
+    const long pieces = (s.batch + images - 1) / images * bands;
 #pragma omp parallel num_threads(threads)
     {
         [[maybe_unused]] typename Tile<T>::Session session;
 #pragma omp for schedule(dynamic)
-        for (long i = 0; i < s.batch * bands; i++)
-            work.run(i / bands, i % bands * rows, std::min(s.height, (i % bands + 1) * rows));
+        for (long i = 0; i < pieces; i++) {
+            const long image = i / bands * images, top = i % bands * rows;
+            Piece<T>(work, image, std::min(images, s.batch - image), top, std::min(s.height, top + rows)).run();
+        }
     }
 }
 
