@@ -37,10 +37,10 @@ def inference(out: str, options: argparse.Namespace) -> None:
 
 def training(out: str, options: argparse.Namespace) -> None:
     compare("transcnn_tiny", sizes="256", batch=16, dtype="bf16", train=True, reference=PLAIN, out=out,
-            threads=options.threads, rounds=3, seconds=1.0)  # fmt: skip
+            threads=options.threads, rounds=5, seconds=1.0)  # fmt: skip
     others = out + "_others"
     compare("resnet50,swin_tiny_patch4_window7_224", sizes="224", batch=16, dtype="bf16", train=True, out=others,
-            threads=options.threads, rounds=3, seconds=1.0)  # fmt: skip
+            threads=options.threads, rounds=5, seconds=1.0)  # fmt: skip
     append(Path(others), Path(out))
 
 

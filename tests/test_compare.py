@@ -1,14 +1,15 @@
 """transcnn compare: what it counts, what it refuses, what it writes; levels from the image's size."""
 
 import csv
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 
 import transcnn
-from transcnn.compare import PAPER, command, compare
-from transcnn.compare.engines import build, prepare, prepare_training
+from transcnn.compare import PAPER, command, compare, engines
+from transcnn.compare.engines import build, load_reference, prepare, prepare_training
 from transcnn.errors import UserError
 from transcnn.levels import auto_levels
 
@@ -113,6 +114,19 @@ def test_a_training_step_trains():
     losses = [float(run(images)) for _ in range(8)]
     assert losses[-1] < losses[0]
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))  # a copy is trained
+
+
+def test_only_ours_is_accelerated(monkeypatch):
+    """A reference is another implementation of the same network, and may well be made of our modules."""
+    seen = []
+    monkeypatch.setattr(engines, "accelerate_training", lambda model: seen.append(model) or model)
+    reference = f"{Path(__file__).parent.parent / 'benchmarks' / 'plain.py'}:plain"
+    rows = compare("transcnn_tiny", sizes="64", train=True, reference=reference, **{**QUICK, "rounds": 1})
+    assert [row["model"] for row in rows] == ["reference", "transcnn_tiny"]
+    assert len(seen) == 1
+    ours = load_reference(reference)
+    kinds = {type(m) for m in ours.modules() if isinstance(m, torch.nn.Conv2d)}
+    assert kinds == {torch.nn.Conv2d}  # none whose gradient is made otherwise
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])

@@ -44,13 +44,16 @@ def optimize(
     prediction), and, less spectacularly, on any other CNN. What it does: BatchNorms are folded into the convolutions
     before and after them and GridNorm into V; maps are channels-last throughout, so that 1x1 convolutions are matrix
     products and cutting into grids is one copy; bias, activation and residual are part of the product where oneDNN
-    can do so. Outputs equal the model's up to rounding, at every input size.
+    can do so. On a processor with g++ at hand, attention and inverted residuals run by kernels of our own, which are
+    compiled at the first call (once for a kind of processor: :mod:`transcnn.kernels.native.build`). Outputs equal the
+    model's up to rounding, at every input size.
 
     Args:
         model: A network; its evaluation mode is what is copied.
         dtype: What to compute in: ``torch.float32``, ``torch.bfloat16``, ``torch.float16`` or "fp32", "bf16", "fp16";
             None keeps the model's. Inputs are cast to it, outputs back to what the input was.
-        compile: Also run it through ``torch.compile`` with frozen weights: a minute at the first call of each size.
+        compile: Also run it through ``torch.compile`` with frozen weights: a minute at the first call of each size. It
+            compiles PyTorch's operations in place of our kernels, so on a processor it is for other CNNs.
         example: An input (or a tuple of inputs) to warm up with; any further one may have another size.
 
     Returns:

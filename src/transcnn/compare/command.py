@@ -180,7 +180,7 @@ def _prepare(
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(case.batch, 3, case.size, case.size, generator=generator).to(device)
     if case.mode == "train":
-        run = prepare_training(model, case.dtype)
+        run = prepare_training(model, case.dtype, accelerate=case.model != REFERENCE)
         run(images)
         return run, images
     run = prepare(case.engine, model, case.dtype, images)
@@ -241,7 +241,7 @@ def _child() -> None:
     images = torch.randn(case.batch, 3, case.size, case.size)
     before = _memory_mb("VmRSS")
     if case.mode == "train":
-        run = prepare_training(model, case.dtype)
+        run = prepare_training(model, case.dtype, accelerate=case.model != REFERENCE)
     else:
         run = prepare(case.engine, model, case.dtype, images)
     del model

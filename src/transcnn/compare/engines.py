@@ -122,9 +122,14 @@ def prepare(engine: str, model: nn.Module, dtype: str, example: Tensor) -> Run:
     return ENGINES[engine](copy.deepcopy(model), dtype, example)
 
 
-def prepare_training(model: nn.Module, dtype: str, channels_last: bool = True) -> Run:
-    """A function of images that takes one training step: forward, cross-entropy, backward, AdamW."""
-    model = accelerate_training(copy.deepcopy(model).train())  # no network but ours has anything to accelerate
+def prepare_training(model: nn.Module, dtype: str, channels_last: bool = True, accelerate: bool = True) -> Run:
+    """A function of images that takes one training step: forward, cross-entropy, backward, AdamW.
+
+    ``accelerate`` has what is ours in the network train with kernels of our own, as ``transcnn train`` does.
+    """
+    model = copy.deepcopy(model).train()
+    if accelerate:
+        accelerate_training(model)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

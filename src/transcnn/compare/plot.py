@@ -16,16 +16,17 @@ MARKS = "osD^vP"
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw what the lines can show: time per pixel where sizes differ, else speed, and accuracy against speed.
+    """Draw what the lines can show: time per pixel where a network has several sizes, else speed, and accuracy to it.
 
     Args:
         rows: Lines of the table; those without images/s (what couldn't be measured) are left out.
         path: The PNG to write.
     """
     done = [row for row in rows if row["images_per_s"]]
-    several = len({str(row["size"]) for row in done}) > 1
+    sizes = {str(row["size"]) for row in done}
+    several = len({(row["model"], str(row["size"])) for row in done}) > len({row["model"] for row in done})
     panels = [_pixels if several else _speed]
-    if not several and len({row["model"] for row in done if row["paper_top1"]}) > 1:
+    if len(sizes) == 1 and len({row["model"] for row in done if row["paper_top1"]}) > 1:
         panels.append(_accuracy)  # of one size: accuracy depends on it
     with style():
         figure = new_figure(8.5, max(3.5, 0.27 * len(done) + 1.2) * len(panels))

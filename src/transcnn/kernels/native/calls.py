@@ -41,9 +41,11 @@ def fits(x: Tensor, *channels: int, products: bool = True) -> bool:
 
     Nothing that records operations sees them: what traces, compiles or exports is given PyTorch's own.
     """
+    if not eager_cpu(x):  # first of all: torch.compile would stumble over what follows
+        return False
     unit = 32 if products and x.dtype == torch.bfloat16 else 16
     recorded = torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
-    plain = type(x) in (Tensor, torch.nn.Parameter) and eager_cpu(x) and x.numel() > 0
+    plain = type(x) in (Tensor, torch.nn.Parameter) and x.numel() > 0
     return plain and not recorded and not any(n % unit for n in channels) and supports(x.dtype)
 
 
