@@ -52,6 +52,13 @@ void pack(const T* x, long stride, long n, long padded, long head_dim, T* panels
     }
 }
 
+// Writes a tile's rows x columns to ``to``, whose rows are ``stride`` apart, each row times its factor where there are factors.
+template <class T>
+inline void put(T* to, long stride, long rows, long columns, const float* c, const float* factors = nullptr) {
+    for (long i = 0; i < rows; i++, to += stride, c += PANEL)
+        for (long j = 0; j < columns; j += LANES) store(to + j, factors ? load(c + j) * factors[i] : load(c + j));
+}
+
 // softmax(scale·Q·Kᵀ)·V for ``rows`` queries (at most a tile of them), n keys packed as above; calls
 // take(row, rows, column, columns, c, factors) with tiles that want to be multiplied by each row's factor.
 template <class T, class Take>

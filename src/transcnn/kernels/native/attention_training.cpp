@@ -180,9 +180,8 @@ void grid_forward(const T* qkv, T* out, float scale, Grids s, long threads) {
                     attend(own + first * three + head, three, std::min(ROWS, n - first), scale, keys, values, n, padded,
                            s.head_dim, [&](long row, long rows, long column, long columns, const float* c, const float* factor) {
                                for (long i = row; i < row + rows; i++, c += PANEL)
-                                   for (long j = 0; j < columns; j += LANES)
-                                       store(out + grid.place(first + i) * s.channels + head + column + j,
-                                             load(c + j) * factor[i]);
+                                   put(out + grid.place(first + i) * s.channels + head + column, 0, 1, columns, c,
+                                       factor + i);
                            });
             }
         }
@@ -212,8 +211,7 @@ void grid_backward(const T* qkv, const T* grad, T* dqkv, float scale, Grids s, l
                              std::min(QUERIES, n - first), scale,
                              [&](long row, long rows, long column, long columns, const float* c) {
                                  for (long i = row; i < row + rows; i++, c += PANEL)
-                                     for (long j = 0; j < columns; j += LANES)
-                                         store(dqkv + grid.place(first + i) * three + head + column + j, load(c + j));
+                                     put(dqkv + grid.place(first + i) * three + head + column, 0, 1, columns, c);
                              });
                 for (long token = 0; token < n; token++)
                     for (long j = 0; j < s.head_dim; j += LANES) {
@@ -255,9 +253,8 @@ void global_forward(const T* q, const T* kv, T* out, float scale, Global s, long
                 attend(q + start + first * s.channels, s.channels, std::min(ROWS, s.positions - first), scale, keys,
                        values, s.tokens, padded, s.head_dim,
                        [&](long row, long rows, long column, long columns, const float* c, const float* factor) {
-                           for (long i = row; i < row + rows; i++, c += PANEL)
-                               for (long j = 0; j < columns; j += LANES)
-                                   store(out + start + (first + i) * s.channels + column + j, load(c + j) * factor[i]);
+                           T* to = out + start + (first + row) * s.channels + column;
+                           put(to, s.channels, rows, columns, c, factor + row);
                        });
         }
     }
@@ -281,9 +278,7 @@ void global_backward(const T* q, const T* kv, const T* grad, T* dq, T* dkv, floa
                 const long at = start + first * s.channels;
                 work.add(q + at, s.channels, grad + at, s.channels, std::min(QUERIES, s.positions - first), scale,
                          [&](long row, long rows, long column, long columns, const float* c) {
-                             for (long i = row; i < row + rows; i++, c += PANEL)
-                                 for (long j = 0; j < columns; j += LANES)
-                                     store(dq + at + i * s.channels + column + j, load(c + j));
+                             put(dq + at + row * s.channels + column, s.channels, rows, columns, c);
                          });
             }
             for (long token = 0; token < s.tokens; token++)

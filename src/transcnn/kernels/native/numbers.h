@@ -64,6 +64,18 @@ inline void store(bf16* p, Row x) {
     std::memcpy(p, &halves, sizeof halves);
 }
 
+// Splits x, kept between -87 and 88, into n·ln 2 + r. ``shift`` is added and taken away again, which rounds n; the
+// result, n + shift, has n in its last bits.
+inline Row split(Row x, float shift, Row& r) {
+    x = x > 88.0f ? all(88.0f) : x;
+    x = x < -87.0f ? all(-87.0f) : x;
+    Row shifted = x * 1.44269504f + shift;
+    Row n = shifted - shift;
+    r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    return shifted;
+}
+
 // eˣ from -87 to 88 and constant beyond, within 2 units of fp32's last place, or, where T is bf16, within 2e-6.
 #if defined(__AVX512F__)
 
@@ -73,13 +85,7 @@ inline Row exponential(Row x) {
     const Row sixteenths = {1.0f, 1.0442737824f, 1.0905077327f, 1.1387886348f, 1.1892071150f, 1.2418578121f,
                             1.2968395547f, 1.3542555469f, 1.4142135624f, 1.4768261459f, 1.5422108254f, 1.6104903320f,
                             1.6817928305f, 1.7562521604f, 1.8340080864f, 1.9152065614f};
-    const float shift = 786432.0f;  // 1.5·2¹⁹, added and taken away again: rounds to sixteenths
-    x = x > 88.0f ? all(88.0f) : x;
-    x = x < -87.0f ? all(-87.0f) : x;
-    Row shifted = x * 1.44269504f + shift;
-    Row n = shifted - shift;
-    Row r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
+    Row r, shifted = split(x, 786432.0f, r);  // 1.5·2¹⁹: to sixteenths
     Row p = sizeof(T) == 2 ? r * 0.5f + 1.0f : (r * 0.16666667f + 0.5f) * r + 1.0f;
     __m512i places = as<__m512i>(shifted);
     Row base = as<Row>(_mm512_permutexvar_ps(places, as<__m512>(sixteenths)));
@@ -97,13 +103,7 @@ inline Row inverse(Row x) {
 // x = n·ln 2 + r with |r| below 0.35: eˣ = 2ⁿ·eʳ.
 template <class T>
 inline Row exponential(Row x) {
-    const float shift = 12582912.0f;  // 1.5·2²³, added and taken away again: rounds to whole numbers
-    x = x > 88.0f ? all(88.0f) : x;
-    x = x < -87.0f ? all(-87.0f) : x;
-    Row shifted = x * 1.44269504f + shift;
-    Row n = shifted - shift;
-    Row r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
+    Row r, shifted = split(x, 12582912.0f, r);  // 1.5·2²³: to whole numbers
     Row p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;

@@ -15,21 +15,25 @@ constexpr long PANEL = 32;
 template <class T>
 struct Tile;
 
-template <>
-struct Tile<float> {
-    static constexpr long ROWS = 12, DEPTH = 1;  // rows of a tile at most; what k must be a multiple of
+// A tile of 12, 8 or 4 rows, as many as registers hold; Own::some<COUNT> multiplies.
+template <class Own, class T>
+struct InRegisters {
+    static constexpr long ROWS = 12;  // of a tile at most
     struct Session {};
 
     static long fitting(long rows) { return rows > 8 ? 12 : rows > 4 ? 8 : 4; }
 
-    static void multiply(long rows, const float* a, long lda, const float* panel, long k, float* c) {
-        if (rows == 12) return multiply<12>(a, lda, panel, k, c);
-        if (rows == 8) return multiply<8>(a, lda, panel, k, c);
-        multiply<4>(a, lda, panel, k, c);
+    static void multiply(long rows, const T* a, long lda, const T* panel, long k, float* c) {
+        if (rows == 12) return Own::template some<12>(a, lda, panel, k, c);
+        if (rows == 8) return Own::template some<8>(a, lda, panel, k, c);
+        Own::template some<4>(a, lda, panel, k, c);
     }
+};
 
+template <>
+struct Tile<float> : InRegisters<Tile<float>, float> {
     template <long COUNT>
-    static void multiply(const float* a, long lda, const float* panel, long k, float* c) {
+    static void some(const float* a, long lda, const float* panel, long k, float* c) {
         Row sums[COUNT][2];
 #pragma GCC unroll 16
         for (auto& row : sums) row[0] = row[1] = Row{};
@@ -54,7 +58,7 @@ struct Tile<float> {
 
 template <>
 struct Tile<bf16> {
-    static constexpr long ROWS = 32, DEPTH = 32;
+    static constexpr long ROWS = 32, DEPTH = 32;  // rows of a tile at most; what k must be a multiple of
 
     // The processor's tiles as this code wants them, and afterwards as they were: others use them, too.
     struct Session {
@@ -117,24 +121,13 @@ struct Tile<bf16> {
 #elif defined(__AVX512BF16__)
 
 template <>
-struct Tile<bf16> {
-    static constexpr long ROWS = 12, DEPTH = 2;
-    struct Session {};
-
-    static long fitting(long rows) { return rows > 8 ? 12 : rows > 4 ? 8 : 4; }
-
-    static void multiply(long rows, const bf16* a, long lda, const bf16* panel, long k, float* c) {
-        if (rows == 12) return multiply<12>(a, lda, panel, k, c);
-        if (rows == 8) return multiply<8>(a, lda, panel, k, c);
-        multiply<4>(a, lda, panel, k, c);
-    }
-
+struct Tile<bf16> : InRegisters<Tile<bf16>, bf16> {
     template <long COUNT>
-    static void multiply(const bf16* a, long lda, const bf16* panel, long k, float* c) {
+    static void some(const bf16* a, long lda, const bf16* panel, long k, float* c) {
         __m512 sums[COUNT][2];
 #pragma GCC unroll 16
         for (auto& row : sums) row[0] = row[1] = _mm512_setzero_ps();
-        for (long i = 0; i < k; i += DEPTH) {
+        for (long i = 0; i < k; i += 2) {
             const bf16* pairs = panel + i * PANEL;
             auto left = as<__m512bh>(_mm512_loadu_si512(pairs)), right = as<__m512bh>(_mm512_loadu_si512(pairs + PANEL));
 #pragma GCC unroll 16
