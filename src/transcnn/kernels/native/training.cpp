@@ -225,40 +225,58 @@ void backward(const T* m, const T* ds, const float* const* norm2, const T* e, co
     }
 }
 
+// out = SiLU(x * scale + shift)
+template <class T>
+void activate(const T* x, const float* scale, const float* shift, T* out, long tokens, long channels, long threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long i = 0; i < tokens; i++)
+        for (long c = 0; c < channels; c += LANES) {
+            const long at = i * channels + c;
+            store(out + at, silu<T>(load(x + at) * load(scale + c) + load(shift + c)));
+        }
+}
+
+// Sums of dz and of dz * (x - mean), with dz = ds * SiLU'(x * scale + shift).
+template <class T>
+void steepen(const T* x, const T* ds, const float* scale, const float* shift, const float* mean, double* sums,
+             long tokens, long channels, long threads) {
+    sum_up(tokens, channels, sums, threads, [&](long c, long at, Row& first, Row& second) {
+        Row value, before = load(x + at);
+        Row dz = load(ds + at) * steepness<T>(before * load(scale + c) + load(shift + c), value);
+        first += dz;
+        second += dz * (before - load(mean + c));
+    });
+}
+
+// dx = dz * by_z + x * by_x + rest, over dz
+template <class T>
+void finish(T* dz, const T* x, const float* by_z, const float* by_x, const float* rest, long tokens, long channels,
+            long threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long i = 0; i < tokens; i++)
+        for (long c = 0; c < channels; c += LANES) {
+            const long at = i * channels + c;
+            store(dz + at, load(dz + at) * load(by_z + c) + load(x + at) * load(by_x + c) + load(rest + c));
+        }
+}
+
 }  // namespace
 
-// moments:   sums of x and of its square
-// activate:  out = SiLU(x * scale + shift)
-// steepen:   sums of dz and of dz * (x - mean), with dz = ds * SiLU'(x * scale + shift)
-// finish:    dx = dz * by_z + x * by_x + rest, over dz
 #define TRAINING(SUFFIX, T)                                                                                            \
     extern "C" void moments_##SUFFIX(const T* x, double* sums, long tokens, long channels, long threads) {             \
         moments(x, sums, tokens, channels, threads);                                                                   \
     }                                                                                                                  \
     extern "C" void activate_##SUFFIX(const T* x, const float* scale, const float* shift, T* out, long tokens,         \
                                       long channels, long threads) {                                                   \
-        _Pragma("omp parallel for num_threads(threads)") for (long i = 0; i < tokens; i++) for (long c = 0;            \
-                                                                                                c < channels;          \
-                                                                                                c += LANES)            \
-            store(out + i * channels + c, silu<T>(load(x + i * channels + c) * load(scale + c) + load(shift + c)));    \
+        activate(x, scale, shift, out, tokens, channels, threads);                                                     \
     }                                                                                                                  \
     extern "C" void steepen_##SUFFIX(const T* x, const T* ds, const float* scale, const float* shift,                  \
                                      const float* mean, double* sums, long tokens, long channels, long threads) {      \
-        sum_up(tokens, channels, sums, threads, [&](long c, long at, Row& first, Row& second) {                        \
-            Row value, before = load(x + at);                                                                          \
-            Row dz = load(ds + at) * steepness<T>(before * load(scale + c) + load(shift + c), value);                  \
-            first += dz;                                                                                               \
-            second += dz * (before - load(mean + c));                                                                  \
-        });                                                                                                            \
+        steepen(x, ds, scale, shift, mean, sums, tokens, channels, threads);                                           \
     }                                                                                                                  \
     extern "C" void finish_##SUFFIX(T* dz, const T* x, const float* by_z, const float* by_x, const float* rest,        \
                                     long tokens, long channels, long threads) {                                        \
-        _Pragma("omp parallel for num_threads(threads)") for (long i = 0; i < tokens; i++) for (long c = 0;            \
-                                                                                                c < channels;          \
-                                                                                                c += LANES) {          \
-            const long at = i * channels + c;                                                                          \
-            store(dz + at, load(dz + at) * load(by_z + c) + load(x + at) * load(by_x + c) + load(rest + c));           \
-        }                                                                                                              \
+        finish(dz, x, by_z, by_x, rest, tokens, channels, threads);                                                    \
     }                                                                                                                  \
     extern "C" void middle_forward_##SUFFIX(const T* e, const float* scale, const float* shift, const float* weight,   \
                                             T* m, double* sums, long batch, long height, long width, long channels,    \
