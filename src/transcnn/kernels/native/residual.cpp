@@ -139,8 +139,10 @@ class Piece {
 template <class T>
 void all_of(const Work<T>& work, long threads) {
     const Shape& s = work.s;
-    const long least = std::min(s.height, 4 * s.size);  // rows of a band: those around it are made twice
-    long bands = s.batch % threads == 0 ? 1 : std::max<long>(1, std::min(2 * threads, s.height / least));
+    // Hidden rows around a band are made twice, so bands are high, but for what it takes to have work for every thread.
+    const long for_all = std::min((threads + s.batch - 1) / s.batch, std::max<long>(1, s.height / s.size));
+    const long even = std::min(2 * threads, s.height / (4 * s.size)) / threads * threads;
+    long bands = s.batch % threads == 0 ? 1 : std::max(for_all, even);
     const long rows = (s.height + bands - 1) / bands;
     bands = (s.height + rows - 1) / rows;
     const long each = std::max<long>(1, (s.batch + threads - 1) / threads);  // images of a thread
