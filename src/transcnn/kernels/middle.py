@@ -63,7 +63,6 @@ def _trainable(e: Tensor) -> bool:
         native.fits(e, channels, products=False)
         and batch * height * width > 1
         and e.is_contiguous(memory_format=torch.channels_last)
-        and not torch._C._are_functorch_transforms_active()  # whose tensors have no memory of their own
     )
 
 
@@ -107,7 +106,7 @@ class _Middle(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         x, m, taps, *rest = ctx.saved_tensors
         first, second = _Statistics(*rest[:4]), _Statistics(*rest[4:])
-        channels, positions = x.shape[3], x.shape[:3].numel()
+        channels, positions, size = x.shape[3], x.shape[:3].numel(), round(len(taps) ** 0.5)
         ds = grads[0].permute(0, 2, 3, 1).to(x.dtype).contiguous()
 
         sums = _sums(channels)
@@ -118,11 +117,10 @@ class _Middle(torch.autograd.Function):
         turned, sums = taps.flip(0).contiguous(), _sums(channels)
         dtaps = torch.zeros(torch.get_num_threads(), *taps.shape)
         native.call("middle_backward", x, m, ds, second.scale, second.shift, *factors, x, first.scale, first.shift,
-                    first.mean, turned, dx, dtaps, sums, *x.shape, round(len(taps) ** 0.5))  # fmt: skip
+                    first.mean, turned, dx, dtaps, sums, *x.shape, size)  # fmt: skip
         factors, weight1, bias1 = _through_norm(first, sums, positions)
         if ctx.dtypes[0] is not None:
             native.call("finish", x, dx, x, *factors, positions, channels)
-        size = round(len(taps) ** 0.5)
         weight = dtaps.sum(0).t().reshape(channels, 1, size, size)
         found = (weight1, bias1, weight, weight2, bias2)
         found = [dtype and grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True)]

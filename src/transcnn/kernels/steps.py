@@ -20,13 +20,7 @@ __all__ = ["NativeHMHSA", "grid_attention", "trainable"]
 
 def trainable(x: Tensor, head_dim: int) -> bool:
     """Whether the kernels train with tokens like these, (..., C)."""
-    return (
-        torch.is_grad_enabled()
-        and x.is_contiguous()
-        and head_dim <= native.MOST
-        and native.fits(x, head_dim)
-        and not torch._C._are_functorch_transforms_active()  # whose tensors have no memory of their own
-    )
+    return torch.is_grad_enabled() and x.is_contiguous() and head_dim <= native.MOST and native.fits(x, head_dim)
 
 
 class NativeHMHSA(HMHSA):

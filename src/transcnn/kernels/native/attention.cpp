@@ -5,34 +5,29 @@
 #include <algorithm>
 
 #include "attend.h"
+#include "grids.h"
 #include "product.h"
 
 namespace {
 
 template <class T>
-void local(const T* x, const T* normed, T* out, const T* qkv, const float* bias, const float* scale, long batch,
-           long height, long width, long channels, long head_dim, long size, long threads) {
+void local(const T* x, const T* normed, T* out, const T* qkv, const float* bias, const float* scale, Grids s, long threads) {
     constexpr long ROWS = Tile<T>::ROWS;
-    const long down = (height + size - 1) / size, across = (width + size - 1) / size;
-    const long most = whole(std::min(size, height) * std::min(size, width), PANEL);  // positions of a grid
+    const long channels = s.channels, head_dim = s.head_dim, most = s.most();
 #pragma omp parallel num_threads(threads)
     {
         [[maybe_unused]] typename Tile<T>::Session session;
 #pragma omp for schedule(dynamic)
-        for (long grid = 0; grid < batch * down * across; grid++) {
-            const long image = grid / (down * across), top = grid / across % down * size, left = grid % across * size;
-            const long rows = std::min(size, height - top), columns = std::min(size, width - left);
-            const long n = rows * columns, padded = whole(n, PANEL);
-            const long corner = (image * height + top) * width + left;
+        for (long i = 0; i < s.count(); i++) {
+            const Grid grid(s, i);
+            const long n = grid.positions(), padded = whole(n, PANEL);
             Scratch& memory = scratch();
             memory.begin(most * (channels * 4 + head_dim + whole(head_dim, PANEL)) * sizeof(T) + 1024);
             T* own = memory.take<T>(n * channels);
             T* three = memory.take<T>(n * 3 * channels);
             T* keys = memory.take<T>(most * head_dim);
             T* values = memory.take<T>(most * whole(head_dim, PANEL));
-            for (long y = 0; y < rows; y++)
-                std::memcpy(own + y * columns * channels, normed + (corner + y * width) * channels,
-                            columns * channels * sizeof(T));
+            grid.copy(normed, channels, own);
             multiply(own, channels, n, qkv, channels, channels, 3 * channels,
                      [&](long row, long count, long column, long some, const float* c) {
                          for (long i = row; i < row + count; i++, c += PANEL)
@@ -47,8 +42,7 @@ void local(const T* x, const T* normed, T* out, const T* qkv, const float* bias,
                     attend(q + first * 3 * channels, 3 * channels, std::min(ROWS, n - first), 1, keys, values, n, padded,
                            head_dim, [&](long row, long count, long column, long some, const float* c, const float* factor) {
                                for (long i = row; i < row + count; i++, c += PANEL) {
-                                   const long token = first + i;
-                                   const long at = (corner + token / columns * width + token % columns) * channels;
+                                   const long at = grid.place(first + i) * channels;
                                    for (long j = 0; j < some; j += LANES) {
                                        const long channel = head + column + j;
                                        Row value = load(x + at + channel);
@@ -140,7 +134,7 @@ void global(T* own, const T* residual, const T* q, const float* q_bias, const T*
     extern "C" void local_##SUFFIX(const T* x, const T* normed, T* out, const T* qkv, const float* bias,               \
                                    const float* scale, long batch, long height, long width, long channels,             \
                                    long head_dim, long size, long threads) {                                           \
-        local(x, normed, out, qkv, bias, scale, batch, height, width, channels, head_dim, size, threads);              \
+        local(x, normed, out, qkv, bias, scale, Grids{batch, height, width, channels, head_dim, size}, threads);       \
     }                                                                                                                   \
     extern "C" void global_##SUFFIX(T* own, const T* residual, const T* q, const float* q_bias, const T* kv,           \
                                     const T* proj, const float* proj_bias, const Step* steps, long further, T* packed, \
