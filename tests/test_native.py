@@ -127,7 +127,7 @@ def inverted_residual(
 @pytest.mark.parametrize("size", [3, 5, 7])
 def test_inverted_residual_of_every_size(size, dtype):
     module, exact = inverted_residual(32, 96, 64, size, dtype)
-    maps = [(1, 1), (1, 9), (11, 1), (2, 3), (3, 7), (8, 8), (6, 17), (75, 5), (2, 131)]
+    maps = [(1, 1), (1, 9), (11, 1), (2, 3), (3, 7), (8, 8), (6, 17), (75, 5), (2, 131), (5, 257)]
     for batch, (height, width) in enumerate(maps, start=1):
         x = torch.randn(1 + batch % 3, height, width, 32).to(dtype)
         residual = torch.randn(*x.shape[:3], 64).to(dtype) if batch % 2 else None
@@ -142,6 +142,7 @@ def test_inverted_residual_of_every_size(size, dtype):
         pytest.param(32, 5, 32, (2, 9, 10), id="few hidden channels"),
         pytest.param(32, 150, 96, (1, 13, 7), id="panel and odd rest"),
         pytest.param(32, 1000, 64, (1, 4, 140), id="hidden map in several blocks"),
+        pytest.param(32, 1000, 64, (2, 6, 290), id="hidden map of three tiles in several blocks"),
         pytest.param(576, 64, 576, (1, 1, 3), id="many channels, few positions"),
     ],
 )

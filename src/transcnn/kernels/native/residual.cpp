@@ -11,6 +11,7 @@
 namespace {
 
 constexpr long CACHE = 1 << 20;  // bytes of the hidden map, and of the weights that it meets, at a time
+constexpr long WIDE = 128;       // columns at a time, about: of wider rows only few hidden channels would fit the cache
 
 struct Shape {
     long batch, height, width, channels, hidden, outputs, size;
@@ -27,24 +28,27 @@ struct Work {
     Shape s;
 };
 
-// Rows top to bottom (exclusive) of some images, one after the other with the same hidden channels: their weights are read
-// from afar once.
+// What is made at a time: rows and columns (the ends exclusive) of some images, one after the other with the same hidden
+// channels, whose weights are read from afar once.
+struct Part {
+    long image, images, top, bottom, left, right;
+};
+
 template <class T>
 class Piece {
   public:
-    Piece(const Work<T>& work, long image, long images, long top, long bottom)
-        : w(work), s(work.s), image(image), images(images), top(top), bottom(bottom) {
+    Piece(const Work<T>& work, const Part& part) : w(work), s(work.s), p(part), width(p.right - p.left) {
         reach = s.size / 2;
-        step = std::min(bottom - top, std::max<long>(1, (128 + s.width - 1) / s.width));
-        line = (s.width + 2 * reach) * LANES;
+        step = std::min(p.bottom - p.top, std::max<long>(1, (128 + width - 1) / width));
+        line = (width + 2 * reach) * LANES;
         block = (step + 2 * reach) * line + AT_ONCE * LANES;  // of 16 channels; some over
-        const long column = block * 4 + (step * s.width + s.channels + s.outputs) * LANES * sizeof(T);
+        const long column = block * 4 + (step * width + s.channels + s.outputs) * LANES * sizeof(T);
         together = std::min(s.hidden, std::max<long>(PANEL, CACHE / column * LANES / PANEL * PANEL));
-        const long results = together == s.hidden ? 0 : images * (bottom - top) * s.width * s.outputs;
+        const long results = together == s.hidden ? 0 : p.images * (p.bottom - p.top) * width * s.outputs;
         Scratch& memory = scratch();
-        memory.begin((together / LANES * block + results) * 4 + step * s.width * together * sizeof(T) + 1024);
+        memory.begin((together / LANES * block + results) * 4 + step * width * together * sizeof(T) + 1024);
         map = memory.take<float>(together / LANES * block);
-        mixed = memory.take<T>(step * s.width * together);
+        mixed = memory.take<T>(step * width * together);
         sums = memory.take<float>(results);
         std::memset(map, 0, together / LANES * block * sizeof(float));
     }
@@ -52,12 +56,13 @@ class Piece {
     void run() {
         for (first = 0; first < s.hidden; first += together) {
             some = std::min(together, s.hidden - first);
-            for (long i = 0; i < images; i++)
-                for (long y = top; y < bottom; y += step) {
+            for (long i = 0; i < p.images; i++)
+                for (long y = p.top; y < p.bottom; y += step) {
+                    const long rows = std::min(step, p.bottom - y);
                     make_room(y);
-                    expand(image + i, y, std::min(step, bottom - y));
-                    mix(std::min(step, bottom - y));
-                    project(i, y, std::min(step, bottom - y));
+                    expand(p.image + i, y, rows);
+                    mix(rows);
+                    project(i, y, rows);
                 }
         }
     }
@@ -65,31 +70,38 @@ class Piece {
   private:
     // Hidden rows that the rows at y need and the rows before them had, too.
     void make_room(long y) {
-        if (y > top)
+        if (y > p.top)
             for (long c = 0; c < some / LANES; c++)
                 std::memmove(map + c * block, map + c * block + step * line, 2 * reach * line * sizeof(float));
     }
 
     // The further hidden rows that ``rows`` rows at y need: 1x1 convolution and SiLU, zeros beyond the image.
     void expand(long image, long y, long rows) {
-        const long made = y > top ? y + reach : y - reach, end = y + rows + reach;
+        const long made = y > p.top ? y + reach : y - reach, end = y + rows + reach;
         for (long row = made; row < end; row++)
             if (row < 0 || row >= s.height)
                 for (long c = 0; c < some / LANES; c++)
                     std::memset(map + c * block + (row - y + reach) * line, 0, line * sizeof(float));
         const long from = std::max<long>(made, 0), to = std::min(end, s.height);
-        const T* own = w.x + (image * s.height + from) * s.width * s.channels;
-        multiply(own, s.channels, (to - from) * s.width, w.expand + first * s.channels, s.channels, s.channels, some,
-                 [&](long token, long tokens, long channel, long, const float* c) {
+        const long left = std::max<long>(p.left - reach, 0), seen = std::min(p.right + reach, s.width) - left;
+        const long at_once = seen == s.width ? to - from : 1;  // rows that follow each other without a gap
+        for (long row = from; row < to; row += at_once)
+            expand(w.x + ((image * s.height + row) * s.width + left) * s.channels, at_once * seen, seen,
+                   map + (row - y + reach) * line + (left - p.left + reach) * LANES);
+    }
+
+    // ``tokens`` positions from x on, ``seen`` of each row, to ``to`` and the following lines.
+    void expand(const T* x, long tokens, long seen, float* to) {
+        multiply(x, s.channels, tokens, w.expand + first * s.channels, s.channels, s.channels, some,
+                 [&](long token, long count, long channel, long, const float* c) {
                      const Row low = load(w.expand_bias + first + channel);
                      const Row high = load(w.expand_bias + first + channel + LANES);
-                     float* left = map + channel / LANES * block;
-                     long row = from + token / s.width, place = token % s.width;
-                     for (long i = 0; i < tokens; i++, c += PANEL) {
-                         float* p = left + (row - y + reach) * line + (place + reach) * LANES;
-                         store(p, silu<T>(load(c) + low));
-                         store(p + block, silu<T>(load(c + LANES) + high));
-                         if (++place == s.width) place = 0, row++;
+                     long place = token % seen;
+                     float* own = to + channel / LANES * block + token / seen * line + place * LANES;
+                     for (long i = 0; i < count; i++, c += PANEL, own += LANES) {
+                         store(own, silu<T>(load(c) + low));
+                         store(own + block, silu<T>(load(c + LANES) + high));
+                         if (++place == seen) place = 0, own += line - seen * LANES;
                      }
                  });
     }
@@ -101,21 +113,22 @@ class Piece {
             const float* weight = w.mix + first + c;
             const Row bias = load(w.mix_bias + first + c);
             const auto keep = [&](long token, Row sum) { store(mixed + token * some + c, silu<T>(sum)); };
-            if (s.size == 3) convolve<3>(from, rows, s.width, weight, s.hidden, bias, keep);
-            if (s.size == 5) convolve<5>(from, rows, s.width, weight, s.hidden, bias, keep);
-            if (s.size == 7) convolve<7>(from, rows, s.width, weight, s.hidden, bias, keep);
+            if (s.size == 3) convolve<3>(from, rows, width, weight, s.hidden, bias, keep);
+            if (s.size == 5) convolve<5>(from, rows, width, weight, s.hidden, bias, keep);
+            if (s.size == 7) convolve<7>(from, rows, width, weight, s.hidden, bias, keep);
         }
     }
 
     // What these hidden channels add to the result of the i-th image.
     void project(long i, long y, long rows) {
-        const long place = ((image + i) * s.height + y) * s.width;
-        float* own = sums + (i * (bottom - top) + y - top) * s.width * s.outputs;
-        multiply(mixed, some, rows * s.width, w.project + first * PANEL, s.hidden, some, s.outputs,
+        const long corner = ((p.image + i) * s.height + y) * s.width + p.left;
+        float* own = sums + (i * (p.bottom - p.top) + y - p.top) * width * s.outputs;
+        multiply(mixed, some, rows * width, w.project + first * PANEL, s.hidden, some, s.outputs,
                  [&](long token, long tokens, long channel, long columns, const float* c) {
-                     for (long t = token; t < token + tokens; t++, c += PANEL)
+                     for (long t = token; t < token + tokens; t++, c += PANEL) {
+                         const long place = corner + t / width * s.width + t % width;
                          for (long j = channel; j < channel + columns; j += LANES) {
-                             const long at = (place + t) * s.outputs + j;
+                             const long at = place * s.outputs + j;
                              Row value = load(c + j - channel);
                              if (first) value += load(own + t * s.outputs + j);
                              if (first + some < s.hidden) {
@@ -126,12 +139,14 @@ class Piece {
                              if (w.residual) value += load(w.residual + at);
                              store(w.out + at, value);
                          }
+                     }
                  });
     }
 
     const Work<T>& w;
     const Shape& s;
-    long image, images, top, bottom, reach, step, line, block, together, first = 0, some = 0;
+    const Part p;
+    long width, reach, step, line, block, together, first = 0, some = 0;
     float *map, *sums;
     T* mixed;
 };
@@ -147,14 +162,17 @@ void all_of(const Work<T>& work, long threads) {
     bands = (s.height + rows - 1) / rows;
     const long each = std::max<long>(1, (s.batch + threads - 1) / threads);  // images of a thread
     const long images = bands > 1 ? 1 : std::clamp<long>(512 / (s.height * s.width), 1, each);
-    const long pieces = (s.batch + images - 1) / images * bands;
+    const long across = (s.width + WIDE - 1) / WIDE, columns = (s.width + across - 1) / across;
+    const long pieces = (s.batch + images - 1) / images * bands * across;
 #pragma omp parallel num_threads(threads)
     {
         [[maybe_unused]] typename Tile<T>::Session session;
 #pragma omp for schedule(dynamic)
         for (long i = 0; i < pieces; i++) {
-            const long image = i / bands * images, top = i % bands * rows;
-            Piece<T>(work, image, std::min(images, s.batch - image), top, std::min(s.height, top + rows)).run();
+            const long image = i / across / bands * images, top = i / across % bands * rows, left = i % across * columns;
+            const Part part{image, std::min(images, s.batch - image),     top, std::min(s.height, top + rows),
+                            left,  std::min(s.width, left + columns)};
+            Piece<T>(work, part).run();
         }
     }
 }
