@@ -1,29 +1,30 @@
 // A depthwise convolution of sixteen channels that lie together, fp32, over a map with a border of zeros.
 //
-// A map has rows + SIZE - 1 rows of width + SIZE - 1 positions, and AT_ONCE positions over at its end. Weights of tap
-// (i, j) lie at (i * SIZE + j) * ldw.
+// A map has rows + SIZE - 1 rows of width + SIZE - 1 positions, and AT_ONCE positions over at its end; row(i) is where the
+// i-th of them begins. Weights of tap (i, j) lie at (i * SIZE + j) * ldw.
 
 #pragma once
 
 #include "numbers.h"
 
-constexpr int AT_ONCE = 8;  // positions side by side: so many sums keep two units busy
+constexpr int MOST_REACH = 3;  // rows above and below that a convolution sees
+constexpr int AT_ONCE = 8;     // positions side by side: so many sums keep two units busy
 
 inline long map_size(long rows, long width, long size) {
     return ((rows + size - 1) * (width + size - 1) + AT_ONCE) * LANES;
 }
 
 // Calls take(y * width + x, sum) with the weighed sum around each position.
-template <int SIZE, class Take>
-inline void convolve(const float* map, long rows, long width, const float* weight, long ldw, Row bias, Take take) {
-    const long line = (width + SIZE - 1) * LANES;
+template <int SIZE, class Rows, class Take>
+inline void convolve(Rows row, long rows, long width, const float* weight, long ldw, Row bias, Take take) {
+    static_assert(SIZE / 2 <= MOST_REACH);
     for (long y = 0; y < rows; y++)
         for (long x = 0; x < width; x += AT_ONCE) {
             Row sums[AT_ONCE];
 #pragma GCC unroll 8
             for (Row& sum : sums) sum = bias;
             for (int i = 0; i < SIZE; i++) {
-                const float* p = map + (y + i) * line + x * LANES;
+                const float* p = row(y + i) + x * LANES;
                 Row weights[SIZE];
                 for (int j = 0; j < SIZE; j++) weights[j] = load(weight + (i * SIZE + j) * ldw);
 #pragma GCC unroll 16

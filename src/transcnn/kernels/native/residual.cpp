@@ -11,6 +11,7 @@
 namespace {
 
 constexpr long CACHE = 1 << 20;  // bytes of the hidden map, and of the weights that it meets, at a time
+constexpr long POSITIONS = 128;  // of the result at a time, at least, in whole rows
 constexpr long WIDE = 128;       // columns at a time, about: of wider rows only few hidden channels would fit the cache
 
 struct Shape {
@@ -39,9 +40,10 @@ class Piece {
   public:
     Piece(const Work<T>& work, const Part& part) : w(work), s(work.s), p(part), width(p.right - p.left) {
         reach = s.size / 2;
-        step = std::min(p.bottom - p.top, std::max<long>(1, (128 + width - 1) / width));
+        step = std::min(p.bottom - p.top, (POSITIONS + width - 1) / width);
+        held = step + 2 * reach;
         line = (width + 2 * reach) * LANES;
-        block = (step + 2 * reach) * line + AT_ONCE * LANES;  // of 16 channels; some over
+        block = held * line + AT_ONCE * LANES;  // of 16 channels; some over
         const long column = block * 4 + (step * width + s.channels + s.outputs) * LANES * sizeof(T);
         together = std::min(s.hidden, std::max<long>(PANEL, CACHE / column * LANES / PANEL * PANEL));
         const long results = together == s.hidden ? 0 : p.images * (p.bottom - p.top) * width * s.outputs;
@@ -59,21 +61,16 @@ class Piece {
             for (long i = 0; i < p.images; i++)
                 for (long y = p.top; y < p.bottom; y += step) {
                     const long rows = std::min(step, p.bottom - y);
-                    make_room(y);
                     expand(p.image + i, y, rows);
-                    mix(rows);
+                    mix(y, rows);
                     project(i, y, rows);
                 }
         }
     }
 
   private:
-    // Hidden rows that the rows at y need and the rows before them had, too.
-    void make_room(long y) {
-        if (y > p.top)
-            for (long c = 0; c < some / LANES; c++)
-                std::memmove(map + c * block, map + c * block + step * line, 2 * reach * line * sizeof(float));
-    }
+    // Where a hidden row lies: over the one that was needed last ``held`` rows above.
+    long place_of(long row) const { return (row - p.top + reach) % held * line; }
 
     // The further hidden rows that ``rows`` rows at y need: 1x1 convolution and SiLU, zeros beyond the image.
     void expand(long image, long y, long rows) {
@@ -81,35 +78,37 @@ class Piece {
         for (long row = made; row < end; row++)
             if (row < 0 || row >= s.height)
                 for (long c = 0; c < some / LANES; c++)
-                    std::memset(map + c * block + (row - y + reach) * line, 0, line * sizeof(float));
+                    std::memset(map + c * block + place_of(row), 0, line * sizeof(float));
         const long from = std::max<long>(made, 0), to = std::min(end, s.height);
-        const long left = std::max<long>(p.left - reach, 0), seen = std::min(p.right + reach, s.width) - left;
-        const long at_once = seen == s.width ? to - from : 1;  // rows that follow each other without a gap
-        for (long row = from; row < to; row += at_once)
-            expand(w.x + ((image * s.height + row) * s.width + left) * s.channels, at_once * seen, seen,
-                   map + (row - y + reach) * line + (left - p.left + reach) * LANES);
+        const long left = std::max<long>(p.left - reach, 0), right = std::min(p.right + reach, s.width);
+        const long at_once = right - left == s.width ? to - from : 1;  // rows that follow each other without a gap
+        for (long row = from; row < to; row += at_once) expand(image, row, at_once, left, right);
     }
 
-    // ``tokens`` positions from x on, ``seen`` of each row, to ``to`` and the following lines.
-    void expand(const T* x, long tokens, long seen, float* to) {
-        multiply(x, s.channels, tokens, w.expand + first * s.channels, s.channels, s.channels, some,
-                 [&](long token, long count, long channel, long, const float* c) {
+    // ``rows`` rows at y from left to right.
+    void expand(long image, long y, long rows, long left, long right) {
+        const T* own = w.x + ((image * s.height + y) * s.width + left) * s.channels;
+        multiply(own, s.channels, rows * (right - left), w.expand + first * s.channels, s.channels, s.channels, some,
+                 [&](long token, long tokens, long channel, long, const float* c) {
                      const Row low = load(w.expand_bias + first + channel);
                      const Row high = load(w.expand_bias + first + channel + LANES);
-                     long place = token % seen;
-                     float* own = to + channel / LANES * block + token / seen * line + place * LANES;
-                     for (long i = 0; i < count; i++, c += PANEL, own += LANES) {
-                         store(own, silu<T>(load(c) + low));
-                         store(own + block, silu<T>(load(c + LANES) + high));
-                         if (++place == seen) place = 0, own += line - seen * LANES;
+                     float* begin = map + channel / LANES * block + (reach - p.left) * LANES;
+                     long row = y + token / (right - left), x = left + token % (right - left);
+                     float* line = begin + place_of(row);
+                     for (long i = 0; i < tokens; i++, c += PANEL) {
+                         store(line + x * LANES, silu<T>(load(c) + low));
+                         store(line + x * LANES + block, silu<T>(load(c + LANES) + high));
+                         if (++x == right) x = left, line = begin + place_of(++row);
                      }
                  });
     }
 
-    // Depthwise convolution and SiLU.
-    void mix(long rows) {
+    // Depthwise convolution and SiLU of the rows at y.
+    void mix(long y, long rows) {
+        long places[POSITIONS + 2 * MOST_REACH];
+        for (long i = 0; i < rows + 2 * reach; i++) places[i] = place_of(y - reach + i);
         for (long c = 0; c < some; c += LANES) {
-            const float* from = map + c / LANES * block;
+            const auto from = [&, own = map + c / LANES * block](long i) { return own + places[i]; };
             const float* weight = w.mix + first + c;
             const Row bias = load(w.mix_bias + first + c);
             const auto keep = [&](long token, Row sum) { store(mixed + token * some + c, silu<T>(sum)); };
@@ -146,7 +145,7 @@ class Piece {
     const Work<T>& w;
     const Shape& s;
     const Part p;
-    long width, reach, step, line, block, together, first = 0, some = 0;
+    long width, reach, step, held, line, block, together, first = 0, some = 0;
     float *map, *sums;
     T* mixed;
 };

@@ -59,6 +59,9 @@ struct Shape {
 
     long reach() const { return size / 2; }
     long line() const { return (width + size - 1) * LANES; }
+    auto rows(const float* map) const {
+        return [map, line = line()](long i) { return map + i * line; };
+    }
 
     // Channels and rows at a time for ``maps`` maps.
     void divide(long maps, long& some, long& rows) const {
@@ -123,7 +126,7 @@ void forward(const T* e, const float* scale, const float* shift, const float* we
                         first += off;
                         second += off * off;
                     };
-                    const float* from = map + c / LANES * block;
+                    const auto from = s.rows(map + c / LANES * block);
                     const float* w = weight + channel + c;
                     if (s.size == 3) convolve<3>(from, bottom - top, s.width, w, s.channels, Row{}, take);
                     if (s.size == 5) convolve<5>(from, bottom - top, s.width, w, s.channels, Row{}, take);
@@ -212,9 +215,9 @@ void backward(const T* m, const T* ds, const float* const* norm2, const T* e, co
                         second += of_z * (before - mean);
                     };
                     const float* w = turned + channel + c;
-                    if (s.size == 3) convolve<3>(g, bottom - top, s.width, w, s.channels, Row{}, take);
-                    if (s.size == 5) convolve<5>(g, bottom - top, s.width, w, s.channels, Row{}, take);
-                    if (s.size == 7) convolve<7>(g, bottom - top, s.width, w, s.channels, Row{}, take);
+                    if (s.size == 3) convolve<3>(s.rows(g), bottom - top, s.width, w, s.channels, Row{}, take);
+                    if (s.size == 5) convolve<5>(s.rows(g), bottom - top, s.width, w, s.channels, Row{}, take);
+                    if (s.size == 7) convolve<7>(s.rows(g), bottom - top, s.width, w, s.channels, Row{}, take);
                     for (int i = 0; i < LANES; i++) {
                         own[channel + c + i] += first[i];
                         own[s.channels + channel + c + i] += second[i];
