@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from transcnn.attention import HMHSA, LocalStep
+from transcnn.blocks import DualDownsample
 from transcnn.fast import optimize
 from transcnn.kernels import tokens
 from transcnn.kernels.native import build, calls
-from transcnn.kernels.tokens import FastHMHSA, FastLocalStep, FastResidual, fuse
+from transcnn.kernels.tokens import FastDualDownsample, FastHMHSA, FastLocalStep, FastResidual, FastStem, fuse
 
 has_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 has_kernels = pytest.mark.skipif(build.library() is None, reason="needs the kernels")
@@ -42,7 +43,7 @@ BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 NETWORKS = {
     "transcnn": {},
     "hatnet": dict(design="hatnet", norm_layer="groupnorm1", grid_sizes=(8, 7, 7, None), kernel_sizes=(3, 5, 7, 3)),
-    "three levels": dict(grid_sizes=((4, 2), (4, 2), 4, None), pool_ratios=((2, 2), (2, 3), 2, None)),
+    "three levels": dict(stem_width=16, grid_sizes=((4, 2), (4, 2), 4, None), pool_ratios=((2, 2), (2, 3), 2, None)),
 }
 
 
@@ -404,7 +405,125 @@ def test_hmhsa_is_as_near_as_the_plain_one(ratios, dtype):
     assert ours <= (1e-6 if dtype == torch.float32 else 1.1 * theirs)
 
 
-# 4. Extremes
+# 4. The stem and the halving
+
+
+def stem(channels: int, middle: int, outputs: int, strides: tuple[int, int], dtype: torch.dtype) -> nn.Sequential:
+    first = nn.Conv2d(channels, middle, 3, strides[0], padding=1)
+    layers = nn.Sequential(first, nn.SiLU(), nn.Conv2d(middle, outputs, 3, strides[1], padding=1)).to(dtype)
+    for conv in layers[::2]:
+        nn.init.normal_(conv.weight, std=1.5 / conv.weight[0].numel() ** 0.5)
+    return layers
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strides", [(1, 1), (1, 2), (2, 1), (2, 2)])
+@torch.no_grad()
+def test_stem(strides, dtype):
+    maps = [(1, 1), (1, 9), (8, 1), (2, 3), (16, 12), (37, 131), (70, 33), (5, 600)]
+    for i, (height, width) in enumerate(maps):
+        channels, middle, outputs = (3, 16, 64) if i % 2 else (1 + i, 48, 16)
+        layers = stem(channels, middle, outputs, strides, dtype)
+        x = torch.randn(1 + i % 3, channels, height, width).to(dtype)
+        compare(FastStem(layers), copy.deepcopy(layers).double(), x, kernel="stem")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_the_stem_takes_images_in_any_memory_format(dtype):
+    fast = FastStem(stem(3, 16, 32, (2, 2), dtype))
+    x = torch.randn(2, 3, 21, 30).to(dtype)
+    expected = fast(x)
+    apart = torch.randn(4, 6, 42, 90).to(dtype)[1::2, ::2, 1::2, ::3]
+    apart.copy_(x)
+    views = [x.to(memory_format=torch.channels_last), apart, x.transpose(2, 3).contiguous().transpose(2, 3)]
+    for view in (*views, x.float()):
+        with counted() as called:
+            assert torch.equal(fast(view), expected)
+        assert called == {"stem": 1}
+    one = x[:1, :1].expand(2, 3, 21, 30)
+    assert torch.equal(fast(one), fast(one.contiguous()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_stems_that_the_kernel_lacks_stay_with_pytorch(dtype):
+    def run(first: nn.Conv2d, act: nn.Module, *rest: nn.Module) -> None:
+        layers = nn.Sequential(first, act, *rest).to(dtype).eval()
+        x = torch.randn(2, 3, 12, 11).to(dtype)
+        with counted() as called:
+            y = FastStem(layers)(x)
+        assert error(y, layers.double()(x.double())) <= BOUNDS[dtype]
+        assert not called
+
+    def conv(inputs: int, outputs: int, size: int = 3, **options) -> nn.Conv2d:
+        return nn.Conv2d(inputs, outputs, size, **{"stride": 2, "padding": 1, **options})
+
+    run(conv(3, 16), nn.GELU(), conv(16, 32))
+    run(conv(3, 16), nn.SiLU(), conv(16, 32), nn.SiLU())
+    run(conv(3, 16), nn.SiLU(), nn.GroupNorm(1, 16), conv(16, 32))
+    run(conv(3, 16, bias=False), nn.SiLU(), conv(16, 32))
+    run(conv(3, 8), nn.SiLU(), conv(8, 32))
+    run(conv(3, 16), nn.SiLU(), conv(16, 24))
+    run(conv(3, 16, stride=3), nn.SiLU(), conv(16, 32))
+    run(conv(3, 16, 5, padding=2), nn.SiLU(), conv(16, 32))
+    run(conv(3, 16), nn.SiLU(), conv(16, 32, dilation=2, padding=2))
+    run(conv(3, 16), nn.SiLU(), conv(16, 32, groups=2))
+    fast = FastStem(stem(3, 16, 32, (2, 2), dtype))
+    for shape in ((2, 4, 8, 8), (2, 1, 8, 8)):  # other channels fail as ever
+        with pytest.raises(RuntimeError):
+            fast(torch.zeros(shape))
+
+
+def halving(channels: int, outputs: int, act: nn.Module, dtype: torch.dtype) -> DualDownsample:
+    layers = DualDownsample(channels, outputs, norm_layer=nn.BatchNorm2d, act_layer=lambda: act)
+    for norm in (layers.norm1, layers.norm2):
+        nn.init.normal_(norm.running_mean, std=0.3)
+        nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    return layers.to(dtype).eval()
+
+
+def fast_halving(layers: DualDownsample) -> FastDualDownsample:
+    residual = (layers.residual, layers.norm2)
+    return FastDualDownsample((layers.conv, layers.norm1), layers.pool, residual, layers.act)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_halving(dtype):
+    maps = [(1, 1), (1, 8), (7, 1), (2, 3), (16, 12), (13, 131), (4, 270)]
+    for i, (height, width) in enumerate(maps):
+        channels, outputs = (64, 96) if i % 2 else (32, 48 if dtype == torch.float32 else 64)
+        layers = halving(channels, outputs, nn.SiLU(), dtype)
+        x = torch.randn(1 + i % 3, channels, height, width).to(dtype).to(memory_format=torch.channels_last)
+        fast = fast_halving(layers)
+        with counted() as called:
+            y = fast(x)
+        assert called == {"pooled": 1}
+        exact = layers.double()(x.double())
+        assert y.shape == exact.shape
+        assert error(y, exact) <= BOUNDS[dtype]
+        assert torch.equal(fast(x.contiguous()), y)
+        with plain():
+            assert error(y, exact) <= max(1.1 * error(fast(x), exact), 5e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_halvings_that_the_kernel_lacks_stay_with_pytorch(dtype):
+    others = [halving(64, 64, nn.GELU(), dtype), halving(24, 32, nn.SiLU(), dtype), halving(32, 24, nn.SiLU(), dtype)]
+    for pool in (nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, ceil_mode=True)):
+        others.append(halving(32, 32, nn.SiLU(), dtype))
+        others[-1].pool = pool
+    for layers in others:
+        x = torch.randn(2, layers.conv.in_channels, 6, 8).to(dtype)
+        with counted() as called:
+            y = fast_halving(layers)(x)
+        assert error(y, layers.double()(x.double())) <= BOUNDS[dtype]
+        assert not called
+
+
+# 5. Extremes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -505,7 +624,7 @@ def test_several_callers_at_once(dtype):
             assert all(map(torch.equal, pool.map(both, maps), expected))
 
 
-# 5. How they come to be
+# 6. How they come to be
 
 
 @pytest.fixture
@@ -686,6 +805,11 @@ def test_what_is_compiled_for_other_processors(kind, needs, anew, monkeypatch, t
         module, exact = inverted_residual(32, 80, 64, 5, dtype)
         for shape in ((2, 7, 9), (1, 1, 1), (1, 1, 5)):
             compare(module, exact, torch.randn(*shape, 32).to(dtype), kernel="residual")
+        layers = stem(3, 16, 64, (2, 2), dtype)
+        compare(FastStem(layers), copy.deepcopy(layers).double(), torch.randn(1, 3, 19, 30).to(dtype), kernel="stem")
+        layers = halving(32, 64, nn.SiLU(), dtype)
+        x = torch.randn(1, 32, 9, 11).to(dtype)
+        assert error(fast_halving(layers)(x), layers.double()(x.double())) <= BOUNDS[dtype]
         x = torch.randn(1, 9, 13, 64).to(dtype)
         qkv = queries_first(weights(192, 64, dtype), 32)
         out = attend_locally(x, x, qkv, None, 32, 8)
@@ -696,7 +820,7 @@ def test_what_is_compiled_for_other_processors(kind, needs, anew, monkeypatch, t
         test_silu_everywhere(dtype)
 
 
-# 6. Networks
+# 7. Networks
 
 
 def network(**changes) -> nn.Module:
@@ -724,7 +848,8 @@ def test_networks_give_the_same(kind):
         with counted() as called:
             assert error(fast(x), model(x)) <= 1e-5
         steps = sum(len(stage.blocks[0].attn.local) for stage in fast.stages)
-        assert called == {"residual": 4, "local": steps, "global": 3}
+        others = {"hatnet": {}, "transcnn": {"pooled": 3}, "three levels": {"pooled": 3, "stem": 1}}
+        assert called == {"residual": 4, "local": steps, "global": 3, **others[kind]}
 
 
 @pytest.mark.skipif(not build.supports(torch.bfloat16), reason="no bf16 on this processor")

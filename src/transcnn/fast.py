@@ -21,7 +21,7 @@ from .errors import UserError
 from .kernels.grid import KernelLocalStep
 from .kernels.middle import NativeInvertedResidual
 from .kernels.steps import NativeHMHSA
-from .kernels.tokens import FastBlock, FastDualDownsample, FastHMHSA, Frozen, OnTokens, affine
+from .kernels.tokens import FastBlock, FastDualDownsample, FastHMHSA, FastStem, Frozen, OnTokens, affine
 
 __all__ = ["accelerate_training", "fold_batchnorms", "optimize"]
 
@@ -132,7 +132,7 @@ def _replace(module: nn.Module) -> nn.Module:
             return OnTokens((module.conv, module.norm))
     for name, child in module.named_children():
         if isinstance(module, TransCNN) and name == "stem":
-            setattr(module, name, OnTokens([child]))
+            setattr(module, name, FastStem([child]))
         else:
             setattr(module, name, _replace(child))
     return module

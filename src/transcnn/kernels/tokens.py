@@ -25,7 +25,17 @@ from .grid import grid_kernel
 from .native import calls as native
 from .parts import Part, eager_cpu, in_parts
 
-__all__ = ["Convolution", "FastBlock", "FastDualDownsample", "FastHMHSA", "Frozen", "Matrix", "affine", "fuse"]
+__all__ = [
+    "Convolution",
+    "FastBlock",
+    "FastDualDownsample",
+    "FastHMHSA",
+    "FastStem",
+    "Frozen",
+    "Matrix",
+    "affine",
+    "fuse",
+]
 
 Affine = tuple[Tensor, Tensor]  # scale and shift of each channel, in double precision
 
@@ -381,8 +391,19 @@ class FastDualDownsample(Frozen):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
-        y = self.conv(to_tokens(x)).add_(self.residual(to_tokens(self.pool(x))))
-        return self.act(to_map(y))
+        tokens = to_tokens(x)
+        y = self.conv(tokens)
+        matrix = self.residual[0]
+        if self._is_usual() and _has_kernels(matrix, tokens, *matrix.weight.shape):  # pyright: ignore
+            return to_map(native.add_pooled(tokens, y, matrix.packed()))  # pyright: ignore
+        return self.act(to_map(y.add_(self.residual(to_tokens(self.pool(x))))))
+
+    def _is_usual(self) -> bool:
+        """Whether these are the layers that the kernel has."""
+        pool = self.pool
+        halves = type(pool) is nn.MaxPool2d and (pool.kernel_size, pool.stride, pool.ceil_mode) == (2, 2, True)
+        plain = type(self.act) is nn.SiLU and len(self.residual) == 1 and isinstance(self.residual[0], Matrix)
+        return halves and plain and len(self.conv) == 1
 
 
 class OnTokens(Frozen):
@@ -397,6 +418,37 @@ class OnTokens(Frozen):
         """(B, C, H, W) -> (B, C', H', W')."""
         dtype = next(self.layers.parameters()).dtype
         return to_map(self.layers(to_tokens(x.to(dtype))))
+
+
+class FastStem(OnTokens):
+    """TransCNN's stem for inference: two convolutions, whose first map is never whole in memory where kernels run."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__(layers)
+        self._pack = native.Packed(native.pack_stem)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        if not self._is_usual():
+            return super().forward(x)
+        first, second = self.layers
+        x = x.to(first.weight.dtype)
+        widths = len(first.weight), len(second.weight)
+        matches = x.ndim == 4 and x.shape[1] == first.weight.shape[1]
+        if not matches or not native.fits(x, *widths, products=False):
+            return super().forward(x)
+        weights = self._pack(first.weight, first.bias, second.weight, second.bias)
+        return to_map(native.stem(x, *weights, (first.options[0][0], second.options[0][0])))
+
+    def _is_usual(self) -> bool:
+        """Whether these are the layers that the kernel has."""
+        row = list(self.layers)
+        if len(row) != 2 or not all(isinstance(layer, Convolution) and layer.bias is not None for layer in row):
+            return False
+        known = [((stride, stride), (1, 1), (1, 1), 1) for stride in (1, 2)]
+        usual = all(layer.options in known and layer.weight.shape[2:] == (3, 3) for layer in row)
+        return usual and row[0].silu and not row[1].silu
 
 
 def to_tokens(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from .build import library, supports
 
 __all__ = [
     "Packed",
+    "add_pooled",
     "attend_globally",
     "attend_locally",
     "call",
@@ -22,6 +23,8 @@ __all__ = [
     "inverted_residual",
     "pack_matrix",
     "pack_residual",
+    "pack_stem",
+    "stem",
 ]
 
 PANEL = 32
@@ -32,6 +35,10 @@ Affine = tuple[Tensor, Tensor]  # weight and bias
 
 class _Step(ctypes.Structure):
     _fields_ = (("map", ctypes.c_void_p), ("ratio", ctypes.c_long))
+
+
+class _Images(ctypes.Structure):
+    _fields_ = (("numbers", ctypes.c_void_p), ("sizes", ctypes.c_long * 4), ("apart", ctypes.c_long * 4))
 
 
 def fits(x: Tensor, *channels: int, products: bool = True) -> bool:
@@ -112,6 +119,34 @@ def inverted_residual(x: Tensor, residual: Tensor | None, expand: Affine, mix: A
     call("residual", x, x, residual, out, *expand, *mix, *project, batch, height, width, channels, hidden,
           out.shape[3], size)  # fmt: skip
     return out
+
+
+def pack_stem(first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor) -> tuple[Affine, Affine]:
+    """The weights of two 3x3 convolutions as :func:`stem` takes them."""
+    rows = second.permute(0, 2, 3, 1).flatten(1)  # (C", 9·C')
+    if rows.dtype == torch.bfloat16:
+        rows = F.pad(rows, (0, -rows.shape[1] % PANEL))
+    return (first.float().flatten(1).t().contiguous(), first_bias.float()), pack_matrix(rows, second_bias)
+
+
+def stem(x: Tensor, first: Affine, second: Affine, strides: tuple[int, int]) -> Tensor:
+    """3x3 convolution, SiLU, 3x3 convolution, with these strides (1 or 2); (B, C, H, W) -> (B, H', W', C')."""
+    batch, _, height, width = x.shape
+    for stride in strides:
+        height, width = -(-height // stride), -(-width // stride)
+    weight, bias = second
+    out = x.new_empty(batch, height, width, len(bias))
+    images = _Images(x.data_ptr(), (ctypes.c_long * 4)(*x.shape), (ctypes.c_long * 4)(*x.stride()))
+    call("stem", x, ctypes.addressof(images), out, *first, weight, bias, len(first[1]), len(bias),
+         weight.shape[1] * weight.shape[3], *strides)  # fmt: skip
+    return out
+
+
+def add_pooled(x: Tensor, y: Tensor, matrix: Affine) -> Tensor:
+    """SiLU(y + matrix · the largest of each 2x2 patch of x), (B, H, W, C) -> (B, ⌈H/2⌉, ⌈W/2⌉, C'), written over y."""
+    x, y = x.contiguous(), y.contiguous()
+    call("pooled", x, x, y, *matrix, *x.shape, y.shape[3])
+    return y
 
 
 def attend_locally(x: Tensor, normed: Tensor, qkv: Affine, scale: Tensor | None, head_dim: int, size: int) -> Tensor:

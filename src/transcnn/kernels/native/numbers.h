@@ -46,6 +46,9 @@ inline Bits bits(const bf16* p) {
 
 inline Row load(const bf16* p) { return as<Row>(bits(p) << 16); }
 
+inline float number(float x) { return x; }
+inline float number(bf16 x) { return as<float>(int32_t(x.bits) << 16); }
+
 inline void store(float* p, Row x) { std::memcpy(p, &x, sizeof x); }
 
 // Rounds to the nearest, of two equally near ones to the even one; what is no number stays none.
