@@ -193,6 +193,31 @@ def test_bands_with_the_hidden_map_in_several_blocks(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [3, 7])
+@torch.no_grad()
+def test_an_inverted_residual_may_write_over_what_it_reads(size, dtype):
+    maps = [(3, 1, 1), (2, 8, 8), (1, 150, 6), (3, 75, 5), (1, 6, 290), (2, 60, 270)]
+    for hidden in (64, 1000):
+        module, exact = inverted_residual(32, hidden, 32, size, dtype)
+        for shape in maps:
+            x = torch.randn(*shape, 32).to(dtype)
+            expected = module(x, x)
+            assert error(expected, exact(x.double(), x.double())) <= BOUNDS[dtype]
+            for count in (1, 2, 3):
+                over = x.clone()
+                with threads(count):
+                    y = module(over, over, spent=True)
+                assert y.data_ptr() == over.data_ptr()
+                assert error(y, expected) <= (1e-6 if dtype == torch.float32 else 5e-3)
+            over = x.clone()
+            assert error(module(x, over, spent=True), expected) == 0
+            assert error(over, expected) == 0
+            apart = x.transpose(1, 2).contiguous().transpose(1, 2)  # of no use to write to
+            assert error(module(x, apart, spent=True), expected) == 0
+            assert torch.equal(apart, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
 def test_layers_that_the_kernel_lacks_stay_with_pytorch(dtype):
     def run(*layers: nn.Module) -> None:

@@ -204,12 +204,16 @@ class FastResidual(Frozen):
         self.reach = mix.weight.shape[2] // 2
         self._pack = native.Packed(native.pack_residual)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C'), plus ``residual`` (B, H, W, C') where given."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, spent: bool = False) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C'), plus ``residual`` (B, H, W, C') where given.
+
+        ``spent`` tells that nobody else needs ``residual``, so that the result may be written over it.
+        """
         if self._is_usual() and _has_kernels(self.expand, x, x.shape[3], len(self.project.weight)):
             layers = (self.expand, self.mix, self.project)
             weights = self._pack(*(tensor for layer in layers for tensor in (layer.weight, layer.bias)))
-            return native.inverted_residual(x, residual, *weights)
+            over = spent and residual is not None and residual.dtype == x.dtype and residual.is_contiguous()
+            return native.inverted_residual(x, residual, *weights, out=residual if over else None)
 
         def part(where: Part) -> Tensor:
             images, rows, columns = where
@@ -374,7 +378,9 @@ class FastBlock(Frozen):
         y = x
         for layer in first:
             y = layer(y)
-        if isinstance(last, Matrix | FastResidual):
+        if isinstance(last, FastResidual):
+            return to_map(last(y, x, spent=True))  # attention made it, and a large map less is much less memory
+        if isinstance(last, Matrix):
             return to_map(last(y, x))
         return to_map(last(y).add(x))
 

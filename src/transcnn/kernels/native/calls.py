@@ -109,12 +109,18 @@ def pack_residual(
     )
 
 
-def inverted_residual(x: Tensor, residual: Tensor | None, expand: Affine, mix: Affine, project: Affine) -> Tensor:
-    """Expansion, SiLU, depthwise convolution, SiLU, projection, plus residual; (B, H, W, C) -> (B, H, W, C')."""
+def inverted_residual(
+    x: Tensor, residual: Tensor | None, expand: Affine, mix: Affine, project: Affine, out: Tensor | None = None
+) -> Tensor:
+    """Expansion, SiLU, depthwise convolution, SiLU, projection, plus residual; (B, H, W, C) -> (B, H, W, C').
+
+    The result is written to ``out`` where given, which may be ``x`` or ``residual``.
+    """
     x = x.contiguous()
     batch, height, width, channels = x.shape
     size, _, hidden = mix[0].shape
-    out = x.new_empty(batch, height, width, len(project[1]))
+    if out is None:
+        out = x.new_empty(batch, height, width, len(project[1]))
     residual = None if residual is None else residual.to(x.dtype).contiguous()
     call("residual", x, x, residual, out, *expand, *mix, *project, batch, height, width, channels, hidden,
           out.shape[3], size)  # fmt: skip

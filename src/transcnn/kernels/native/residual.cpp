@@ -2,8 +2,11 @@
 //
 // The hidden map, several times as wide as the input, is never whole in memory: some channels of some rows of it are made,
 // convolved and projected while they are in a core's own cache. Within those, sixteen channels lie together.
+//
+// The result may be written over the input: what a piece sees beyond its own rows and columns is copied before.
 
 #include <algorithm>
+#include <memory>
 
 #include "depthwise.h"
 #include "product.h"
@@ -35,10 +38,59 @@ struct Part {
     long image, images, top, bottom, left, right;
 };
 
+// What lies around a part, as far as ``reach``: rows above, rows below, and beside each row some columns left and right.
+template <class T>
+class Frame {
+  public:
+    Frame(const Shape& s, const Part& p, T* memory) : s(s), p(p), reach(s.size / 2), memory(memory) {
+        left = std::max<long>(p.left - reach, 0), right = std::min(p.right + reach, s.width);
+    }
+
+    long size() const { return 2 * reach * (p.right - p.left + 2 * reach + p.bottom - p.top) * s.channels; }
+
+    void copy(const T* x) {
+        for (long y = std::max<long>(p.top - reach, 0); y < std::min(p.bottom + reach, s.height); y++) {
+            const T* row = x + (p.image * s.height + y) * s.width * s.channels;
+            if (outside(y)) {
+                put(at(y), row + left * s.channels, right - left);
+                continue;
+            }
+            put(at(y), row + left * s.channels, p.left - left);
+            put(at(y) + reach * s.channels, row + p.right * s.channels, right - p.right);
+        }
+    }
+
+    // All that is seen of row y, put together in ``to`` where it must be.
+    const T* row(const T* x, long y, T* to) const {
+        if (outside(y)) return at(y);
+        put(to, at(y), p.left - left);
+        put(to + (p.left - left) * s.channels, x + ((p.image * s.height + y) * s.width + p.left) * s.channels,
+            p.right - p.left);
+        put(to + (p.right - left) * s.channels, at(y) + reach * s.channels, right - p.right);
+        return to;
+    }
+
+  private:
+    bool outside(long y) const { return y < p.top || y >= p.bottom; }
+    T* at(long y) const {
+        const long rows = y < p.top ? y - p.top + reach : y - p.bottom + reach;  // of those outside
+        const long wide = p.right - p.left + 2 * reach;
+        return memory + (outside(y) ? rows * wide : 2 * reach * (wide + y - p.top)) * s.channels;
+    }
+    void put(T* to, const T* from, long positions) const { std::memcpy(to, from, positions * s.channels * sizeof(T)); }
+
+    const Shape& s;
+    const Part& p;
+    long reach, left, right;
+    T* memory;
+};
+
 template <class T>
 class Piece {
   public:
-    Piece(const Work<T>& work, const Part& part) : w(work), s(work.s), p(part), width(p.right - p.left) {
+    // ``frame`` is null where the input stays as it is.
+    Piece(const Work<T>& work, const Part& part, const Frame<T>* frame)
+        : w(work), s(work.s), p(part), frame(frame), width(p.right - p.left) {
         reach = s.size / 2;
         step = std::min(p.bottom - p.top, (POSITIONS + width - 1) / width);
         held = step + 2 * reach;
@@ -48,10 +100,12 @@ class Piece {
         together = std::min(s.hidden, std::max<long>(PANEL, CACHE / column * LANES / PANEL * PANEL));
         const long results = together == s.hidden ? 0 : p.images * (p.bottom - p.top) * width * s.outputs;
         Scratch& memory = scratch();
-        memory.begin((together / LANES * block + results) * 4 + step * width * together * sizeof(T) + 1024);
+        const long seen = frame ? (width + 2 * reach) * s.channels : 0;
+        memory.begin((together / LANES * block + results) * 4 + (step * width * together + seen) * sizeof(T) + 1024);
         map = memory.take<float>(together / LANES * block);
         mixed = memory.take<T>(step * width * together);
         sums = memory.take<float>(results);
+        row_seen = memory.take<T>(seen);
         std::memset(map, 0, together / LANES * block * sizeof(float));
     }
 
@@ -81,13 +135,17 @@ class Piece {
                     std::memset(map + c * block + place_of(row), 0, line * sizeof(float));
         const long from = std::max<long>(made, 0), to = std::min(end, s.height);
         const long left = std::max<long>(p.left - reach, 0), right = std::min(p.right + reach, s.width);
-        const long at_once = right - left == s.width ? to - from : 1;  // rows that follow each other without a gap
-        for (long row = from; row < to; row += at_once) expand(image, row, at_once, left, right);
+        const bool whole = right - left == s.width;
+        for (long row = from, rows; row < to; row += rows) {
+            const bool untouched = !frame || (whole && row >= p.top && row < p.bottom);
+            const T* own = w.x + ((image * s.height + row) * s.width + left) * s.channels;
+            rows = !whole || !untouched ? 1 : (frame ? std::min(to, p.bottom) : to) - row;  // without a gap between them
+            expand(untouched ? own : frame->row(w.x, row, row_seen), row, rows, left, right);
+        }
     }
 
-    // ``rows`` rows at y from left to right.
-    void expand(long image, long y, long rows, long left, long right) {
-        const T* own = w.x + ((image * s.height + y) * s.width + left) * s.channels;
+    // ``rows`` rows at y from left to right, which begin at own.
+    void expand(const T* own, long y, long rows, long left, long right) {
         multiply(own, s.channels, rows * (right - left), w.expand + first * s.channels, s.channels, s.channels, some,
                  [&](long token, long tokens, long channel, long, const float* c) {
                      const Row low = load(w.expand_bias + first + channel);
@@ -145,9 +203,10 @@ class Piece {
     const Work<T>& w;
     const Shape& s;
     const Part p;
+    const Frame<T>* frame;
     long width, reach, step, held, line, block, together, first = 0, some = 0;
     float *map, *sums;
-    T* mixed;
+    T *mixed, *row_seen;
 };
 
 template <class T>
@@ -163,15 +222,27 @@ void all_of(const Work<T>& work, long threads) {
     const long images = bands > 1 ? 1 : std::clamp<long>(512 / (s.height * s.width), 1, each);
     const long across = (s.width + WIDE - 1) / WIDE, columns = (s.width + across - 1) / across;
     const long pieces = (s.batch + images - 1) / images * bands * across;
+    const auto part = [&](long i) {
+        const long image = i / across / bands * images, top = i / across % bands * rows, left = i % across * columns;
+        return Part{image, std::min(images, s.batch - image), top, std::min(s.height, top + rows),
+                    left,  std::min(s.width, left + columns)};
+    };
+    const bool framed = work.x == work.out && bands * across > 1;
+    const long frame_size = framed ? Frame<T>(s, part(0), nullptr).size() : 0;  // the first part is as large as any
+    std::unique_ptr<T[]> frames(new T[pieces * frame_size]);
 #pragma omp parallel num_threads(threads)
     {
         [[maybe_unused]] typename Tile<T>::Session session;
+#pragma omp for
+        for (long i = 0; i < (framed ? pieces : 0); i++) {
+            const Part own = part(i);
+            Frame<T>(s, own, frames.get() + i * frame_size).copy(work.x);
+        }
 #pragma omp for schedule(dynamic)
         for (long i = 0; i < pieces; i++) {
-            const long image = i / across / bands * images, top = i / across % bands * rows, left = i % across * columns;
-            const Part part{image, std::min(images, s.batch - image),     top, std::min(s.height, top + rows),
-                            left,  std::min(s.width, left + columns)};
-            Piece<T>(work, part).run();
+            const Part own = part(i);
+            const Frame<T> frame(s, own, frames.get() + i * frame_size);
+            Piece<T>(work, own, framed ? &frame : nullptr).run();
         }
     }
 }
