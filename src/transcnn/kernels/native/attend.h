@@ -81,10 +81,7 @@ void attend(const T* q, long ldq, long rows, float scale, const T* keys, const T
             float* own = scores + i * KEYS;
             for (long j = real; j < some; j++) own[j] = -__builtin_inff();
             Row high = load(own);
-            for (long j = LANES; j < some; j += LANES) {
-                Row next = load(own + j);
-                high = next > high ? next : high;
-            }
+            for (long j = LANES; j < some; j += LANES) high = larger(load(own + j), high);
             float now = largest(high);
             if (first && !(now > top[i])) now = top[i];
             factor[i] = first ? exponential<T>(all(top[i] - now))[0] : 0;

@@ -103,10 +103,7 @@ class Head {
     void soften(float* share, float* slope, T* rounded, float scale) const {
         for (long j = n; j < padded; j++) share[j] = -__builtin_inff();
         Row high = load(share);
-        for (long j = LANES; j < padded; j += LANES) {
-            Row next = load(share + j);
-            high = next > high ? next : high;
-        }
+        for (long j = LANES; j < padded; j += LANES) high = larger(load(share + j), high);
         const float top = largest(high);
         Row sum{}, products{};
         for (long j = 0; j < padded; j += LANES) {

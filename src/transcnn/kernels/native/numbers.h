@@ -67,11 +67,27 @@ inline void store(bf16* p, Row x) {
     std::memcpy(p, &halves, sizeof halves);
 }
 
+// x > y ? x : y and x < y ? x : y: y where either is no number. GCC 12 makes a comparison and a choice of the latter forms.
+inline Row larger(Row x, Row y) {
+#if defined(__AVX512F__)
+    return as<Row>(_mm512_max_ps(as<__m512>(x), as<__m512>(y)));
+#else
+    return x > y ? x : y;
+#endif
+}
+
+inline Row smaller(Row x, Row y) {
+#if defined(__AVX512F__)
+    return as<Row>(_mm512_min_ps(as<__m512>(x), as<__m512>(y)));
+#else
+    return x < y ? x : y;
+#endif
+}
+
 // Splits x, kept between -87 and 88, into n·ln 2 + r. ``shift`` is added and taken away again, which rounds n; the
 // result, n + shift, has n in its last bits.
 inline Row split(Row x, float shift, Row& r) {
-    x = x > 88.0f ? all(88.0f) : x;
-    x = x < -87.0f ? all(-87.0f) : x;
+    x = larger(all(-87.0f), smaller(all(88.0f), x));
     Row shifted = x * 1.44269504f + shift;
     Row n = shifted - shift;
     r = x - n * 0.693359375f;
@@ -125,16 +141,18 @@ inline Row silu(Row x) {
     return x * inverse(exponential<T>(-x) + 1.0f);
 }
 
-inline float largest(Row x) {
-    float top = x[0];
-    for (int i = 1; i < LANES; i++) top = x[i] > top ? x[i] : top;
-    return top;
+// The sixteen of x, each with that so many places away, and so on until one is left.
+template <class F>
+inline float folded(Row x, F f) {
+    const Bits places = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int away = LANES / 2; away; away /= 2) x = f(x, __builtin_shuffle(x, places ^ away));
+    return x[0];
 }
 
+inline float largest(Row x) { return folded(x, larger); }
+
 inline float total(Row x) {
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += x[i];
-    return sum;
+    return folded(x, [](Row one, Row other) { return one + other; });
 }
 
 constexpr long whole(long n, long unit) { return (n + unit - 1) / unit * unit; }

@@ -8,8 +8,6 @@ namespace {
 
 constexpr long AT_ONCE = 64;  // positions of the result at a time
 
-inline Row larger(Row x, Row y) { return x > y ? x : y; }
-
 // y = SiLU(y + weight · pool(x) + bias); x is (batch, height, width, channels), y has half of its rows and columns.
 template <class T>
 void add_pooled(const T* x, T* y, const T* weight, const float* bias, long batch, long height, long width, long channels,
