@@ -394,6 +394,16 @@ def test_attention_to_tokens(tokens, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_any_number_of_positions(dtype):
+    q, proj = weights(64, 64, dtype), weights(64, 64, dtype)
+    kv = torch.randn(2, 40, 128).to(dtype)
+    for n in (59, 60, 61, 64, 89, 90, 91, 95, 96, 97, 150):  # around whole pieces, and a rest in the last one
+        own, step = torch.randn(2, 1, n, 64).to(dtype), torch.randn(2, 1, -(-n // 7), 64).to(dtype)
+        exact = exact_global(own, own, q, kv, proj, [(step, 7)], 32)
+        assert error(attend_globally(own.clone(), own, q, kv, proj, [(step, 7)], 32), exact) <= BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_maps_in_any_memory_format(dtype):
     def spread(x: Tensor) -> Tensor:  # the same numbers, otherwise in memory
         return x.transpose(1, 2).contiguous().transpose(1, 2)

@@ -66,9 +66,9 @@ template <class T>
 void global(T* own, const T* residual, const T* q, const float* q_bias, const T* kv, const T* proj,
             const float* proj_bias, const Step* steps, long further, T* packed, long batch, long height, long width,
             long channels, long head_dim, long tokens, long threads) {
-    constexpr long ROWS = Tile<T>::ROWS, AT_ONCE = 64;
+    constexpr long ROWS = Tile<T>::ROWS, AT_ONCE = 64 / ROWS * ROWS, MOST = AT_ONCE * 3 / 2;  // in whole tiles, and a rest
     const long padded = whole(tokens, PANEL), n = height * width, heads = channels / head_dim;
-    const long chunks = (n + AT_ONCE - 1) / AT_ONCE, each = padded * (head_dim + whole(head_dim, PANEL));
+    const long chunks = std::max<long>(1, (n + AT_ONCE / 2) / AT_ONCE), each = padded * (head_dim + whole(head_dim, PANEL));
 #pragma omp parallel num_threads(threads)
     {
         [[maybe_unused]] typename Tile<T>::Session session;
@@ -81,12 +81,13 @@ void global(T* own, const T* residual, const T* q, const float* q_bias, const T*
         }
 #pragma omp for schedule(dynamic)
         for (long chunk = 0; chunk < batch * chunks; chunk++) {
-            const long image = chunk / chunks, start = chunk % chunks * AT_ONCE, count = std::min(AT_ONCE, n - start);
+            const long image = chunk / chunks, start = chunk % chunks * AT_ONCE;
+            const long count = chunk % chunks == chunks - 1 ? n - start : AT_ONCE;
             T* a = own + (image * n + start) * channels;
             Scratch& memory = scratch();
-            memory.begin(2 * AT_ONCE * channels * sizeof(T) + 1024);
-            T* queries = memory.take<T>(AT_ONCE * channels);
-            T* sum = memory.take<T>(AT_ONCE * channels);
+            memory.begin(2 * MOST * channels * sizeof(T) + 1024);
+            T* queries = memory.take<T>(MOST * channels);
+            T* sum = memory.take<T>(MOST * channels);
             multiply(a, channels, count, q, channels, channels, channels,
                      [&](long row, long rows, long column, long some, const float* c) {
                          for (long i = row; i < row + rows; i++, c += PANEL)
