@@ -1,12 +1,14 @@
 """Checks and times everything on one GPU, in under 8 minutes; writes CSV with hardware and versions in it.
 
-    python benchmarks/gpu.py                    # results/gpu_*.csv
-    python benchmarks/gpu.py --only kernel
+    python benchmarks/gpu.py                    # results/gpu_kernels.csv and gpu_networks.csv
+    python benchmarks/gpu.py --only kernels
 
-Three parts: ``kernel`` compares the Triton grid attention with plain attention, in its answers, gradients, time and
-share of the measured copy bandwidth; ``inference`` and ``training`` time whole networks in bf16 at 224, 512 and 1024:
-plain eager channels-last, ``torch.compile``d, ours, and timm's Swin-T, PVTv2-B2, ConvNeXt-T and MaxViT-T. The plain
-network only takes sizes that its grids divide; 224 isn't one, and its line says so.
+``kernels`` compares the Triton kernels with PyTorch's own operations, in their answers, gradients, time and share of
+the measured copy bandwidth. ``inference`` and ``training`` time whole networks in bf16, channels-last: ours, the plain
+layers (``benchmarks/plain.py``), and timm's Swin-T, PVTv2-B2, ConvNeXt-T and MaxViT-T, with batches that fill a GPU and
+with a small one. ``compiled`` is the plain layers by ``torch.compile``; ``graphs`` is the peers as CUDA graphs, by which
+nobody waits for Python. The plain layers only take sizes that their grids divide; 224 isn't one, and their line says so.
+Figures are medians of rounds in which networks take turns; those that train run alone, for the memory.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,140 +30,221 @@ from plain import plain
 from torch import nn
 
 import transcnn
-from transcnn.attention import grid_attention as plain_grid
+from transcnn.attention import grid_attention as plain_grids
+from transcnn.blocks import InvertedResidual
 from transcnn.compare.engines import enliven
-from transcnn.fast import accelerate_training
-from transcnn.kernels.grid_triton import grid_attention
+from transcnn.fast import accelerate_training, record_training
+from transcnn.kernels.gpu.graphs import RecordedInference
+from transcnn.kernels.gpu.grids import grid_attention
 
 ROOT = Path(__file__).resolve().parent.parent
-OTHERS = ("swin_tiny_patch4_window7_224", "pvt_v2_b2", "convnext_tiny", "maxvit_tiny_tf_224")
-SIZES = {224: 64, 512: 16, 1024: 4}  # side of the images -> images in a batch
-PARTS = ("kernel", "inference", "training")
+PEERS = ("swin_tiny_patch4_window7_224", "pvt_v2_b2", "convnext_tiny", "maxvit_tiny_tf_224")
+LARGE = ((224, 256), (512, 64), (1024, 16))  # side of the images, images in a batch
+SMALL = (256, 16)
+ROUNDS = 5
+LAST = torch.channels_last
+Row = dict[str, Any]
 
 
-def milliseconds(run: Callable[[], Any], seconds: float = 0.4) -> float:
-    """Median time of one call on the GPU."""
-    for _ in range(3):
+def milliseconds(run: Callable[[], Any], times: int = 10, warm: int = 3) -> float:
+    """Median time of one call; calls follow each other as they do in use, so the GPU needn't wait for Python."""
+    for _ in range(warm):
         run()
-    torch.cuda.synchronize()
-    times, begun = [], time.perf_counter()
-    while len(times) < 5 or time.perf_counter() - begun < seconds:
+    taken = []
+    for _ in range(3):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        run()
+        for _ in range(times):
+            run()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+        taken.append(start.elapsed_time(end) / times)
+    return statistics.median(taken)
 
 
-def kernel() -> list[dict[str, Any]]:
-    """Grid attention alone, at the shapes of transcnn_tiny and at ragged ones."""
-    a = torch.empty(2**28, dtype=torch.int8, device="cuda")
-    b = torch.empty_like(a)
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.detach().double() - expected.detach()).norm() / expected.detach().norm())
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def kernels() -> list[Row]:
+    """Grid attention at the shapes of transcnn_tiny and at ragged ones, and the middle of its inverted residuals."""
+    a, b = (torch.empty(2**30, dtype=torch.int8, device="cuda") for _ in range(2))
     copy = 2 * a.numel() / milliseconds(lambda: b.copy_(a)) / 1e6  # GB/s, read and written
     rows = []
     for batch, side, dim, head_dim, size in (
-        (64, 64, 64, 64, 8), (64, 32, 128, 64, 8), (64, 16, 256, 64, 8), (64, 56, 64, 64, 8), (64, 28, 128, 64, 7),
-        (4, 256, 64, 64, 8), (64, 57, 96, 48, 8),
+        (64, 128, 64, 64, 8), (64, 64, 128, 64, 8), (64, 32, 256, 64, 8), (64, 113, 64, 64, 8), (64, 114, 96, 48, 7),
     ):  # fmt: skip
-        for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 3e-3)):  # fp32: TF32
-            qkv = torch.randn(batch, side, side, 3 * dim, device="cuda", dtype=dtype, requires_grad=True)
-            up = torch.randn(batch, side, side, dim, device="cuda", dtype=dtype)
-
-            def usual(x: torch.Tensor, head_dim: int = head_dim, size: int = size) -> torch.Tensor:
-                return plain_grid(x.permute(0, 3, 1, 2), head_dim, size).permute(0, 2, 3, 1)
-
-            def ours(x: torch.Tensor, head_dim: int = head_dim, size: int = size) -> torch.Tensor:
-                return grid_attention(x, head_dim, size)
-
-            exact = qkv.detach().double().requires_grad_()
-            expected = usual(exact)
-            (slope,) = torch.autograd.grad(expected, exact, up.double())
-            row = {
-                "batch": batch,
-                "side": side,
-                "dim": dim,
-                "head_dim": head_dim,
-                "grid": size,
-                "dtype": str(dtype)[6:],
-            }
-            for name, attend in (("plain", usual), ("triton", ours)):
-                out = attend(qkv)
-                (grad,) = torch.autograd.grad(out, qkv, up)
-                row[f"{name}_error"] = float((out - expected).norm() / expected.norm())
-                row[f"{name}_grad_error"] = float((grad - slope).norm() / slope.norm())
-                with torch.no_grad():
-                    row[f"{name}_forward_ms"] = milliseconds(lambda: attend(qkv), 0.1)  # noqa: B023
-                row[f"{name}_both_ms"] = milliseconds(lambda: torch.autograd.grad(attend(qkv), qkv, up), 0.1)  # noqa: B023
-            moved = 4 * dim * batch * side**2 * qkv.element_size()
-            row["copy_gb_per_s"] = copy
-            row["share_of_copy_bandwidth"] = moved / row["triton_forward_ms"] / 1e6 / copy
-            row["right"] = max(row["triton_error"], row["triton_grad_error"]) <= tolerance
-            rows.append(row)
+        for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-5)):
+            rows.append(_grids(batch, side, dim, head_dim, size, dtype))
+            rows[-1]["right"] = max(rows[-1]["error"], rows[-1]["grad_error"]) <= tolerance
+    rows += [_middle(16, side, dim, expansion, size) for side, dim, expansion, size in (
+        (128, 64, 4, 5), (64, 128, 4, 3), (32, 256, 6, 5), (16, 512, 6, 3),
+    )]  # fmt: skip
+    for row in rows:
+        row["copy_gb_per_s"] = copy
+        for way in ("forward", "backward"):
+            if f"{way}_gb" in row:
+                row[f"{way}_share_of_copy"] = row[f"{way}_gb"] / row[f"{way}_ms"] * 1e3 / copy
     return rows
 
 
-def networks(size: int) -> dict[str, nn.Module]:
-    """Name -> network, in evaluation mode on the CPU."""
-    made = {}
-    for name in OTHERS:
-        fixed = timm.get_pretrained_cfg(name)
-        arguments = {"img_size": size} if fixed is not None and (fixed.fixed_input_size or "swin" in name) else {}
-        made[name] = timm.create_model(name, **arguments).eval()
-    return made
+def _grids(batch: int, side: int, dim: int, head_dim: int, size: int, dtype: torch.dtype) -> Row:
+    one = batch * side**2 * dim * torch.finfo(dtype).bits / 8e9  # GB of a map
+    qkv = torch.randn(batch, side, side, 3 * dim, device="cuda", dtype=dtype, requires_grad=True)
+    up = torch.randn(batch, side, side, dim, device="cuda", dtype=dtype)
+
+    def usual(x: torch.Tensor) -> torch.Tensor:
+        return plain_grids(x.permute(0, 3, 1, 2), head_dim, size).permute(0, 2, 3, 1)
+
+    def ours(x: torch.Tensor) -> torch.Tensor:
+        return grid_attention(x, head_dim, size)
+
+    some = slice(0, 4)  # images that are computed in double precision, too
+    exact = qkv.detach()[some].double().requires_grad_()
+    expected = usual(exact)
+    (slope,) = torch.autograd.grad(expected, exact, up[some].double())
+    row: Row = {"kernel": "grids", "batch": batch, "side": side, "dim": dim, "size": size, "dtype": str(dtype)[6:]}
+    for prefix, attend in (("plain_", usual), ("", ours)):
+        out = attend(qkv)
+        (grad,) = torch.autograd.grad(out, qkv, up)
+        row |= {f"{prefix}error": error(out[some], expected), f"{prefix}grad_error": error(grad[some], slope)}
+        with torch.no_grad():
+            row[f"{prefix}forward_ms"] = milliseconds(partial(attend, qkv))
+        out = attend(qkv)
+        row[f"{prefix}backward_ms"] = milliseconds(lambda out=out: torch.autograd.grad(out, qkv, up, retain_graph=True))
+        del out, grad
+    return row | {"forward_gb": 4 * one, "backward_gb": 7 * one}
 
 
-def inference() -> list[dict[str, Any]]:
-    """Whole networks, bf16, channels-last."""
+def _middle(batch: int, side: int, dim: int, expansion: int, size: int) -> Row:
+    """An inverted residual in training, its 1x1 convolutions included."""
+    layers = dict(pre_norm=False, norm_layer=nn.BatchNorm2d, act_layer=nn.SiLU)
+    block = InvertedResidual(dim, expansion, size, **layers).cuda().to(memory_format=LAST)  # pyright: ignore
+    x = torch.randn(batch, dim, side, side, device="cuda").contiguous(memory_format=LAST)
+    row: Row = {"kernel": "inverted residual", "batch": batch, "side": side, "dim": dim, "size": size}
+    row["dtype"] = "bfloat16"
+    double = InvertedResidual(dim, expansion, size, **layers).cuda().double()  # pyright: ignore
+    double.load_state_dict(block.state_dict())
+    up = torch.randn_like(x)
+    slopes = torch.autograd.grad(double(x.double()), list(double.parameters()), up.double())
+    for prefix in ("plain_", ""):
+        module = block if prefix else accelerate_training(block)
+
+        def forward(module: nn.Module = module) -> torch.Tensor:
+            with torch.autocast("cuda", torch.bfloat16):
+                return module(x)
+
+        found = torch.autograd.grad(forward(), list(module.parameters()), up.bfloat16())
+        row[f"{prefix}grad_error"] = max(map(error, found, slopes))
+        row[f"{prefix}forward_ms"] = milliseconds(forward)
+        both = milliseconds(lambda: torch.autograd.grad(forward(), list(module.parameters()), up.bfloat16()))  # noqa: B023
+        row[f"{prefix}backward_ms"] = both - row[f"{prefix}forward_ms"]
+    return row | {"right": row["grad_error"] <= 2 * row["plain_grad_error"] + 2e-3}
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+
+def ours() -> nn.Module:
+    model = transcnn.create_model("transcnn_tiny").cuda()
+    enliven(model)
+    return model
+
+
+def peer(name: str, size: int) -> nn.Module:
+    fixed = timm.get_pretrained_cfg(name)
+    sized = fixed is not None and (fixed.fixed_input_size or "swin" in name)
+    return timm.create_model(name, **({"img_size": size} if sized else {}))
+
+
+def inference() -> list[Row]:
     rows = []
-    for size, batch in SIZES.items():
-        x = torch.randn(batch, 3, size, size, device="cuda").contiguous(memory_format=torch.channels_last)
-        ours = transcnn.create_model("transcnn_tiny").eval()
-        enliven(ours)
-        cases: dict[str, Callable[[], nn.Module]] = {
-            "ours optimize": lambda ours=ours: transcnn.optimize(ours.cuda(), torch.bfloat16),
-            "ours optimize compile": lambda ours=ours: transcnn.optimize(ours.cuda(), torch.bfloat16, compile=True),
-            "ours eager": lambda ours=ours: ours.cuda(),
+    for size, batch in (*LARGE, SMALL):
+        x = images(size, batch)
+        cases = {
+            "ours, optimize/launched": partial(_optimized, x, graphs=False),
+            "plain/launched": lambda x=x: _forward(plain(ours()), x),
+            **{f"{name}/launched": partial(_forward_peer, name, x) for name in PEERS},
+            "ours, optimize/graph": partial(_optimized, x, graphs=True),
         }
-        cases["plain eager"] = lambda: plain("transcnn_tiny").cuda().eval()
-        cases["plain compile"] = lambda: torch.compile(plain("transcnn_tiny").cuda().eval())  # pyright: ignore
-        cases |= {name: lambda model=model: model.cuda() for name, model in networks(size).items()}
-        for name, make in cases.items():
-            rows.append(case("inference", name, size, batch, make, lambda model, x=x: forward(model, x)))
+        rows += _race("inference", x, cases)
     return rows
 
 
-def training() -> list[dict[str, Any]]:
-    """A whole step, bf16 autocast, channels-last, fused AdamW."""
+def training() -> list[Row]:
     rows = []
-    for size, batch in SIZES.items():
-        x = torch.randn(batch, 3, size, size, device="cuda").contiguous(memory_format=torch.channels_last)
-        y = torch.randint(0, 1000, (batch,), device="cuda")
-        cases: dict[str, Callable[[], nn.Module]] = {
-            "ours": lambda: accelerate_training(transcnn.create_model("transcnn_tiny")).cuda(),
-            "plain eager": lambda: plain("transcnn_tiny").cuda(),
-            **{name: lambda model=model: model.cuda() for name, model in networks(size).items()},
+    for size, batch in (*LARGE, SMALL):
+        x = images(size, batch)
+        cases = {
+            "ours/launched": lambda x=x: _step(accelerate_training(ours()), x),
+            "plain/launched": lambda x=x: _step(plain(ours()), x),
+            **{f"{name}/launched": partial(_step_of_peer, name, x) for name in PEERS},
+            "ours/graph": lambda x=x: _step(accelerate_training(ours()), x, graph=True),
+            "plain/graph": lambda x=x: _step(plain(ours()), x, graph=True),
         }
-
-        def step(model: nn.Module, x: torch.Tensor = x, y: torch.Tensor = y) -> Callable[[], None]:
-            model = model.train().to(memory_format=torch.channels_last)  # pyright: ignore
-            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-
-            def run() -> None:
-                with torch.autocast("cuda", torch.bfloat16):
-                    loss = nn.functional.cross_entropy(model(x).float(), y)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-
-            return run
-
-        rows += [case("training", name, size, batch, make, step) for name, make in cases.items()]
+        rows += _race("training", x, cases, together=False)
     return rows
 
 
-def forward(model: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
+def compiled() -> list[Row]:
+    """The plain layers by ``torch.compile``."""
+    rows = []
+    for size, batch in LARGE[1:]:
+        x = images(size, batch)
+        rows += _race(
+            "inference", x, {"plain, torch.compile/launched": lambda x=x: _forward(_compiled(plain(ours())), x)}
+        )
+    return rows
+
+
+def graphs() -> list[Row]:
+    """The peers as CUDA graphs. Last of all: PyTorch isn't itself any more after a recording that failed."""
+    rows = []
+    for size, batch in (SMALL, *LARGE):
+        x = images(size, batch)
+        if (size, batch) == SMALL:
+            cases = {f"{name}/graph": partial(_forward_peer, name, x, graph=True) for name in PEERS}
+            rows += _race("inference", x, {"plain/graph": lambda x=x: _forward(plain(ours()), x, graph=True), **cases})
+        cases = {f"{name}/graph": partial(_step_of_peer, name, x, graph=True) for name in PEERS}
+        rows += _race("training", x, cases, together=False)
+    return rows
+
+
+def images(size: int, batch: int) -> torch.Tensor:
+    return torch.randn(batch, 3, size, size, device="cuda").contiguous(memory_format=LAST)
+
+
+def _optimized(x: torch.Tensor, graphs: bool) -> Callable[[], Any]:
+    fast = transcnn.optimize(ours(), torch.bfloat16, graphs=graphs)
+
+    def run() -> Any:
+        with torch.no_grad():
+            return fast(x)
+
+    return run
+
+
+def _forward_peer(name: str, x: torch.Tensor, graph: bool = False) -> Callable[[], Any]:
+    return _forward(peer(name, x.shape[2]), x, graph)
+
+
+def _step_of_peer(name: str, x: torch.Tensor, graph: bool = False) -> Callable[[], None]:
+    return _step(peer(name, x.shape[2]), x, graph)
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    torch.compiler.reset()
+    model.compile(dynamic=False)
+    return model
+
+
+def _forward(model: nn.Module, x: torch.Tensor, graph: bool = False) -> Callable[[], Any]:
+    model = model.cuda().eval().to(memory_format=LAST)  # pyright: ignore
+    model = RecordedInference(model) if graph else model
+
     def run() -> Any:
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             return model(x)
@@ -168,44 +252,109 @@ def forward(model: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
     return run
 
 
-def case(
-    mode: str, name: str, size: int, batch: int, make: Callable[[], nn.Module], runner: Callable[[nn.Module], Callable]
-) -> dict[str, Any]:
-    """One line of the table; a network that fails has its reason there instead of figures."""
-    row: dict[str, Any] = {"mode": mode, "network": name, "size": size, "batch": batch}
-    torch.cuda.reset_peak_memory_stats()
-    try:
-        taken = milliseconds(runner(make()))
-        row |= {"images_per_s": batch / taken * 1e3, "peak_mb": torch.cuda.max_memory_allocated() / 2**20, "note": ""}
-    except Exception as error:  # the others still get their line
-        row |= {"images_per_s": "", "peak_mb": "", "note": str(error).splitlines()[0][:100] if str(error) else ""}
-    torch.cuda.empty_cache()
-    print(row, flush=True)
-    return row
+def _step(model: nn.Module, x: torch.Tensor, graph: bool = False) -> Callable[[], None]:
+    """A whole step: bf16 autocast, cross-entropy, fused AdamW."""
+    model = model.cuda().train().to(memory_format=LAST)  # pyright: ignore
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    labels = torch.arange(len(x), device="cuda")
+    forward = record_training(model) if graph else model
+
+    def run() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = nn.functional.cross_entropy(forward(x).float(), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def _race(
+    mode: str, x: torch.Tensor, cases: dict[str, Callable[[], Callable[[], Any]]], together: bool = True
+) -> list[Row]:
+    """A row for each case: images a second, and memory above what lies there already.
+
+    Cases take turns, or, where the memory wouldn't hold them all ``together``, run alone for as many rounds.
+    """
+    rows, runs, calls = [], {}, {}
+    for label, make in cases.items():
+        network, _, way = label.partition("/")
+        row: Row = {"mode": mode, "network": network, "way": way, "size": x.shape[2], "batch": len(x), "note": ""}
+        rows.append(row)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        try:
+            run = make()
+            for _ in range(5):  # races, and recordings
+                run()
+            torch.cuda.synchronize()
+            row["peak_gb"] = (torch.cuda.max_memory_allocated() - before) / 1e9
+            begun = time.perf_counter()
+            run()
+            torch.cuda.synchronize()
+            calls[label] = max(1, round(0.06 / (time.perf_counter() - begun)))  # in a round
+            if together:
+                runs[label] = run
+            else:
+                _count(row, [milliseconds(run, calls[label], 0) for _ in range(ROUNDS)])
+        except Exception as problem:  # the others still get their line
+            row["note"] = (str(problem) or type(problem).__name__).splitlines()[0][:120]
+        run = None
+    taken: dict[str, list[float]] = {label: [] for label in runs}
+    for _ in range(ROUNDS):
+        for label, run in runs.items():
+            taken[label].append(milliseconds(run, calls[label], 0))
+    for row in rows:
+        label = f"{row['network']}/{row['way']}"
+        if label in taken:
+            _count(row, taken[label])
+        print({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+    return rows
+
+
+def _count(row: Row, taken: list[float]) -> None:
+    row["images_per_s"] = row["batch"] / statistics.median(taken) * 1e3
+    row["half_range"] = (max(taken) - min(taken)) / 2 / statistics.median(taken)
+
+
+# --- all -------------------------------------------------------------------------------------------------------------
+
+
+PARTS: tuple[Callable[[], list[Row]], ...] = (kernels, inference, training, compiled, graphs)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--only", choices=[part.__name__ for part in PARTS])
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU: nothing measured", file=sys.stderr)
         return 2
-    about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-             "cuda": torch.version.cuda, "timm": timm.__version__, "date": time.strftime("%Y-%m-%d")}  # fmt: skip
     options.out.mkdir(exist_ok=True)
-    right = True
-    for part in (kernel, inference, training):
+    right, networks = True, []
+    for part in PARTS:
         if options.only not in (None, part.__name__):
             continue
+        begun = time.perf_counter()
         rows = part()
         right &= all(row.get("right", True) for row in rows)
-        with (options.out / f"gpu_{part.__name__}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *about])
-            writer.writeheader()
-            writer.writerows({**row, **about} for row in rows)
+        if part is not kernels:
+            networks += rows
+        _write(options.out / f"gpu_{'kernels' if part is kernels else 'networks'}.csv", networks or rows)
+        print(f"{part.__name__}: {time.perf_counter() - begun:.0f} s", flush=True)
     return 0 if right else 1
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+             "cuda": torch.version.cuda, "timm": timm.__version__, "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*columns, *about])
+        writer.writeheader()
+        writer.writerows({**row, **about} for row in rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import transcnn
 from transcnn.blocks import InvertedResidual
 from transcnn.fast import accelerate_training
 from transcnn.kernels import middle, steps
-from transcnn.kernels.middle import NativeInvertedResidual
+from transcnn.kernels.middle import KernelInvertedResidual
 from transcnn.kernels.native import calls
 from transcnn.kernels.native.build import library, supports
 
@@ -242,7 +242,7 @@ def test_frozen_weights_and_a_frozen_input():
 def test_copies_traces_and_checkpointing():
     model = timm.create_model("transcnn_test", dims=(16, 32, 32, 32), head_dim=16).train()
     model = accelerate_training(model.to(memory_format=torch.channels_last))
-    assert any(isinstance(module, NativeInvertedResidual) for module in model.modules())
+    assert any(isinstance(module, KernelInvertedResidual) for module in model.modules())
     x = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     file = io.BytesIO()
     torch.save(model, file)

@@ -111,7 +111,7 @@ class HMHSA(nn.Module):
         for step, pool_ratio in zip(self.local, self.pool_ratios, strict=True):
             a = step(tokens)  # (B, C, ⌈H/ratio⌉, ⌈W/ratio⌉)
             steps.append((a, ratio))
-            tokens = merge(a, pool_ratio)
+            tokens = self.merge(a, pool_ratio)
             ratio *= pool_ratio
 
         a1 = steps[0][0]
@@ -120,6 +120,10 @@ class HMHSA(nn.Module):
         for a, level_ratio in steps[1:]:
             y = y + spread(a, level_ratio, a1)
         return self.proj(y)
+
+    def merge(self, a: Tensor, ratio: int) -> Tensor:
+        """Tokens of the next level, (B, C, H, W) -> (B, C, ⌈H/ratio⌉, ⌈W/ratio⌉)."""
+        return merge(a, ratio)
 
     def global_step(self, q: Tensor, kv: Tensor) -> Tensor:
         """Attention of all positions to the merged tokens, (B, C, H, W) and (B, 2C, H', W') -> (B, C, H, W)."""

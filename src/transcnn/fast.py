@@ -18,12 +18,14 @@ from .backbone import TransCNN
 from .blocks import Block, ConvDownsample, DualDownsample, InvertedResidual, StridedConv2d
 from .depthwise import DepthwiseConv2d
 from .errors import UserError
+from .kernels.gpu.graphs import RecordedInference, RecordedTraining
 from .kernels.grid import KernelLocalStep
-from .kernels.middle import NativeInvertedResidual
-from .kernels.steps import NativeHMHSA
+from .kernels.layers import KernelBatchNorm2d, KernelPointwise, is_pointwise
+from .kernels.middle import KernelInvertedResidual
+from .kernels.steps import KernelHMHSA
 from .kernels.tokens import FastBlock, FastDualDownsample, FastHMHSA, FastStem, Frozen, OnTokens, affine
 
-__all__ = ["accelerate_training", "fold_batchnorms", "optimize"]
+__all__ = ["accelerate_training", "fold_batchnorms", "optimize", "record_training"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = {
@@ -36,7 +38,11 @@ _NAMES = {
 
 
 def optimize(
-    model: nn.Module, dtype: torch.dtype | str | None = None, compile: bool = False, example: Any = None
+    model: nn.Module,
+    dtype: torch.dtype | str | None = None,
+    compile: bool = False,
+    example: Any = None,
+    graphs: bool = False,
 ) -> nn.Module:
     """A copy of ``model`` that computes the same, faster, for inference alone; ``model`` itself stays as it is.
 
@@ -46,7 +52,8 @@ def optimize(
     products and cutting into grids is one copy; bias, activation and residual are part of the product where oneDNN
     can do so. On a processor with g++ at hand, attention and inverted residuals run by kernels of our own, which are
     compiled at the first call (once for a kind of processor: :mod:`transcnn.kernels.native.build`). Outputs equal the
-    model's up to rounding, at every input size.
+    model's up to rounding, at every input size. On a GPU the attention inside grids, and what follows products and
+    convolutions, run by kernels in Triton where those win a race at the first call.
 
     Args:
         model: A network; its evaluation mode is what is copied.
@@ -55,6 +62,9 @@ def optimize(
         compile: Also run it through ``torch.compile`` with frozen weights: a minute at the first call of each size. It
             compiles PyTorch's operations in place of our kernels, so on a processor it is for other CNNs.
         example: An input (or a tuple of inputs) to warm up with; any further one may have another size.
+        graphs: On a GPU, record the launches as a CUDA graph when a size is seen for the second time and play them back
+            from then on: several times as fast where batches are small, for the memory of a pass for each size. The
+            network is then in ``.module`` of what is returned.
 
     Returns:
         The copy, in evaluation mode. It can't be trained; its state dict isn't the model's.
@@ -75,26 +85,47 @@ def optimize(
         _cast(fast, kind)
     if compile:
         fast.compile(options={"freezing": True})
+    fast = RecordedInference(fast) if graphs else fast
     if example is not None:
         with torch.no_grad():
-            fast(*example) if isinstance(example, tuple) else fast(example)
+            for _ in range(3 if graphs else 1):
+                fast(*example) if isinstance(example, tuple) else fast(example)
     return fast
+
+
+def record_training(model: nn.Module) -> RecordedTraining:
+    """A function that calls ``model`` with its forward and backward passes played back as CUDA graphs, for one GPU.
+
+        model = transcnn.fast.accelerate_training(model.cuda().to(memory_format=torch.channels_last))
+        forward = transcnn.fast.record_training(model)
+        loss = criterion(forward(images), labels)  # and loss.backward(), optimizer.step() as ever
+
+    A step is some thousand launches, for which a GPU waits while batches are small; played back they take none of the
+    processor's time. Each shape is recorded when it is seen for the third time. What can't be recorded, evaluation and
+    anything on a processor runs as ``model(images)`` would: :class:`transcnn.kernels.gpu.graphs.RecordedTraining`.
+    """
+    return RecordedTraining(model)
 
 
 def accelerate_training(model: nn.Module) -> nn.Module:
     """Let ``model`` train with kernels of our own where those are faster, in place; returns the model.
 
-    On a GPU that is the attention inside grids, on a processor both kinds of attention and the middle of every inverted
-    residual, for which maps must be channels-last (``model.to(memory_format=torch.channels_last)``, and the images as
-    well). Parameters, state dict and, up to rounding, answers and gradients stay the same.
+    On a processor those are both kinds of attention and the middle of every inverted residual; on a GPU the attention
+    inside grids and, for large maps, that middle, BatchNorm, 1x1 convolutions with a bias and the merging of tokens.
+    Maps must be channels-last (``model.to(memory_format=torch.channels_last)``, and the images as well). Parameters,
+    state dict and, up to rounding, answers and gradients stay the same.
     """
     for module in model.modules():
         if type(module) is LocalStep:
             module.__class__ = KernelLocalStep
         elif type(module) is HMHSA:
-            module.__class__ = NativeHMHSA
+            module.__class__ = KernelHMHSA
         elif type(module) is InvertedResidual:
-            module.__class__ = NativeInvertedResidual
+            module.__class__ = KernelInvertedResidual
+        elif type(module) is nn.BatchNorm2d:
+            module.__class__ = KernelBatchNorm2d
+        elif is_pointwise(module):
+            module.__class__ = KernelPointwise
     return model
 
 
@@ -142,7 +173,7 @@ class _Tracer(torch.fx.Tracer):
     """Sees into everything but PyTorch's layers, norms of any library, and what was replaced already."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = Frozen | StridedConv2d | DepthwiseConv2d | nn.modules.batchnorm._BatchNorm
+        own = Frozen | StridedConv2d | DepthwiseConv2d | KernelPointwise | nn.modules.batchnorm._BatchNorm
         return isinstance(m, own) or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -166,7 +197,7 @@ def _pairs(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
         once = calls.count(source.target) == 1 and calls.count(node.target) == 1
         if (
             once
-            and type(conv) in (nn.Conv2d, StridedConv2d, DepthwiseConv2d)
+            and type(conv) in (nn.Conv2d, StridedConv2d, DepthwiseConv2d, KernelPointwise)
             and _foldable(norm)
             and not _hooked(conv)
             and not _hooked(norm)

@@ -1,13 +1,8 @@
-"""Which kernel makes the attention inside grids.
-
-On a GPU it is that of :mod:`transcnn.kernels.grid_triton` where it is there, fits and wins; in training on a processor
-that of :mod:`transcnn.kernels.steps`; the plain path else.
-"""
+"""The attention inside grids where a kernel of our own makes it: in training on GPUs and processors, and in inference
+on GPUs; the plain path runs wherever none fits or it is faster."""
 
 from __future__ import annotations
 
-import functools
-import os
 from collections.abc import Callable
 
 import torch
@@ -15,11 +10,10 @@ from torch import Tensor
 
 from ..attention import LocalStep
 from ..attention import grid_attention as plain
+from .gpu.runs import fastest, fits
 from .steps import grid_attention, trainable
 
-__all__ = ["KernelLocalStep", "grid_kernel"]
-
-Kernel = Callable[..., Tensor]  # qkv (B, H, W, 3C), head_dim, grid size, scale of the scores -> (B, H, W, C)
+__all__ = ["KernelLocalStep", "takes_grids"]
 
 
 class KernelLocalStep(LocalStep):
@@ -28,64 +22,48 @@ class KernelLocalStep(LocalStep):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)  # (B, H, W, 3C)
-        kernel = grid_kernel(qkv[..., : x.shape[1]], self.head_dim, self.grid_size)
-        if kernel is None and trainable(qkv, self.head_dim):
-            kernel = grid_attention
-        if kernel is None:
-            out = plain(qkv.permute(0, 3, 1, 2), self.head_dim, self.grid_size)
+        own = x.permute(0, 2, 3, 1)
+        if own.dtype == qkv.dtype and takes_grids(own, self.head_dim, self.grid_size):
+            from .gpu.grids import grid_attention as fused
+
+            return self.grid_norm(fused(qkv, self.head_dim, self.grid_size, own).permute(0, 3, 1, 2))
+        if trainable(qkv, self.head_dim):
+            out = grid_attention(qkv, self.head_dim, self.grid_size).permute(0, 3, 1, 2)
         else:
-            out = kernel(qkv, self.head_dim, self.grid_size).permute(0, 3, 1, 2)
+            out = plain(qkv.permute(0, 3, 1, 2), self.head_dim, self.grid_size)
         return self.grid_norm(x + out)
 
 
-def grid_kernel(like: Tensor, head_dim: int, size: int) -> Kernel | None:
-    """The kernel for maps (B, H, W, C) like this one; None where there is none or the plain path is faster.
+def takes_grids(like: Tensor, head_dim: int, size: int) -> bool:
+    """Whether the kernel for GPUs attends inside the grids of maps (B, H, W, C) like this one.
 
-    Both are timed at the first call with a new shape; that costs some milliseconds.
+    It and the plain path are timed at the first call with a new shape, with the backward pass where gradients are on.
     """
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return None
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not (like.is_cuda or interpreted):
-        return None
-    try:
-        from . import grid_triton
-    except ImportError:
-        return None
-    if not grid_triton.supports(like.dtype, head_dim, size):
-        return None
-    if interpreted or _wins(tuple(like.shape), like.dtype, like.device, head_dim, size, torch.is_grad_enabled()):
-        return grid_triton.grid_attention
-    return None
-
-
-@functools.lru_cache(maxsize=4096)
-def _wins(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, head_dim: int, size: int, backward: bool
-) -> bool:
-    """Time both on zeros of this shape, with the backward pass where gradients are on; the kernel must not fail."""
-    from .grid_triton import grid_attention as fused
-
-    qkv = torch.zeros(*shape[:3], 3 * shape[3], dtype=dtype, device=device)
-
-    def usual(qkv: Tensor, head_dim: int, size: int) -> Tensor:
-        return plain(qkv.permute(0, 3, 1, 2), head_dim, size).permute(0, 2, 3, 1)
-
-    def seconds(attend: Kernel) -> float:
-        leaf = qkv.detach().requires_grad_(backward)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        for i in range(8):
-            if i == 3:
-                start.record()
-            out = attend(leaf, head_dim, size)
-            if backward:
-                torch.autograd.grad(out, leaf, out.detach())
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end)
-
-    try:
-        with torch.cuda.device(device):
-            return seconds(fused) < seconds(usual)
-    except Exception:  # an old GPU, too little shared memory, a Triton that doesn't fit: the plain path always runs
+    if not fits(like):
         return False
+    from .gpu.grids import supports
+
+    if not supports(like.dtype, head_dim, size):
+        return False
+    key = ("grids", tuple(like.shape), like.dtype, head_dim, size, torch.is_grad_enabled())
+    return fastest(key, lambda: _ways(like, head_dim, size)) == 0
+
+
+def _ways(like: Tensor, head_dim: int, size: int) -> list[Callable[[], object]]:
+    """The kernel and the plain path, on zeros."""
+    from .gpu.grids import grid_attention as fused
+
+    batch, height, width, channels = like.shape
+    qkv = torch.zeros(batch, height, width, 3 * channels, dtype=like.dtype, device=like.device)
+    qkv.requires_grad_(torch.is_grad_enabled())
+    own = torch.zeros_like(qkv[..., :channels])
+
+    def run(attend: Callable[[], Tensor]) -> None:
+        out = attend()
+        if qkv.requires_grad:
+            torch.autograd.grad(out, qkv, out.detach())
+
+    def usual() -> Tensor:
+        return own + plain(qkv.permute(0, 3, 1, 2), head_dim, size).permute(0, 2, 3, 1)
+
+    return [lambda: run(lambda: fused(qkv, head_dim, size, own)), lambda: run(usual)]

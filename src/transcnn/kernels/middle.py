@@ -1,9 +1,10 @@
-"""The middle of an inverted residual in training, on a processor: one operation for five layers.
+"""The middle of an inverted residual in training: one operation for five layers.
 
 Between the expansion and the projection lie BatchNorm, SiLU, a depthwise convolution, BatchNorm and SiLU. One by one
 they read and write the hidden map, several times as wide as the block's own, a dozen times each way, and keep five
-copies of it for the backward pass. Here two are kept, and everything else is made again where it is needed
-(``native/training.cpp``). With z = γ·(x - μ)/σ + β, n positions, S = Σ dz and Q = Σ dz·(x - μ),
+copies of it for the backward pass. Here two are kept, and everything else is made again where it is needed, on a
+processor by ``native/training.cpp``, on a GPU by ``gpu/training.py``. With z = γ·(x - μ)/σ + β, n positions, S = Σ dz
+and Q = Σ dz·(x - μ),
 
     dβ = S,   dγ = Q/σ,   dx = γ/σ·(dz - S/n - (x - μ)·Q/(n·σ²))
 
@@ -19,13 +20,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..blocks import InvertedResidual
+from .layers import KernelBatchNorm2d, worthwhile
 from .native import calls as native
 
-__all__ = ["NativeInvertedResidual"]
+__all__ = ["KernelInvertedResidual"]
 
 
-class NativeInvertedResidual(InvertedResidual):
-    """:class:`transcnn.blocks.InvertedResidual` that trains with the kernels for processors wherever they fit."""
+class KernelInvertedResidual(InvertedResidual):
+    """:class:`transcnn.blocks.InvertedResidual` that trains with kernels of our own wherever they fit."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -33,7 +35,11 @@ class NativeInvertedResidual(InvertedResidual):
             return super().forward(x)
         before, (norm1, act1, conv, norm2, act2) = self._layers()
         e = before(x)
-        if _trainable(e):
+        if worthwhile(e):
+            from .gpu.training import middle
+
+            s = middle(e, norm1, conv, norm2)
+        elif _trainable(e):
             s = _middle(e, norm1, conv, norm2)
         else:
             s = act1(e if norm1 is None else norm1(e))
@@ -50,7 +56,8 @@ class NativeInvertedResidual(InvertedResidual):
         """Whether these are the layers that the kernels have."""
         _, (norm1, act1, conv, norm2, act2) = self._layers()
         usual = all(
-            norm is None or (type(norm) is nn.BatchNorm2d and norm.training and norm.affine) for norm in (norm1, norm2)
+            norm is None or (type(norm) in (nn.BatchNorm2d, KernelBatchNorm2d) and norm.training and norm.affine)
+            for norm in (norm1, norm2)
         )
         usual = usual and all(type(act) is nn.SiLU for act in (act1, act2)) and conv.kernel_size[0] in native.SIZES
         hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in self.modules())

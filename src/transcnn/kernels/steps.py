@@ -1,4 +1,4 @@
-"""The attention of both steps of H-MHSA in training, on a processor: neither keeps its scores.
+"""The attention of both steps of H-MHSA in training, on a processor: neither keeps its scores. (:mod:`.grid` has GPUs.)
 
 The forward pass keeps Q, K and V alone; the backward pass makes scores and their softmax again, a head and 64 queries
 at a time, in a core's own cache (``native/attention_training.cpp``).
@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..attention import HMHSA
+from .layers import worthwhile
 from .native import calls as native
 
-__all__ = ["NativeHMHSA", "grid_attention", "trainable"]
+__all__ = ["KernelHMHSA", "grid_attention", "trainable"]
 
 
 def trainable(x: Tensor, head_dim: int) -> bool:
@@ -23,8 +24,16 @@ def trainable(x: Tensor, head_dim: int) -> bool:
     return torch.is_grad_enabled() and x.is_contiguous() and head_dim <= native.MOST and native.fits(x, head_dim)
 
 
-class NativeHMHSA(HMHSA):
-    """:class:`transcnn.HMHSA` that trains with the kernels for processors wherever they fit."""
+class KernelHMHSA(HMHSA):
+    """:class:`transcnn.HMHSA` that trains with kernels of our own wherever they fit."""
+
+    def merge(self, a: Tensor, ratio: int) -> Tensor:
+        """(B, C, H, W) -> (B, C, ⌈H/ratio⌉, ⌈W/ratio⌉)."""
+        if not (torch.is_grad_enabled() and worthwhile(a)):
+            return super().merge(a, ratio)
+        from .gpu.training import merge
+
+        return merge(a, ratio)
 
     def global_step(self, q: Tensor, kv: Tensor) -> Tensor:
         """(B, C, H, W) and (B, 2C, H', W') -> (B, C, H, W)."""

@@ -13,6 +13,7 @@ remains, one multiply-add. The 1/√d of attention goes into the rows of Q.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 from ..attention import HMHSA, LocalStep, merge
 from ..errors import UserError
 from .attend import attend
-from .grid import grid_kernel
+from .gpu.runs import HALVES, fastest, fits
+from .grid import takes_grids
+from .layers import KernelBatchNorm2d
 from .native import calls as native
 from .parts import Part, eager_cpu, in_parts
 
@@ -60,8 +63,9 @@ def frozen(tensor: Tensor, like: Tensor) -> nn.Parameter:
 
 def affine(norm: nn.Module) -> Affine | None:
     """The scale and shift that a BatchNorm applies in evaluation; None for a layer that isn't that simple."""
-    if not isinstance(norm, nn.BatchNorm2d) or type(norm).forward is not nn.BatchNorm2d.forward:
+    if type(norm).forward not in (nn.BatchNorm2d.forward, KernelBatchNorm2d.forward):
         return None
+    assert isinstance(norm, nn.BatchNorm2d)
     if norm.running_mean is None or norm.running_var is None:  # it would normalise by the batch's own statistics
         return None
     scale = (norm.running_var.double() + norm.eps).rsqrt()
@@ -105,10 +109,21 @@ class Matrix(Frozen):
             if residual is not None:
                 return op.binary(x, residual, self.weight, self.bias, "add")
             return op(x, self.weight, self.bias, "swish" if self.silu else "none", [], "")
+        if (self.silu or residual is not None) and x.dtype == self.weight.dtype and x.dtype in HALVES and fits(x):
+            return self._on_gpu(x, residual)
         y = F.linear(x, self.weight, self.bias)
         if self.silu:
             y = F.silu(y, inplace=True)
         return y if residual is None else y.add_(residual)
+
+    def _on_gpu(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        from .gpu.product import product, usual
+
+        arguments = (x, self.weight, self.bias, residual, self.silu)
+        rows = (x.numel() // x.shape[-1]).bit_length()  # images of all sizes are not worth a race each
+        key = ("product", rows, *self.weight.shape, x.dtype, residual is None, self.silu)
+        ways = (product, usual)
+        return ways[fastest(key, lambda: [partial(way, *arguments) for way in ways])](*arguments)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, silu={self.silu}"
@@ -132,9 +147,19 @@ class Convolution(Frozen):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H', W', C')."""
+        if (self.silu or self.bias is not None) and x.dtype == self.weight.dtype and fits(x):
+            return self._on_gpu(x.contiguous())
         y = F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, *self.options)  # pyright: ignore
         y = F.silu(y, inplace=True) if self.silu else y
         return y.permute(0, 2, 3, 1).contiguous()
+
+    def _on_gpu(self, x: Tensor) -> Tensor:
+        """The same with bias and SiLU in one pass, for which PyTorch's own need two."""
+        from .gpu.norms import activate
+
+        y = F.conv2d(x.permute(0, 3, 1, 2), self.weight, None, *self.options)  # pyright: ignore
+        y = y.permute(0, 2, 3, 1).contiguous()
+        return activate(y, None, self.bias, self.silu, out=y)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, options={self.options}, silu={self.silu}"
@@ -255,19 +280,19 @@ class FastLocalStep(Frozen):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
         normed = x if self.norm is None else self.norm(x)
-        kernel = grid_kernel(x, self.head_dim, self.grid_size)
-        if kernel is None and self.head_dim <= native.MOST and _has_kernels(self.qkv, x, self.head_dim):
+        if x.dtype == self.qkv.weight.dtype and takes_grids(x, self.head_dim, self.grid_size):
+            from .gpu.grids import attend as fused
+
+            a = fused(self.qkv(normed), self.head_dim, self.grid_size, 1.0, own=x, factor=self.scale)
+        elif self.head_dim <= native.MOST and _has_kernels(self.qkv, x, self.head_dim):
             scale = None if self.scale is None else self._scale(self.scale)
             a = native.attend_locally(x, normed, self.qkv.packed(), scale, self.head_dim, self.grid_size)
-        elif kernel is None:
+        else:
 
             def part(where: Part) -> Tensor:
                 return self._cut_and_attend(x[where], normed[where])
 
             a = in_parts(part, x, 3 * x.shape[3], self.grid_size)
-        else:
-            out = kernel(self.qkv(normed), self.head_dim, self.grid_size, 1.0)
-            a = x + out if self.scale is None else torch.addcmul(out, x, self.scale)
         return a if self.grid_norm is None else self.grid_norm(a)
 
     def _cut_and_attend(self, x: Tensor, normed: Tensor) -> Tensor:
@@ -339,7 +364,7 @@ class FastHMHSA(Frozen):
         for step, pool_ratio in zip(self.local, self.pool_ratios, strict=True):
             a = step(merged)
             steps.append((a, ratio))
-            merged = to_tokens(merge(to_map(a), pool_ratio))
+            merged = _merge(a, pool_ratio)
             ratio *= pool_ratio
         (a1, _), *further = steps
         merged = merged if self.norm_kv is None else self.norm_kv(merged)
@@ -465,6 +490,15 @@ def to_tokens(x: Tensor) -> Tensor:
 def to_map(x: Tensor) -> Tensor:
     """(B, H, W, C) -> (B, C, H, W), never a copy."""
     return x.permute(0, 3, 1, 2)
+
+
+def _merge(x: Tensor, ratio: int) -> Tensor:
+    """:func:`transcnn.attention.merge` on tokens, (B, H, W, C) -> (B, ⌈H/r⌉, ⌈W/r⌉, C)."""
+    if ratio > 1 and fits(x):
+        from .gpu.pool import average
+
+        return average(x.contiguous(), ratio)
+    return to_tokens(merge(to_map(x), ratio))
 
 
 def _spread(x: Tensor, ratio: int, where: Part) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..fast import accelerate_training
+from ..fast import accelerate_training, record_training
 from ..processes import rank, world
 from ..settings import Augment, Optim
 from ..training.sharding import Sharded, shard
@@ -41,6 +42,7 @@ class Task(L.LightningModule):
         augment: The settings of what is mixed and smoothed in a batch.
         seed: Every random draw of step n follows from this and n alone, so that a resumed run draws the same.
         channels_last: Whether images are given to the model in that memory format.
+        cuda_graphs: Whether a GPU plays training's forward and backward passes back (``fast.record_training``).
         task_args: The task's own settings, and what it learnt from the data; plain values, kept with the weights.
     """
 
@@ -62,6 +64,7 @@ class Task(L.LightningModule):
         augment: Augment | None = None,
         seed: int = 0,
         channels_last: bool = False,
+        cuda_graphs: bool = False,
         task_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -74,8 +77,10 @@ class Task(L.LightningModule):
         self.augment = augment or Augment()
         self.seed = seed
         self.channels_last = channels_last
+        self.cuda_graphs = cuda_graphs
         self.task_args = task_args or {}
         self.updates_per_epoch = 1  # set before fitting
+        self._recorded: Callable[[Any], Any] | None = None
         self.lr_factor = 1.0  # less after a run has gone back, see faults.SkipNonFinite
 
     # --- what a task fills in ---------------------------------------------------------------------------------------
@@ -178,12 +183,14 @@ class Task(L.LightningModule):
         """Images to the model's output."""
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        return self.model(x)
+        return self.model(x) if self._recorded is None else self._recorded(x)
 
     def configure_model(self) -> None:
-        """Train with kernels of our own on a processor, and share the weights out where the strategy says so."""
-        if self.trainer.strategy.root_device.type == "cpu":
+        """Train with kernels of our own, and share the weights out where the strategy says so."""
+        if self.trainer.strategy.root_device.type in ("cpu", "cuda"):
             accelerate_training(self.model)
+        if self.cuda_graphs:
+            self._recorded = record_training(self.model)
         if isinstance(self.trainer.strategy, Sharded):
             shard(self.model, self.trainer.strategy.mesh)
 

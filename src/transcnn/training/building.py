@@ -39,6 +39,7 @@ def make_learner(
         augment=augment,
         seed=s.seed,
         channels_last=s.channels_last,
+        cuda_graphs=s.cuda_graphs,
         task_args=task_args,
     )
     if s.distill["distill_from"]:

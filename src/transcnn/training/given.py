@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import yaml
 
 from ..errors import UserError
@@ -20,9 +21,9 @@ __all__ = ["as_yaml", "check", "find_resumed", "find_start", "plain", "resumed_s
 
 # What a resumed run may have otherwise than the run it goes on with; all else decides what is learnt.
 FREE = {"data", "resume", "out", "epochs", "num_workers", "early_stop", "save_every", "accelerator", "quiet"}
-FREE |= {"nonfinite", "max_nonfinite"}
+FREE |= {"nonfinite", "max_nonfinite", "cuda_graphs"}
 # And of these what the earlier run had says nothing: they are about here and now.
-PRESENT = {"resume", "out", "devices", "num_nodes", "strategy"}
+PRESENT = {"resume", "out", "devices", "num_nodes", "strategy", "cuda_graphs"}
 
 
 def plain(value: Any) -> Any:
@@ -100,9 +101,22 @@ def check(s: SimpleNamespace, eval_metrics: tuple[str, ...], world: int = 1) -> 
         raise UserError("processes that are restarted must find their run again: give --out (or --resume)")
     if s.lr <= 0:
         raise UserError(f"lr must be above 0, got {s.lr}")
+    if s.cuda_graphs:
+        _check_cuda_graphs(s, world)
     for name in ("smoothing", "mix_prob"):
         if not 0 <= s.augment[name] <= 1:
             raise UserError(f"{name} must be from 0 to 1, got {s.augment[name]}")
+
+
+def _check_cuda_graphs(s: SimpleNamespace, world: int) -> None:
+    if s.task == "detect":
+        raise UserError("cuda_graphs is for the tasks classify and segment, got detect")
+    if world > 1:
+        raise UserError(f"cuda_graphs is for one process, got {world}")
+    if s.grad_checkpointing:
+        raise UserError("cuda_graphs and grad_checkpointing exclude each other: give one of them")
+    if s.accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+        raise UserError(f"cuda_graphs needs a CUDA GPU, got accelerator {s.accelerator}")
 
 
 def as_yaml(s: SimpleNamespace) -> str:

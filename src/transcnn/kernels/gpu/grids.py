@@ -4,10 +4,12 @@
 
 Nothing is cut, padded, permuted or joined in memory: a program of the kernel takes one grid and one head, finds its
 N = g·g positions in the channels-last map (B, H, W, 3C), attends, and writes to (B, H, W, C). A grid at the border
-masks what lies outside. The backward pass computes the scores again instead of keeping them.
+masks what lies outside, and what is added to the result is added on the way out. The backward pass computes the scores
+again instead of keeping them. In fp32 products have the digits of fp32 (three products in TF32), or those of TF32 where
+PyTorch is told to use it.
 
 Letters as in :mod:`transcnn.attention`; channels of ``qkv`` are ordered (q, k, v) × heads × head_dim. Under
-``TRITON_INTERPRET=1`` the kernels run on the processor, which is how they are tested; no GPU has timed them yet.
+``TRITON_INTERPRET=1`` the kernels run on the processor, which is how they are tested.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-__all__ = ["grid_attention", "supports"]
+__all__ = ["attend", "grid_attention", "supports"]
 
 
 @triton.jit
@@ -36,9 +39,9 @@ def _positions(grid, width, height, rows, columns, SIZE: tl.constexpr, TOKENS: t
 
 
 @triton.jit
-def _scores(q, k, real, scale):
+def _scores(q, k, real, scale, PRECISION: tl.constexpr):
     """softmax(Q·Kᵀ/√d) over the real keys, (N, N) in fp32; rows of positions that aren't real are harmless."""
-    s = tl.dot(q, tl.trans(k)) * scale
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     s = tl.where(real[None, :], s, float("-inf"))
     p = tl.exp(s - tl.max(s, axis=1)[:, None])
     return p / tl.sum(p, axis=1)[:, None]
@@ -46,8 +49,9 @@ def _scores(q, k, real, scale):
 
 @triton.jit
 def _forward(
-    qkv, out, height, width, rows, columns, scale,
+    qkv, own, factor, out, height, width, rows, columns, scale, OWN: tl.constexpr, FACTOR: tl.constexpr,
     CHANNELS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     position, real = _positions(tl.program_id(0), width, height, rows, columns, SIZE, TOKENS)
     d = tl.arange(0, DIM)
@@ -57,15 +61,22 @@ def _forward(
     q = tl.load(qkv + read, mask=inside, other=0.0)
     k = tl.load(qkv + read + CHANNELS, mask=inside, other=0.0)
     v = tl.load(qkv + read + 2 * CHANNELS, mask=inside, other=0.0)
-    p = _scores(q, k, real, scale)
-    o = tl.dot(p.to(v.dtype), v)
-    tl.store(out + position[:, None] * CHANNELS + channel[None, :], o.to(q.dtype), mask=inside)
+    p = _scores(q, k, real, scale, PRECISION)
+    o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+    place = position[:, None] * CHANNELS + channel[None, :]
+    if OWN:
+        x = tl.load(own + place, mask=inside, other=0.0).to(tl.float32)
+        if FACTOR:
+            x *= tl.load(factor + channel, mask=d < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
+        o += x
+    tl.store(out + place, o.to(q.dtype), mask=inside)
 
 
 @triton.jit
 def _backward(
     qkv, grad, grad_qkv, height, width, rows, columns, scale,
     CHANNELS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     position, real = _positions(tl.program_id(0), width, height, rows, columns, SIZE, TOKENS)
     d = tl.arange(0, DIM)
@@ -76,14 +87,14 @@ def _backward(
     k = tl.load(qkv + read + CHANNELS, mask=inside, other=0.0)
     v = tl.load(qkv + read + 2 * CHANNELS, mask=inside, other=0.0)
     g = tl.load(grad + position[:, None] * CHANNELS + channel[None, :], mask=inside, other=0.0)
-    p = _scores(q, k, real, scale)
+    p = _scores(q, k, real, scale, PRECISION)
     # O = P·V: dV = Pᵀ·dO, dP = dO·Vᵀ; the softmax's rows: dS = P·(dP - Σ P·dP); S = Q·Kᵀ/√d.
-    dv = tl.dot(tl.trans(p.to(g.dtype)), g)
-    dp = tl.dot(g, tl.trans(v))
+    dv = tl.dot(tl.trans(p.to(g.dtype)), g, input_precision=PRECISION)
+    dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
     ds = p * (dp - tl.sum(p * dp, axis=1)[:, None]) * scale
     ds = tl.where(real[:, None], ds, 0.0).to(q.dtype)
-    dq = tl.dot(ds, k)
-    dk = tl.dot(tl.trans(ds), q)
+    dq = tl.dot(ds, k, input_precision=PRECISION)
+    dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
     tl.store(grad_qkv + read, dq.to(q.dtype), mask=inside)
     tl.store(grad_qkv + read + CHANNELS, dk.to(q.dtype), mask=inside)
     tl.store(grad_qkv + read + 2 * CHANNELS, dv.to(q.dtype), mask=inside)
@@ -91,40 +102,62 @@ def _backward(
 
 class _GridAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, head_dim: int, size: int, scale: float) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, own: Tensor | None, head_dim: int, size: int) -> Tensor:
         ctx.save_for_backward(qkv)
-        ctx.head_dim, ctx.size, ctx.scale = head_dim, size, scale
-        out = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
-        _launch(_forward, qkv, out, head_dim=head_dim, size=size, scale=scale)
-        return out
+        ctx.sizes = (head_dim, size)
+        return attend(qkv, head_dim, size, own=own)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         (qkv,) = ctx.saved_tensors
+        head_dim, size = ctx.sizes
         grad_qkv = torch.empty_like(qkv)
-        grad = grads[0].contiguous()
-        _launch(_backward, qkv, grad, grad_qkv, head_dim=ctx.head_dim, size=ctx.size, scale=ctx.scale)
-        return grad_qkv, None, None, None
+        grad = grads[0].to(qkv.dtype).contiguous()
+        _launch(_backward, qkv, grad, grad_qkv, head_dim=head_dim, size=size, scale=head_dim**-0.5)
+        return grad_qkv, grads[0] if ctx.needs_input_grad[1] else None, None, None
 
 
-def _launch(kernel: Any, qkv: Tensor, *others: Tensor, head_dim: int, size: int, scale: float) -> None:
+def _launch(kernel: Any, qkv: Tensor, *others: Tensor, head_dim: int, size: int, scale: float, **flags: bool) -> None:
     batch, height, width, channels = qkv.shape
     rows, columns = triton.cdiv(height, size), triton.cdiv(width, size)
     tokens = max(16, triton.next_power_of_2(size * size))
+    rough = qkv.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     kernel[(batch * rows * columns, channels // 3 // head_dim)](
         qkv, *others, height, width, rows, columns, scale,
         CHANNELS=channels // 3, HEAD_DIM=head_dim, DIM=max(16, triton.next_power_of_2(head_dim)),
-        SIZE=size, TOKENS=tokens, num_warps=4,
+        SIZE=size, TOKENS=tokens, PRECISION="tf32" if rough else "tf32x3", num_warps=4, **flags,
     )  # fmt: skip
 
 
-def grid_attention(qkv: Tensor, head_dim: int, size: int, scale: float | None = None) -> Tensor:
-    """Attention inside each size×size grid of a channels-last map, (B, H, W, 3C) -> (B, H, W, C), differentiable.
+def attend(
+    qkv: Tensor,
+    head_dim: int,
+    size: int,
+    scale: float | None = None,
+    own: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> Tensor:
+    """Attention inside each size×size grid of a channels-last map, (B, H, W, 3C) -> (B, H, W, C), for inference.
 
-    ``scale`` multiplies the scores Q·Kᵀ; None is the usual 1/√d.
+    ``scale`` multiplies the scores Q·Kᵀ; None is the usual 1/√d. ``own`` (B, H, W, C), times ``factor`` (C) where
+    given, is added.
     """
+    qkv = qkv.contiguous()
+    out = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+    own = own if own is None else own.contiguous()
+    filled = (qkv if own is None else own, qkv if factor is None else factor)
     scale = head_dim**-0.5 if scale is None else scale
-    return _GridAttention.apply(qkv.contiguous(), head_dim, size, scale)  # pyright: ignore
+    _launch(
+        _forward, qkv, *filled, out, head_dim=head_dim, size=size, scale=scale,
+        OWN=own is not None, FACTOR=factor is not None,
+    )  # fmt: skip
+    return out
+
+
+def grid_attention(qkv: Tensor, head_dim: int, size: int, own: Tensor | None = None) -> Tensor:
+    """The same with the usual scale, plus ``own`` where given, differentiable."""
+    return _GridAttention.apply(qkv.contiguous(), own, head_dim, size)  # pyright: ignore
 
 
 def supports(dtype: torch.dtype, head_dim: int, size: int) -> bool:
