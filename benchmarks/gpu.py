@@ -3,12 +3,14 @@
     python benchmarks/gpu.py                    # results/gpu_kernels.csv and gpu_networks.csv
     python benchmarks/gpu.py --only kernels
 
-``kernels`` compares the Triton kernels with PyTorch's own operations, in their answers, gradients, time and share of
+``kernels`` compares the Triton grid attention with PyTorch's own operations, in answers, gradients, time and share of
 the measured copy bandwidth. ``inference`` and ``training`` time whole networks in bf16, channels-last: ours, the plain
-layers (``benchmarks/plain.py``), and timm's Swin-T, PVTv2-B2, ConvNeXt-T and MaxViT-T, with batches that fill a GPU and
-with a small one. ``compiled`` is the plain layers by ``torch.compile``; ``graphs`` is the peers as CUDA graphs, by which
-nobody waits for Python. The plain layers only take sizes that their grids divide; 224 isn't one, and their line says so.
-Figures are medians of rounds in which networks take turns; those that train run alone, for the memory.
+layers (``benchmarks/plain.py``), and timm's Swin-T, PVTv2-B2, ConvNeXt-T and MaxViT-T, with batches that fill a GPU
+and with a small one. ``compiled`` is the plain layers by ``torch.compile``; ``graphs`` is the peers as CUDA graphs, by
+which nobody waits for Python. The plain layers only take sizes that their grids divide; 224 isn't one, and their line
+says so. Figures are medians of rounds in which networks take turns; those that train run alone, for the memory.
+
+    python benchmarks/gpu.py --draw             # results/gpu.png from what results/gpu_networks.csv holds
 """
 
 from __future__ import annotations
@@ -31,17 +33,17 @@ from torch import nn
 
 import transcnn
 from transcnn.attention import grid_attention as plain_grids
-from transcnn.blocks import InvertedResidual
 from transcnn.compare.engines import enliven
 from transcnn.fast import accelerate_training, record_training
 from transcnn.kernels.gpu.graphs import RecordedInference
 from transcnn.kernels.gpu.grids import grid_attention
+from transcnn.report.plots import BLUE, ORANGE, draw_bars, new_figure, style
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ("swin_tiny_patch4_window7_224", "pvt_v2_b2", "convnext_tiny", "maxvit_tiny_tf_224")
 LARGE = ((224, 256), (512, 64), (1024, 16))  # side of the images, images in a batch
 SMALL = (256, 16)
-ROUNDS = 5
+ROUNDS = 3
 LAST = torch.channels_last
 Row = dict[str, Any]
 
@@ -70,7 +72,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def kernels() -> list[Row]:
-    """Grid attention at the shapes of transcnn_tiny and at ragged ones, and the middle of its inverted residuals."""
+    """Grid attention at the shapes of transcnn_tiny and at ragged ones."""
     a, b = (torch.empty(2**30, dtype=torch.int8, device="cuda") for _ in range(2))
     copy = 2 * a.numel() / milliseconds(lambda: b.copy_(a)) / 1e6  # GB/s, read and written
     rows = []
@@ -80,14 +82,10 @@ def kernels() -> list[Row]:
         for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-5)):
             rows.append(_grids(batch, side, dim, head_dim, size, dtype))
             rows[-1]["right"] = max(rows[-1]["error"], rows[-1]["grad_error"]) <= tolerance
-    rows += [_middle(16, side, dim, expansion, size) for side, dim, expansion, size in (
-        (128, 64, 4, 5), (64, 128, 4, 3), (32, 256, 6, 5), (16, 512, 6, 3),
-    )]  # fmt: skip
     for row in rows:
         row["copy_gb_per_s"] = copy
         for way in ("forward", "backward"):
-            if f"{way}_gb" in row:
-                row[f"{way}_share_of_copy"] = row[f"{way}_gb"] / row[f"{way}_ms"] * 1e3 / copy
+            row[f"{way}_share_of_copy"] = row[f"{way}_gb"] / row[f"{way}_ms"] * 1e3 / copy
     return rows
 
 
@@ -117,32 +115,6 @@ def _grids(batch: int, side: int, dim: int, head_dim: int, size: int, dtype: tor
         row[f"{prefix}backward_ms"] = milliseconds(lambda out=out: torch.autograd.grad(out, qkv, up, retain_graph=True))
         del out, grad
     return row | {"forward_gb": 4 * one, "backward_gb": 7 * one}
-
-
-def _middle(batch: int, side: int, dim: int, expansion: int, size: int) -> Row:
-    """An inverted residual in training, its 1x1 convolutions included."""
-    layers = dict(pre_norm=False, norm_layer=nn.BatchNorm2d, act_layer=nn.SiLU)
-    block = InvertedResidual(dim, expansion, size, **layers).cuda().to(memory_format=LAST)  # pyright: ignore
-    x = torch.randn(batch, dim, side, side, device="cuda").contiguous(memory_format=LAST)
-    row: Row = {"kernel": "inverted residual", "batch": batch, "side": side, "dim": dim, "size": size}
-    row["dtype"] = "bfloat16"
-    double = InvertedResidual(dim, expansion, size, **layers).cuda().double()  # pyright: ignore
-    double.load_state_dict(block.state_dict())
-    up = torch.randn_like(x)
-    slopes = torch.autograd.grad(double(x.double()), list(double.parameters()), up.double())
-    for prefix in ("plain_", ""):
-        module = block if prefix else accelerate_training(block)
-
-        def forward(module: nn.Module = module) -> torch.Tensor:
-            with torch.autocast("cuda", torch.bfloat16):
-                return module(x)
-
-        found = torch.autograd.grad(forward(), list(module.parameters()), up.bfloat16())
-        row[f"{prefix}grad_error"] = max(map(error, found, slopes))
-        row[f"{prefix}forward_ms"] = milliseconds(forward)
-        both = milliseconds(lambda: torch.autograd.grad(forward(), list(module.parameters()), up.bfloat16()))  # noqa: B023
-        row[f"{prefix}backward_ms"] = both - row[f"{prefix}forward_ms"]
-    return row | {"right": row["grad_error"] <= 2 * row["plain_grad_error"] + 2e-3}
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
@@ -202,15 +174,11 @@ def compiled() -> list[Row]:
 
 def graphs() -> list[Row]:
     """The peers as CUDA graphs. Last of all: PyTorch isn't itself any more after a recording that failed."""
-    rows = []
-    for size, batch in (SMALL, *LARGE):
-        x = images(size, batch)
-        if (size, batch) == SMALL:
-            cases = {f"{name}/graph": partial(_forward_peer, name, x, graph=True) for name in PEERS}
-            rows += _race("inference", x, {"plain/graph": lambda x=x: _forward(plain(ours()), x, graph=True), **cases})
-        cases = {f"{name}/graph": partial(_step_of_peer, name, x, graph=True) for name in PEERS}
-        rows += _race("training", x, cases, together=False)
-    return rows
+    x = images(*SMALL)
+    cases = {f"{name}/graph": partial(_forward_peer, name, x, graph=True) for name in PEERS}
+    rows = _race("inference", x, {"plain/graph": lambda: _forward(plain(ours()), x, graph=True), **cases})
+    cases = {f"{name}/graph": partial(_step_of_peer, name, x, graph=True) for name in PEERS}
+    return rows + _race("training", x, cases, together=False)
 
 
 def images(size: int, batch: int) -> torch.Tensor:
@@ -328,7 +296,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=[part.__name__ for part in PARTS])
     parser.add_argument("--out", type=Path, default=ROOT / "results")
+    parser.add_argument("--draw", action="store_true", help="only draw what was measured")
     options = parser.parse_args()
+    if options.draw:
+        with (options.out / "gpu_networks.csv").open(newline="") as file:
+            draw(list(csv.DictReader(file)), options.out / "gpu.png")
+        return 0
     if not torch.cuda.is_available():
         print("no GPU: nothing measured", file=sys.stderr)
         return 2
@@ -343,8 +316,30 @@ def main() -> int:
         if part is not kernels:
             networks += rows
         _write(options.out / f"gpu_{'kernels' if part is kernels else 'networks'}.csv", networks or rows)
+        if networks:
+            draw(networks, options.out / "gpu.png")
         print(f"{part.__name__}: {time.perf_counter() - begun:.0f} s", flush=True)
     return 0 if right else 1
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """A bar for each network at 512x512, in a panel for inference and one for training."""
+    rows = [row for row in rows if int(row["size"]) == 512 and row["images_per_s"]]
+    modes = [mode for mode in ("inference", "training") if any(row["mode"] == mode for row in rows)]
+    if not rows:
+        return
+    with style():
+        figure = new_figure(7.5, 0.3 * len(rows) + 1.1 * len(modes))
+        heights = [sum(row["mode"] == mode for row in rows) + 2 for mode in modes]
+        panels = figure.subplots(len(modes), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+        for mode, axes in zip(modes, panels, strict=True):
+            shown = [row for row in rows if row["mode"] == mode]
+            speeds = [float(row["images_per_s"]) for row in shown]
+            names = [row["network"] + (", CUDA graph" if row["way"] == "graph" else "") for row in shown]
+            colours = [ORANGE if row["network"].startswith("ours") else BLUE for row in shown]
+            draw_bars(axes, names, speeds, [f"{speed:.0f}" for speed in speeds], colours)
+            axes.set(xlabel="images/s", title=f"{mode.capitalize()}, 512x512, batch {shown[0]['batch']}, bf16")
+        figure.savefig(path)
 
 
 def _write(path: Path, rows: list[Row]) -> None:

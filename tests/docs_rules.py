@@ -26,6 +26,7 @@ INSTEAD = [
     ('"resnet50", pretrained=True', '"resnet50", pretrained=False'),
     ("--static 224", "--static 32"),
     ("--class dog", "--class class_1"),
+    (".cuda()", ""),
     ("img_size=32, epochs=8", "img_size=32, epochs=1, limit_batches=2, batch_size=8, quiet=True"),
 ]
 

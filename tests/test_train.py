@@ -9,10 +9,11 @@ import os
 import re
 import signal
 from pathlib import Path
-from types import SimpleNamespace
+from types import NoneType, SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 import yaml
 from timm.optim import create_optimizer_v2
@@ -20,6 +21,8 @@ from timm.optim import create_optimizer_v2
 from transcnn import engine
 from transcnn.cli import main
 from transcnn.errors import UserError
+from transcnn.kernels.gpu.graphs import RecordedTraining
+from transcnn.kernels.steps import KernelHMHSA
 from transcnn.runs import load, read_info
 from transcnn.settings import Augment, Ema, Optim
 from transcnn.tasks import get_task
@@ -331,11 +334,25 @@ def test_precision_words():
         (dict(task="sort"), "task must be one of classify"),
         (dict(model_args={"depth": 3}), "can't make transcnn_test"),
         (dict(init_from="nowhere.pth"), "nowhere.pth"),
+        (dict(cuda_graphs=True), "cuda_graphs needs a CUDA GPU, got accelerator cpu"),
+        (dict(cuda_graphs=True, grad_checkpointing=True), "cuda_graphs and grad_checkpointing exclude each other"),
     ],
 )
 def test_wrong_settings_are_named(folder, tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         train(folder, **{**QUICK, **settings}, out=str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_networks_train_with_kernels_of_our_own_and_recorded_where_asked(device):
+    task = Classify(timm.create_model("transcnn_test"), ["a", "b"], {}, cuda_graphs=device == "cuda")
+    task._trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))  # pyright: ignore
+    task.configure_model()
+    assert any(isinstance(module, KernelHMHSA) for module in task.model.modules())
+    assert isinstance(task._recorded, RecordedTraining if device == "cuda" else NoneType)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(task.eval()(x), task.model(x))
+    assert set(task.state_dict()) == {f"model.{name}" for name in task.model.state_dict()}
 
 
 def test_wrong_answers_and_scores_add_up():

@@ -323,7 +323,7 @@ def test_recorded_training_learns_the_same(accumulate, accelerated):
     usual, found = train(model, model, 8, accumulate), train(twin, forward, 8, accumulate)
     assert len(forward._kept._graphs) == 1
     assert found == pytest.approx(usual, rel=0.02)
-    assert usual[-1] != pytest.approx(usual[0], rel=0.05)  # it did learn
+    assert usual[-1] < 0.97 * usual[0]  # it did learn
     for (name, a), b in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
         assert relative(b, a) <= 0.02, name
 
