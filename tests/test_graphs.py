@@ -1,4 +1,4 @@
-"""Recorded networks: what the playing back must mind, with a processor in the part of a CUDA graph."""
+"""Recorded networks: what the playing back must mind, with a processor in place of a GPU; where Triton is no use."""
 
 import pytest
 import timm
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from transcnn.kernels.gpu import graphs
+from transcnn.kernels.gpu import graphs, runs
 
 
 class Tape:
@@ -112,6 +112,15 @@ def test_graphs_are_kept_by_key_and_the_oldest_given_up():
     assert kept.get(0) == "graph 0"
     assert kept.get(1) is None
     assert kept.get(graphs.MOST) == f"graph {graphs.MOST}"
+
+
+def test_where_triton_does_not_run_its_kernels_are_left_alone(caplog):
+    if torch.cuda.is_available():
+        pytest.skip("it may run here")
+    with caplog.at_level("INFO"):
+        assert not runs._works.__wrapped__(0)
+    assert caplog.text == "" or "Triton's kernels don't" in caplog.text  # Triton may not be installed at all
+    assert not runs.fits(torch.zeros(4, 16))
 
 
 def test_what_a_recording_holds_for():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Hashable, Sequence
 
@@ -15,6 +16,7 @@ __all__ = ["HALVES", "fastest", "fits", "interpreted"]
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (*HALVES, torch.float32)
 _winners: dict[Hashable, int] = {}
+_log = logging.getLogger(__name__)
 
 
 def interpreted() -> bool:
@@ -32,7 +34,7 @@ def fits(x: Tensor) -> bool:
     recorded = torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
     recorded = recorded or torch._C._are_functorch_transforms_active()
     here = x.device.index == torch.cuda.current_device() if x.device.type == "cuda" else interpreted()
-    return here and not recorded and x.dtype in DTYPES and x.numel() > 0 and _installed()
+    return here and not recorded and x.dtype in DTYPES and x.numel() > 0 and _works(x.device.index)
 
 
 def fastest(key: Hashable, make: Callable[[], Sequence[Callable[[], object]]]) -> int:
@@ -68,5 +70,18 @@ def _milliseconds(way: Callable[[], object], times: int = 5) -> float:
 
 
 @functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _works(device: int | None) -> bool:
+    """Whether Triton compiles and runs a kernel there, for which it wants a C compiler and a GPU that isn't too old."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    if interpreted():
+        return True
+    try:
+        from .norms import activate
+
+        x = torch.ones(4, 16, device=f"cuda:{device}")
+        return bool((activate(x, x[0], x[0], silu=False) == 2).all())
+    except Exception as problem:  # whatever a driver, a compiler or Triton may say
+        reason = (str(problem) or type(problem).__name__).splitlines()[0]
+        _log.info("PyTorch's own operations run on the GPU, for Triton's kernels don't: %s", reason)
+        return False
