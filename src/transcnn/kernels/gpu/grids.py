@@ -39,6 +39,26 @@ def _positions(grid, width, height, rows, columns, SIZE: tl.constexpr, TOKENS: t
 
 
 @triton.jit
+def _places(
+    width, height, rows, columns, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, TOKENS: tl.constexpr
+):  # fmt: skip
+    """Of this program's grid and head: positions, channels, which numbers of both exist, and which positions."""
+    position, real = _positions(tl.program_id(0), width, height, rows, columns, SIZE, TOKENS)
+    d = tl.arange(0, DIM)
+    return position, tl.program_id(1) * HEAD_DIM + d, real[:, None] & (d < HEAD_DIM)[None, :], real
+
+
+@triton.jit
+def _read(q, inside, CHANNELS: tl.constexpr):
+    """Q, K and V, which lie ``CHANNELS`` numbers apart."""
+    return (
+        tl.load(q, mask=inside, other=0.0),
+        tl.load(q + CHANNELS, mask=inside, other=0.0),
+        tl.load(q + 2 * CHANNELS, mask=inside, other=0.0),
+    )
+
+
+@triton.jit
 def _scores(q, k, real, scale, PRECISION: tl.constexpr):
     """softmax(Q·Kᵀ/√d) over the real keys, (N, N) in fp32; rows of positions that aren't real are harmless."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
@@ -53,21 +73,16 @@ def _forward(
     CHANNELS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    position, real = _positions(tl.program_id(0), width, height, rows, columns, SIZE, TOKENS)
-    d = tl.arange(0, DIM)
-    inside = real[:, None] & (d < HEAD_DIM)[None, :]
-    channel = tl.program_id(1) * HEAD_DIM + d
+    position, channel, inside, real = _places(width, height, rows, columns, HEAD_DIM, DIM, SIZE, TOKENS)
     read = position[:, None] * (3 * CHANNELS) + channel[None, :]
-    q = tl.load(qkv + read, mask=inside, other=0.0)
-    k = tl.load(qkv + read + CHANNELS, mask=inside, other=0.0)
-    v = tl.load(qkv + read + 2 * CHANNELS, mask=inside, other=0.0)
+    q, k, v = _read(qkv + read, inside, CHANNELS)
     p = _scores(q, k, real, scale, PRECISION)
     o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
     place = position[:, None] * CHANNELS + channel[None, :]
     if OWN:
         x = tl.load(own + place, mask=inside, other=0.0).to(tl.float32)
         if FACTOR:
-            x *= tl.load(factor + channel, mask=d < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
+            x *= tl.load(factor + channel, mask=channel < (tl.program_id(1) + 1) * HEAD_DIM, other=0.0).to(tl.float32)
         o += x
     tl.store(out + place, o.to(q.dtype), mask=inside)
 
@@ -78,14 +93,9 @@ def _backward(
     CHANNELS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    position, real = _positions(tl.program_id(0), width, height, rows, columns, SIZE, TOKENS)
-    d = tl.arange(0, DIM)
-    inside = real[:, None] & (d < HEAD_DIM)[None, :]
-    channel = tl.program_id(1) * HEAD_DIM + d
+    position, channel, inside, real = _places(width, height, rows, columns, HEAD_DIM, DIM, SIZE, TOKENS)
     read = position[:, None] * (3 * CHANNELS) + channel[None, :]
-    q = tl.load(qkv + read, mask=inside, other=0.0)
-    k = tl.load(qkv + read + CHANNELS, mask=inside, other=0.0)
-    v = tl.load(qkv + read + 2 * CHANNELS, mask=inside, other=0.0)
+    q, k, v = _read(qkv + read, inside, CHANNELS)
     g = tl.load(grad + position[:, None] * CHANNELS + channel[None, :], mask=inside, other=0.0)
     p = _scores(q, k, real, scale, PRECISION)
     # O = P·V: dV = Pᵀ·dO, dP = dO·Vᵀ; the softmax's rows: dS = P·(dP - Σ P·dP); S = Q·Kᵀ/√d.

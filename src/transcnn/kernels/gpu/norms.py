@@ -44,14 +44,21 @@ def _tile(step, rows, columns, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def slope(z):
-    """SiLU's derivative."""
-    s = tl.sigmoid(z)
-    return s * (1 + z * (1 - s))
+def _gradient(x, grad, numbers, place, mask, c, real, columns, SILU: tl.constexpr):
+    """x, and the gradient of z: ``grad`` itself or, with ``SILU``, what comes through SiLU from it."""
+    value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+    dz = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
+    if SILU:
+        scale = tl.load(numbers + 2 * columns + c, mask=real, other=0.0)
+        shift = tl.load(numbers + 3 * columns + c, mask=real, other=0.0)
+        z = value * scale[None, :] + shift[None, :]
+        s = tl.sigmoid(z)
+        dz *= s * (1 + z * (1 - s))
+    return value, dz
 
 
 @triton.jit
-def keep(partial, first, second, columns, c, real):
+def _keep(partial, first, second, columns, c, real):
     """A program's two sums to its place."""
     at = partial + tl.program_id(0) * 2 * columns + c
     tl.store(at, tl.sum(first, axis=0), mask=real)
@@ -77,7 +84,7 @@ def _moments(x, pivot, partial, rows, columns, ROWS: tl.constexpr, CHANNELS: tl.
         d = tl.where(mask2, value2 - near, 0.0)
         first += d
         second += d * d
-    keep(partial, first, second, columns, c, c < columns)
+    _keep(partial, first, second, columns, c, c < columns)
 
 
 @triton.jit
@@ -145,16 +152,11 @@ def _slopes(
     second = tl.zeros((ROWS, CHANNELS), tl.float32)
     for step in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         place, mask, c, real = _tile(step, rows, columns, ROWS, CHANNELS)
-        value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
-        dz = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
-        if SILU:
-            scale = tl.load(numbers + 2 * columns + c, mask=real, other=0.0)
-            shift = tl.load(numbers + 3 * columns + c, mask=real, other=0.0)
-            dz *= slope(value * scale[None, :] + shift[None, :])
+        value, dz = _gradient(x, grad, numbers, place, mask, c, real, columns, SILU)
         first += dz
         second += dz * (value - tl.load(numbers + c, mask=real, other=0.0)[None, :])
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    keep(partial, first, second, columns, c, c < columns)
+    _keep(partial, first, second, columns, c, c < columns)
 
 
 @triton.jit
@@ -182,12 +184,7 @@ def _through(
     NORM: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     place, mask, c, real = _tile(tl.program_id(0), rows, columns, ROWS, CHANNELS)
-    value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
-    dz = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
-    if SILU:
-        scale = tl.load(numbers + 2 * columns + c, mask=real, other=0.0)
-        shift = tl.load(numbers + 3 * columns + c, mask=real, other=0.0)
-        dz *= slope(value * scale[None, :] + shift[None, :])
+    value, dz = _gradient(x, grad, numbers, place, mask, c, real, columns, SILU)
     if NORM:
         by_grad = tl.load(abc + c, mask=real, other=0.0)
         by_x = tl.load(abc + columns + c, mask=real, other=0.0)
@@ -204,17 +201,14 @@ def _gate(x, grad, numbers, out, partial, rows, columns, ROWS: tl.constexpr, CHA
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     real = c < columns
     mean = tl.load(numbers + c, mask=real, other=0.0)[None, :]
-    scale = tl.load(numbers + 2 * columns + c, mask=real, other=0.0)[None, :]
-    shift = tl.load(numbers + 3 * columns + c, mask=real, other=0.0)[None, :]
     for step in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         place, mask, _c, _real = _tile(step, rows, columns, ROWS, CHANNELS)
-        value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
-        dz = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32) * slope(value * scale + shift)
+        value, dz = _gradient(x, grad, numbers, place, mask, c, real, columns, True)
         rounded = dz.to(out.dtype.element_ty)
         tl.store(out + place, rounded, mask=mask)
         first += rounded.to(tl.float32)
         second += rounded.to(tl.float32) * (value - mean)
-    keep(partial, first, second, columns, c, real)
+    _keep(partial, first, second, columns, c, real)
 
 
 @triton.jit
