@@ -14,7 +14,7 @@ from transcnn.errors import UserError
 from transcnn.fast import fold_batchnorms, optimize
 from transcnn.kernels import attend as kernel
 from transcnn.kernels import parts
-from transcnn.kernels.tokens import FastBlock, FastHMHSA, FastResidual
+from transcnn.kernels.blocks import FastBlock, FastHMHSA, FastResidual
 
 SIZES = [(64, 64), (97, 131), (33, 40)]
 NETWORKS = {

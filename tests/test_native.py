@@ -26,8 +26,9 @@ from transcnn.attention import HMHSA, LocalStep
 from transcnn.blocks import DualDownsample
 from transcnn.fast import optimize
 from transcnn.kernels import tokens
+from transcnn.kernels.blocks import FastDualDownsample, FastHMHSA, FastLocalStep, FastResidual, FastStem
 from transcnn.kernels.native import build, calls
-from transcnn.kernels.tokens import FastDualDownsample, FastHMHSA, FastLocalStep, FastResidual, FastStem, fuse
+from transcnn.kernels.tokens import fuse
 
 has_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 has_kernels = pytest.mark.skipif(build.library() is None, reason="needs the kernels")

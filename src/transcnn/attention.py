@@ -202,7 +202,7 @@ def cut_into_grids(x: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
     mask = None
     if ragged:
         x = F.pad(x, (0, 0, 0, beside, 0, below))
-        mask = _real_positions(height, width, rows, columns, size, x.device)  # (G, N)
+        mask = real_positions(height, width, rows, columns, size, x.device)  # (G, N)
         mask = mask.repeat(batch, 1)[:, None, None]  # (B·G, 1, 1, N)
     x = x.reshape(batch, rows, size, columns, size, x.shape[3]).transpose(2, 3)  # (B, rows, columns, g, g, C)
     return x.reshape(batch * rows * columns, size * size, x.shape[5]), mask
@@ -240,7 +240,7 @@ def _grids(length: int, size: int) -> int:
     return (length + size - 1) // size
 
 
-def _real_positions(height: int, width: int, rows: int, columns: int, size: int, device: torch.device) -> Tensor:
+def real_positions(height: int, width: int, rows: int, columns: int, size: int, device: torch.device) -> Tensor:
     """Which positions of each grid lie inside the map, (G, N)."""
     y = torch.arange(rows * size, device=device) < height
     x = torch.arange(columns * size, device=device) < width

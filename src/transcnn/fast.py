@@ -18,12 +18,13 @@ from .backbone import TransCNN
 from .blocks import Block, ConvDownsample, DualDownsample, InvertedResidual, StridedConv2d
 from .depthwise import DepthwiseConv2d
 from .errors import UserError
+from .kernels.blocks import FastBlock, FastDualDownsample, FastHMHSA, FastStem
 from .kernels.gpu.graphs import RecordedInference, RecordedTraining
 from .kernels.grid import KernelLocalStep
 from .kernels.layers import KernelBatchNorm2d, KernelPointwise, is_pointwise
 from .kernels.middle import KernelInvertedResidual
 from .kernels.steps import KernelHMHSA
-from .kernels.tokens import FastBlock, FastDualDownsample, FastHMHSA, FastStem, Frozen, OnTokens, affine
+from .kernels.tokens import Frozen, OnTokens, affine
 
 __all__ = ["accelerate_training", "fold_batchnorms", "optimize", "record_training"]
 
