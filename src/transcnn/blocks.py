@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from timm.layers import DropPath
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from .attention import HMHSA
 from .depthwise import DepthwiseConv2d
 
-__all__ = ["Block", "ConvDownsample", "DualDownsample", "InvertedResidual", "Stage", "StridedConv2d"]
+__all__ = ["Block", "ConvDownsample", "DualDownsample", "InvertedResidual", "Stage", "StridedConv2d", "strided_conv2d"]
 
 
 class InvertedResidual(nn.Module):
@@ -80,28 +81,29 @@ class Block(nn.Module):
 
 
 class StridedConv2d(nn.Conv2d):
-    """A 3x3 convolution that can train in bfloat16 on maps one column wide, (B, C, H, W) -> (B, C', ⌈H/s⌉, ⌈W/s⌉).
-
-    Where the stride s is 2, PyTorch's processor kernels leave the weight gradient's columns that see padding alone
-    unwritten: whatever lay in memory, often NaN, would be learnt. A column of zeros, as the padding's, mends it.
-    """
+    """A 3x3 convolution that is right in bfloat16 on narrow maps, too, (B, C, H, W) -> (B, C', ⌈H/s⌉, ⌈W/s⌉)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 2, **dd: Any) -> None:
         super().__init__(in_channels, out_channels, 3, stride=stride, padding=1, **dd)
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', ⌈H/s⌉, ⌈W/s⌉)."""
-        return super().forward(_two_columns(input) if self.stride[1] == 2 else input)
+        return strided_conv2d(input, self.weight, self.bias, self.stride)
 
 
-def _two_columns(x: Tensor) -> Tensor:
-    """A map one column wide, where gradients are wanted, with a column of zeros beside it; others as they are."""
-    if torch.is_grad_enabled() and not torch.compiler.is_exporting() and x.shape[-1] == 1:  # files take any size
-        return nn.functional.pad(x, (0, 1))
-    return x
+def strided_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...]) -> Tensor:
+    """A 3x3 convolution with one row and column of zeros around the map.
+
+    Where a stride of 2 leaves one column, PyTorch's processor kernels for bfloat16 are wrong: from five rows on the
+    answer is whatever lay in memory, often NaN, and so are columns of the weight gradient. More columns of zeros, as
+    the padding's, give a second one, which is cut off again.
+    """
+    if stride[1] == 2 and not torch.compiler.is_exporting() and x.shape[-1] <= 2:  # files take any size
+        return F.conv2d(F.pad(x, (0, 3 - x.shape[-1])), weight, bias, stride, 1)[..., :1]
+    return F.conv2d(x, weight, bias, stride, 1)
 
 
-torch.fx.wrap("_two_columns")  # its branch on the size can't be traced
+torch.fx.wrap("strided_conv2d")  # its branch on the size can't be traced
 
 
 class ConvDownsample(nn.Module):

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..blocks import strided_conv2d
 from ..errors import UserError
 from .gpu.runs import HALVES, fastest, fits
 from .layers import KernelBatchNorm2d
@@ -147,16 +148,21 @@ class Convolution(Frozen):
         """(B, H, W, C) -> (B, H', W', C')."""
         if (self.silu or self.bias is not None) and x.dtype == self.weight.dtype and fits(x):
             return self._on_gpu(x.contiguous())
-        y = F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, *self.options)  # pyright: ignore
+        y = self._convolve(x, self.bias)
         y = F.silu(y, inplace=True) if self.silu else y
         return y.permute(0, 2, 3, 1).contiguous()
+
+    def _convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        stride, *others = self.options
+        if tuple(self.weight.shape[2:]) == (3, 3) and others == [(1, 1), (1, 1), 1]:
+            return strided_conv2d(x.permute(0, 3, 1, 2), self.weight, bias, stride)
+        return F.conv2d(x.permute(0, 3, 1, 2), self.weight, bias, *self.options)  # pyright: ignore
 
     def _on_gpu(self, x: Tensor) -> Tensor:
         """The same with bias and SiLU in one pass, for which PyTorch's own need two."""
         from .gpu.norms import activate
 
-        y = F.conv2d(x.permute(0, 3, 1, 2), self.weight, None, *self.options)  # pyright: ignore
-        y = y.permute(0, 2, 3, 1).contiguous()
+        y = self._convolve(x, None).permute(0, 2, 3, 1).contiguous()
         return activate(y, None, self.bias, self.silu, out=y)
 
     def extra_repr(self) -> str:
