@@ -1,1 +1,1 @@
-"""What :mod:`transcnn.fast` is made of: layers that run on channels-last tokens, and a kernel for GPUs."""
+"""What :mod:`transcnn.fast` is made of: layers on channels-last tokens, kernels for processors and for GPUs."""

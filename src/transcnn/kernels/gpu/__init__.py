@@ -1,1 +1,1 @@
-"""Kernels in Triton for GPUs; modules of this room but :mod:`.runs` can be imported only where Triton is installed."""
+"""Kernels in Triton for GPUs, which only :mod:`.runs` and :mod:`.graphs` can do without."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 import os
@@ -16,6 +15,7 @@ __all__ = ["HALVES", "fastest", "fits", "interpreted"]
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (*HALVES, torch.float32)
 _winners: dict[Hashable, int] = {}
+_able: dict[int | None, bool] = {}  # by the GPU's number
 _log = logging.getLogger(__name__)
 
 
@@ -69,8 +69,16 @@ def _milliseconds(way: Callable[[], object], times: int = 5) -> float:
     return start.elapsed_time(end)
 
 
-@functools.cache
 def _works(device: int | None) -> bool:
+    """Whether kernels run there; tried once, but not while a CUDA graph is recorded, which a trial would break."""
+    if device not in _able:
+        if not interpreted() and torch.cuda.is_current_stream_capturing():
+            return False
+        _able[device] = _tried(device)
+    return _able[device]
+
+
+def _tried(device: int | None) -> bool:
     """Whether Triton compiles and runs a kernel there, for which it wants a C compiler and a GPU that isn't too old."""
     if importlib.util.find_spec("triton") is None:
         return False
