@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["Part", "eager_cpu", "in_parts"]
+__all__ = ["Part", "eager_cpu", "in_parts", "recorded"]
 
 Part = tuple[slice, slice, slice]  # of the images, rows and columns; an index of (B, H, W, C)
 CACHE = 2**23  # bytes of the widest map of one part
@@ -22,6 +22,12 @@ CACHE = 2**23  # bytes of the widest map of one part
 def eager_cpu(x: Tensor) -> bool:
     """Whether this runs on a processor, operation by operation."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
+def recorded() -> bool:
+    """Whether something writes operations down or transforms them: it must see PyTorch's own, not our kernels."""
+    transformed = torch._C._are_functorch_transforms_active()  # whose tensors have no memory of their own
+    return torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0 or transformed
 
 
 def in_parts(

@@ -82,7 +82,8 @@ def _forward(
     if OWN:
         x = tl.load(own + place, mask=inside, other=0.0).to(tl.float32)
         if FACTOR:
-            x *= tl.load(factor + channel, mask=channel < (tl.program_id(1) + 1) * HEAD_DIM, other=0.0).to(tl.float32)
+            known = channel < (tl.program_id(1) + 1) * HEAD_DIM
+            x *= tl.load(factor + channel, mask=known, other=0.0).to(tl.float32)[None, :]
         o += x
     tl.store(out + place, o.to(q.dtype), mask=inside)
 

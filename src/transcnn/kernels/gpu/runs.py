@@ -10,6 +10,8 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
+from ..parts import recorded
+
 __all__ = ["HALVES", "fastest", "fits", "interpreted"]
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -31,10 +33,8 @@ def fits(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False
-    recorded = torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
-    recorded = recorded or torch._C._are_functorch_transforms_active()
     here = x.device.index == torch.cuda.current_device() if x.device.type == "cuda" else interpreted()
-    return here and not recorded and x.dtype in DTYPES and x.numel() > 0 and _works(x.device.index)
+    return here and not recorded() and x.dtype in DTYPES and x.numel() > 0 and _works(x.device.index)
 
 
 def fastest(key: Hashable, make: Callable[[], Sequence[Callable[[], object]]]) -> int:

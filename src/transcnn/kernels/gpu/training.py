@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..tokens import to_map, to_tokens
 from . import norms
 from .norms import Statistics
 from .pool import average, share
@@ -45,12 +46,12 @@ class _Middle(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, e: Tensor, *arguments: Any) -> Tensor:  # γ₁, β₁, weight, γ₂, β₂, the norms themselves
         weight1, bias1, weight, weight2, bias2, norm1, norm2 = arguments
-        x = _tokens(e)
+        x = to_tokens(e)
         numbers1 = _nothing(x) if norm1 is None else norms.moments(x, norm1).numbers
         m = _convolve(norms.activate(x, *numbers1[2:], silu=True), weight.to(x.dtype))
         numbers2 = _nothing(x) if norm2 is None else norms.moments(m, norm2).numbers
         ctx.save_for_backward(x, m, numbers1, numbers2, weight1, bias1, weight, weight2, bias2)
-        return _map(norms.activate(m, *numbers2[2:], silu=True))
+        return to_map(norms.activate(m, *numbers2[2:], silu=True))
 
     @staticmethod
     @once_differentiable
@@ -58,7 +59,7 @@ class _Middle(torch.autograd.Function):
         x, m, numbers1, numbers2, weight1, bias1, weight, weight2, bias2 = ctx.saved_tensors
         positions = x.numel() // x.shape[3]
         first, second = Statistics(numbers1, positions), Statistics(numbers2, positions)
-        ds = _tokens(grads[0].to(x.dtype))
+        ds = to_tokens(grads[0].to(x.dtype))
         abc = of_weight1 = of_bias1 = of_weight2 = of_bias2 = None
         if weight2 is not None:
             partial = norms.slopes(m, ds, numbers2, silu=True)
@@ -71,76 +72,68 @@ class _Middle(torch.autograd.Function):
         if weight1 is not None:
             abc, of_weight1, of_bias1 = norms.factors(first, partial, weight1, bias1)
             dx = norms.through(x, dx, numbers1, abc, silu=False, out=dx)
-        return _map(dx), of_weight1, of_bias1, of_weight, of_weight2, of_bias2, None, None
+        return to_map(dx), of_weight1, of_bias1, of_weight, of_weight2, of_bias2, None, None
 
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-        x = _tokens(x)
+        x = to_tokens(x)
         statistics = norms.moments(x, norm)
         ctx.save_for_backward(x, statistics.numbers, weight, bias)
-        return _map(norms.activate(x, *statistics.numbers[2:], silu=False))
+        return to_map(norms.activate(x, *statistics.numbers[2:], silu=False))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         x, numbers, weight, bias = ctx.saved_tensors
-        grad = _tokens(grads[0].to(x.dtype))
+        grad = to_tokens(grads[0].to(x.dtype))
         partial = norms.slopes(x, grad, numbers, silu=False)
         abc, of_weight, of_bias = norms.factors(Statistics(numbers, x.numel() // x.shape[3]), partial, weight, bias)
-        return _map(norms.through(x, grad, numbers, abc, silu=False)), of_weight, of_bias, None
+        return to_map(norms.through(x, grad, numbers, abc, silu=False)), of_weight, of_bias, None
 
 
 class _Pointwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        x = _tokens(x)
+        x = to_tokens(x)
         ctx.save_for_backward(x, weight)
-        return _map(F.linear(x, weight.flatten(1), bias))
+        return to_map(F.linear(x, weight.flatten(1), bias))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         x, weight = ctx.saved_tensors
-        grad = _tokens(grads[0].to(x.dtype))
+        grad = to_tokens(grads[0].to(x.dtype))
         of_weight = (grad.flatten(0, 2).t() @ x.flatten(0, 2)).view_as(weight)
-        return _map(grad @ weight.flatten(1)), of_weight, norms.sum_rows(grad).to(weight.dtype)
+        return to_map(grad @ weight.flatten(1)), of_weight, norms.sum_rows(grad).to(weight.dtype)
 
 
 class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ratio: int) -> Tensor:
         ctx.sizes = (ratio, *x.shape[2:])
-        return _map(average(_tokens(x), ratio))
+        return to_map(average(to_tokens(x), ratio))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        return _map(share(_tokens(grads[0]), *ctx.sizes)), None
+        return to_map(share(to_tokens(grads[0]), *ctx.sizes)), None
 
 
 def _convolve(x: Tensor, weight: Tensor) -> Tensor:
     """A depthwise convolution, (B, H, W, C) -> (B, H, W, C); its own backward pass is one with the turned weights."""
-    return _tokens(F.conv2d(_map(x), weight, padding=weight.shape[2] // 2, groups=len(weight)))
+    return to_tokens(F.conv2d(to_map(x), weight, padding=weight.shape[2] // 2, groups=len(weight)))
 
 
 def _of_taps(grad: Tensor, z: Tensor, weight: Tensor) -> Tensor:
     """The gradient of a depthwise convolution's weights, by PyTorch's own kernel."""
     reach = weight.shape[2] // 2
     _, found, _ = torch.ops.aten.convolution_backward(
-        _map(grad), _map(z), weight.to(z.dtype), None, [1, 1], [reach, reach], [1, 1], False, [0, 0], len(weight),
+        to_map(grad), to_map(z), weight.to(z.dtype), None, [1, 1], [reach, reach], [1, 1], False, [0, 0], len(weight),
         [False, True, False],
     )  # fmt: skip
     return found.to(weight.dtype)
-
-
-def _tokens(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).contiguous()
-
-
-def _map(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)
 
 
 def _nothing(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..parts import eager_cpu
+from ..parts import eager_cpu, recorded
 from .build import library, supports
 
 __all__ = [
@@ -51,10 +51,8 @@ def fits(x: Tensor, *channels: int, products: bool = True) -> bool:
     if not eager_cpu(x):  # first of all: torch.compile would stumble over what follows
         return False
     unit = 32 if products and x.dtype == torch.bfloat16 else 16
-    recorded = torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
-    recorded = recorded or torch._C._are_functorch_transforms_active()  # whose tensors have no memory of their own
     plain = type(x) in (Tensor, torch.nn.Parameter) and x.numel() > 0
-    return plain and not recorded and not any(n % unit for n in channels) and supports(x.dtype)
+    return plain and not recorded() and not any(n % unit for n in channels) and supports(x.dtype)
 
 
 class Packed:
