@@ -23,6 +23,7 @@ from .kernels.gpu.graphs import RecordedInference, RecordedTraining
 from .kernels.grid import KernelLocalStep
 from .kernels.layers import KernelBatchNorm2d, KernelPointwise, is_pointwise
 from .kernels.middle import KernelInvertedResidual
+from .kernels.parts import hooked
 from .kernels.steps import KernelHMHSA
 from .kernels.tokens import Frozen, OnTokens, affine
 
@@ -150,8 +151,8 @@ def fold_batchnorms(model: nn.Module) -> list[str]:
 
 def _replace(module: nn.Module) -> nn.Module:
     """``module`` with every part that has a faster form replaced by it; modules with hooks stay what they are."""
-    if not _hooked(module):
-        if isinstance(module, Block) and not _hooked(module.attn):
+    if not hooked(module):
+        if isinstance(module, Block) and not hooked(module.attn):
             parts = (module.irb.conv1, module.irb.conv2, module.irb.conv3)
             return FastBlock(module.attn, parts)
         if isinstance(module, HMHSA) and type(module).forward is HMHSA.forward:
@@ -200,8 +201,8 @@ def _pairs(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
             once
             and type(conv) in (nn.Conv2d, StridedConv2d, DepthwiseConv2d, KernelPointwise)
             and _foldable(norm)
-            and not _hooked(conv)
-            and not _hooked(norm)
+            and not hooked(conv)
+            and not hooked(norm)
         ):
             yield prefix + str(source.target), prefix + str(node.target)
 
@@ -217,10 +218,6 @@ def _after_norm(norm: nn.Module) -> nn.Module:
     """What is left of a BatchNorm that was folded: its activation if it has one."""
     act = getattr(norm, "act", None)
     return act if isinstance(act, nn.Module) else nn.Identity()
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

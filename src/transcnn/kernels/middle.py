@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from ..blocks import InvertedResidual
 from .layers import KernelBatchNorm2d, worthwhile
 from .native import calls as native
+from .parts import hooked
 
 __all__ = ["KernelInvertedResidual"]
 
@@ -60,8 +61,7 @@ class KernelInvertedResidual(InvertedResidual):
             for norm in (norm1, norm2)
         )
         usual = usual and all(type(act) is nn.SiLU for act in (act1, act2)) and conv.kernel_size[0] in native.SIZES
-        hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in self.modules())
-        return usual and not hooked
+        return usual and not any(map(hooked, self.modules()))
 
 
 def _trainable(e: Tensor) -> bool:

@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Part", "eager_cpu", "in_parts", "recorded"]
+__all__ = ["Part", "eager_cpu", "hooked", "in_parts", "recorded"]
 
 Part = tuple[slice, slice, slice]  # of the images, rows and columns; an index of (B, H, W, C)
 CACHE = 2**23  # bytes of the widest map of one part
@@ -22,6 +22,11 @@ CACHE = 2**23  # bytes of the widest map of one part
 def eager_cpu(x: Tensor) -> bool:
     """Whether this runs on a processor, operation by operation."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody has hooks on this very module, which wouldn't fire where something else runs in its place."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def recorded() -> bool:

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from ..parts import hooked
 from ..tokens import Frozen
 
 __all__ = ["RecordedInference", "RecordedTraining"]
@@ -74,8 +75,8 @@ class RecordedTraining:
     def __call__(self, *inputs: Any) -> Any:
         """``model(*inputs)``."""
         model = self._model
-        usual = model.training and torch.is_grad_enabled() and not _is_one_of_many() and not _hooked(model)
-        key = _key(inputs) if usual else None
+        usual = model.training and torch.is_grad_enabled() and not _is_one_of_many()
+        key = _key(inputs) if usual and not any(map(hooked, model.modules())) else None
         if key is None or any(x.requires_grad for x in inputs):
             return model(*inputs)
         key = (key, _state(model))
@@ -128,10 +129,6 @@ def _state(model: nn.Module) -> Hashable:
     """Where the parameters lie, which of them learn, and which modules are in training mode."""
     parameters = tuple((p.data_ptr(), p.dtype, p.requires_grad) for p in model.parameters())
     return parameters, tuple(m.training for m in model.modules())
-
-
-def _hooked(model: nn.Module) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
 
 
 def _is_one_of_many() -> bool:

@@ -12,26 +12,17 @@ some channels then adds those up, always in the same order: the same input gives
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
 
 __all__ = [
-    "Statistics", "activate", "factors", "gate", "moments", "slopes", "sum_rows", "through",
+    "activate", "factors", "gate", "moments", "slopes", "sum_rows", "through",
 ]  # fmt: skip
 
 ROWS, CHANNELS = 64, 64  # of a map, in one step of a program
 PROGRAMS = 1024  # that share the positions, at most
-
-
-class Statistics(NamedTuple):
-    """A BatchNorm at one step."""
-
-    numbers: Tensor  # (4, C), fp32: mean, 1/σ, scale, shift
-    positions: int
 
 
 @triton.jit
@@ -221,8 +212,8 @@ def _sum_rows(x, partial, rows, columns, ROWS: tl.constexpr, CHANNELS: tl.conste
     tl.store(partial + tl.program_id(0) * columns + c, tl.sum(total, axis=0), mask=c < columns)
 
 
-def moments(x: Tensor, norm: nn.BatchNorm2d) -> Statistics:
-    """The statistics of a map (…, C) for ``norm``, whose running statistics go on."""
+def moments(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """Mean, 1/σ, scale and shift of a map (…, C) for ``norm``, (4, C) in fp32; its running statistics go on."""
     partial = _room(x)
     positions, columns = _shape(x)
     near = norm.bias if norm.running_mean is None else norm.running_mean  # the mean's neighbour, or any number
@@ -237,7 +228,7 @@ def moments(x: Tensor, norm: nn.BatchNorm2d) -> Statistics:
         norm.running_mean if running else numbers, norm.running_var if running else numbers, numbers,
         len(partial), positions, columns, norm.eps, norm.momentum, RUNNING=running, PARTS=64, CHANNELS=16,
     )  # fmt: skip
-    return Statistics(numbers, positions)
+    return numbers
 
 
 def activate(x: Tensor, scale: Tensor | None, shift: Tensor | None, silu: bool, out: Tensor | None = None) -> Tensor:
@@ -257,13 +248,15 @@ def slopes(x: Tensor, grad: Tensor, numbers: Tensor, silu: bool) -> Tensor:
     return partial
 
 
-def factors(statistics: Statistics, partial: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def factors(
+    numbers: Tensor, positions: int, partial: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """a, b and c, (3, C), and the gradients of γ and β from parts of S and Q."""
     columns = partial.shape[2]
     abc = torch.empty(3, columns, device=partial.device)
     of_weight, of_bias = torch.empty_like(weight), torch.empty_like(bias)
     _factors[(triton.cdiv(columns, 16),)](
-        partial, statistics.numbers, abc, of_weight, of_bias, len(partial), statistics.positions, columns,
+        partial, numbers, abc, of_weight, of_bias, len(partial), positions, columns,
         PARTS=64, CHANNELS=16,
     )  # fmt: skip
     return abc, of_weight, of_bias

@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 
 from ..tokens import to_map, to_tokens
 from . import norms
-from .norms import Statistics
 from .pool import average, share
 
 __all__ = ["batch_norm", "merge", "middle", "pointwise"]
@@ -47,9 +46,9 @@ class _Middle(torch.autograd.Function):
     def forward(ctx: Any, e: Tensor, *arguments: Any) -> Tensor:  # γ₁, β₁, weight, γ₂, β₂, the norms themselves
         weight1, bias1, weight, weight2, bias2, norm1, norm2 = arguments
         x = to_tokens(e)
-        numbers1 = _nothing(x) if norm1 is None else norms.moments(x, norm1).numbers
+        numbers1 = _nothing(x) if norm1 is None else norms.moments(x, norm1)
         m = _convolve(norms.activate(x, *numbers1[2:], silu=True), weight.to(x.dtype))
-        numbers2 = _nothing(x) if norm2 is None else norms.moments(m, norm2).numbers
+        numbers2 = _nothing(x) if norm2 is None else norms.moments(m, norm2)
         ctx.save_for_backward(x, m, numbers1, numbers2, weight1, bias1, weight, weight2, bias2)
         return to_map(norms.activate(m, *numbers2[2:], silu=True))
 
@@ -58,19 +57,18 @@ class _Middle(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         x, m, numbers1, numbers2, weight1, bias1, weight, weight2, bias2 = ctx.saved_tensors
         positions = x.numel() // x.shape[3]
-        first, second = Statistics(numbers1, positions), Statistics(numbers2, positions)
         ds = to_tokens(grads[0].to(x.dtype))
         abc = of_weight1 = of_bias1 = of_weight2 = of_bias2 = None
         if weight2 is not None:
             partial = norms.slopes(m, ds, numbers2, silu=True)
-            abc, of_weight2, of_bias2 = norms.factors(second, partial, weight2, bias2)
+            abc, of_weight2, of_bias2 = norms.factors(numbers2, positions, partial, weight2, bias2)
         dm = norms.through(m, ds, numbers2, abc, silu=True)
         z = norms.activate(x, *numbers1[2:], silu=True)
         of_weight = _of_taps(dm, z, weight)
         dz = _convolve(dm, weight.to(x.dtype).flip(2, 3))
         dx, partial = norms.gate(x, dz, numbers1)
         if weight1 is not None:
-            abc, of_weight1, of_bias1 = norms.factors(first, partial, weight1, bias1)
+            abc, of_weight1, of_bias1 = norms.factors(numbers1, positions, partial, weight1, bias1)
             dx = norms.through(x, dx, numbers1, abc, silu=False, out=dx)
         return to_map(dx), of_weight1, of_bias1, of_weight, of_weight2, of_bias2, None, None
 
@@ -79,9 +77,9 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         x = to_tokens(x)
-        statistics = norms.moments(x, norm)
-        ctx.save_for_backward(x, statistics.numbers, weight, bias)
-        return to_map(norms.activate(x, *statistics.numbers[2:], silu=False))
+        numbers = norms.moments(x, norm)
+        ctx.save_for_backward(x, numbers, weight, bias)
+        return to_map(norms.activate(x, *numbers[2:], silu=False))
 
     @staticmethod
     @once_differentiable
@@ -89,7 +87,7 @@ class _BatchNorm(torch.autograd.Function):
         x, numbers, weight, bias = ctx.saved_tensors
         grad = to_tokens(grads[0].to(x.dtype))
         partial = norms.slopes(x, grad, numbers, silu=False)
-        abc, of_weight, of_bias = norms.factors(Statistics(numbers, x.numel() // x.shape[3]), partial, weight, bias)
+        abc, of_weight, of_bias = norms.factors(numbers, x.numel() // x.shape[3], partial, weight, bias)
         return to_map(norms.through(x, grad, numbers, abc, silu=False)), of_weight, of_bias, None
 
 
