@@ -223,6 +223,22 @@ def test_bf16_channels_last_and_checkpointing_train(folder, tmp_path):
     assert math.isfinite(result.metrics["loss"])
 
 
+def test_the_first_epochs_see_smaller_images(folder, tmp_path, monkeypatch):
+    seen: dict[tuple[int, bool], set[int]] = {}
+    forward = Classify.forward
+
+    def record(task: Classify, x: torch.Tensor) -> torch.Tensor:
+        if task.trainer.state.fn == "fit":
+            seen.setdefault((task.current_epoch, task.trainer.training), set()).update(x.shape[2:])
+        return forward(task, x)
+
+    monkeypatch.setattr(Classify, "forward", record)
+    smaller = Augment(policy="small", cutmix=1.0, sizes=[16, 24], size_epochs=[1, 3])
+    train(folder, **QUICK, epochs=4, augment=smaller, out=str(tmp_path / "run"))
+    assert [seen[epoch, True] for epoch in range(4)] == [{16}, {24}, {24}, {32}]
+    assert all(seen[epoch, False] == {32} for epoch in range(4))  # judged as they are
+
+
 def test_early_stop(folder, tmp_path):
     result = train(folder, **QUICK, lr=1e-12, epochs=9, early_stop=2, out=str(tmp_path / "run"))
     assert len(rows_of(result.run_dir)) == 3  # one, and two no better
@@ -332,6 +348,12 @@ def test_precision_words():
         (dict(lr=0.0), "lr must be above 0"),
         (dict(model="transcnn_tinny"), "no model is named 'transcnn_tinny'; near ones: transcnn_tiny"),
         (dict(augment=Augment(smoothing=2)), "smoothing must be from 0 to 1"),
+        (dict(augment=Augment(sizes=[16])), r"size_epochs must have one entry for each of sizes, got \[\] for \[16\]"),
+        (dict(augment=Augment(sizes=[16, 0], size_epochs=[1, 2])), r"sizes must be 1 or more, got \[16, 0\]"),
+        (
+            dict(augment=Augment(sizes=[16, 8], size_epochs=[2, 2])),
+            r"size_epochs must grow from 1 or more, got \[2, 2\]",
+        ),
         (dict(task="sort"), "task must be one of classify"),
         (dict(model_args={"depth": 3}), "can't make transcnn_test"),
         (dict(init_from="nowhere.pth"), "nowhere.pth"),

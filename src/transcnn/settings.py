@@ -74,6 +74,9 @@ class Augment:
         cutmix: CutMix's alpha; 0 is off. With both, one of them is drawn for each batch.
         mix_prob: Probability that a batch is mixed at all.
         smoothing: Label smoothing.
+        sizes: Smaller sides that batches are resized to in the first epochs, one after another, such as [32, 48];
+            ``img_size`` comes after them. Early epochs then take a fraction of the time (classification only).
+        size_epochs: The epoch that each of ``sizes`` ends with, such as [40, 60].
     """
 
     policy: Literal["auto", "imagenet", "small", "none"] = "auto"
@@ -92,6 +95,8 @@ class Augment:
     cutmix: float = 0.0
     mix_prob: float = 1.0
     smoothing: float = 0.1
+    sizes: list[int] | None = None
+    size_epochs: list[int] | None = None
 
 
 @dataclass

@@ -19,7 +19,7 @@ from .tolerant import Tolerant
 __all__ = ["IGNORE", "ImageSet"]
 
 IGNORE = -1  # the label of what is not to be counted in evaluation: a broken file, or padding between processes
-CACHE_BYTES = 1 << 30  # decoded images are kept in memory up to this size, each set for itself
+CACHE_BYTES = 2 << 30  # decoded images are kept in memory up to this size, each set for itself
 
 
 class ImageSet(Tolerant):

@@ -120,8 +120,9 @@ class Classify(Task):
         return [{"top": [{"label": class_names[c], "score": s} for s, c in zip(*row, strict=True)]} for row in pairs]
 
     def loss(self, batch: Any) -> Tensor:
-        """Cross entropy, after mixing where that is asked for."""
+        """Cross entropy, after resizing and mixing where those are asked for."""
         images, labels = batch
+        images = self._resized(images)
         if self.mixup is not None:
             if len(images) % 2:  # images are mixed in pairs
                 images, labels = images[:-1], labels[:-1]
@@ -129,6 +130,15 @@ class Classify(Task):
         logits = self(images).float()
         loss = self.train_loss(logits, labels)
         return loss if self.teacher is None else self.teacher.loss(loss, logits, images)
+
+    def _resized(self, images: Tensor) -> Tensor:
+        """Training images at the side that the present epoch has (``Augment.sizes``)."""
+        ends = self.augment.size_epochs or []
+        nth = sum(self.current_epoch >= end for end in ends)
+        if nth == len(ends):
+            return images
+        size = (self.augment.sizes or [])[nth]
+        return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
 
     def learn_from(self, teacher: Teacher) -> None:
         """Have a teacher say what it thinks of the training images, too."""

@@ -52,6 +52,6 @@ class DenseTask(Task):
     @classmethod
     def refuse_mixing(cls, augment: Augment) -> None:
         """Raise UserError for augmentation that would leave the truth behind."""
-        for name in ("mixup", "cutmix", "aa", "reprob"):
+        for name in ("mixup", "cutmix", "aa", "reprob", "sizes"):
             if getattr(augment, name):
                 raise UserError(f"{name} is for classification alone, got {getattr(augment, name)} to {cls.name}")
