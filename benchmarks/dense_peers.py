@@ -21,7 +21,7 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from transcnn.runs import Loaded, load
+from transcnn.checkpoints.loading import Loaded, load
 
 SCORES = ("miou", "pixel_accuracy", "mean_accuracy", "map", "map50", "mask_map", "mask_map50")
 

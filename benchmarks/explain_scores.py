@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transcnn.checkpoints.loading import Loaded, load
 from transcnn.data.classify import open_set
 from transcnn.explain import attention_rollout, deletion_insertion, grad_cam, gradient_attention
 from transcnn.explain.geometry import carry
 from transcnn.explain.record import record
 from transcnn.report.plots import BLUE, GREY, new_figure, style
-from transcnn.runs import Loaded, load
 from transcnn.tasks import get_task
 
 BASELINES = ("random pixels", "random patches", "centre")

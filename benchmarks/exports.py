@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from transcnn.checkpoints.loading import Loaded, data_config_of, load
 from transcnn.compare.engines import build, enliven
-from transcnn.export import command
+from transcnn.dense.build import build_network
+from transcnn.export import exporting
 from transcnn.export.check import check, comparisons
-from transcnn.runs import Loaded, build_network, data_config_of, load
 
 # The networks of recipes/camvid.yaml and recipes/bccd.yaml: 2 M parameters.
 SMALL = {"dims": [32, 64, 128, 192], "depths": [1, 2, 3, 2], "expansions": [3, 3, 3, 3], "head_dim": 32}
@@ -67,14 +68,14 @@ def network(name: str) -> Loaded:
 def measure(name: str, photos: list[str], folder: Path) -> list[dict[str, Any]]:
     """The rows of one network: written and compared in each format."""
     loaded = network(name)
-    model, info = command._graph_of(loaded), command._describe(loaded, None)
+    model, info = exporting._graph_of(loaded), exporting._describe(loaded, None)
     side = loaded.info["task_args"]["short_side"] if loaded.task == "detect" else None
-    least = command.LEAST if side else (0, 0)
+    least = exporting.LEAST if side else (0, 0)
     rows = []
-    for format, kind in command.FORMATS.items():
+    for format, kind in exporting.FORMATS.items():
         file = folder / f"{len(rows)}{kind.suffix}"
-        with command._quiet():  # a graph for each: translating a detector's to ONNX uses it up
-            program = command._capture(model, info["data_config"]["input_size"], None, least)
+        with exporting._quiet():  # a graph for each: translating a detector's to ONNX uses it up
+            program = exporting._capture(model, info["data_config"]["input_size"], None, least)
             kind.write(program, file, info)
         size = sum(part.stat().st_size for part in (file, file.with_suffix(".bin")) if part.exists())
         for row in check(model, kind.open(file), comparisons(info["data_config"], None, photos, side)):

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 import transcnn
+from transcnn.checkpoints.loading import load
 from transcnn.export import export_model
 from transcnn.export.int8 import OPERATORS, quantise, race, read, top1
-from transcnn.runs import load
 
 Run = Callable[[np.ndarray], np.ndarray]
 

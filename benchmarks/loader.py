@@ -29,7 +29,7 @@ from transcnn.data.classify import make_loader
 from transcnn.data.imageset import ImageSet
 from transcnn.data.opening import open_parts
 from transcnn.data.pack import pack
-from transcnn.runs import build_model
+from transcnn.plugging.build import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 

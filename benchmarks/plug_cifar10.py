@@ -25,11 +25,11 @@ from timm.layers import create_attn
 from timm.models import create_model, register_model
 from torch import Tensor, nn
 
-from transcnn.plug import plug, plugged
-from transcnn.plug_table import cost
+from transcnn.commands.plug import cost
+from transcnn.commands.train import train
+from transcnn.plugging.plug import plug, plugged
 from transcnn.report.plots import BLUE, GREY, new_figure, style
 from transcnn.settings import Augment, Ema, Optim
-from transcnn.train import train
 
 STAGES = ("layer1", "layer2", "layer3")  # maps of 32x32, 16x16, 8x8
 VARIANTS: dict[str, str] = {

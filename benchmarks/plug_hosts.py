@@ -132,7 +132,7 @@ def check(name: str, max_params: float) -> dict[str, Any]:
     import timm
     import torch
 
-    from transcnn.plug import plug, plugged, unplug
+    from transcnn.plugging.plug import plug, plugged, unplug
 
     with torch.device("meta"):
         try:

@@ -15,7 +15,7 @@ from plain import plain
 
 import transcnn
 from transcnn.compare.engines import enliven
-from transcnn.engine import choose_precision
+from transcnn.distributed.runtime import choose_precision
 
 LEAST = {"fp32": 1.15, "bf16": 1.2}  # without our kernels 1.7 to 2, with them 2.7 and 4, see docs/speed.md
 

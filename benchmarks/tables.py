@@ -21,7 +21,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # for all cases alike: befor
 
 import torch
 
-from transcnn.compare import compare
+from transcnn.commands.compare import compare
 from transcnn.compare.plot import draw
 
 ROOT = Path(__file__).resolve().parent.parent

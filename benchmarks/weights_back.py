@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from transcnn.evaluate import measure
-from transcnn.runs import load
+from transcnn.checkpoints.loading import load
 from transcnn.tasks import get_task
+from transcnn.training.evaluation import measure
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from transcnn.evaluate import evaluate
-from transcnn.predict import predict
-from transcnn.train import train
+from transcnn.commands.evaluate import evaluate
+from transcnn.commands.predict import predict
+from transcnn.commands.train import train
 
 HERE = Path(tempfile.mkdtemp(prefix="transcnn-example-"))
 DATA = HERE / "shapes"

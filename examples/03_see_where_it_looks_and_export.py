@@ -20,11 +20,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 import transcnn
+from transcnn.checkpoints.loading import load
+from transcnn.commands.explain import explain
+from transcnn.commands.export import export
 from transcnn.explain import deletion_insertion, grad_cam
-from transcnn.explain.command import explain
-from transcnn.export import export
 from transcnn.onnx.predict import OnnxModel, answers, to_input
-from transcnn.runs import load
 
 HERE = Path(tempfile.mkdtemp(prefix="transcnn-example-"))
 photo = Image.fromarray(load_sample_image("china.jpg"))

@@ -155,21 +155,21 @@ def read_detection(folder: Path) -> None:
 
 def read_config(content: bytes, folder: Path) -> None:
     from transcnn import cli
-    from transcnn.train import train
+    from transcnn.commands.train import train
 
     (folder / "x.yaml").write_bytes(content)
     cli.parse("train", train, ["--config", str(folder / "x.yaml")])
 
 
 def read_weights(content: bytes, folder: Path) -> None:
-    from transcnn.runs import load
+    from transcnn.checkpoints.loading import load
 
     (folder / "x.safetensors").write_bytes(content)
     load(folder / "x.safetensors")
 
 
 def read_checkpoint(content: bytes, folder: Path) -> None:
-    from transcnn.runs import load
+    from transcnn.checkpoints.loading import load
 
     (folder / "x.ckpt").write_bytes(content)
     load(folder / "x.ckpt")
@@ -227,7 +227,8 @@ COCO = {
 def weights_seed(suffix: str = ".safetensors") -> bytes:
     import torch
 
-    from transcnn.runs import build_model, data_config_of, save_weights
+    from transcnn.checkpoints.loading import data_config_of, save_weights
+    from transcnn.plugging.build import build_model
 
     model = build_model("transcnn_test", num_classes=2)
     info = {"model": "transcnn_test", "model_args": {"drop_rate": 0.1}, "class_names": ["a", "b"], "task": "classify"}

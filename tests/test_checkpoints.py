@@ -25,7 +25,7 @@ from torch import nn
 
 import reference
 import transcnn
-from transcnn.checkpoints import convert_state_dict, load_body
+from transcnn.checkpoints.published import convert_state_dict, load_body
 from transcnn.errors import UserError
 
 DESIGNS = {"transcnn": {}, "hatnet": dict(design="hatnet", norm_layer="groupnorm1")}

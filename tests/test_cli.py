@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from transcnn import cli
+from transcnn.commands.predict import predict
+from transcnn.commands.train import train
 from transcnn.errors import UserError
-from transcnn.predict import predict
-from transcnn.train import train
 from transcnn.training.callbacks import Interrupted
 
 

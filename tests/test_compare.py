@@ -8,8 +8,10 @@ import timm
 import torch
 
 import transcnn
-from transcnn.compare import PAPER, command, compare, engines
+from transcnn.commands.compare import compare
+from transcnn.compare import engines, measuring
 from transcnn.compare.engines import build, load_reference, prepare, prepare_training
+from transcnn.compare.measuring import PAPER
 from transcnn.errors import UserError
 from transcnn.levels import auto_levels
 
@@ -54,8 +56,8 @@ def test_medians_of_interleaved_rounds(monkeypatch):
     def named(case, reference, device, names):
         return case.model, torch.zeros(1)
 
-    monkeypatch.setattr(command, "_time", fake)
-    monkeypatch.setattr(command, "_prepare", named)
+    monkeypatch.setattr(measuring, "_time", fake)
+    monkeypatch.setattr("transcnn.commands.compare.prepare_case", named)
     rows = compare("transcnn_test,resnet10t", sizes=[32], engine="eager", batch=4, rounds=3, memory=False)
     assert order == ["transcnn_test", "resnet10t"] * 3
     assert [row["images_per_s"] for row in rows] == [4.0, 2.0]

@@ -21,16 +21,18 @@ import torch
 from PIL import Image
 
 from transcnn.attention import HMHSA
+from transcnn.checkpoints.loading import Loaded, data_config_of, load
+from transcnn.commands.demo import demo
+from transcnn.commands.predict import predict
 from transcnn.data.images import read_image
-from transcnn.demo import demo
-from transcnn.demo.command import EXAMPLES, find_examples
 from transcnn.demo.drawing import draw_look, enlarged, mark_spot
+from transcnn.demo.server import EXAMPLES, find_examples
 from transcnn.demo.viewer import SHOWN, Viewer, to_other
 from transcnn.errors import UserError
 from transcnn.explain import attention_maps
 from transcnn.explain.picture import MARK
-from transcnn.predict import PACKAGED, predict
-from transcnn.runs import Loaded, build_model, data_config_of, load
+from transcnn.plugging.build import build_model
+from transcnn.weights import PACKAGED
 
 CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser") if Path(path).exists()), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -152,7 +154,7 @@ def test_a_network_of_others_and_grey_pictures(photo: Image.Image) -> None:
 def test_a_network_that_draws(photo: Image.Image) -> None:
     """Segmentation: what ``predict`` draws, of the whole picture, and where its backbone looks."""
     pytest.importorskip("segmentation_models_pytorch")
-    from transcnn.segmenters import build
+    from transcnn.dense.segmenters import build
 
     args = {"decoder": "fpn", "decoder_channels": 64, "label_ids": [0, 1, 2], "resize": None}
     model = build("transcnn_test", args, num_classes=3).eval()
@@ -186,8 +188,8 @@ def shown(image: torch.Tensor) -> Image.Image:
 
 def test_a_segmenter_that_has_learnt_colours_the_right_pixels() -> None:
     pytest.importorskip("segmentation_models_pytorch")
+    from transcnn.dense.segmenters import build
     from transcnn.report.overlay import palette
-    from transcnn.segmenters import build
 
     args = {"decoder": "fpn", "decoder_channels": 64, "label_ids": [0, 1], "resize": None}
     model = build("transcnn_test", args, num_classes=2)
@@ -214,7 +216,7 @@ def test_a_segmenter_that_has_learnt_colours_the_right_pixels() -> None:
 @pytest.mark.slow
 def test_a_detector_that_has_learnt_draws_its_boxes() -> None:
     pytest.importorskip("faster_coco_eval")
-    from transcnn.detectors import build
+    from transcnn.dense.detectors import build
     from transcnn.report.overlay import palette
 
     args = dict(detector="retinanet", fpn_channels=32, short_side=64, long_side=64, side_range=(1.0, 1.0))

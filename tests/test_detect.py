@@ -12,17 +12,17 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from transcnn.checkpoints.loading import load, save_weights
+from transcnn.commands.evaluate import evaluate
+from transcnn.commands.predict import predict
+from transcnn.commands.train import train
 from transcnn.data.detect import open_set, open_splits
 from transcnn.data.detect_transforms import DetectTransform
-from transcnn.detectors import DETECTORS, build
+from transcnn.dense.detectors import DETECTORS, build
 from transcnn.errors import UserError
-from transcnn.evaluate import evaluate
-from transcnn.predict import predict
-from transcnn.runs import load, save_weights
 from transcnn.settings import Augment, Detect, Ema, Optim
 from transcnn.tasks.detect import Detect as DetectTask
 from transcnn.tasks.detect import _f1
-from transcnn.train import train
 
 QUICK: dict[str, Any] = dict(
     task="detect",

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from transcnn.checkpoints.loading import Loaded, load
+from transcnn.commands.train import train
 from transcnn.errors import UserError
-from transcnn.runs import Loaded, load
 from transcnn.settings import Augment, Distill, Ema, Optim
 from transcnn.tasks import distill
 from transcnn.tasks.classify import Classify
 from transcnn.tasks.distill import Teacher
-from transcnn.train import train
 
 CONFIG = {"input_size": [3, 8, 8], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
 

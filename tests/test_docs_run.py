@@ -23,7 +23,7 @@ from PIL import Image
 import transcnn
 from docs_rules import INSTEAD, NOT_RUN, SLOW, SMALLER
 from transcnn.cli import load_command, main, parse
-from transcnn.train import train
+from transcnn.commands.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -137,7 +137,7 @@ def names_of(page: Path) -> dict[str, Any]:
 
         names["host_checkpoint"] = timm.create_model("resnet50").state_dict()
     if page.name == "export.md":
-        from transcnn.runs import load
+        from transcnn.checkpoints.loading import load
 
         loaded = load("runs/RUN")
         names |= {"model": loaded.model, "names": loaded.class_names, "data_config": loaded.preprocessing}

@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 
+from transcnn.checkpoints.loading import data_config_of, load, save_weights
+from transcnn.commands.evaluate import evaluate
+from transcnn.commands.models import models
+from transcnn.commands.predict import predict
+from transcnn.compare.counting import describe
 from transcnn.data.images import read_image
+from transcnn.data.paths import find_images
 from transcnn.errors import UserError
-from transcnn.evaluate import evaluate
-from transcnn.models import describe, models
-from transcnn.predict import find_images, predict
-from transcnn.runs import build_model, data_config_of, load, save_weights
+from transcnn.plugging.build import build_model
 from transcnn.tasks import get_task
 
 

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 import transcnn.attention
 from transcnn import cli
 from transcnn.attention import HMHSA, merge, spread
+from transcnn.checkpoints.loading import data_config_of, load, save_weights
 from transcnn.errors import UserError
 from transcnn.explain import attention_maps, attention_rollout, deletion_insertion, grad_cam, gradient_attention
-from transcnn.explain.command import _in_crop, explain_image, find_class
 from transcnn.explain.geometry import carry, cell_of, edges, smooth
+from transcnn.explain.image import _in_crop, explain_image, find_class
 from transcnn.explain.picture import draw
-from transcnn.plug import plug
-from transcnn.runs import build_model, data_config_of, load, save_weights
+from transcnn.plugging.build import build_model
+from transcnn.plugging.plug import plug
 from transcnn.tasks import get_task
 
 
@@ -406,7 +407,7 @@ def test_the_command_writes_a_picture(
     checkpoint: Path, class_image: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(checkpoint.parent)
-    monkeypatch.setitem(cli.COMMANDS, "explain", ("transcnn.explain.command:explain", ""))
+    monkeypatch.setitem(cli.COMMANDS, "explain", ("transcnn.commands.explain:explain", ""))
     class_image(0, size=(90, 70)).save("photo.jpg")
     assert cli.main(["explain", str(checkpoint), "photo.jpg", "--query", "12,40", "--class", "DOG"]) == 0
     assert capsys.readouterr().out == "written: photo_explain.png\n"

@@ -15,16 +15,18 @@ import torch
 from PIL import Image
 from torch import nn
 
+from transcnn.checkpoints.loading import Loaded, load, save_weights
+from transcnn.commands.export import export
+from transcnn.commands.predict import predict
 from transcnn.data.augment import eval_transform
 from transcnn.data.images import read_image
 from transcnn.errors import UserError
-from transcnn.export import command, export, export_model
+from transcnn.export import export_model, exporting
 from transcnn.export.check import _made_image, check, comparisons
-from transcnn.export.command import FORMATS, Exported, Format, _capture
+from transcnn.export.exporting import FORMATS, Exported, Format, _capture
 from transcnn.onnx.predict import OnnxModel, to_input
-from transcnn.plug import plug
-from transcnn.predict import predict
-from transcnn.runs import Loaded, build_model, load, save_weights
+from transcnn.plugging.build import build_model
+from transcnn.plugging.plug import plug
 
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -90,7 +92,7 @@ def program(trained):
 def exported(run, program) -> Exported:
     """The ONNX file of the run, made by the command's function."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "_capture", lambda *_: program)
+        patch.setattr(exporting, "_capture", lambda *_: program)
         return export(str(run), quiet=True)
 
 
@@ -241,7 +243,7 @@ def labelled(class_image, tmp_path_factory) -> Path:
 
 
 def test_int8_says_what_it_costs_and_is_refused_beyond(exported, run, program, labelled, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(command, "_capture", lambda *_: program)
+    monkeypatch.setattr(exporting, "_capture", lambda *_: program)
     out = tmp_path / "small.onnx"
     result = export(str(run), out=str(out), int8=True, calibrate=str(labelled), max_loss=20)
     told = result.info["int8"]
@@ -275,7 +277,7 @@ def test_a_file_that_answers_otherwise_is_not_kept(monkeypatch, trained, tmp_pat
     for wrong in (lambda x: x * 1.001, lambda x: x * np.nan):
         kind = Format(".onnx", (), write, lambda path, wrong=wrong: lambda x: wrong(answers_of(trained.model, x)))
         monkeypatch.setitem(FORMATS, "onnx", kind)
-        monkeypatch.setattr(command, "_capture", lambda *_: None)
+        monkeypatch.setattr(exporting, "_capture", lambda *_: None)
         (tmp_path / "model.onnx").write_bytes(b"an older one")
         with pytest.raises(
             UserError, match=r"model.onnx is not kept: at \d+x\d+x\d+ it differs .* tolerance is 1.0e-05"
@@ -290,7 +292,7 @@ def test_what_a_format_cannot_hold_ends_in_one_line(monkeypatch, trained, tmp_pa
         raise RuntimeError("no such operator\nand a long report")
 
     monkeypatch.setitem(FORMATS, "onnx", Format(".onnx", (), write, lambda path: lambda x: x))
-    monkeypatch.setattr(command, "_capture", lambda *_: None)
+    monkeypatch.setattr(exporting, "_capture", lambda *_: None)
     with pytest.raises(UserError, match=r"the format onnx can't hold TransCNN: no such operator$"):
         export_model(trained, tmp_path / "model.onnx")
     assert not any(tmp_path.iterdir())

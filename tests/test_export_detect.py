@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from transcnn.detectors import DETECTORS, build
+from transcnn.checkpoints.loading import Loaded, load, save_weights
+from transcnn.commands.predict import predict
+from transcnn.dense.detectors import DETECTORS, build
 from transcnn.errors import UserError
 from transcnn.export import export_model
 from transcnn.export.check import _of_findings, check
 from transcnn.export.detect import DetectorGraph
 from transcnn.onnx.dense import bilinear, class_map, findings, window_starts
 from transcnn.onnx.predict import OnnxModel
-from transcnn.predict import predict
 from transcnn.report.overlay import largest
-from transcnn.runs import Loaded, load, save_weights
 from transcnn.tasks.sliding import judge_whole
 
 NAMES = ["square", "disc", "cross"]
@@ -248,7 +248,7 @@ def test_every_detector_goes_into_every_format(detector, format, tmp_path):
 def test_a_segmenter_answers_and_predicts_the_same_from_its_file(tmp_path):
     pytest.importorskip("segmentation_models_pytorch")
     from transcnn.compare.engines import enliven
-    from transcnn.segmenters import build as build_segmenter
+    from transcnn.dense.segmenters import build as build_segmenter
 
     torch.manual_seed(0)
     args = {"decoder": "fpn", "decoder_channels": 64, "label_ids": [3, 4, 5], "resize": None}

@@ -142,7 +142,7 @@ def test_features_and_intermediates():
 @pytest.mark.parametrize("host", ["resnet18", "mobilenetv3_small_050", "regnetx_002"])
 @torch.no_grad()
 def test_a_plugged_host(host):
-    from transcnn.plug import plug
+    from transcnn.plugging.plug import plug
 
     model = fill(plug(fill(timm.create_model(host, num_classes=7))))
     x = torch.randn(2, 3, 97, 131)
@@ -273,7 +273,7 @@ def test_published_weights(shared):
     spec = importlib.util.spec_from_file_location("parity_weights", shared / "parity" / "weights.py")
     published = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(published)
-    from transcnn.checkpoints import convert_state_dict
+    from transcnn.checkpoints.published import convert_state_dict
 
     for name in ("transcnn_tiny", "hatnet_tiny"):
         model = timm.create_model(name).eval()

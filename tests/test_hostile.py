@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from transcnn.commands.train import train
 from transcnn.settings import Augment
-from transcnn.train import train
 
 QUICK = dict(model="transcnn_test", img_size=32, epochs=1, precision="32", accelerator="cpu", val_fraction=0.2)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
+from transcnn.commands.train import train
 from transcnn.data.imageset import ImageSet
-from transcnn.train import train
 from transcnn.training import loading
 from transcnn.training.loading import hint
 

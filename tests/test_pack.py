@@ -25,6 +25,7 @@ from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from transcnn import cli
+from transcnn.commands.train import train
 from transcnn.data import pack as pack_module
 from transcnn.data import remote
 from transcnn.data.augment import eval_transform
@@ -34,7 +35,6 @@ from transcnn.data.packed import open_packed
 from transcnn.data.sampling import EpochSampler
 from transcnn.data.sources import Parts
 from transcnn.errors import UserError
-from transcnn.train import train
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import timm
 import torch
 
 import transcnn  # noqa: F401  (registers the models)
-from transcnn.checkpoints import convert_state_dict
+from transcnn.checkpoints.published import convert_state_dict
 
 SIZES = {"transcnn_tiny": 256, "hatnet_tiny": 224}
 

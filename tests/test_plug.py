@@ -19,8 +19,17 @@ from torch import nn
 
 from transcnn import HMHSA
 from transcnn.errors import UserError
-from transcnn.places import default_levels, trunk
-from transcnn.plug import ConvReplacement, load_host, plug, plug_like, plug_spec, plugged, plugged_parameters, unplug
+from transcnn.plugging.places import default_levels, trunk
+from transcnn.plugging.plug import (
+    ConvReplacement,
+    load_host,
+    plug,
+    plug_like,
+    plug_spec,
+    plugged,
+    plugged_parameters,
+    unplug,
+)
 
 
 class LeNet5(nn.Module):

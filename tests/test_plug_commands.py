@@ -15,12 +15,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from transcnn.checkpoints.loading import load, read_info
+from transcnn.commands.plug import plug as plug_network
+from transcnn.commands.predict import predict
+from transcnn.commands.train import train
 from transcnn.errors import UserError
-from transcnn.plug import plug_like, plugged
-from transcnn.plug_table import plug_network
-from transcnn.predict import predict
-from transcnn.runs import load, read_info
-from transcnn.train import train
+from transcnn.plugging.plug import plug_like, plugged
 
 
 @pytest.mark.parametrize("name", ["resnet18", "torchvision/resnet18"])

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from transcnn import cli
-from transcnn.runs import build_model, build_network
-from transcnn.train import train
+from transcnn.commands.train import train
+from transcnn.dense.build import build_network
+from transcnn.plugging.build import build_model
 
 RECIPES = sorted((Path(__file__).resolve().parent.parent / "recipes").glob("*.yaml"))
 CLASSIFY = [path for path in RECIPES if "task: " not in path.read_text() or "task: classify" in path.read_text()]

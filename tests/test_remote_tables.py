@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import load_file
 
 from made_parquet import parquet_rows, write_parquet
+from transcnn.commands.train import train
 from transcnn.data import remote
 from transcnn.data.classify import eval_transform, make_loader, open_set, open_splits
 from transcnn.errors import UserError
-from transcnn.train import train
 from transcnn.training import callbacks
 
 NAMES = ["cat", "dog", "cow"]

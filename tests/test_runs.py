@@ -10,27 +10,30 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from transcnn import runs
+from transcnn.checkpoints import loading
+from transcnn.checkpoints.files import atomic_write
 from transcnn.errors import UserError
+from transcnn.plugging.build import build_model
+from transcnn.training import run_dir
 
 INFO = {"model": "transcnn_test", "model_args": {}, "class_names": ["kiwi", "crème brûlée"], "task": "classify"}
 
 
 @pytest.fixture
 def network():
-    return runs.build_model("transcnn_test", num_classes=2, in_chans=1).eval()
+    return build_model("transcnn_test", num_classes=2, in_chans=1).eval()
 
 
 @pytest.fixture
 def info(network):
-    return {**INFO, "data_config": runs.data_config_of(network, 1, 32)}
+    return {**INFO, "data_config": loading.data_config_of(network, 1, 32)}
 
 
 def test_weights_come_back_with_what_they_need(tmp_path, network, info):
-    runs.save_weights(tmp_path / "best.safetensors", network, info)
+    loading.save_weights(tmp_path / "best.safetensors", network, info)
     x = torch.randn(2, 1, 32, 32)
     for source in (tmp_path, str(tmp_path / "best.safetensors")):  # a run directory, a file
-        loaded = runs.load(source)
+        loaded = loading.load(source)
         assert torch.equal(loaded.model(x), network(x))
         assert loaded.class_names == ["kiwi", "crème brûlée"]
         assert loaded.preprocessing["input_size"] == [1, 32, 32]
@@ -41,7 +44,7 @@ def test_weights_come_back_with_what_they_need(tmp_path, network, info):
 def test_a_lightning_checkpoint_is_loaded_too(tmp_path, network, info):
     state = {f"model.{name}": value for name, value in network.state_dict().items()}
     torch.save({"state_dict": state, "transcnn": info}, tmp_path / "last.ckpt")
-    loaded = runs.load(tmp_path)
+    loaded = loading.load(tmp_path)
     assert loaded.source.endswith("last.ckpt")
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), loaded.model.parameters(), strict=True))
 
@@ -55,12 +58,12 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match="No space left on device"):
-        runs.write_whole(path, full)
+        atomic_write(path, full)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
     before = os.umask(0o027)
     try:
-        runs.write_whole(path, lambda temporary: temporary.write_text("new"))
+        atomic_write(path, lambda temporary: temporary.write_text("new"))
     finally:
         os.umask(before)
     assert path.read_text() == "new"
@@ -69,7 +72,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
 
 def test_run_directories_are_fresh(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = [runs.new_run_dir(None, "a/model", "my data") for _ in range(3)]
+    made = [run_dir.new_run_dir(None, "a/model", "my data") for _ in range(3)]
     assert len(set(made)) == 3
     assert all(
         path.is_dir() and path.parent == Path("runs") and path.name.split("-", 2)[2].startswith("a-model-my-data")
@@ -77,9 +80,9 @@ def test_run_directories_are_fresh(tmp_path, monkeypatch):
     )
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="can't write to the run directory"):
-        runs.new_run_dir(str(tmp_path / "file" / "run"), "m", "d")
+        run_dir.new_run_dir(str(tmp_path / "file" / "run"), "m", "d")
     with pytest.raises(UserError, match="can't write to the run directory"):
-        runs.new_run_dir(str(tmp_path / "file"), "m", "d")
+        run_dir.new_run_dir(str(tmp_path / "file"), "m", "d")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +98,7 @@ def test_files_that_are_no_weights_of_ours(tmp_path, make, message):
     path = tmp_path / "weights.safetensors"
     make(path)
     with pytest.raises(UserError, match=message):
-        runs.load(path)
+        loading.load(path)
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
@@ -107,24 +110,24 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
 
     torch.save({"state_dict": {}, "transcnn": Evil()}, tmp_path / "last.ckpt")
     with pytest.raises(UserError, match="can't read"):
-        runs.load(tmp_path)
+        loading.load(tmp_path)
     assert not marker.exists()
 
 
 def test_names_and_folders_that_are_nothing(tmp_path):
     with pytest.raises(UserError, match="is no run directory"):
-        runs.load(tmp_path)
+        loading.load(tmp_path)
     with pytest.raises(UserError, match="no model is named 'transcnn_tini'; near ones: transcnn_tiny"):
-        runs.load("transcnn_tini")
+        loading.load("transcnn_tini")
     with pytest.raises(UserError, match="can't make transcnn_test"):  # there are no published weights of it
-        runs.load("transcnn_test")
+        loading.load("transcnn_test")
 
 
 def test_how_images_become_input(network):
-    config = runs.data_config_of(network, 4, 48)
+    config = loading.data_config_of(network, 4, 48)
     assert config["input_size"] == [4, 48, 48]
     assert len(config["mean"]) == len(config["std"]) == 4
     assert config["crop_pct"] == 1.0
-    big = runs.data_config_of(runs.build_model("resnet10t"), 3, 200)
+    big = loading.data_config_of(build_model("resnet10t"), 3, 200)
     assert big["input_size"] == [3, 200, 200]
     assert big["crop_pct"] < 1

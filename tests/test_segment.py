@@ -18,20 +18,20 @@ from safetensors.torch import save_file
 from timm import create_model
 from torchmetrics.classification import MulticlassJaccardIndex
 
+from transcnn.checkpoints.loading import load, save_weights
+from transcnn.commands.evaluate import evaluate
+from transcnn.commands.predict import predict
+from transcnn.commands.train import train
 from transcnn.data.images import BrokenImage
 from transcnn.data.segment import class_shares, open_set, open_splits
 from transcnn.data.segment_transforms import IGNORE, EvalTransform, TrainTransform
+from transcnn.dense.segmenters import DECODERS, build
 from transcnn.errors import UserError
-from transcnn.evaluate import evaluate
-from transcnn.plug import plug, plug_spec, plugged, plugged_parameters
-from transcnn.predict import predict
+from transcnn.plugging.plug import plug, plug_spec, plugged, plugged_parameters
 from transcnn.report.dense import class_iou, ends_and_middle
-from transcnn.runs import load, save_weights
-from transcnn.segmenters import DECODERS, build
 from transcnn.settings import Augment, Ema, Optim, Segment
 from transcnn.tasks.segment import Segment as SegmentTask
 from transcnn.tasks.sliding import judge_whole
-from transcnn.train import train
 
 QUICK: dict[str, Any] = dict(
     task="segment",

@@ -13,15 +13,17 @@ import torch
 from huggingface_hub import ModelCard
 from torch import nn
 
-from transcnn import share
+from transcnn.checkpoints import hub
+from transcnn.checkpoints.hub import from_pretrained, model_card, push_to_hub, save_pretrained
+from transcnn.checkpoints.loading import load, save_weights
+from transcnn.commands.evaluate import evaluate
+from transcnn.commands.pack_weights import pack
+from transcnn.commands.predict import predict
 from transcnn.errors import UserError
-from transcnn.evaluate import evaluate
-from transcnn.plug import plug
-from transcnn.predict import PACKAGED, predict
-from transcnn.runs import build_model, load, save_weights
-from transcnn.share import from_pretrained, model_card, push_to_hub, save_pretrained
+from transcnn.plugging.build import build_model
+from transcnn.plugging.plug import plug
 from transcnn.variants import CIFAR10, default_cfgs
-from transcnn.weights.pack import pack
+from transcnn.weights import PACKAGED
 
 NAMES = ["rising", "steep", "falling"]
 CONFIG = dict(
@@ -161,7 +163,7 @@ def test_the_card_says_what_was_measured(folder, run):
 
 
 def test_a_card_without_a_run_claims_nothing():
-    loaded = share._as_loaded(lively(timm.create_model("transcnn_test", num_classes=3)), None, None)
+    loaded = hub._as_loaded(lively(timm.create_model("transcnn_test", num_classes=3)), None, None)
     card = model_card(loaded)
     assert card.data.eval_results is None
     assert "Measured" not in card.text
@@ -195,12 +197,12 @@ class Hub:
 
 @pytest.mark.parametrize("has_card", [False, True])
 def test_push_to_hub_sends_the_folder(monkeypatch, run, has_card):
-    hub = Hub(has_card)
-    hub.wanted = logits(load(run).model)
-    monkeypatch.setattr(share, "HfApi", hub)
+    api = Hub(has_card)
+    api.wanted = logits(load(run).model)
+    monkeypatch.setattr(hub, "HfApi", api)
     push_to_hub(run, "stripes", private=True, token="secret")
     files = ["README.md", "config.json", "model.safetensors"]
-    assert hub.calls == [
+    assert api.calls == [
         ("api", "secret", "transcnn"),
         ("create", "stripes", True, True),
         ("upload", "me/stripes", files, ["README.md"] if has_card else None),
@@ -213,9 +215,9 @@ def test_push_to_hub_passes_the_hubs_refusal_on(monkeypatch, run):
     def refuse(*args, **kwargs):
         raise HFValidationError("Repo id must be in the form 'namespace/repo_name'")
 
-    hub = Hub(False)
-    monkeypatch.setattr(hub, "create_repo", refuse)
-    monkeypatch.setattr(share, "HfApi", hub)
+    api = Hub(False)
+    monkeypatch.setattr(api, "create_repo", refuse)
+    monkeypatch.setattr(hub, "HfApi", api)
     with pytest.raises(UserError, match=r"the hub refused a/b/c: Repo id must be in the form"):
         push_to_hub(run, "a/b/c")
 
@@ -300,7 +302,7 @@ def test_pack_halves_the_weights_and_says_what_it_costs(run, make_class_folder, 
 
 def test_pack_refuses_what_has_become_worse(run, make_class_folder, tmp_path, monkeypatch):
     scores = iter([{"top1": 90.0}, {"top1": 89.9}])
-    monkeypatch.setattr("transcnn.weights.pack.evaluate", lambda *_, **__: next(scores))
+    monkeypatch.setattr("transcnn.commands.pack_weights.evaluate", lambda *_, **__: next(scores))
     with pytest.raises(UserError, match=r"16-bit weights are at 89.9 % instead of 90.0 %: not packed"):
         pack(str(run), "cifar10", folder=str(tmp_path))
     assert not any(path.suffix == ".safetensors" for path in tmp_path.iterdir())

@@ -18,16 +18,16 @@ import torch
 import yaml
 from timm.optim import create_optimizer_v2
 
-from transcnn import engine
+from transcnn.checkpoints.loading import load, read_info
 from transcnn.cli import main
+from transcnn.commands.train import train
+from transcnn.distributed import runtime
 from transcnn.errors import UserError
 from transcnn.kernels.gpu.graphs import RecordedTraining
 from transcnn.kernels.steps import KernelHMHSA
-from transcnn.runs import load, read_info
 from transcnn.settings import Augment, Ema, Optim
 from transcnn.tasks import get_task
 from transcnn.tasks.classify import Classify
-from transcnn.train import train
 from transcnn.training import callbacks
 from transcnn.training.building import make_network
 
@@ -290,7 +290,7 @@ def test_layer_decay_and_weight_decay_reach_the_optimizer():
     network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2))
     plain = create_optimizer_v2(network, "adamw", lr=1.0, weight_decay=0.05)
     assert sorted(group["weight_decay"] for group in plain.param_groups) == [0.0, 0.05]
-    from transcnn.runs import build_model
+    from transcnn.plugging.build import build_model
 
     task = Classify(build_model("transcnn_test", num_classes=3), list("abc"), {}, lr=1.0, optim=Optim(layer_decay=0.5))
     groups = task.configure_optimizers()["optimizer"].param_groups
@@ -310,7 +310,8 @@ def test_layer_decay_and_weight_decay_reach_the_optimizer():
 def test_learning_rate_is_scaled_by_the_images_of_an_update(folder, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(
-        "transcnn.train._fit", lambda trainer, task, *_: seen.update(lr=task.lr, n=task.updates_per_epoch) or 1 / 0
+        "transcnn.training.run._fit",
+        lambda trainer, task, *_: seen.update(lr=task.lr, n=task.updates_per_epoch) or 1 / 0,
     )
     with pytest.raises(ZeroDivisionError):
         train(folder, **QUICK, lr=0.512, optim=Optim(lr_batch=512, accumulate=2), out=str(tmp_path / "run"))
@@ -333,11 +334,11 @@ def test_ema_forgets_the_start_and_averages_afterwards():
 
 
 def test_precision_words():
-    assert engine.choose_precision("32") == "32-true"
-    assert engine.choose_precision("bf16", "cpu") == "bf16-mixed"
-    assert engine.choose_precision("auto", "cpu") in ("32-true", "bf16-mixed")
+    assert runtime.choose_precision("32") == "32-true"
+    assert runtime.choose_precision("bf16", "cpu") == "bf16-mixed"
+    assert runtime.choose_precision("auto", "cpu") in ("32-true", "bf16-mixed")
     with pytest.raises(UserError, match="needs a GPU"):
-        engine.choose_precision("16", "cpu")
+        runtime.choose_precision("16", "cpu")
 
 
 @pytest.mark.parametrize(

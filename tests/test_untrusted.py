@@ -21,12 +21,12 @@ from PIL import Image
 from safetensors.numpy import save
 
 from transcnn import cli
+from transcnn.checkpoints.loading import load, read_info
+from transcnn.commands.train import train
 from transcnn.data.classify import open_set
 from transcnn.data.store import open_files
 from transcnn.errors import UserError
 from transcnn.onnx.predict import OnnxModel
-from transcnn.runs import load, read_info
-from transcnn.train import train
 
 CONFIG = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.2] * 3, "interpolation": "bicubic", "crop_pct": 0.9}
 INFO = {"model": "transcnn_test", "class_names": ["a", "b"], "data_config": CONFIG}
@@ -82,7 +82,7 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(tmp_path, name, content
 
 def load_nothing() -> None:
     """Libraries that are imported when they are first needed take address space, too."""
-    from transcnn.runs import build_model
+    from transcnn.plugging.build import build_model
 
     build_model("transcnn_test")
 

@@ -28,10 +28,10 @@ __all__ = [
 if TYPE_CHECKING:
     from .attention import HMHSA
     from .backbone import TransCNN
-    from .checkpoints import load_checkpoint
+    from .checkpoints.published import load_checkpoint
     from .explain import attention_maps, attention_rollout
     from .fast import optimize
-    from .plug import load_host, plug, plug_like, plug_spec, plugged_parameters, unplug
+    from .plugging.plug import load_host, plug, plug_like, plug_spec, plugged_parameters, unplug
     from .variants import create_model, list_models
 
 _HOMES = {
@@ -41,14 +41,14 @@ _HOMES = {
     "attention_rollout": "explain",
     "create_model": "variants",
     "list_models": "variants",
-    "load_checkpoint": "checkpoints",
-    "load_host": "plug",
+    "load_checkpoint": "checkpoints.published",
+    "load_host": "plugging.plug",
     "optimize": "fast",
-    "plug": "plug",
-    "plug_like": "plug",
-    "plug_spec": "plug",
-    "plugged_parameters": "plug",
-    "unplug": "plug",
+    "plug": "plugging.plug",
+    "plug_like": "plugging.plug",
+    "plug_spec": "plugging.plug",
+    "plugged_parameters": "plugging.plug",
+    "unplug": "plugging.plug",
 }
 
 

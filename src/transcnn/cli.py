@@ -23,16 +23,16 @@ from .training.origins import note_origins
 __all__ = ["COMMANDS", "main", "make_parser", "parse"]
 
 COMMANDS = {
-    "models": ("transcnn.models:models", "names, parameters, multiply-adds, accuracy of the networks"),
-    "train": ("transcnn.train:train", "train a network on images"),
-    "eval": ("transcnn.evaluate:evaluate", "score a trained network on a data set"),
-    "predict": ("transcnn.predict:predict", "name what images show"),
-    "explain": ("transcnn.explain.command:explain", "draw where a network looks in an image"),
-    "compare": ("transcnn.compare.command:compare", "networks side by side: speed, memory, size"),
-    "plug": ("transcnn.plug_table:plug_network", "where H-MHSA can go in a CNN, and what it costs there"),
-    "export": ("transcnn.export.command:export", "write a trained network as a file for other engines"),
+    "models": ("transcnn.commands.models:models", "names, parameters, multiply-adds, accuracy of the networks"),
+    "train": ("transcnn.commands.train:train", "train a network on images"),
+    "eval": ("transcnn.commands.evaluate:evaluate", "score a trained network on a data set"),
+    "predict": ("transcnn.commands.predict:predict", "name what images show"),
+    "explain": ("transcnn.commands.explain:explain", "draw where a network looks in an image"),
+    "compare": ("transcnn.commands.compare:compare", "networks side by side: speed, memory, size"),
+    "plug": ("transcnn.commands.plug:plug", "where H-MHSA can go in a CNN, and what it costs there"),
+    "export": ("transcnn.commands.export:export", "write a trained network as a file for other engines"),
     "pack": ("transcnn.data.pack:pack", "write data as shards with a manifest and checksums"),
-    "demo": ("transcnn.demo.command:demo", "a page in the browser: answers, and where any spot looks"),
+    "demo": ("transcnn.commands.demo:demo", "a page in the browser: answers, and where any spot looks"),
 }
 
 

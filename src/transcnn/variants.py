@@ -13,10 +13,10 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, r
 from torch import nn
 
 from .backbone import TransCNN
-from .checkpoints import convert_state_dict
+from .checkpoints.published import convert_state_dict
 from .levels import resolve_auto
 
-__all__ = ["VARIANTS", "create_model", "list_models"]
+__all__ = ["PAPER_TOP1", "VARIANTS", "create_model", "list_models"]
 
 _HATNET: dict[str, Any] = dict(
     design="hatnet", norm_layer="groupnorm1", expansions=(8, 8, 4, 4), grid_sizes=(8, 7, 7, None)
@@ -55,6 +55,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
         pool_ratios=(4, 2, 2, None),
         drop_rate=0.0,
     ),
+}
+
+# ImageNet-1K top-1 in percent as the papers report them (arXiv 2106.03180, v1 for TransCNN); not measured here.
+PAPER_TOP1 = {
+    "transcnn_tiny": 80.4,
+    "transcnn_small": 83.1,
+    "transcnn_medium": 83.8,
+    "transcnn_large": 84.2,
+    "hatnet_tiny": 79.8,
+    "hatnet_small": 82.6,
+    "hatnet_medium": 84.0,
+    "hatnet_large": 84.2,
 }
 
 

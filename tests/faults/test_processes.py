@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import transcnn
-from transcnn import processes
+from transcnn.distributed import processes
 from transcnn.errors import UserError
 from transcnn.training.checkpointing import newest_good
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..checkpoints import convert_state_dict
+from ..checkpoints.published import convert_state_dict
 from ..errors import UserError, require
 from ..fast import accelerate_training, optimize
 

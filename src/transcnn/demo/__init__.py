@@ -1,5 +1,1 @@
-"""A page in the browser on which a trained network answers about pictures and shows where it looks."""
-
-from .command import demo
-
-__all__ = ["demo"]
+"""The page that ``transcnn demo`` serves."""

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..checkpoints.loading import Loaded
 from ..data.augment import channel_stats
 from ..data.images import to_channels
 from ..errors import UserError
@@ -21,7 +22,6 @@ from ..explain.maps import AttentionMap, maps_of
 from ..explain.picture import describe
 from ..explain.record import record
 from ..report.overlay import PictureFolder
-from ..runs import Loaded
 from ..tasks import get_task
 from .drawing import draw_look, enlarged, mark_spot
 
@@ -68,7 +68,7 @@ class Viewer:
     """A network that answers visitors, one at a time: hooks that watch attention must not see two pictures.
 
     Args:
-        loaded: As :func:`transcnn.runs.load` gives it.
+        loaded: As :func:`transcnn.checkpoints.loading.load` gives it.
         device: Where to compute.
     """
 

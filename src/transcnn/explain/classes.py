@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import cut_into_grids, join_grids
+from ..checkpoints.loading import Loaded
 from ..errors import UserError
-from ..runs import Loaded
 from .geometry import carry, smooth
 from .record import ImageLike, Record, as_input, check_stage, heads_of, local_weights, record, token_weights
 

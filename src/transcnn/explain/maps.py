@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.loading import Loaded
 from ..errors import UserError
-from ..runs import Loaded
 from .geometry import carry, cell_of, edges
 from .record import ImageLike, Record, as_input, check_stage, heads_of, record, token_weights
 
@@ -90,7 +90,7 @@ def attention_maps(
     ones too, at any image size. The model is run in evaluation mode and left as it was.
 
     Args:
-        model: A network, or what :func:`transcnn.runs.load` gives.
+        model: A network, or what :func:`transcnn.checkpoints.loading.load` gives.
         image: (C, H, W) or (1, C, H, W), normalised; or a PIL image or a file, normalised here, of its own size.
         query: Row and column of a pixel.
         stage: One stage only, from 0, or negative from the end; in networks that aren't ours, neighbouring H-MHSA

@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..attention import HMHSA, cut_into_grids
+from ..checkpoints.loading import Loaded, data_config_of
 from ..data.images import BrokenImage, read_image, to_channels
 from ..errors import UserError
-from ..runs import Loaded, data_config_of
 
 __all__ = ["ImageLike", "Record", "as_input", "check_stage", "heads_of", "local_weights", "record", "token_weights"]
 

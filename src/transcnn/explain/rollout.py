@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import cut_into_grids, join_grids
-from ..plug import ConvReplacement, HMHSABranch
-from ..runs import Loaded
+from ..checkpoints.loading import Loaded
+from ..plugging.plug import ConvReplacement, HMHSABranch
 from .geometry import carry, cell_of
 from .maps import check_query
 from .record import ImageLike, Record, as_input, check_stage, heads_of, local_weights, record, token_weights

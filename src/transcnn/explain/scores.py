@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import functional as tvf
 
+from ..checkpoints.loading import Loaded
 from ..errors import UserError
-from ..runs import Loaded
 from .classes import check_target
 from .record import ImageLike, as_input, evaluating
 

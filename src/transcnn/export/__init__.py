@@ -1,5 +1,5 @@
-"""Trained networks as files for other engines: written, checked against the network, and in 8 bits where that pays."""
+"""Trained networks as files for other engines."""
 
-from .command import Exported, export, export_model
+from .exporting import Exported, export_model
 
-__all__ = ["Exported", "export", "export_model"]
+__all__ = ["Exported", "export_model"]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import nms, roi_align
 
-from ..detectors import Detector
+from ..dense.detectors import Detector
 
 __all__ = ["DetectorGraph"]
 

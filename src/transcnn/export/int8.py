@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoints.loading import Loaded
 from ..data.classify import open_set
 from ..errors import UserError
 from ..onnx.predict import OnnxModel, to_input
-from ..runs import Loaded
 
 __all__ = ["note", "quantise", "race", "read", "to_int8", "top1"]
 

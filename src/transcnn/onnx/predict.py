@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..checkpoints.header import check_stored
 from ..data.images import cut_ends, to_channels
 from ..errors import UserError, require
-from ..stored import check_stored
 
 __all__ = ["OnnxModel", "answers", "to_input"]
 

@@ -19,11 +19,11 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
+from ..distributed.processes import rank, world
+from ..distributed.sharding import Sharded, shard
 from ..errors import UserError
 from ..fast import accelerate_training, record_training
-from ..processes import rank, world
 from ..settings import Augment, Optim
-from ..training.sharding import Sharded, shard
 
 __all__ = ["Task"]
 

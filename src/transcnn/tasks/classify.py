@@ -16,8 +16,8 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ..data.augment import Transform
 from ..data.classify import ClassifyData, ImageSet, eval_transform, make_loader, open_set, open_splits, train_transform
+from ..distributed.processes import gather_lists
 from ..errors import UserError
-from ..processes import gather_lists
 from ..report.classify import write_report
 from ..settings import Augment
 from .base import Task

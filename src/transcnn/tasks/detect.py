@@ -16,8 +16,8 @@ from torchvision.ops import box_iou
 from ..data.denseset import DenseSet, DenseSplits
 from ..data.detect import open_set, open_splits
 from ..data.detect_transforms import DetectTransform
+from ..distributed.processes import gather, gather_lists, world
 from ..errors import require
-from ..processes import gather, gather_lists, world
 from ..report.dense import ends_and_middle, write_dense_report
 from ..report.overlay import SHOWN_SCORE, draw_found, palette, tell_boxes, tell_found
 from ..settings import Augment

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checkpoints.loading import Loaded, load
 from ..errors import UserError
-from ..runs import Loaded, load
 from ..settings import Distill
 
 __all__ = ["Teacher"]

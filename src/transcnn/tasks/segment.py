@@ -17,10 +17,10 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from ..data.denseset import DenseSet, DenseSplits
 from ..data.segment import open_set, open_splits
 from ..data.segment_transforms import IGNORE, EvalTransform, TrainTransform
-from ..processes import gather_lists
+from ..dense.segmenters import class_weights
+from ..distributed.processes import gather_lists
 from ..report.dense import class_iou, ends_and_middle, write_segment_report
 from ..report.overlay import blend, largest, palette, tell_classes
-from ..segmenters import class_weights
 from ..settings import Augment
 from .dense import DenseTask
 from .sliding import judge_whole

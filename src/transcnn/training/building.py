@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from timm.layers import convert_sync_batchnorm
 
-from ..checkpoints import load_body, load_checkpoint
+from ..checkpoints.loading import data_config_of, load, read_info
+from ..checkpoints.published import load_body, load_checkpoint
 from ..data.sources import few
-from ..plug import plug as plug_in
-from ..plug import plug_like, plug_spec
-from ..processes import world
-from ..runs import build_network, data_config_of, load, read_info
+from ..dense.build import build_network
+from ..distributed.processes import world
+from ..plugging.plug import plug as plug_in
+from ..plugging.plug import plug_like, plug_spec
 from ..settings import Augment, Distill, Optim
 from ..tasks import get_task
 from ..tasks.base import Task

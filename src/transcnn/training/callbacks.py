@@ -17,12 +17,12 @@ from rich.console import Console
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from ..bars import clock
+from ..checkpoints.files import atomic_write
+from ..distributed.processes import rank, world
+from ..distributed.sharding import Sharded, full_state, load_full, shard
 from ..errors import UserError
-from ..processes import rank, world
-from ..runs import write_whole
 from .checkpointing import KeepWeights, can_save
-from .sharding import Sharded, full_state, load_full, shard
+from .progress import clock
 
 __all__ = ["Ema", "Events", "History", "Interrupted", "Stop", "StopOnSignal"]
 
@@ -150,7 +150,7 @@ class History(Callback):
         for logger in trainer.loggers:
             logger.log_metrics({"train_loss": loss, "lr": lr}, trainer.global_step)
         if trainer.is_global_zero:
-            write_whole(self.path, self._write)
+            atomic_write(self.path, self._write)
             if not self.quiet:
                 self._say(trainer, values, row)
 

@@ -17,9 +17,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
+from ..checkpoints.files import atomic_write
+from ..checkpoints.loading import read_info, save_weights
+from ..distributed.sharding import full_state
 from ..errors import UserError
-from ..runs import read_info, save_weights, write_whole
-from .sharding import full_state
 
 __all__ = ["KeepWeights", "can_save", "newest_good", "note", "store"]
 
@@ -47,7 +48,7 @@ def store(run_dir: Path, write: Callable[[Path], object]) -> None:
         if last.exists():
             _keep_as(last, previous)
 
-    write_whole(last, put)
+    atomic_write(last, put)
     older = [(old, PREVIOUS) for old, name in before if name == LAST][:1] if previous.exists() else []
     _write_sums(run_dir, [(digest, LAST), *older])
 
@@ -126,7 +127,7 @@ def _read_sums(run_dir: Path) -> list[tuple[str, str]]:
 
 def _write_sums(run_dir: Path, sums: list[tuple[str, str]]) -> None:
     text = "".join(f"{digest}  {name}\n" for digest, name in sums)
-    write_whole(run_dir / SUMS, lambda path: path.write_text(text, encoding="utf-8"))
+    atomic_write(run_dir / SUMS, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _keep_as(file: Path, name: Path) -> None:

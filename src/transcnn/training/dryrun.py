@@ -24,12 +24,12 @@ from timm.models import get_pretrained_cfg
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..engine import choose_precision
-from ..processes import placement, rank, world
+from ..distributed.processes import placement, rank, world
+from ..distributed.runtime import choose_precision
+from ..distributed.sharding import choose_strategy
 from ..tasks.base import Task
 from .callbacks import Ema
 from .origins import origin_of
-from .sharding import choose_strategy
 
 __all__ = ["assumed_splits", "dry_run"]
 

@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from ..checkpoints.files import atomic_write
+from ..distributed.processes import gather
 from ..errors import UserError
-from ..processes import gather
-from ..runs import write_whole
 from .checkpointing import LAST, KeepWeights, note
 
 __all__ = ["GoBack", "SkipNonFinite", "first_not_finite"]
@@ -137,7 +137,7 @@ class SkipNonFinite(Callback):
         if trainer.is_global_zero:
             text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
             path = self.run_dir / "nonfinite.json"
-            write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         return found
 
 

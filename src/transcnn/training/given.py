@@ -12,10 +12,12 @@ from typing import Any
 import torch
 import yaml
 
+from ..checkpoints.files import remove_stale_temporaries
+from ..checkpoints.loading import read_info
+from ..distributed.processes import attempt
 from ..errors import UserError
-from ..processes import attempt
-from ..runs import clear_leavings, made_by_this_launch, read_info
 from .checkpointing import LAST, PREVIOUS, newest_good, note
+from .run_dir import made_by_this_launch
 
 __all__ = ["as_yaml", "check", "find_resumed", "find_start", "plain", "resumed_settings"]
 
@@ -53,7 +55,7 @@ def find_resumed(resume: str) -> Path:
     if path.is_file() and path.name != "last.ckpt":
         return path
     path, remark = newest_good(path.parent if path.is_file() else path)
-    clear_leavings(path.parent)
+    remove_stale_temporaries(path.parent)
     if remark:
         note(path.parent, remark)
         print(f"transcnn: {remark}", file=sys.stderr)

@@ -5,3 +5,5 @@ transcnn_nano.cifar10      ``timm.create_model("transcnn_nano", pretrained=True)
                            checkpoint: ten classes, images of 32x32
 =========================  ==================================================================================
 """
+
+PACKAGED = "transcnn_nano.cifar10"  # what ``transcnn predict`` takes without a checkpoint

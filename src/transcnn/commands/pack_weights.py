@@ -1,4 +1,4 @@
-"""Make a finished run's weights the package's own: ``python -m transcnn.weights.pack RUN DATA``.
+"""Make a finished run's weights the package's own: ``python -m transcnn.commands.pack_weights RUN DATA``.
 
 They are stored as 16-bit floats, half the size, and put in place only if the accuracy on the test images is the same.
 """
@@ -10,10 +10,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.files import atomic_write
+from ..checkpoints.hub import model_card
+from ..checkpoints.loading import load, save_weights
 from ..errors import UserError
-from ..evaluate import evaluate
-from ..runs import load, save_weights, write_whole
-from ..share import model_card
+from .evaluate import evaluate
 
 __all__ = ["pack"]
 
@@ -57,7 +58,7 @@ def pack(
         os.replace(trial, target)
     finally:
         trial.unlink(missing_ok=True)
-    write_whole(target.with_suffix(".md"), lambda path: path.write_text(card, encoding="utf-8"))
+    atomic_write(target.with_suffix(".md"), lambda path: path.write_text(card, encoding="utf-8"))
     print(f"{target}: {size / 1e6:.2f} MB, top-1 {before['top1']} % as 32-bit and {after['top1']} % as 16-bit floats")
     return target
 

@@ -29,10 +29,11 @@ from timm.models import save_for_hf
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .checkpoints import load_checkpoint
-from .errors import UserError
-from .plug import plug_like, plug_spec
-from .runs import Loaded, data_config_of, load, write_whole
+from ..errors import UserError
+from ..plugging.plug import plug_like, plug_spec
+from .files import atomic_write
+from .loading import Loaded, data_config_of, load
+from .published import load_checkpoint
 
 __all__ = ["from_pretrained", "load_folder", "model_card", "push_to_hub", "save_pretrained"]
 
@@ -54,8 +55,8 @@ def save_pretrained(
     """Write a classifier as a folder that timm, transformers and :func:`from_pretrained` load.
 
     Args:
-        source: A network, or anything that :func:`transcnn.runs.load` takes: a run directory, a checkpoint, a name.
-            From a run directory the card takes its data, recipe and scores.
+        source: A network, or anything that :func:`transcnn.checkpoints.loading.load` takes: a run directory, a
+            checkpoint, a name. From a run directory the card takes its data, recipe and scores.
         folder: Made if need be; files of these names in it are replaced.
         class_names: For a network: the names of its outputs in order; else those stored with it.
         data_config: For a network: how its images are made (timm's words); else that of its pretrained_cfg.
@@ -83,7 +84,7 @@ def save_pretrained(
         raise UserError(f"can't write to {folder}: {error.strerror or error}") from error
     _mend_config(folder / CONFIG)
     card = str(model_card(loaded, licence=licence))
-    write_whole(folder / CARD, lambda path: path.write_text(card, encoding="utf-8"))
+    atomic_write(folder / CARD, lambda path: path.write_text(card, encoding="utf-8"))
     return folder
 
 
@@ -114,7 +115,7 @@ def from_pretrained(source: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
 
 
 def load_folder(folder: str | os.PathLike[str]) -> Loaded:
-    """As :func:`transcnn.runs.load` gives it: the network of a folder, with its class names and preprocessing."""
+    """The network of a folder, as :func:`transcnn.checkpoints.loading.load` gives it."""
     return replace(_as_loaded(from_pretrained(folder), None, None), source=os.fspath(folder))
 
 
@@ -237,7 +238,7 @@ def _mend_config(path: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config.get("model_args", {}).pop("num_classes", None)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _find(source: str | os.PathLike[str]) -> Path:

@@ -15,16 +15,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model
 from torchvision.models import list_models as torchvision_names
 
-from .attention import HMHSA
-from .errors import UserError
-from .places import Place, call, default_levels, example_for, find, resting, trunk
-from .plug import plug, plug_spec, plugged
-from .runs import build_model, data_config_of, save_weights
+from ..attention import HMHSA
+from ..checkpoints.loading import data_config_of, save_weights
+from ..errors import UserError
+from ..plugging.build import build_model
+from ..plugging.places import Place, call, default_levels, example_for, find, resting, trunk
+from ..plugging.plug import plug as plug_in
+from ..plugging.plug import plug_spec, plugged
 
-__all__ = ["plug_network"]
+__all__ = ["plug"]
 
 
-def plug_network(
+def plug(
     name: str,
     *,
     at: str | None = None,
@@ -67,7 +69,7 @@ def plug_network(
         _print_places(name, trunk(model, example), [place.name for place in find(model, "auto", example)], head_dim)
         return
     before = cost(model, example, batch_size)
-    plug(model, at, mode=mode, head_dim=head_dim, norm_layer=norm_layer, example=example)
+    plug_in(model, at, mode=mode, head_dim=head_dim, norm_layer=norm_layer, example=example)
     _print_costs(name, [place for place, _ in plugged(model)], before, cost(model, example, batch_size))
     if out:
         _save(Path(out), name, model, in_chans)

@@ -3,46 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import os
-import signal
-import sys
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-import lightning as L
-import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from ..distributed.processes import first_decides, launch
+from ..distributed.runtime import quiet_libraries
+from ..settings import Augment, Detect, Distill, Ema, Optim, Segment
+from ..training.faults import GoBack
+from ..training.given import find_resumed, find_start, plain, resumed_settings
+from ..training.run import TrainResult, _run
 
-from .bars import TrainBar
-from .engine import choose_precision, keep_freed_memory, quiet_libraries
-from .errors import UserError
-from .evaluate import measure, write_results
-from .processes import first_decides, gather_lists, launch, lost_process, per_machine, placement, world
-from .runs import data_config_of, load, new_run_dir, write_whole
-from .settings import Augment, Detect, Distill, Ema, Optim, Segment
-from .tasks import get_task
-from .tasks.base import Task
-from .training import callbacks as cb
-from .training.building import make_learner, make_network
-from .training.checkpointing import KeepWeights
-from .training.dryrun import assumed_splits, dry_run
-from .training.faults import GoBack, SkipNonFinite
-from .training.given import as_yaml, check, find_resumed, find_start, plain, resumed_settings
-from .training.loading import LoaderWatch
-from .training.sharding import choose_strategy
-
-__all__ = ["TrainResult", "train"]
-
-
-@dataclass
-class TrainResult:
-    """What :func:`train` hands back: the run's directory, and its ``metrics.json`` as a dictionary."""
-
-    run_dir: Path
-    metrics: dict[str, Any]
+__all__ = ["train"]
 
 
 def train(
@@ -172,146 +144,3 @@ def train(
             except GoBack as back:  # noqa: PERF203  (three times at most)
                 lr_factor = back.lr_factor
                 resumed = first_decides(partial(find_resumed, str(back.run_dir)))
-
-
-def _run(s: SimpleNamespace, resumed: Path | None, lr_factor: float | None) -> TrainResult:
-    """Build everything, fit, measure."""
-    task_class = get_task(s.task)
-    check(s, task_class.eval_metrics, world())
-    keep_freed_memory()
-    L.seed_everything(s.seed, verbose=False)
-    task_args = vars(s).get(task_class.group) or {}
-    assumed = assumed_splits(s) if s.dry_run else None
-    splits = assumed or task_class.open_data(
-        s.data, task_args, val_fraction=s.val_fraction, seed=s.seed, strict=s.strict_data, in_chans=s.in_chans
-    )
-    task_args = {**task_args, **splits.task_args}
-    network, args = make_network(s, splits, task_args)
-    config = data_config_of(network, splits.in_chans, s.img_size)
-    learner = make_learner(s, splits, network, config, task_args)
-    loaders = None if assumed else _loaders(s, task_class, splits, config, task_args)
-    if s.dry_run:
-        return TrainResult(Path(), dry_run(s, learner, splits, loaders))
-
-    info = {"model": s.model, "model_args": args, "class_names": splits.class_names, "data_config": config}
-    info |= {"task": s.task, "task_args": task_args, "data": splits.name}
-    here = resumed is not None and (s.out is None or Path(s.out).resolve() == resumed.parent.resolve())
-    run_dir = resumed.parent if resumed and here else first_decides(lambda: new_run_dir(s.out, s.model, splits.name))
-    metric = s.eval_metric or task_class.score
-    keep = KeepWeights(run_dir, info, vars(s), s.save_every, metric)
-    skip = SkipNonFinite(run_dir, keep, s.max_nonfinite, s.nonfinite == "halve", lr_factor)
-    averages = [cb.Ema(s.ema["ema_decay"], s.ema["ema_warmup"])] if s.ema["ema"] else []
-    strategy = choose_strategy(s.strategy, network, s.accelerator)
-    trainer = _trainer(s, run_dir, [*averages, skip], keep, strategy)
-    if trainer.is_global_zero:
-        write_whole(run_dir / "config.yaml", lambda path: path.write_text(as_yaml(s)))
-        if not s.quiet:
-            _announce(s, splits, network, config, run_dir, trainer)
-    _fit(trainer, learner, loaders, resumed)
-    return _finish(s, task_class, splits, run_dir, trainer, keep)
-
-
-def _loaders(
-    s: SimpleNamespace, task_class: type[Task], splits: Any, config: dict[str, Any], task_args: dict[str, Any]
-) -> L.LightningDataModule:
-    return task_class.loaders(
-        splits,
-        config,
-        Augment(**s.augment),
-        task_args,
-        batch_size=s.batch_size // world(),
-        num_workers=max(0, (os.cpu_count() or 1) // per_machine() - 1) if s.num_workers is None else s.num_workers,
-        seed=s.seed,
-        progress=sys.stderr.isatty() and not s.quiet,
-    )
-
-
-def _fit(trainer: L.Trainer, learner: Task, loaders: Any, resumed: Path | None) -> None:
-    try:
-        trainer.fit(learner, datamodule=loaders, ckpt_path=resumed, weights_only=True)
-    except cb.Stop as stop:
-        raise cb.Interrupted(str(stop), stop.signum) from None
-    except SystemExit:  # Lightning's answer to a KeyboardInterrupt
-        raise cb.Interrupted("at once", signal.SIGINT) from None
-    except RuntimeError as error:
-        if not (lost := lost_process(error)):
-            raise
-        raise UserError(f"{lost}; go on from the last checkpoint with --resume") from error
-
-
-def _trainer(
-    s: SimpleNamespace,
-    run_dir: Path,
-    callbacks: list[Callback],
-    keep: KeepWeights,
-    strategy: Any,
-) -> L.Trainer:
-    callbacks = [*callbacks, cb.History(run_dir, s.quiet), cb.StopOnSignal(keep)]
-    if not s.quiet:
-        callbacks += [TrainBar(), LoaderWatch()]
-    if s.early_stop:
-        callbacks.append(EarlyStopping(keep.metric, mode=keep.mode, patience=s.early_stop))
-    return L.Trainer(
-        **placement(s.accelerator, strategy),
-        precision=choose_precision(s.precision, s.accelerator),  # pyright: ignore
-        max_epochs=s.epochs,
-        callbacks=[*callbacks, keep],
-        logger=cb.Events(run_dir, name="", version=""),
-        gradient_clip_val=s.optim["clip_grad"],
-        accumulate_grad_batches=s.optim["accumulate"],
-        limit_train_batches=s.limit_batches,
-        limit_val_batches=s.limit_batches,
-        num_sanity_val_steps=0,
-        log_every_n_steps=10,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-
-
-def _finish(
-    s: SimpleNamespace,
-    task_class: type[Task],
-    splits: Any,
-    run_dir: Path,
-    trainer: L.Trainer,
-    keep: KeepWeights,
-) -> TrainResult:
-    """Measure the best weights, write figures and report, say where they lie."""
-    part, split = (splits.val, "val") if splits.test is None else (splits.test, "test")
-    loaded = load(run_dir)
-    learner, scores = measure(
-        loaded,
-        part,
-        batch_size=2 * s.batch_size // world(),
-        precision=s.precision,
-        accelerator=s.accelerator,
-        limit=s.limit_batches,
-    )
-    broken = list(dict.fromkeys(gather_lists(splits.broken)))
-    metrics = learner.summary(scores)
-    metrics |= {"split": split, "data": splits.name, "chosen_on": "val", "chosen_by": keep.metric, **keep.figures}
-    metrics |= {"best_epoch": keep.best_epoch, "epochs": trainer.current_epoch, "train_seconds": round(keep.seconds, 1)}
-    if not trainer.is_global_zero:
-        return TrainResult(run_dir, metrics)
-    write_results(run_dir, learner, scores, part, metrics, broken)
-    if not s.quiet:
-        what = "test images" if split == "test" else "validation images, which also chose the epoch"
-        print(f"{learner.headline(metrics)} on {metrics['images']} {what} (epoch {keep.best_epoch} of {s.epochs})")
-        print(f"report: {run_dir / 'report' / 'index.html'}")
-    return TrainResult(run_dir, metrics)
-
-
-def _announce(
-    s: SimpleNamespace, splits: Any, network: torch.nn.Module, config: dict[str, Any], run_dir: Path, trainer: L.Trainer
-) -> None:
-    parameters = sum(p.numel() for p in network.parameters())
-    sizes = [f"{len(part):,} {name}" for name, part in (("train", splits.train), ("val", splits.val)) if part]
-    sizes += [f"{len(splits.test):,} test"] if splits.test is not None else []
-    shape = "x".join(str(n) for n in config["input_size"])
-    device = trainer.strategy.root_device.type
-    lines = (
-        f"{splits.name}: {', '.join(sizes)} images of {len(splits.class_names)} classes",
-        f"{s.model}: {parameters / 1e6:.2f} M parameters, input {shape}, {trainer.precision} on {device}",
-        f"run: {run_dir}",
-    )
-    print("\n".join(lines), file=sys.stderr)

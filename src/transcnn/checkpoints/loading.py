@@ -8,12 +8,8 @@ went wrong.
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import json
 import os
-import re
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,23 +17,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo, resolve_data_config
 from torch import nn
 
-from . import variants as _registers_our_models  # noqa: F401
-from .checkpoints import load_checkpoint
-from .errors import UserError
-from .plug import plug_like
-from .processes import attempt, launch_name
-from .stored import check_stored
+from ..dense.build import build_network
+from ..errors import UserError
+from ..plugging.build import build_model
+from .files import atomic_write
+from .header import check_stored
+from .published import load_checkpoint
 
-__all__ = ["Loaded", "build_model", "data_config_of", "load", "new_run_dir", "save_weights", "write_whole"]
-
-LAUNCH = ".launch"  # the file of a run directory that holds the name of the torchrun command that made it
+__all__ = ["Loaded", "data_config_of", "load", "save_weights"]
 
 
 @dataclass
@@ -61,117 +54,6 @@ class Loaded:
     info: dict[str, Any] = field(default_factory=dict)
 
 
-def new_run_dir(out: str | os.PathLike[str] | None, model: str, data: str) -> Path:
-    """Make a fresh run directory, ``runs/<date-time>-<model>-<data>`` unless ``out`` says otherwise.
-
-    Raises:
-        UserError: ``out`` holds something already, or can't be made or written to.
-    """
-    if out is None:
-        name = re.sub(r"[^\w.-]+", "-", f"{time.strftime('%Y%m%d-%H%M%S')}-{model}-{data}").strip("-")
-        path = Path("runs") / name
-        for i in range(2, 1000):
-            if not path.exists():
-                break
-            path = Path("runs") / f"{name}-{i}"
-    else:
-        path = Path(out)
-    try:
-        if path.is_dir() and any(path.iterdir()) and not (attempt() and made_by_this_launch(path)):
-            raise UserError(f"the run directory {path} is not empty; give another --out, or go on with --resume {path}")
-        path.mkdir(parents=True, exist_ok=True)
-        (path / ".probe").write_bytes(b"\0" * 4096)
-        (path / ".probe").unlink()
-        if launch_name():
-            (path / LAUNCH).write_text(launch_name(), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"can't write to the run directory {path}: {error.strerror or error}") from error
-    return path
-
-
-def made_by_this_launch(path: Path) -> bool:
-    """Whether a run directory is that of an earlier attempt of the torchrun command that started this process."""
-    try:
-        return (path / LAUNCH).read_text(encoding="utf-8") == launch_name() != ""
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file under a temporary name, then put it in place: whole, or not at all.
-
-    Raises:
-        UserError: The disk is full or can't be written; what was there before is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # safetensors lets only its owner read what it writes
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"can't write {path}: {reason}") from error
-    finally:
-        temporary.unlink(missing_ok=True)  # there only if something failed
-
-
-def clear_leavings(folder: Path) -> None:
-    """Remove what a killed process left half written (see :func:`write_whole`)."""
-    for temporary in folder.glob(".*.tmp"):
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have a new name in a folder on disk too, where the system can do that."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def build_model(name: str, plug: Any = None, **kwargs: Any) -> nn.Module:
-    """``timm.create_model``, with errors for users: near names of one that is unknown, arguments that it refuses.
-
-    ``plug`` puts H-MHSA in, as :func:`transcnn.plug_like` takes it: a spec, names or patterns.
-    """
-    base = name.split(".")[0].split("/")[-1]
-    if ":" not in name and not timm.is_model(base):
-        near = difflib.get_close_matches(base, timm.list_models(), n=4, cutoff=0.5)
-        hint = f"near ones: {', '.join(near)}" if near else "transcnn models lists ours, timm.list_models() all"
-        raise UserError(f"no model is named {name!r}; {hint}")
-    try:
-        model = timm.create_model(name, **kwargs)
-        return plug_like(model, plug) if plug else model
-    except UserError:
-        raise
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"can't make {name} with {kwargs}: {error}") from error
-    except RuntimeError as error:
-        raise UserError(f"can't make {name}: {str(error).splitlines()[0]}") from error
-
-
-# Networks that are more than a backbone, by task: the module whose ``build`` makes them.
-BUILDERS = {"segment": "segmenters", "detect": "detectors"}
-
-
-def build_network(task: str, name: str, task_args: dict[str, Any] | None, **kwargs: Any) -> nn.Module:
-    """The network of a task: the named one itself, or what the task puts around it, as ``task_args`` says."""
-    if task not in BUILDERS:
-        return build_model(name, **kwargs)
-    return importlib.import_module(f".{BUILDERS[task]}", __package__).build(name, task_args or {}, **kwargs)
-
-
 def data_config_of(model: nn.Module, in_chans: int, img_size: int | None = None) -> dict[str, Any]:
     """How images become the model's input, in timm's words, with plain lists and numbers."""
     config = resolve_data_config({"img_size": img_size, "in_chans": in_chans}, model=model)
@@ -189,7 +71,7 @@ def save_weights(path: Path, weights: nn.Module | Mapping[str, torch.Tensor], in
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     header = {key: json.dumps(value) for key, value in info.items()}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+    atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=header))
 
 
 def load(source: str | os.PathLike[str]) -> Loaded:
@@ -203,7 +85,7 @@ def load(source: str | os.PathLike[str]) -> Loaded:
     path = Path(source)
     if path.is_dir():
         if (path / "config.json").is_file():
-            from .share import load_folder  # the hub's libraries take time to import
+            from .hub import load_folder  # the hub's libraries take time to import
 
             return load_folder(path)
         found = [path / name for name in ("best.safetensors", "last.ckpt") if (path / name).is_file()]

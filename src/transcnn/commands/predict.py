@@ -11,7 +11,7 @@ import glob
 import json as json_format
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +19,12 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from .data.images import BrokenImage, is_image_name, list_images, read_image
-from .errors import UserError
+from ..data.images import BrokenImage, is_image_name, list_images, read_image
+from ..data.paths import find_images
+from ..errors import UserError
+from ..weights import PACKAGED
 
-__all__ = ["find_images", "predict"]
-
-PACKAGED = "transcnn_nano.cifar10"  # the weights that come with the package
+__all__ = ["predict"]
 
 
 def predict(
@@ -75,8 +75,8 @@ def predict(
     if checkpoint.lower().endswith(".onnx"):
         rows = list(_predict_onnx(checkpoint, files, top_k, batch_size, img_size, accelerator, out))
     else:
-        from .engine import quiet_libraries
-        from .runs import load
+        from ..checkpoints.loading import load
+        from ..distributed.runtime import quiet_libraries
 
         with quiet_libraries():
             loaded = load(checkpoint)
@@ -87,41 +87,14 @@ def predict(
             loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
         rows = list(_predict(loaded, files, top_k, batch_size, precision, accelerator, out))
     if csv:
-        from .runs import write_whole
+        from ..checkpoints.files import atomic_write
 
-        write_whole(Path(csv), lambda path: _write_csv(path, rows, top_k))
+        atomic_write(Path(csv), lambda path: _write_csv(path, rows, top_k))
     if json:
         print(json_format.dumps(rows, indent=2, ensure_ascii=False))
     elif not quiet:
         _print_table(rows)
     return rows
-
-
-def find_images(names: Sequence[str]) -> list[str]:
-    """The files that ``names`` stand for, each once, in order; a folder stands for all images below it.
-
-    Raises:
-        UserError: A folder without images, or a pattern or path that names nothing.
-    """
-    if isinstance(names, str):
-        names = [names]
-    found: dict[str, None] = {}
-    for name in names:
-        path = Path(name)
-        if path.is_dir():
-            inside = list(list_images(path))
-            if not inside:
-                raise UserError(f"there are no images in the folder {name}")
-        elif glob.has_magic(name) and not path.exists():
-            inside = [file for file in sorted(glob.glob(name, recursive=True)) if not Path(file).is_dir()]
-            if not inside:
-                raise UserError(f"no file matches {name}")
-        else:
-            inside = [name]  # whether it can be read shows when it is read
-        found |= dict.fromkeys(inside)
-    if not found:
-        raise UserError("no images given")
-    return list(found)
 
 
 def _means_images(name: str, alone: bool) -> bool:
@@ -141,9 +114,9 @@ def _predict(
     """One row for each file, in order, by a network as ``runs.load`` gives it."""
     import torch
 
-    from .engine import choose_precision
-    from .report.overlay import PictureFolder
-    from .tasks import get_task
+    from ..distributed.runtime import choose_precision
+    from ..report.overlay import PictureFolder
+    from ..tasks import get_task
 
     task = get_task(loaded.task)
     transform = task.image_transform(loaded.preprocessing, loaded.info.get("task_args"))
@@ -165,7 +138,7 @@ def _predict_onnx(
     file: str, files: list[str], top_k: int, batch_size: int, img_size: int | None, accelerator: str, out: str
 ) -> Iterator[dict[str, Any]]:
     """The same by an exported file."""
-    from .onnx.predict import OnnxModel, answers, to_input
+    from ..onnx.predict import OnnxModel, answers, to_input
 
     model = OnnxModel(file, accelerator=accelerator)
     if img_size is not None:
@@ -182,8 +155,8 @@ def _predict_onnx(
 
 def _predict_dense(model: Any, files: list[str], top_k: int, out: str) -> Iterator[dict[str, Any]]:
     """The same by a file that segments or detects, one image at a time."""
-    from .onnx.dense import class_map, findings
-    from .report.overlay import PictureFolder, tell_classes, tell_found
+    from ..onnx.dense import class_map, findings
+    from ..report.overlay import PictureFolder, tell_classes, tell_found
 
     if model.fixed:
         raise UserError(f"images to {model.task} have many sizes, the file takes one alone; export it without --static")

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import HMHSA, default_head_dim
-from .backbone import NORM_LAYERS
-from .errors import UserError
+from ..attention import HMHSA, default_head_dim
+from ..backbone import NORM_LAYERS
+from ..errors import UserError
 from .places import Example, Place, call, default_levels, find, run
 
 __all__ = [
@@ -138,7 +138,7 @@ def plug(
         mode: ``"add"`` or ``"replace"``.
         head_dim: Channels of one head; None takes the largest of 64, 48, 32, 16, 8, 4, 2, 1 that divides the channels.
         grid_sizes, pool_ratios: As for :class:`~transcnn.HMHSA`, the same at each place; None takes what fits the
-            place's resolution (:func:`transcnn.places.default_levels`). Give both or none.
+            place's resolution (:func:`transcnn.plugging.places.default_levels`). Give both or none.
         norm_layer: ``"groupnorm1"``, ``"batchnorm2d"``, or a callable from channels to a layer. The default, HAT-Net's,
             has no running statistics: it is the same in training and evaluation, with one image a batch, and beside a
             frozen host, where BatchNorm's fresh statistics would start out far from the host's maps.

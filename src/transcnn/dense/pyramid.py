@@ -10,8 +10,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UserError
-from .runs import build_model
+from ..errors import UserError
+from ..plugging.build import build_model
 
 __all__ = ["STRIDES", "Pyramid", "build_pyramid"]
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from .errors import UserError
+from ..errors import UserError
 
 __all__ = ["attempt", "first_decides", "gather", "gather_lists", "launch", "launch_name", "lost_process", "per_machine"]
 __all__ += ["placement", "rank", "world"]

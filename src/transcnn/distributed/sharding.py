@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ..errors import UserError
-from ..processes import world
+from .processes import world
 
 __all__ = ["Sharded", "choose_strategy", "full_state", "load_full", "shard"]
 

@@ -1,11 +1,9 @@
-"""``transcnn demo``: serve the page until Ctrl-C, and leave nothing behind."""
+"""Serve the page of one network, and leave nothing behind."""
 
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..data.images import is_image_name
-from ..errors import UserError, require
-from ..predict import PACKAGED
+from ..errors import UserError
 
-__all__ = ["demo", "serve"]
+__all__ = ["serve"]
 
 EXAMPLES = 8
 GRADIOS_OWN = ("bus.png", "cheetah1.jpg", "lion.jpg", "tower.jpg")  # pictures that come with gradio
@@ -26,57 +23,6 @@ POLICY = (
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
     "connect-src 'self' data: blob:; frame-ancestors 'none'; form-action 'none'; base-uri 'self'"
 )
-
-
-def demo(
-    checkpoint: str = PACKAGED,
-    *,
-    examples: list[str] | None = None,
-    img_size: int | None = None,
-    host: str = "127.0.0.1",
-    port: int | None = None,
-    max_mb: float = 20,
-    accelerator: str = "auto",
-    open: bool = False,
-    quiet: bool = False,
-) -> None:
-    """Serve a page in the browser: give it a picture, see what the network answers and where any spot looks.
-
-    Only this machine can reach it unless --host says otherwise, and nothing leaves it: no analytics, no fonts or
-    scripts from elsewhere. Uploads are deleted after an hour, and all when the command ends (Ctrl-C).
-
-    Args:
-        checkpoint: A run's directory, a .safetensors or .ckpt of ours, or the name of a published model; without it
-            the small network that comes with the package.
-        examples: Images or folders to choose examples from; without it, those of the run's data, if it is still there.
-        img_size: Another size than the network was trained at.
-        host: Address to listen at; 0.0.0.0 lets the whole network in.
-        port: Port to listen at; without it the first free one from 7860 on.
-        max_mb: Largest file that may be uploaded, in megabytes.
-        accelerator: cpu, gpu, or auto.
-        open: Also open the page in this machine's browser.
-        quiet: Print nothing but errors.
-
-    Raises:
-        UserError: No such checkpoint or example, or a port that is taken.
-    """
-    if max_mb <= 0:
-        raise UserError(f"max_mb must be more than 0, got {max_mb:g}")
-    if port is not None and not 0 < port < 65536:
-        raise UserError(f"port must be from 1 to 65535, got {port}")
-    require("gradio", "demo")
-    from ..engine import quiet_libraries
-    from ..runs import load
-
-    with quiet_libraries():
-        loaded = load(checkpoint)
-    if img_size is not None:
-        loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
-    with serve(loaded, examples, host=host, port=port, max_mb=max_mb, accelerator=accelerator, open=open) as address:
-        if not quiet:
-            print(f"{address} shows {loaded.source}; stop with Ctrl-C", flush=True)
-        with _until_told():
-            threading.Event().wait()
 
 
 @contextmanager
@@ -147,7 +93,7 @@ def find_examples(loaded: Any, wanted: Sequence[str] | None, folder: Path) -> li
         UserError: A path that isn't there, or a folder without images.
     """
     if wanted is not None:
-        from ..predict import find_images
+        from ..data.paths import find_images
 
         files = find_images(wanted)
         missing = [file for file in files if not Path(file).is_file()]
@@ -201,23 +147,6 @@ def _spread(items: Sequence[Any]) -> list[Any]:
     if len(items) <= EXAMPLES:
         return list(items)
     return [items[i * len(items) // EXAMPLES + len(items) // (2 * EXAMPLES)] for i in range(EXAMPLES)]
-
-
-@contextmanager
-def _until_told() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end it alike, with everything tidied up."""
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    former = signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
-    try:
-        yield
-    except KeyboardInterrupt:
-        pass
-    finally:
-        if former is not None:
-            signal.signal(signal.SIGTERM, former)
 
 
 def _policy() -> Any:

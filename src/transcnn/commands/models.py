@@ -4,27 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+from ..compare.counting import describe
+from ..variants import VARIANTS
 
-from .errors import UserError
-from .runs import build_model
-from .variants import VARIANTS
-
-__all__ = ["PAPER_TOP1", "describe", "models"]
-
-# ImageNet-1K top-1 in percent as the papers report them (arXiv 2106.03180, v1 for TransCNN); not measured here.
-PAPER_TOP1 = {
-    "transcnn_tiny": 80.4,
-    "transcnn_small": 83.1,
-    "transcnn_medium": 83.8,
-    "transcnn_large": 84.2,
-    "hatnet_tiny": 79.8,
-    "hatnet_small": 82.6,
-    "hatnet_medium": 84.0,
-    "hatnet_large": 84.2,
-}
-LAYERS = (torch.ops.aten.convolution, torch.ops.aten.addmm)
+__all__ = ["models"]
 
 
 def models(names: list[str] | None = None, *, img_size: int | None = None, csv: str | None = None) -> None:
@@ -57,39 +40,11 @@ def models(names: list[str] | None = None, *, img_size: int | None = None, csv: 
         _write_csv(csv, rows)
 
 
-def describe(name: str, img_size: int | None = None) -> dict[str, Any]:
-    """A network's figures: ``name``, ``params``, ``macs``, ``layer_macs``, ``input_size`` and ``paper_top1``.
-
-    ``macs`` are the multiply-adds of one image, ``layer_macs`` those of convolutions and linear layers alone, which is
-    what the paper's FLOPs are.
-    """
-    # Nothing is computed on the meta device: shapes are all that counting needs.
-    with torch.device("meta"):
-        model = build_model(name).eval()
-        config: Any = model.pretrained_cfg
-        channels, *size = config["input_size"]
-        size = [img_size, img_size] if img_size else size
-        if min(size) < 1:
-            raise UserError(f"img_size must be 1 or more, got {img_size}")
-        counter = FlopCounterMode(display=False)
-        with torch.no_grad(), counter:
-            model(torch.empty(1, channels, *size))
-    operations = counter.get_flop_counts()["Global"]
-    return {
-        "name": name,
-        "params": sum(p.numel() for p in model.parameters()),
-        "macs": counter.get_total_flops() // 2,
-        "layer_macs": sum(operations.get(op, 0) for op in LAYERS) // 2,
-        "input_size": [channels, *size],
-        "paper_top1": PAPER_TOP1.get(name),
-    }
-
-
 def _write_csv(path: str, rows: list[dict[str, Any]]) -> None:
     import csv
     from pathlib import Path
 
-    from .runs import write_whole
+    from ..checkpoints.files import atomic_write
 
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8") as file:
@@ -97,4 +52,4 @@ def _write_csv(path: str, rows: list[dict[str, Any]]) -> None:
             writer.writeheader()
             writer.writerows({**row, "input_size": "x".join(map(str, row["input_size"]))} for row in rows)
 
-    write_whole(Path(path), write)
+    atomic_write(Path(path), write)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .errors import UserError
+from ..errors import UserError
 
 __all__ = ["choose_precision", "keep_freed_memory", "quiet_libraries"]
 

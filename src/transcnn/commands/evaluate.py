@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import platform
-import time
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
-import torch
+from ..checkpoints.loading import load
+from ..distributed.processes import gather_lists, launch, rank
+from ..distributed.runtime import quiet_libraries
+from ..errors import UserError
+from ..tasks import get_task
+from ..training.evaluation import measure, write_results
 
-from .bars import EvalBar
-from .data.tolerant import write_skipped
-from .engine import choose_precision, quiet_libraries
-from .errors import UserError
-from .processes import gather_lists, launch, placement, rank, world
-from .runs import Loaded, load, write_whole
-from .tasks import get_task
-from .tasks.base import Task
-
-__all__ = ["evaluate", "measure", "write_results"]
+__all__ = ["evaluate"]
 
 VIEWS = {
     "window": ("segment",),
@@ -134,72 +125,3 @@ def evaluate(
         if target is not None:
             print(f"written: {target / 'metrics.json'}")
     return metrics
-
-
-def measure(
-    loaded: Loaded,
-    part: Any,
-    *,
-    batch_size: int,
-    num_workers: int = 0,
-    precision: str = "32",
-    accelerator: str = "auto",
-    limit: int | None = None,
-    bar: bool = False,
-) -> tuple[Task, dict[str, Any]]:
-    """The task that counted, and a model's scores on one part of a data set (``Task.scores``, and ``seconds``).
-
-    ``bar`` shows how far it is, where standard error is a terminal.
-    """
-    task_args = loaded.info.get("task_args") or {}
-    learner = get_task(loaded.task)(loaded.model, loaded.class_names, loaded.preprocessing, task_args=task_args)
-    settings = {"batch_size": batch_size, "num_workers": num_workers, "place": (rank(), world())}
-    loader = learner.part_loader(part, loaded.preprocessing, task_args, **settings)
-    trainer = L.Trainer(
-        **placement(accelerator),
-        callbacks=[EvalBar()] if bar else None,
-        precision=choose_precision(precision, accelerator),  # pyright: ignore
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        limit_test_batches=limit,
-    )
-    began = time.monotonic()
-    trainer.test(learner, loader, verbose=False)
-    return learner, {**learner.test_scores, "seconds": time.monotonic() - began}
-
-
-def write_results(
-    folder: Path,
-    learner: Task,
-    scores: dict[str, Any],
-    part: Any,
-    metrics: dict[str, Any],
-    broken: list[tuple[str, str]],
-    *,
-    report: bool = True,
-) -> None:
-    """``metrics.json``, ``skipped.csv`` where files could not be read, and the report."""
-    metrics["skipped"] = len(broken)
-    metrics["versions"] = versions()
-    text = json.dumps(metrics, indent=2, ensure_ascii=False) + "\n"
-    write_whole(folder / "metrics.json", lambda path: path.write_text(text, encoding="utf-8"))
-    (folder / "skipped.csv").unlink(missing_ok=True)  # of an earlier evaluation
-    if broken:
-        write_whole(folder / "skipped.csv", lambda path: write_skipped(path, broken))
-    if report:
-        learner.write_report(folder, scores, part, metrics)
-
-
-def versions() -> dict[str, str]:
-    """What the figures were made with."""
-    names = ("transcnn", "torch", "torchvision", "timm", "lightning")
-    found = {name: importlib.metadata.version(name) for name in names}
-    return {"python": platform.python_version(), **found, "device": _device()}
-
-
-def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return str(torch.cpu.get_capabilities().get("cpu_name", platform.machine()))

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from .errors import UserError
+from ..errors import UserError
 
 __all__ = ["convert_state_dict", "load_body", "load_checkpoint"]
 

@@ -1,78 +1,21 @@
-"""``transcnn explain``: one picture of where a network looks in an image, and what it goes by."""
+"""All that one picture shows of a network and an image: attention, Grad-CAM and answers."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from ..data.images import BrokenImage, read_image
-from ..errors import UserError, require
-from ..runs import Loaded, load, write_whole
+from ..checkpoints.loading import Loaded
+from ..errors import UserError
 from .classes import grad_cam, gradient_attention
 from .maps import maps_of
 from .record import record
 
-__all__ = ["explain", "explain_image"]
-
-
-def explain(
-    checkpoint: str,
-    image: str,
-    *,
-    query: str | None = None,
-    class_name: str | None = None,
-    head: int | None = None,
-    img_size: int | None = None,
-    out: str | None = None,
-    quiet: bool = False,
-) -> str:
-    """Draw one picture of where a network looks in an image: attention near and far in each stage, Grad-CAM, answers.
-
-    Args:
-        checkpoint: A run's directory, a .safetensors or .ckpt of ours, or the name of a published model.
-        image: The image file.
-        query: Row and column of the pixel to ask about, as 120,80; without it, the one where Grad-CAM is strongest.
-        class_name: The class to explain, by name or number; without it, the likeliest.
-        head: One attention head instead of the mean over all.
-        img_size: Another size than the network was trained at.
-        out: The picture's file (.png, .pdf, .svg); without it NAME_explain.png where the command is run.
-        quiet: Print nothing but errors.
-
-    Returns:
-        The picture's file.
-
-    Raises:
-        UserError: No such checkpoint, image, class or pixel, or no classifier with H-MHSA.
-    """
-    require("matplotlib", "train")
-    from ..engine import quiet_libraries
-    from ..report.plots import style
-    from .picture import draw
-
-    target = Path(out) if out else Path(f"{Path(image).stem}_explain.png")
-    if target.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise UserError(f"out must end in .png, .pdf or .svg, got {target}")
-    with quiet_libraries():
-        loaded = load(checkpoint)
-    if img_size is not None:
-        loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
-    try:
-        picture = read_image(image)
-    except BrokenImage as error:
-        raise UserError(f"can't read {image}: {error}") from error
-    place = None if query is None else _pixel(query, (picture.height, picture.width))
-    explanation = explain_image(loaded, picture, place, class_name, head)
-    with style():
-        figure = draw(explanation)
-        write_whole(target, lambda path: figure.savefig(path, format=target.suffix[1:].lower()))
-    if not quiet:
-        print(f"written: {target}")
-    return str(target)
+__all__ = ["explain_image", "find_class"]
 
 
 def explain_image(
@@ -85,10 +28,10 @@ def explain_image(
     """The :class:`~transcnn.explain.picture.Explanation` of a PIL image; ``query`` is a pixel of that image.
 
     Raises:
-        UserError: As for :func:`explain`.
+        UserError: No such class or pixel, or no classifier with H-MHSA.
     """
+    from ..explain.picture import Explanation
     from ..tasks import get_task
-    from .picture import Explanation
 
     if loaded.task != "classify":
         raise UserError(f"explain is for classifiers; {loaded.source} is for the task {loaded.task}")
@@ -136,20 +79,6 @@ def find_class(wanted: str, class_names: list[str]) -> int:
     some = ", ".join(near or class_names[:10])
     more = "near ones" if near else "the first ones" if len(class_names) > 10 else "there are"
     raise UserError(f"no class is named {wanted!r}; {more}: {some}")
-
-
-def _pixel(text: str, size: tuple[int, int]) -> tuple[int, int]:
-    """``"120,80"`` as a row and a column of an image of ``size``."""
-    words = text.strip("()[] ").split(",")
-    try:
-        row, column = (int(word) for word in words)
-    except ValueError as error:
-        raise UserError(f"query must be a row and a column as 120,80, got {text!r}") from error
-    if not (0 <= row < size[0] and 0 <= column < size[1]):
-        raise UserError(
-            f"the query must be within 0,0 and {size[0] - 1},{size[1] - 1} (the image's rows and columns), got {text}"
-        )
-    return row, column
 
 
 def _in_crop(query: tuple[int, int], image: tuple[int, int], size: tuple[int, int], crop_pct: float) -> tuple[int, int]:

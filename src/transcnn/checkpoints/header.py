@@ -10,7 +10,7 @@ import math
 import os
 from typing import Any
 
-from .errors import UserError
+from ..errors import UserError
 
 __all__ = ["check_stored"]
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UserError, require
+from ..errors import UserError, require
 from .pyramid import Pyramid, build_pyramid
 
 __all__ = ["DECODERS", "Segmenter", "build", "class_weights"]

@@ -1,0 +1,57 @@
+"""Files put in place whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ..errors import UserError
+
+__all__ = ["atomic_write", "remove_stale_temporaries"]
+
+
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file under a temporary name, then put it in place: whole, or not at all.
+
+    Raises:
+        UserError: The disk is full or can't be written; what was there before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # safetensors lets only its owner read what it writes
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"can't write {path}: {reason}") from error
+    finally:
+        temporary.unlink(missing_ok=True)  # there only if something failed
+
+
+def remove_stale_temporaries(folder: Path) -> None:
+    """Remove what a killed process left half written (see :func:`atomic_write`)."""
+    for temporary in folder.glob(".*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have a new name in a folder on disk too, where the system can do that."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,83 @@
+"""``transcnn demo``: serve the page until Ctrl-C, and leave nothing behind."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..demo.server import serve
+from ..errors import UserError, require
+from ..weights import PACKAGED
+
+__all__ = ["demo"]
+
+
+def demo(
+    checkpoint: str = PACKAGED,
+    *,
+    examples: list[str] | None = None,
+    img_size: int | None = None,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    max_mb: float = 20,
+    accelerator: str = "auto",
+    open: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Serve a page in the browser: give it a picture, see what the network answers and where any spot looks.
+
+    Only this machine can reach it unless --host says otherwise, and nothing leaves it: no analytics, no fonts or
+    scripts from elsewhere. Uploads are deleted after an hour, and all when the command ends (Ctrl-C).
+
+    Args:
+        checkpoint: A run's directory, a .safetensors or .ckpt of ours, or the name of a published model; without it
+            the small network that comes with the package.
+        examples: Images or folders to choose examples from; without it, those of the run's data, if it is still there.
+        img_size: Another size than the network was trained at.
+        host: Address to listen at; 0.0.0.0 lets the whole network in.
+        port: Port to listen at; without it the first free one from 7860 on.
+        max_mb: Largest file that may be uploaded, in megabytes.
+        accelerator: cpu, gpu, or auto.
+        open: Also open the page in this machine's browser.
+        quiet: Print nothing but errors.
+
+    Raises:
+        UserError: No such checkpoint or example, or a port that is taken.
+    """
+    if max_mb <= 0:
+        raise UserError(f"max_mb must be more than 0, got {max_mb:g}")
+    if port is not None and not 0 < port < 65536:
+        raise UserError(f"port must be from 1 to 65535, got {port}")
+    require("gradio", "demo")
+    from ..checkpoints.loading import load
+    from ..distributed.runtime import quiet_libraries
+
+    with quiet_libraries():
+        loaded = load(checkpoint)
+    if img_size is not None:
+        loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
+    with serve(loaded, examples, host=host, port=port, max_mb=max_mb, accelerator=accelerator, open=open) as address:
+        if not quiet:
+            print(f"{address} shows {loaded.source}; stop with Ctrl-C", flush=True)
+        with _until_told():
+            threading.Event().wait()
+
+
+@contextmanager
+def _until_told() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end it alike, with everything tidied up."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        if former is not None:
+            signal.signal(signal.SIGTERM, former)

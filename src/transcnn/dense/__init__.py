@@ -1,0 +1,1 @@
+"""Segmentation and detection networks on the maps of any backbone."""

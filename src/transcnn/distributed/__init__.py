@@ -1,0 +1,1 @@
+"""One run in many processes, and what each computes with."""

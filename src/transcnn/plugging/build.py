@@ -1,0 +1,36 @@
+"""Networks by name, of this package or of timm, with H-MHSA plugged in where a spec says so."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import timm
+from torch import nn
+
+from .. import variants as _registers_our_models  # noqa: F401
+from ..errors import UserError
+from .plug import plug_like
+
+__all__ = ["build_model"]
+
+
+def build_model(name: str, plug: Any = None, **kwargs: Any) -> nn.Module:
+    """``timm.create_model``, with errors for users: near names of one that is unknown, arguments that it refuses.
+
+    ``plug`` puts H-MHSA in, as :func:`transcnn.plug_like` takes it: a spec, names or patterns.
+    """
+    base = name.split(".")[0].split("/")[-1]
+    if ":" not in name and not timm.is_model(base):
+        near = difflib.get_close_matches(base, timm.list_models(), n=4, cutoff=0.5)
+        hint = f"near ones: {', '.join(near)}" if near else "transcnn models lists ours, timm.list_models() all"
+        raise UserError(f"no model is named {name!r}; {hint}")
+    try:
+        model = timm.create_model(name, **kwargs)
+        return plug_like(model, plug) if plug else model
+    except UserError:
+        raise
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"can't make {name} with {kwargs}: {error}") from error
+    except RuntimeError as error:
+        raise UserError(f"can't make {name}: {str(error).splitlines()[0]}") from error
