@@ -128,6 +128,13 @@ def test_nano_is_small():
     assert model(images(2, 3, 32, 32)).shape == (2, 10)
 
 
+def test_micro_is_small_and_has_four_maps_for_dense_tasks():
+    model = transcnn.create_model("transcnn_micro").eval()
+    assert sum(p.numel() for p in model.parameters()) <= 4_000_000
+    assert model(images(2, 3, 64, 64)).shape == (2, 200)
+    assert [info["reduction"] for info in model.feature_info] == [2, 4, 8, 16]
+
+
 # --- the registry -------------------------------------------------------------------------------------------------
 
 
@@ -172,7 +179,7 @@ def test_registered_model_keeps_the_contract(name):
     assert f"{cfg.first_conv}.weight" in model.state_dict()
     assert f"{cfg.classifier}.weight" in model.state_dict()
     assert (cfg.num_classes, cfg.input_size[0]) == (model.num_classes, model.in_chans)
-    assert bool(cfg.has_weights) == (name != "transcnn_test")
+    assert bool(cfg.has_weights) == (name not in ("transcnn_micro", "transcnn_test"))
 
 
 def test_initial_weights():

@@ -233,7 +233,7 @@ def test_the_first_epochs_see_smaller_images(folder, tmp_path, monkeypatch):
         return forward(task, x)
 
     monkeypatch.setattr(Classify, "forward", record)
-    smaller = Augment(policy="small", cutmix=1.0, sizes=[16, 24], size_epochs=[1, 3])
+    smaller = Augment(policy="small", cutmix=1.0, sizes=[16, 24], size_ends=[0.25, 0.75])
     train(folder, **QUICK, epochs=4, augment=smaller, out=str(tmp_path / "run"))
     assert [seen[epoch, True] for epoch in range(4)] == [{16}, {24}, {24}, {32}]
     assert all(seen[epoch, False] == {32} for epoch in range(4))  # judged as they are
@@ -349,11 +349,11 @@ def test_precision_words():
         (dict(lr=0.0), "lr must be above 0"),
         (dict(model="transcnn_tinny"), "no model is named 'transcnn_tinny'; near ones: transcnn_tiny"),
         (dict(augment=Augment(smoothing=2)), "smoothing must be from 0 to 1"),
-        (dict(augment=Augment(sizes=[16])), r"size_epochs must have one entry for each of sizes, got \[\] for \[16\]"),
-        (dict(augment=Augment(sizes=[16, 0], size_epochs=[1, 2])), r"sizes must be 1 or more, got \[16, 0\]"),
+        (dict(augment=Augment(sizes=[16])), r"size_ends must have one entry for each of sizes, got \[\] for \[16\]"),
+        (dict(augment=Augment(sizes=[16, 0], size_ends=[0.1, 1])), r"sizes must be 1 or more, got \[16, 0\]"),
         (
-            dict(augment=Augment(sizes=[16, 8], size_epochs=[2, 2])),
-            r"size_epochs must grow from 1 or more, got \[2, 2\]",
+            dict(augment=Augment(sizes=[16, 8], size_ends=[0.5, 0.2])),
+            r"size_ends must grow, .*, got \[0.5, 0.2\]",
         ),
         (dict(task="sort"), "task must be one of classify"),
         (dict(model_args={"depth": 3}), "can't make transcnn_test"),

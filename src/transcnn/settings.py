@@ -76,7 +76,7 @@ class Augment:
         smoothing: Label smoothing.
         sizes: Smaller sides that batches are resized to in the first epochs, one after another, such as [32, 48];
             ``img_size`` comes after them. Early epochs then take a fraction of the time (classification only).
-        size_epochs: The epoch that each of ``sizes`` ends with, such as [40, 60].
+        size_ends: The share of all epochs after which each of ``sizes`` ends, such as [0.5, 0.75].
     """
 
     policy: Literal["auto", "imagenet", "small", "none"] = "auto"
@@ -96,7 +96,7 @@ class Augment:
     mix_prob: float = 1.0
     smoothing: float = 0.1
     sizes: list[int] | None = None
-    size_epochs: list[int] | None = None
+    size_ends: list[float] | None = None
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The networks by name: TransCNN's and HAT-Net's published sizes, and two of ours.
+"""The networks by name: TransCNN's and HAT-Net's published sizes, and three of ours.
 
 Importing this module registers every name of ``VARIANTS`` with timm, so ``timm.create_model`` knows them.
 """
@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hatnet_small": dict(_HATNET, dims=(64, 128, 320, 512), depths=(2, 3, 8, 3), kernel_sizes=(3, 3, 3, 3)),
     "hatnet_medium": dict(_HATNET, dims=(64, 128, 320, 512), depths=(3, 6, 18, 3)),
     "hatnet_large": dict(_HATNET, dims=(64, 128, 320, 640), depths=(3, 8, 27, 3), kernel_sizes=(3, 3, 3, 3)),
-    # Ours: for 32x32 images, and for tests in milliseconds.
+    # Ours: for images of 32x32, for those of 64 to 256 pixels, and for tests in milliseconds.
     "transcnn_nano": dict(
         dims=(64, 128, 160),
         depths=(1, 3, 2),
@@ -42,6 +42,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
         stem_stride=2,
         grid_sizes=(8, 4, None),
         pool_ratios=(4, 2, None),
+        drop_rate=0.0,
+    ),
+    "transcnn_micro": dict(
+        dims=(32, 64, 160, 256),
+        depths=(1, 2, 4, 2),
+        expansions=(2, 3, 3, 3),
+        kernel_sizes=(3, 3, 3, 3),
+        head_dim=32,
+        stem_stride=2,
+        grid_sizes=(8, 8, 4, None),
+        pool_ratios=(8, 4, 2, None),
         drop_rate=0.0,
     ),
     "transcnn_test": dict(
@@ -105,6 +116,7 @@ default_cfgs = generate_default_cfgs(
             "label_names": CIFAR10,
         },
         "transcnn_nano.untrained": _cfg(size=32, num_classes=10, crop_pct=1.0, pool_size=(4, 4)),
+        "transcnn_micro.untrained": _cfg(size=64, num_classes=200, crop_pct=1.0, pool_size=(4, 4)),
         "transcnn_test.untrained": _cfg(size=64, num_classes=10, crop_pct=1.0),
     }
 )
@@ -175,6 +187,12 @@ def hatnet_large(pretrained: bool = False, **kwargs: Any) -> TransCNN:
 def transcnn_nano(pretrained: bool = False, **kwargs: Any) -> TransCNN:
     """Ours, for images of about 32x32: at most 1.5 M parameters, a stem of stride 2."""
     return _create("transcnn_nano", pretrained, **kwargs)
+
+
+@register_model
+def transcnn_micro(pretrained: bool = False, **kwargs: Any) -> TransCNN:
+    """Ours, for images of 64 to 256 pixels and dense prediction on them: at most 4 M parameters, a stem of stride 2."""
+    return _create("transcnn_micro", pretrained, **kwargs)
 
 
 @register_model

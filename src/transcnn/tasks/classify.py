@@ -133,8 +133,8 @@ class Classify(Task):
 
     def _resized(self, images: Tensor) -> Tensor:
         """Training images at the side that the present epoch has (``Augment.sizes``)."""
-        ends = self.augment.size_epochs or []
-        nth = sum(self.current_epoch >= end for end in ends)
+        ends = self.augment.size_ends or []
+        nth = sum(self.current_epoch >= end * self.epochs for end in ends)
         if nth == len(ends):
             return images
         size = (self.augment.sizes or [])[nth]

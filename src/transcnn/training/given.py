@@ -108,16 +108,16 @@ def check(s: SimpleNamespace, eval_metrics: tuple[str, ...], world: int = 1) -> 
     for name in ("smoothing", "mix_prob"):
         if not 0 <= s.augment[name] <= 1:
             raise UserError(f"{name} must be from 0 to 1, got {s.augment[name]}")
-    _check_sizes(s.augment.get("sizes") or [], s.augment.get("size_epochs") or [])
+    _check_sizes(s.augment.get("sizes") or [], s.augment.get("size_ends") or [])
 
 
-def _check_sizes(sizes: list[int], ends: list[int]) -> None:
+def _check_sizes(sizes: list[int], ends: list[float]) -> None:
     if len(sizes) != len(ends):
-        raise UserError(f"size_epochs must have one entry for each of sizes, got {ends} for {sizes}")
+        raise UserError(f"size_ends must have one entry for each of sizes, got {ends} for {sizes}")
     if any(size < 1 for size in sizes):
         raise UserError(f"sizes must be 1 or more, got {sizes}")
-    if ends != sorted(set(ends)) or any(end < 1 for end in ends):
-        raise UserError(f"size_epochs must grow from 1 or more, got {ends}")
+    if ends != sorted(set(ends)) or any(not 0 < end <= 1 for end in ends):
+        raise UserError(f"size_ends must grow, from above 0 to at most 1, got {ends}")
 
 
 def _check_cuda_graphs(s: SimpleNamespace, world: int) -> None:
