@@ -46,7 +46,7 @@ NOT_RUN = [
         "measures for minutes; benchmarks are written to be repeated",
     ),
     (r": transcnn demo", "serves until it is stopped; tests/test_demo.py does that"),
-    (r"train torch/", "torchvision's data sets, which must be downloaded"),
+    (r"(train|eval \S+) torch/", "torchvision's data sets, which must be downloaded"),
     (r"push_to_hub\(", "needs the hub; tests/test_share.py runs it against a stand-in"),
     (r"train imagefolder|FOLDER|IMAGENET", "stands for the reader's own data"),
     (r"transcnn plug resnet50$", "run by tests/test_plug_commands.py"),
