@@ -12,9 +12,12 @@ import importlib
 import inspect
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
+from functools import cache
 from typing import Any
 
 from .errors import UserError
@@ -88,13 +91,14 @@ def parse(name: str, function: Callable[..., Any], argv: Sequence[str]) -> dict[
     parser = make_parser(name, function)
     try:
         words = _spell_out(parser, function, list(argv))
-        config = parser.parse_args(words)
+        config = parser.parse_args(words, env=False)  # JSONARGPARSE_DEFAULT_ENV would let the environment set all
         arguments = parser.instantiate(config).as_dict()
+        _check_plain(arguments)
     except UserError:
         raise
     except argparse.ArgumentError as error:
         raise UserError(_one_line(error)) from error
-    except (TypeError, ValueError, AttributeError, KeyError, RecursionError, OSError) as error:  # of a file's content
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, OSError) as error:
         text = _one_line(error)
         reason = "a group of settings must be names with values" if "must be a mapping" in text else text
         raise UserError(f"the arguments can't be understood: {reason}") from error
@@ -103,14 +107,34 @@ def parse(name: str, function: Callable[..., Any], argv: Sequence[str]) -> dict[
     return arguments
 
 
+def _check_plain(arguments: dict[str, Any]) -> None:
+    """See that dictionaries whose keys are free hold plain values alone."""
+    from .plain import check_plain
+
+    for name, value in arguments.items():
+        inner = vars(value) if is_dataclass(value) else {"": value}
+        for key, item in inner.items():
+            if isinstance(item, dict):
+                check_plain(item, ".".join(filter(None, (name, key))))
+
+
+@cache
 def make_parser(name: str, function: Callable[..., Any]) -> Any:
     """jsonargparse's parser for one command."""
     from .errors import require
 
     jsonargparse = require("jsonargparse", "train")
+    import yaml
+
+    from .plain import load_plain
+
+    # Settings come from strangers' files, too. jsonargparse imports and calls what a value names as class_path, be it
+    # in a dictionary or in place of a group; here no value can name anything to import.
+    jsonargparse.set_parsing_settings(import_path_denylist=["*"], instantiate_subclass_spec_in_any=False)
+    jsonargparse.set_loader("plain", load_plain, (yaml.YAMLError,))
     positionals = _positionals(function)
     usage = " ".join(["transcnn", name, *(_usage(p) for p in positionals), "[--FLAG VALUE ...]"])
-    parser = jsonargparse.ArgumentParser(prog=f"transcnn {name}", usage=usage, exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(prog=f"transcnn {name}", usage=usage, exit_on_error=False, parser_mode="plain")
     parser.add_argument("--config", action="config", help="YAML file that sets any of the arguments below")
     parser.add_function_arguments(function, as_positional=False, fail_untyped=True)
     return parser
@@ -221,6 +245,8 @@ def _overview() -> str:
 
 def _one_line(error: Exception) -> str:
     """jsonargparse's message on one line, without the layers of its own parser."""
+    if denied := re.search(r"Importing '(.+?)' is not allowed", str(error)):
+        return f"settings are plain values, none can name a class: {denied[1]}"
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
     return " ".join(lines).replace('Parser key "', 'argument "').replace("typing.", "")
 

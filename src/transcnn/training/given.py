@@ -16,6 +16,7 @@ from ..checkpoints.files import remove_stale_temporaries
 from ..checkpoints.loading import read_info
 from ..distributed.processes import attempt
 from ..errors import UserError
+from ..plain import check_plain
 from .checkpointing import LAST, PREVIOUS, newest_good, note
 from .run_dir import made_by_this_launch
 
@@ -67,6 +68,10 @@ def resumed_settings(given: dict[str, Any], defaults: dict[str, Any], checkpoint
     saved = read_info(checkpoint).get("settings")
     if not saved:
         raise UserError(f"{checkpoint} was not written by transcnn train; to start from its weights use --init_from")
+    try:
+        check_plain(saved, "settings")
+    except ValueError as error:
+        raise UserError(f"{checkpoint} is damaged: {error}") from error
     settings = {**defaults, **saved}
     for name, value in given.items():
         if value == defaults[name] or value == settings[name] or name in PRESENT:

@@ -1,0 +1,101 @@
+"""Plain values: what a recipe, a flag or a checkpoint may hold, and YAML of strangers read as nothing else.
+
+Plain are numbers, strings, booleans, None, and lists and dictionaries of these. No name in such a file is ever looked
+up as a class or a module, whatever key it stands under.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import yaml
+
+__all__ = ["MAX_CHARACTERS", "MAX_DEPTH", "check_plain", "load_plain"]
+
+MAX_CHARACTERS = 1 << 18  # of a recipe; ours have less than 3,000
+MAX_DEPTH = 20  # of lists and dictionaries inside each other
+
+_TAGS = {None, "!", *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map"))}
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def load_plain(text: str) -> Any:
+    """What a YAML (or JSON) text says, as plain values; to be a loader of jsonargparse.
+
+    Raises:
+        yaml.YAMLError: It isn't YAML, names a class of Python (a tag), repeats itself by aliases, is nested more than
+            ``MAX_DEPTH`` deep or longer than ``MAX_CHARACTERS``.
+    """
+    import jsonargparse  # not needed by commands that read no settings
+
+    _check_events(text)
+    try:
+        value = jsonargparse.get_loader("yaml")(text)
+        check_plain(value, "a value")
+    except (ValueError, TypeError, RecursionError, OverflowError) as error:  # of a number or key that Python can't hold
+        raise yaml.YAMLError(str(error)) from error
+    for string in _strings(value):  # jsonargparse reads a string once more where it expects something else
+        if string != text:
+            _check_string(string)
+    return value
+
+
+def check_plain(value: Any, name: str, depth: int = 0) -> None:
+    """See that a value is plain.
+
+    Raises:
+        ValueError: It isn't, or is nested more than ``MAX_DEPTH`` deep; ``name`` says what it is the value of.
+    """
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{name} is nested more than {MAX_DEPTH} deep")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str | int | float | bool):
+                raise ValueError(f"{name} has a key that is neither a name nor a number")
+            check_plain(item, f"{name}.{key}" if depth < 3 else name, depth + 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_plain(item, name, depth + 1)
+    elif value is not None and type(value) not in (str, bool, int, float):
+        kinds = "a number, a string, true, false, null, or a list or names with values of these"
+        raise ValueError(f"{name} must be {kinds}, got a {type(value).__name__}")
+    elif isinstance(value, int) and value and math.log10(abs(value)) > 300:
+        raise ValueError(f"{name} has too many digits")
+
+
+def _check_events(text: str) -> None:
+    """Refuse what would take long or much memory, before any value is made of it."""
+    if len(text) > MAX_CHARACTERS:
+        raise yaml.YAMLError(f"longer than {MAX_CHARACTERS:,} characters")
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read: write the value where it is needed")
+        if getattr(event, "tag", None) not in _TAGS:
+            raise yaml.YAMLError(f"tags are not read: {event.tag[:80]}")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep")
+
+
+def _check_string(text: str) -> None:
+    if not any(mark in text for mark in "*[{-?:"):  # neither an alias nor anything nested
+        return
+    try:
+        _check_events(text)
+    except yaml.MarkedYAMLError:
+        return  # not YAML: it stays a string
+
+
+def _strings(value: Any) -> list[str]:
+    """All strings among plain values; they are nested ``MAX_DEPTH`` deep at most."""
+    if isinstance(value, dict):
+        return [text for pair in value.items() for item in pair for text in _strings(item)]
+    if isinstance(value, list):
+        return [text for item in value for text in _strings(item)]
+    return [value] if isinstance(value, str) else []
