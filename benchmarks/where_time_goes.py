@@ -32,9 +32,9 @@ def show_kernels() -> None:
     """Have the profiler see our kernels, too."""
     call = calls.call
 
-    def seen(name: str, *arguments: object) -> None:
+    def seen(name: str, *arguments: object, **options: object) -> None:
         with record_function(f"transcnn::{name}"):
-            call(name, *arguments)  # pyright: ignore
+            call(name, *arguments, **options)  # pyright: ignore
 
     calls.call = seen  # pyright: ignore
 

@@ -14,7 +14,8 @@ from transcnn.errors import UserError
 from transcnn.fast import fold_batchnorms, optimize
 from transcnn.kernels import attend as kernel
 from transcnn.kernels import parts
-from transcnn.kernels.blocks import FastBlock, FastHMHSA, FastResidual
+from transcnn.kernels.blocks import FastBlock, FastDualDownsample, FastHMHSA, FastResidual, FastStem
+from transcnn.kernels.native import calls
 
 SIZES = [(64, 64), (97, 131), (33, 40)]
 NETWORKS = {
@@ -172,6 +173,79 @@ def test_the_model_itself_stays_as_it_was():
     again = copy.deepcopy(fast)
     x = torch.randn(1, 3, 40, 40)
     assert torch.equal(again(x), fast(x))
+
+
+def channels(module: nn.Module) -> int:
+    """Of the map that this part of an optimized network takes."""
+    return 3 if isinstance(module, FastStem) else module.weight_like().shape[1]
+
+
+REPRODUCED = ["transcnn_tiny", "transcnn_nano", "hatnet_tiny", "plugged resnet18"]
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    models = {name: transcnn.create_model(name).eval() for name in REPRODUCED[:3]}
+    return models | {REPRODUCED[3]: fill(transcnn.plug(timm.create_model("resnet18", num_classes=7))).eval()}
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["kernels", "plain"])
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+@pytest.mark.parametrize("name", REPRODUCED)
+@torch.no_grad()
+def test_autocast_is_off_inside(name, dtype, native, published, monkeypatch):
+    """Under autocast some tensors that kernels were given had another dtype: wrong answers, or memory overwritten."""
+    if not native:
+        monkeypatch.setattr(calls, "supports", lambda dtype: False)
+    model = published[name]
+    fast = optimize(model, dtype)
+    x = torch.randn(2, 3, *((32, 32) if name == "transcnn_nano" else (64, 64)))
+    expected = fast(x)
+    assert error(expected, model(x)) <= (3e-2 if dtype else 1e-5)
+    for autocast in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", autocast):
+            for method in ("__call__", "forward_features"):
+                if hasattr(fast, method):
+                    ours = getattr(fast, method)(x)
+                    assert ours.dtype == torch.float32
+            assert torch.equal(fast(x), expected)
+            assert torch.equal(fast(x.to(autocast)).float(), fast(x.to(autocast).float()).to(autocast).float())
+            for module in fast.modules():  # entered one by one
+                if isinstance(module, FastBlock | FastHMHSA | FastDualDownsample | FastStem):
+                    part = torch.randn(1, channels(module), 9, 8)
+                    ours = module(part)
+                    with torch.autocast("cpu", enabled=False):
+                        assert torch.equal(ours, module(part))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # PyTorch's own forward mode
+@pytest.mark.parametrize("kind", ["transcnn", "plugged"])
+def test_gradients_are_refused(kind):
+    model = network() if kind == "transcnn" else fill(transcnn.plug(timm.create_model("resnet18", num_classes=7)))
+    fast, x = optimize(model), torch.randn(1, 3, 40, 40)
+    inner = next(module for module in fast.modules() if isinstance(module, FastBlock | FastHMHSA))
+    assert not fast(x).requires_grad
+    with torch.no_grad():
+        expected = fast(x)
+        assert torch.equal(fast(x.clone().requires_grad_()), expected)
+    for ask in (
+        fast,
+        fast.forward_features,
+        lambda x: inner(x.new_zeros(1, channels(inner), 5, 5) * x.sum()),
+    ):
+        with pytest.raises(UserError, match="only infers"):
+            ask(x.clone().requires_grad_())
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(UserError, match="only infers"):
+            ask(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+    for refuse in (fast.train, fast.requires_grad_, inner.train, inner.requires_grad_):
+        with pytest.raises(UserError, match="only infers"):
+            refuse()
+    for p in fast.parameters():
+        p.requires_grad = True
+    with pytest.raises(UserError, match="only infers"):
+        fast(x)
+    assert torch.equal(fast.requires_grad_(False).train(False)(x), expected)
 
 
 def test_errors():

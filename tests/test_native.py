@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from transcnn.blocks import DualDownsample
 from transcnn.fast import optimize
 from transcnn.kernels import tokens
 from transcnn.kernels.blocks import FastDualDownsample, FastHMHSA, FastLocalStep, FastResidual, FastStem
-from transcnn.kernels.native import build, calls
+from transcnn.kernels.native import build, calls, training
 from transcnn.kernels.tokens import fuse
 
 has_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -57,9 +58,9 @@ def counted() -> Iterator[Counter]:
     """How often each kernel is called meanwhile."""
     called: Counter = Counter()
 
-    def count(name: str, *arguments: object) -> None:
+    def count(name: str, *arguments: object, **options: object) -> None:
         called[name] += 1
-        run(name, *arguments)
+        run(name, *arguments, **options)
 
     run = calls.call
     with pytest.MonkeyPatch.context() as patch:
@@ -660,7 +661,100 @@ def test_several_callers_at_once(dtype):
             assert all(map(torch.equal, pool.map(both, maps), expected))
 
 
-# 6. How they come to be
+# 6. What they are given
+
+
+def kernel_calls(dtype: torch.dtype) -> dict[str, tuple]:
+    """The arguments of a call of each kernel."""
+    given: dict[str, tuple] = {}
+
+    def take_down(name: str, *arguments: object, **options: object) -> None:
+        given[name] = arguments, options
+        run(name, *arguments, **options)
+
+    run = calls.call
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calls, "call", take_down)
+        x, one = torch.randn(2, 9, 10, 32).to(dtype), torch.ones(32)
+        with torch.no_grad():
+            inverted_residual(32, 64, 64, 3, dtype)[0](x, torch.randn(2, 9, 10, 64).to(dtype))
+            FastStem(stem(3, 16, 32, (2, 2), dtype))(torch.randn(2, 3, 9, 9).to(dtype))
+            fast_halving(halving(32, 64, nn.SiLU(), dtype))(x.permute(0, 3, 1, 2))
+        calls.attend_locally(x, x, calls.pack_matrix(*weights(96, 32, dtype)), one, 32, 8)
+        packed = [calls.pack_matrix(*weights(32, 32, dtype)) for _ in range(2)]
+        tokens = torch.randn(2, 7, 64).to(dtype)
+        calls.attend_globally(x.clone(), x, packed[0], tokens, packed[1], [(x[:, ::2, ::2], 2)], 32)
+        qkv = torch.randn(2, 9, 10, 96).to(dtype)
+        training.grid_backward(qkv, training.grid_forward(qkv, 32, 4), 32, 4)
+        queries = x.flatten(1, 2)
+        training.global_backward(queries, tokens, training.global_forward(queries, tokens, 32), 32)
+        taps = torch.randn(9, 32)
+        training.moments(x)
+        training.middle_forward(x, (one, one), taps)
+        training.middle_backward(x, training.activate(x, (one, one)), (one,) * 5, x, (one,) * 3, taps)
+        training.steepen(x, x, (one,) * 3)
+        training.finish(x.clone(), x, (one,) * 3)
+    return given
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_tensor_of_every_call_is_looked_at(dtype):
+    """A kernel reads and writes as many numbers as it is told, wherever they are."""
+
+    class Own(Tensor):
+        pass
+
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    given = kernel_calls(dtype)
+    exported = {name.rpartition("_")[0] for name in exported_functions()}
+    assert set(given) == exported
+    for name, (arguments, options) in given.items():
+        tensors = [i for i, argument in enumerate(arguments) if isinstance(argument, tuple)]
+        assert len(tensors) >= 2
+        for i in tensors:
+            label, x, expected, shape = arguments[i]
+            wide = x.repeat_interleave(2, -1)[..., ::2]
+            wrong = [
+                x.to(other if expected == dtype else torch.float16),
+                x[:-1],
+                x.flatten()[:-1],
+                x.new_empty(*shape, 1),
+                x.new_empty(0),
+                x.to("meta"),
+                x.to_sparse(),
+                x.as_subclass(Own),
+                torch._neg_view(x),
+                None,
+                *([wide] if not wide.is_contiguous() else []),
+            ]
+            for tensor in wrong:
+                changed = [*arguments]
+                changed[i] = (label, tensor, expected, shape)
+                with pytest.raises(ValueError, match=f"kernel '{name}': {label} must be"):
+                    calls.call(name, *changed, **options)
+
+
+def exported_functions() -> set[str]:
+    sources = build.SOURCES.glob("*.cpp")
+    text = "".join(path.read_text() for path in sources)
+    found = re.findall(r"^\s*extern \"C\" void (\w+)##SUFFIX", text, re.MULTILINE)
+    found += re.findall(r"^[A-Z]+\((\w+)_fp32, float\)", text, re.MULTILINE)
+    return {f"{name.rstrip('_')}_fp32" for name in found}
+
+
+@has_kernels
+def test_sizes_that_a_kernel_lacks_are_refused():
+    x, one = torch.randn(1, 4, 4, 32), torch.ones(32)
+    for head_dim in (0, 8, 24, 64):
+        with pytest.raises(ValueError, match=r"can't be called with these sizes: 32"):
+            calls.attend_locally(x, x, calls.pack_matrix(*weights(96, 32, torch.float32)), None, head_dim, 4)
+    with pytest.raises(ValueError, match=r"can't be called with these sizes: 81, 32"):
+        training.middle_forward(x, (one, one), torch.ones(81, 32))
+    with pytest.raises(ValueError, match=r"there is no kernel 'moments' for torch.float64"):
+        training.moments(x.double())
+
+
+# 7. How they come to be
 
 
 @pytest.fixture
@@ -856,7 +950,7 @@ def test_what_is_compiled_for_other_processors(kind, needs, anew, monkeypatch, t
         test_silu_everywhere(dtype)
 
 
-# 7. Networks
+# 8. Networks
 
 
 def network(**changes) -> nn.Module:

@@ -80,9 +80,9 @@ def kernels(monkeypatch) -> list[str]:
     called: list[str] = []
     call = calls.call
 
-    def spy(name, like, *arguments):
+    def spy(name, dtype, *arguments, **options):
         called.append(name)
-        return call(name, like, *arguments)
+        return call(name, dtype, *arguments, **options)
 
     monkeypatch.setattr(calls, "call", spy)
     return called

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
 import torch.fx
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils._pytree import tree_map_only
 
 from .attention import HMHSA, LocalStep
 from .backbone import TransCNN
@@ -19,13 +17,14 @@ from .blocks import Block, ConvDownsample, DualDownsample, InvertedResidual, Str
 from .depthwise import DepthwiseConv2d
 from .errors import UserError
 from .kernels.blocks import FastBlock, FastDualDownsample, FastHMHSA, FastStem
+from .kernels.entry import Frozen, infers_only
 from .kernels.gpu.graphs import RecordedInference, RecordedTraining
 from .kernels.grid import KernelLocalStep
 from .kernels.layers import KernelBatchNorm2d, KernelPointwise, is_pointwise
 from .kernels.middle import KernelInvertedResidual
 from .kernels.parts import hooked
 from .kernels.steps import KernelHMHSA
-from .kernels.tokens import Frozen, OnTokens, affine
+from .kernels.tokens import OnTokens, affine
 
 __all__ = ["accelerate_training", "fold_batchnorms", "optimize", "record_training"]
 
@@ -83,8 +82,12 @@ def optimize(
     fast = _replace(fast)
     fold_batchnorms(fast)
     fast = fast.to(memory_format=torch.channels_last)  # pyright: ignore
-    if kind is not None:
-        _cast(fast, kind)
+    parts = _computing(fast)
+    for part in parts:
+        if kind is not None:
+            _cast(part, kind)
+        infers_only(part)
+    infers_only(fast, cast=parts == [fast])
     if compile:
         fast.compile(options={"freezing": True})
     fast = RecordedInference(fast) if graphs else fast
@@ -221,31 +224,18 @@ def _after_norm(norm: nn.Module) -> nn.Module:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Compute in ``dtype``; what goes in is cast to it, what comes out to what came in.
-
-    torchvision's detectors keep everything but their backbone, for boxes need more digits than bf16 has.
-    """
-    detector = isinstance(getattr(model, "backbone", None), nn.Module) and hasattr(model, "transform")
-    part: nn.Module = model.backbone if detector else model  # pyright: ignore
-    for module in part.modules():
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):  # whose statistics need more digits, too
+    """Keep weights in ``dtype``, but for BatchNorms, whose statistics need more digits."""
+    for module in model.modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 if tensor.is_floating_point():
                     tensor.data = tensor.data.to(dtype)
-    part.register_forward_pre_hook(partial(_cast_inputs, dtype=dtype))
-    part.register_forward_hook(_cast_outputs)
 
 
-def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...], *, dtype: torch.dtype) -> tuple[Any, ...]:
-    floating = [x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
-    module._input_dtype = floating[0].dtype if floating else dtype  # pyright: ignore
-    return _tree(inputs, dtype)
+def _computing(model: nn.Module) -> list[nn.Module]:
+    """The parts that compute in the dtype asked for.
 
-
-def _cast_outputs(module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> Any:
-    return _tree(outputs, module._input_dtype)  # pyright: ignore
-
-
-def _tree(x: Any, dtype: torch.dtype) -> Any:
-    """``x`` with every floating-point tensor in it, however deep, cast."""
-    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, x)
+    torchvision's detectors keep everything but their backbone, for boxes need more digits than bf16 has.
+    """
+    detectors = [m for m in model.modules() if isinstance(getattr(m, "backbone", None), nn.Module)]
+    return [m.backbone for m in detectors if hasattr(m, "transform")] or [model]  # pyright: ignore

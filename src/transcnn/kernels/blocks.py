@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from ..attention import HMHSA, LocalStep, merge, real_positions
 from .attend import attend
+from .entry import Frozen, entry
 from .gpu.runs import fits
 from .grid import takes_grids
 from .native import calls as native
 from .parts import Part, in_parts
-from .tokens import Convolution, Frozen, Matrix, OnTokens, affine, frozen, fuse, has_kernels, to_map, to_tokens
+from .tokens import Convolution, Matrix, OnTokens, affine, frozen, fuse, has_kernels, to_map, to_tokens
 
 __all__ = ["FastBlock", "FastDualDownsample", "FastHMHSA", "FastLocalStep", "FastResidual", "FastStem"]
 
@@ -145,7 +146,11 @@ class FastHMHSA(Frozen):
             self.qkv = Matrix(attn.qkv, before, after)
         self.proj = Matrix(attn.proj)
 
-    @torch.no_grad()
+    def weight_like(self) -> Tensor:
+        """The last projection's, which every one has."""
+        return self.proj.weight
+
+    @entry
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         if x.ndim != 4 or x.shape[1] != self.dim:
@@ -196,7 +201,11 @@ class FastBlock(Frozen):
         self.attn = FastHMHSA(attn)
         self.irb = _as_residual(fuse(irb))
 
-    @torch.no_grad()
+    def weight_like(self) -> Tensor:
+        """That of the attention."""
+        return self.attn.proj.weight
+
+    @entry
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         x = to_tokens(x)
@@ -221,7 +230,7 @@ class FastDualDownsample(Frozen):
         super().__init__()
         self.conv, self.pool, self.residual, self.act = fuse(conv), pool, fuse(residual), act
 
-    @torch.no_grad()
+    @entry
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
         tokens = to_tokens(x)
@@ -246,13 +255,12 @@ class FastStem(OnTokens):
         super().__init__(layers)
         self._pack = native.Packed(native.pack_stem)
 
-    @torch.no_grad()
+    @entry
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
         if not self._is_usual():
             return super().forward(x)
         first, second = self._convolutions()
-        x = x.to(first.weight.dtype)
         widths = len(first.weight), len(second.weight)
         matches = x.ndim == 4 and x.shape[1] == first.weight.shape[1]
         if not matches or not native.fits(x, *widths, products=False):

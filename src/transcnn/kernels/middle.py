@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from ..blocks import InvertedResidual
 from .layers import KernelBatchNorm2d, worthwhile
 from .native import calls as native
+from .native import training as kernels
 from .parts import hooked
 
 __all__ = ["KernelInvertedResidual"]
@@ -92,18 +93,13 @@ class _Middle(torch.autograd.Function):
     def forward(ctx: Any, e: Tensor, *arguments: Any) -> Tensor:  # γ₁, β₁, weight, γ₂, β₂, the norms themselves
         weight1, bias1, weight, weight2, bias2, norm1, norm2 = arguments
         x = e.permute(0, 2, 3, 1)
-        channels, positions = x.shape[3], x.shape[:3].numel()
-        size = weight.shape[2]
-        taps = weight.detach().float().view(channels, size * size).t().contiguous()
+        taps = weight.detach().float().flatten(1).t().contiguous()  # (k², C)
 
-        sums = _sums(channels)
-        if norm1 is not None:
-            native.call("moments", x, x, sums, positions, channels)
-        first = _normalise(norm1, weight1, bias1, sums, positions)
-        m, s, sums = torch.empty_like(x), torch.empty_like(x), _sums(channels)
-        native.call("middle_forward", x, x, first.scale, first.shift, taps, m, sums, *x.shape, size)
-        second = _normalise(norm2, weight2, bias2, sums, positions)
-        native.call("activate", x, m, second.scale, second.shift, s, positions, channels)
+        sums = None if norm1 is None else kernels.moments(x)
+        first = _normalise(norm1, weight1, bias1, sums, x)
+        m, sums = kernels.middle_forward(x, (first.scale, first.shift), taps)
+        second = _normalise(norm2, weight2, bias2, sums, x)
+        s = kernels.activate(m, (second.scale, second.shift))
         ctx.save_for_backward(x, m, taps, *first, *second)
         ctx.dtypes = [None if argument is None else argument.dtype for argument in arguments[:5]]
         return s.permute(0, 3, 1, 2)
@@ -116,33 +112,29 @@ class _Middle(torch.autograd.Function):
         channels, positions, size = x.shape[3], x.shape[:3].numel(), round(len(taps) ** 0.5)
         ds = grads[0].permute(0, 2, 3, 1).to(x.dtype).contiguous()
 
-        sums = _sums(channels)
+        sums = torch.zeros(1, 2, channels, dtype=torch.double)  # of a norm that isn't there
         if ctx.dtypes[3] is not None:
-            native.call("steepen", x, m, ds, second.scale, second.shift, second.mean, sums, positions, channels)
+            sums = kernels.steepen(m, ds, (second.scale, second.shift, second.mean))
         factors, weight2, bias2 = _through_norm(second, sums, positions)
-        dx = torch.empty_like(x)
-        turned, sums = taps.flip(0).contiguous(), _sums(channels)
-        dtaps = torch.zeros(torch.get_num_threads(), *taps.shape)
-        native.call("middle_backward", x, m, ds, second.scale, second.shift, *factors, x, first.scale, first.shift,
-                    first.mean, turned, dx, dtaps, sums, *x.shape, size)  # fmt: skip
+        norm1, norm2 = (first.scale, first.shift, first.mean), (second.scale, second.shift, *factors)
+        dx, dtaps, sums = kernels.middle_backward(m, ds, norm2, x, norm1, taps.flip(0).contiguous())
         factors, weight1, bias1 = _through_norm(first, sums, positions)
         if ctx.dtypes[0] is not None:
-            native.call("finish", x, dx, x, *factors, positions, channels)
+            kernels.finish(dx, x, factors)
         weight = dtaps.sum(0).t().reshape(channels, 1, size, size)
         found = (weight1, bias1, weight, weight2, bias2)
         found = [dtype and grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True)]
         return dx.permute(0, 3, 1, 2), *found, None, None
 
 
-def _sums(channels: int) -> Tensor:
-    return torch.zeros(torch.get_num_threads(), 2, channels, dtype=torch.double)
-
-
-def _normalise(norm: nn.BatchNorm2d | None, weight: Tensor, bias: Tensor, sums: Tensor, positions: int) -> _Statistics:
+def _normalise(
+    norm: nn.BatchNorm2d | None, weight: Tensor, bias: Tensor, sums: Tensor | None, x: Tensor
+) -> _Statistics:
     """What BatchNorm makes of the sums of x and of its square; its running statistics go on."""
-    if norm is None:
-        zero = torch.zeros(sums.shape[2])
+    if norm is None or sums is None:
+        zero = torch.zeros(x.shape[3])
         return _Statistics(zero, zero + 1, zero + 1, zero)
+    positions = x.shape[:3].numel()
     mean, square = sums.sum(0) / positions
     variance = (square - mean**2).clamp_min(0)
     if norm.track_running_stats and norm.running_mean is not None and norm.running_var is not None:

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from ..attention import HMHSA
 from .layers import worthwhile
 from .native import calls as native
+from .native import training as kernels
 
 __all__ = ["KernelHMHSA", "grid_attention", "trainable"]
 
@@ -52,35 +53,26 @@ def grid_attention(qkv: Tensor, head_dim: int, size: int) -> Tensor:
 class _Grid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, head_dim: int, size: int) -> Tensor:
-        batch, height, width, three = qkv.shape
-        out = qkv.new_empty(batch, height, width, three // 3)
-        native.call("grid_forward", qkv, qkv, out, *out.shape, head_dim, size)
         ctx.save_for_backward(qkv)
-        ctx.sizes = (*out.shape, head_dim, size)
-        return out
+        ctx.options = (head_dim, size)
+        return kernels.grid_forward(qkv, head_dim, size)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         (qkv,) = ctx.saved_tensors
-        of_qkv = torch.empty_like(qkv)
-        native.call("grid_backward", qkv, qkv, grads[0].to(qkv.dtype).contiguous(), of_qkv, *ctx.sizes)
-        return of_qkv, None, None
+        return kernels.grid_backward(qkv, grads[0].to(qkv.dtype).contiguous(), *ctx.options), None, None
 
 
 class _Global(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, kv: Tensor, head_dim: int) -> Tensor:  # (B, N, C), (B, M, 2C) -> (B, N, C)
-        out = torch.empty_like(q)
-        ctx.sizes = (len(q), q.shape[1], kv.shape[1], q.shape[2], head_dim)
-        native.call("global_forward", q, q, kv, out, *ctx.sizes)
         ctx.save_for_backward(q, kv)
-        return out
+        ctx.head_dim = head_dim
+        return kernels.global_forward(q, kv, head_dim)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         q, kv = ctx.saved_tensors
-        of_q, of_kv = torch.empty_like(q), torch.empty_like(kv)
-        native.call("global_backward", q, q, kv, grads[0].to(q.dtype).contiguous(), of_q, of_kv, *ctx.sizes)
-        return of_q, of_kv, None
+        return *kernels.global_backward(q, kv, grads[0].to(q.dtype).contiguous(), ctx.head_dim), None

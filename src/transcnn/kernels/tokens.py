@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import strided_conv2d
-from ..errors import UserError
+from .entry import Frozen, entry
 from .gpu.runs import HALVES, fastest, fits
 from .layers import KernelBatchNorm2d
 from .native import calls as native
@@ -28,7 +28,6 @@ from .parts import eager_cpu
 
 __all__ = [
     "Convolution",
-    "Frozen",
     "Matrix",
     "OnTokens",
     "affine",
@@ -40,18 +39,6 @@ __all__ = [
 ]
 
 Affine = tuple[Tensor, Tensor]  # scale and shift of each channel, in double precision
-
-
-class Frozen(nn.Module):
-    """A module that only infers: it has no training mode, and no gradient flows through it."""
-
-    def train(self, mode: bool = True) -> Frozen:
-        """Refuses ``mode=True``."""
-        if mode:
-            raise UserError(
-                "an optimized model only infers; train the model that it was made from, then optimize again"
-            )
-        return super().train(False)
 
 
 def frozen(tensor: Tensor, like: Tensor) -> nn.Parameter:
@@ -228,11 +215,10 @@ class OnTokens(Frozen):
         super().__init__()
         self.layers = fuse(layers)
 
-    @torch.no_grad()
+    @entry
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
-        dtype = next(self.layers.parameters()).dtype
-        return to_map(self.layers(to_tokens(x.to(dtype))))
+        return to_map(self.layers(to_tokens(x)))
 
 
 def to_tokens(x: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from ..entry import Frozen
 from ..parts import hooked
-from ..tokens import Frozen
 
 __all__ = ["RecordedInference", "RecordedTraining"]
 

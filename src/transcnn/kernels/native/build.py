@@ -19,6 +19,8 @@ __all__ = ["library", "supports"]
 
 SOURCES = Path(__file__).parent
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared"]
+# A build for tests (TRANSCNN_NATIVE_DEBUG=1) that ends the process where a kernel reads or writes what isn't its own.
+DEBUG = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 _log = logging.getLogger(__name__)
 
 
@@ -28,6 +30,8 @@ def library() -> ctypes.CDLL | None:
 
     The compiler is ``$CXX`` or else g++; what it makes is kept in ``$XDG_CACHE_HOME/transcnn`` (``~/.cache/transcnn``),
     under a name that depends on these sources, the compiler and the processor. ``TRANSCNN_NATIVE=0`` forbids all of it.
+    ``TRANSCNN_NATIVE_DEBUG=1`` has address and undefined behaviour sanitizer compiled in, in a process that was started
+    with the former's library preloaded (``LD_PRELOAD=$(g++ -print-file-name=libasan.so)``).
     """
     if os.environ.get("TRANSCNN_NATIVE", "1") == "0":
         return None
@@ -54,7 +58,8 @@ def _compiled() -> Path:
     sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
     version = _run([compiler, "--version"])
     content = b"".join(path.read_bytes() for path in sources)
-    known = "\n".join([version, _processor(), *FLAGS]).encode()
+    flags = [*FLAGS, *_debug_flags()]
+    known = "\n".join([version, _processor(), *flags]).encode()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transcnn"
     path = folder / f"kernels-{hashlib.sha256(known + content).hexdigest()[:16]}.so"
     if not path.exists():
@@ -62,10 +67,18 @@ def _compiled() -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as workshop:  # another process may be making it, too
             made = Path(workshop) / path.name
             files = [str(source) for source in sources if source.suffix == ".cpp"]
-            command = [compiler, *FLAGS, *files, "-o", str(made)]
+            command = [compiler, *flags, *files, "-o", str(made)]
             _run(command)
             made.replace(path)
     return path
+
+
+def _debug_flags() -> list[str]:
+    if os.environ.get("TRANSCNN_NATIVE_DEBUG", "0") == "0":
+        return []
+    if "libasan" not in os.environ.get("LD_PRELOAD", ""):  # the sanitizer would end the process
+        raise RuntimeError("TRANSCNN_NATIVE_DEBUG needs LD_PRELOAD=$(g++ -print-file-name=libasan.so)")
+    return DEBUG
 
 
 def _run(command: list[str]) -> str:

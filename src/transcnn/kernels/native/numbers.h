@@ -12,6 +12,10 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 constexpr long LANES = 16;
 
 typedef float Row __attribute__((vector_size(64)));
@@ -158,27 +162,48 @@ inline float total(Row x) {
 constexpr long whole(long n, long unit) { return (n + unit - 1) / unit * unit; }
 
 // Memory of one thread that lives as long as the thread and is used anew by each piece of work.
+//
+// With the address sanitizer, what lies between and behind the arrays taken from it is out of bounds.
 class Scratch {
   public:
-    ~Scratch() { std::free(memory); }
+    ~Scratch() { release(); }
     void begin(size_t bytes) {
+        bytes += ARRAYS * GAP;
         if (bytes > size) {
-            std::free(memory);
+            release();
             size = whole(bytes, 1 << 21);
             memory = static_cast<char*>(std::aligned_alloc(1 << 21, size));
             if (!memory) std::abort();
         }
         used = 0;
+#if defined(__SANITIZE_ADDRESS__)
+        __asan_poison_memory_region(memory, size);
+#endif
     }
     template <class T>
     T* take(long count) {
         char* p = memory + used;
-        used += whole(count * sizeof(T), 64);
+        used += whole(count * sizeof(T), 64) + GAP;
         if (used > size) std::abort();
+#if defined(__SANITIZE_ADDRESS__)
+        __asan_unpoison_memory_region(p, count * sizeof(T));
+#endif
         return reinterpret_cast<T*>(p);
     }
 
   private:
+#if defined(__SANITIZE_ADDRESS__)
+    static constexpr size_t GAP = 64, ARRAYS = 16;
+#else
+    static constexpr size_t GAP = 0, ARRAYS = 0;
+#endif
+    void release() {
+#if defined(__SANITIZE_ADDRESS__)
+        if (memory) __asan_unpoison_memory_region(memory, size);
+#endif
+        std::free(memory);
+    }
+
     char* memory = nullptr;
     size_t size = 0, used = 0;
 };
