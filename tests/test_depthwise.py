@@ -11,17 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from transcnn.blocks import StridedConv2d
 from transcnn.depthwise import DepthwiseConv2d
 
 
 def same_as(plain: nn.Conv2d) -> DepthwiseConv2d:
     conv = DepthwiseConv2d(plain.in_channels, plain.kernel_size[0])
+    if plain.bias is not None:  # as folding a norm leaves it
+        conv.bias = nn.Parameter(torch.zeros_like(plain.bias))
     conv.load_state_dict(plain.state_dict())
     return conv
 
 
-def plain_conv(channels: int, size: int) -> nn.Conv2d:
-    return nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels, bias=False)
+def plain_conv(channels: int, size: int, bias: bool = False) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels, bias=bias)
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -32,11 +35,12 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     size=st.sampled_from([1, 3, 5, 7, 9]),
     shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 20), st.integers(1, 20)),
     layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+    bias=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_gradients_are_those_of_a_plain_convolution(size, shape, layout, seed):
+def test_gradients_are_those_of_a_plain_convolution(size, shape, layout, bias, seed):
     torch.manual_seed(seed)
-    plain = plain_conv(shape[1], size)
+    plain = plain_conv(shape[1], size, bias)
     conv = same_as(plain)
     plain = plain.double()
     x = torch.randn(shape).contiguous(memory_format=layout).requires_grad_()
@@ -48,12 +52,15 @@ def test_gradients_are_those_of_a_plain_convolution(size, shape, layout, seed):
     assert relative(y, expected) < 1e-5
     assert relative(x.grad, x64.grad) < 1e-5
     assert (conv.weight.grad.double() - plain.weight.grad).norm() < 1e-5 * max(1, grad.norm() * x.norm())
+    if bias:
+        assert relative(conv.bias.grad, plain.bias.grad) < 1e-5
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_in_bf16_it_is_as_near_as_the_plain_convolution(layout):
+def test_in_bf16_it_is_as_near_as_the_plain_convolution(layout, bias):
     torch.manual_seed(0)
-    plain = plain_conv(16, 5)
+    plain = plain_conv(16, 5, bias)
     conv, exact = same_as(plain), copy.deepcopy(plain).double()
     x = torch.randn(2, 16, 23, 31).contiguous(memory_format=layout)
     grad = torch.randn_like(x)
@@ -72,15 +79,15 @@ def test_in_bf16_it_is_as_near_as_the_plain_convolution(layout):
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # PyTorch's own forward mode
 def test_gradients_of_gradients_and_forward_ones():
     torch.manual_seed(0)
-    conv = DepthwiseConv2d(2, 5).double()
+    conv = same_as(plain_conv(2, 5, bias=True)).double()
     x = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
 
-    def call(x, weight):
-        return torch.func.functional_call(conv, {"weight": weight}, (x,))
+    def call(x, weight, bias):
+        return torch.func.functional_call(conv, {"weight": weight, "bias": bias}, (x,))
 
-    weight = conv.weight.detach().clone().requires_grad_()
-    assert torch.autograd.gradcheck(call, (x, weight), check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(call, (x, weight))
+    weight, bias = (p.detach().clone().requires_grad_() for p in conv.parameters())
+    assert torch.autograd.gradcheck(call, (x, weight, bias), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, (x, weight, bias))
 
 
 def test_gradients_for_each_sample_by_torch_func():
@@ -98,6 +105,20 @@ def test_gradients_for_each_sample_by_torch_func():
         torch.testing.assert_close(one, conv.weight.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("change", [dict(dilation=(2, 2), padding=(2, 2)), dict(stride=(2, 2)), dict(padding=(0, 0))])
+@pytest.mark.parametrize("kind", ["depthwise", "strided"])
+def test_changed_options_are_obeyed(kind, change):
+    """As for an output stride of 16, say: what a convolution says of itself is what it does."""
+    conv = same_as(plain_conv(4, 3, bias=True)) if kind == "depthwise" else StridedConv2d(4, 4)
+    plain = nn.Conv2d(4, 4, 3, stride=conv.stride, padding=1, groups=conv.groups)
+    plain.load_state_dict(conv.state_dict())
+    for module in (conv, plain):
+        for name, value in change.items():
+            setattr(module, name, value)
+    x = torch.randn(1, 4, 11, 9)
+    assert torch.equal(conv(x), plain(x))
+
+
 def test_frozen_weights_and_frozen_inputs_get_no_gradient():
     conv = DepthwiseConv2d(2, 5)
     conv(torch.randn(1, 2, 5, 5)).sum().backward()
@@ -112,7 +133,7 @@ def test_frozen_weights_and_frozen_inputs_get_no_gradient():
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 def test_a_traced_and_an_exported_one_hold_plain_convolutions():
-    conv = DepthwiseConv2d(2, 5)
+    conv = same_as(plain_conv(2, 5, bias=True))
     x = torch.randn(1, 2, 8, 8)
     program = torch.export.export(conv, (x,))
     assert "conv2d" in str(program.graph)

@@ -286,6 +286,23 @@ def test_only_norms_that_alone_read_a_convolution_are_folded():
     assert error(optimize(model)(x), model(x)) <= 1e-6
 
 
+@pytest.mark.parametrize("hook", ["none", "block", "attention", "residual"])
+@pytest.mark.parametrize("kind", ["transcnn", "hatnet", "large kernels"])
+@torch.no_grad()
+def test_folded_layers_keep_their_bias(kind, hook):
+    """Where hooks keep the plain layers in use, and where folding is all that is asked for."""
+    model = network(**NETWORKS.get(kind, dict(kernel_sizes=(7, 5, 5, 3))))
+    block = model.stages[1].blocks[0]
+    module = {"block": block, "attention": block.attn, "residual": block.irb}.get(hook)
+    if module is not None:
+        module.register_forward_hook(lambda module, inputs, output: output * 1.01)
+    x = torch.randn(2, 3, 40, 37)
+    folded = copy.deepcopy(model)
+    assert fold_batchnorms(folded) or kind == "hatnet"
+    assert error(folded(x), model(x)) <= 1e-5
+    assert error(optimize(model)(x), model(x)) <= 1e-5
+
+
 @torch.no_grad()
 def test_a_model_that_cannot_be_traced_is_folded_in_parts():
     class Untraceable(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 
 import transcnn
 from transcnn.blocks import InvertedResidual
-from transcnn.fast import accelerate_training
+from transcnn.fast import accelerate_training, fold_batchnorms
 from transcnn.kernels import middle, steps
 from transcnn.kernels.middle import KernelInvertedResidual
 from transcnn.kernels.native import calls
@@ -220,6 +220,19 @@ def test_what_the_kernels_do_not_know_is_left_to_pytorch(kernels):
     with torch.no_grad():
         kernels.clear()
         accelerate_training(residual(16, 2, 3))(x)
+    assert not kernels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm", [True, False], ids=["transcnn", "hatnet"])
+def test_a_depthwise_convolution_with_a_bias_keeps_it(norm, kind, kernels):
+    plain = residual(16, 2, 5, norm)
+    if norm:
+        fold_batchnorms(plain.eval())
+        plain.train().requires_grad_()
+    else:
+        plain.conv2[0].bias = nn.Parameter(torch.rand(32) + 0.5)
+    check(plain, accelerate_training(copy.deepcopy(plain)), (2, 16, 7, 9), kind)
     assert not kernels
 
 

@@ -14,7 +14,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["DepthwiseConv2d"]
+__all__ = ["DepthwiseConv2d", "is_depthwise"]
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -31,16 +31,27 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        return _depthwise(input, self.weight, self.in_channels, self.kernel_size[0])
+        if not is_depthwise(self):
+            return super().forward(input)
+        return _depthwise(input, self.weight, self.bias, self.in_channels, self.kernel_size[0])
 
 
-def _depthwise(x: Tensor, weight: Tensor, channels: int, size: int) -> Tensor:
+def is_depthwise(conv: nn.Conv2d) -> bool:
+    """Whether this convolution still is what :class:`DepthwiseConv2d` was made as, but for a bias."""
+    size = conv.kernel_size[0]
+    shape = (conv.kernel_size, conv.padding, conv.stride, conv.dilation)
+    usual = shape == ((size, size), (size // 2, size // 2), (1, 1), (1, 1)) and size % 2 == 1
+    return usual and conv.groups == conv.in_channels == conv.out_channels and conv.padding_mode == "zeros"
+
+
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, channels: int, size: int) -> Tensor:
     if size > 3 and weight.requires_grad and x.device.type == "cpu" and _eager():
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             x, weight = x.to(dtype), weight.to(dtype)
-        return _Depthwise.apply(x, weight)  # pyright: ignore
-    return F.conv2d(x, weight, padding=size // 2, groups=channels)
+        y: Tensor = _Depthwise.apply(x, weight)  # pyright: ignore
+        return y if bias is None else y + bias.to(y.dtype)[:, None, None]
+    return F.conv2d(x, weight, bias, padding=size // 2, groups=channels)
 
 
 torch.fx.wrap("_depthwise")  # its branches can't be traced

@@ -153,9 +153,9 @@ def fold_batchnorms(model: nn.Module) -> list[str]:
 
 
 def _replace(module: nn.Module) -> nn.Module:
-    """``module`` with every part that has a faster form replaced by it; modules with hooks stay what they are."""
-    if not hooked(module):
-        if isinstance(module, Block) and not hooked(module.attn):
+    """``module`` with every part that has a faster form replaced by it; a part with hooks below stays as it is."""
+    if not any(map(hooked, module.modules())):
+        if isinstance(module, Block):
             parts = (module.irb.conv1, module.irb.conv2, module.irb.conv3)
             return FastBlock(module.attn, parts)
         if isinstance(module, HMHSA) and type(module).forward is HMHSA.forward:

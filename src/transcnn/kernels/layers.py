@@ -32,7 +32,7 @@ class KernelPointwise(nn.Conv2d):
         """(B, C, H, W) -> (B, C', H, W)."""
         x, weight, bias = input, self.weight, self.bias
         usual = torch.is_grad_enabled() and input.ndim == 4 and input.shape[1] == self.in_channels
-        if not usual or bias is None:
+        if not usual or bias is None or not _pointwise(self):
             return super().forward(input)
         if torch.is_autocast_enabled(input.device.type):
             dtype = torch.get_autocast_dtype(input.device.type)
@@ -46,11 +46,11 @@ class KernelPointwise(nn.Conv2d):
 
 def is_pointwise(module: nn.Module) -> bool:
     """Whether :class:`KernelPointwise` can take the place of this module."""
-    return (
-        type(module) is nn.Conv2d
-        and (module.kernel_size, module.stride, module.groups, module.padding) == ((1, 1), (1, 1), 1, (0, 0))
-        and module.bias is not None
-    )
+    return type(module) is nn.Conv2d and _pointwise(module) and module.bias is not None
+
+
+def _pointwise(conv: nn.Conv2d) -> bool:
+    return (conv.kernel_size, conv.stride, conv.groups, conv.padding) == ((1, 1), (1, 1), 1, (0, 0))
 
 
 def worthwhile(x: Tensor) -> bool:

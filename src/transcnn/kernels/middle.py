@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..blocks import InvertedResidual
+from ..depthwise import DepthwiseConv2d, is_depthwise
 from .layers import KernelBatchNorm2d, worthwhile
 from .native import calls as native
 from .native import training as kernels
@@ -61,8 +62,9 @@ class KernelInvertedResidual(InvertedResidual):
             norm is None or (type(norm) in (nn.BatchNorm2d, KernelBatchNorm2d) and norm.training and norm.affine)
             for norm in (norm1, norm2)
         )
-        usual = usual and all(type(act) is nn.SiLU for act in (act1, act2)) and conv.kernel_size[0] in native.SIZES
-        return usual and not any(map(hooked, self.modules()))
+        usual = usual and all(type(act) is nn.SiLU for act in (act1, act2))
+        usual = usual and type(conv) is DepthwiseConv2d and is_depthwise(conv) and conv.bias is None
+        return usual and conv.kernel_size[0] in native.SIZES and not any(map(hooked, self.modules()))
 
 
 def _trainable(e: Tensor) -> bool:
