@@ -56,6 +56,11 @@ def fill(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def sizes_of(name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Channels and blocks of each stage."""
+    return VARIANTS[name]["dims"], VARIANTS[name].get("depths", (2, 2, 4, 2))
+
+
 def images(*size: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(size)).to(dtype)
 
@@ -75,7 +80,9 @@ def weights_file(tmp_path) -> Path:
 def test_parameter_counts_are_the_published_ones(name):
     with torch.device("meta"):
         model = transcnn.create_model(name)
-    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    unused = sum(b.numel() for n, b in model.named_buffers() if ".proj_norm." in n)
+    assert unused == (2 * sum(d * n for d, n in zip(*sizes_of(name), strict=True)) if "hatnet" in name else 0)
+    assert sum(p.numel() for p in model.parameters()) + unused == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -377,13 +384,23 @@ def test_every_trainable_parameter_gets_a_gradient(design, checkpointing):
     model = make(**DESIGNS[design]).train()
     model.set_grad_checkpointing(checkpointing)
     model(images(2, 3, 64, 70)).square().sum().backward()
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    assert frozen == {n for n, _ in model.named_parameters() if "proj_norm" in n}
-    assert bool(frozen) == (design == "hatnet")
+    assert all(parameter.requires_grad for parameter in model.parameters())
     for name, parameter in model.named_parameters():
-        if name not in frozen:
-            assert parameter.grad is not None, name
-            assert parameter.grad.abs().sum() > 0, name
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_thawing_leaves_no_parameter_without_a_gradient():
+    """As fine-tuning does; DDP would wait for the gradient of a parameter that no forward pass uses."""
+    model = make(**HATNET).train().requires_grad_(False).requires_grad_(True)
+    model(images(2, 3, 64, 64)).square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert any(".proj_norm." in name for name in model.state_dict())  # as in the published files
+
+
+def test_torchscript_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"scriptable must be False, got True: use torch\.export"):
+        timm.create_model("transcnn_test", scriptable=True)
 
 
 @pytest.mark.parametrize("design", DESIGNS)

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates, get_act_layer, trunc_normal_
+from timm.layers import ClassifierHead, calculate_drop_path_rates, get_act_layer, is_scriptable, trunc_normal_
 from torch import Tensor, nn
 
 from .attention import HMHSA
@@ -67,7 +67,8 @@ class TransCNN(nn.Module):
         device, dtype: Where and as what the parameters are made.
 
     Raises:
-        ValueError: An argument outside the values above, or lists of different lengths.
+        ValueError: An argument outside the values above, lists of different lengths, or timm's ``scriptable=True``:
+            TorchScript can't hold these networks; ``torch.export``, ``torch.jit.trace`` and ONNX can.
     """
 
     def __init__(
@@ -95,6 +96,8 @@ class TransCNN(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if is_scriptable():
+            raise ValueError("scriptable must be False, got True: use torch.export, torch.jit.trace or transcnn export")
         stages = len(dims)
         head_dims = [head_dim] * stages if head_dim is None or isinstance(head_dim, int) else list(head_dim)
         _check_arguments(

@@ -61,7 +61,8 @@ class Block(nn.Module):
     """x + DropPath(H-MHSA(x)), then x + DropPath(InvertedResidual(x)); (B, C, H, W) -> (B, C, H, W).
 
     ``proj_norm`` is a layer that the published HAT-Net weights hold and its forward pass never uses. It is kept so that
-    parameter counts and checkpoints are the published ones, and frozen so that optimizers and DDP pass it by.
+    checkpoints are the published ones, as buffers: nothing that freezes or thaws parameters makes an optimizer or DDP
+    wait for its gradient.
     """
 
     def __init__(
@@ -72,12 +73,20 @@ class Block(nn.Module):
         self.irb = irb
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         if proj_norm is not None:
-            self.proj_norm = proj_norm.requires_grad_(False)
+            self.proj_norm = _as_buffers(proj_norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         x = x + self.drop_path(self.attn(x))
         return x + self.drop_path(self.irb(x))
+
+
+def _as_buffers(module: nn.Module) -> nn.Module:
+    """``module`` with its parameters turned into buffers of the same names."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        delattr(module, name)
+        module.register_buffer(name, parameter.detach())
+    return module
 
 
 class StridedConv2d(nn.Conv2d):
