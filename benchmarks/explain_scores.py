@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from transcnn.checkpoints.loading import Loaded, load
-from transcnn.data.classify import open_set
+from transcnn.data.sets.classify import open_set
 from transcnn.explain import attention_rollout, deletion_insertion, grad_cam, gradient_attention
 from transcnn.explain.geometry import carry
 from transcnn.explain.record import record

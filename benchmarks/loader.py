@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from transcnn.data.augment import train_transform
-from transcnn.data.classify import make_loader
-from transcnn.data.imageset import ImageSet
-from transcnn.data.opening import open_parts
-from transcnn.data.pack import pack
+from transcnn.data.loading.loader import make_loader
+from transcnn.data.packing import pack
+from transcnn.data.sets.image_dataset import ImageDataset
+from transcnn.data.sources.opening import open_source
+from transcnn.data.transforms.classify import train_transform
 from transcnn.plugging.build import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,8 +67,8 @@ def read(source: Any) -> float:
 
 def batches(source: Any, images: int) -> float:
     """Images/s, augmented as in the ImageNet recipe, to 224x224."""
-    part = ImageSet(source, transform=train_transform(224, policy="imagenet", aa="rand-m9-mstd0.5-inc1"))
-    loader = iter(make_loader(part, 16, training=True, num_workers=0))
+    dataset = ImageDataset(source, transform=train_transform(224, policy="imagenet", aa="rand-m9-mstd0.5-inc1"))
+    loader = iter(make_loader(dataset, 16, training=True, num_workers=0))
     next(loader)  # what happens once
     count, began = 0, time.process_time()
     for batch, _ in loader:
@@ -104,7 +104,7 @@ def main() -> None:
         if options.data is None:
             make_folder(folder, options.images)
         pack(str(folder), out=str(shards), quiet=True)
-        kinds = {"folder": (folder, open_parts(str(folder)).train), "shards": (shards, open_parts(str(shards)).train)}
+        kinds = {"folder": (folder, open_source(str(folder)).train), "shards": (shards, open_source(str(shards)).train)}
         found: dict[tuple[str, str], list[float]] = {}
         for _ in range(options.rounds):
             for kind, (place, source) in kinds.items():

@@ -69,12 +69,12 @@ def read_label_map(content: bytes, folder: Path) -> None:
 
 
 def read_tar(content: bytes, folder: Path) -> None:
-    from transcnn.data.opening import open_parts
-    from transcnn.data.store import open_files
+    from transcnn.data.sources.files import open_files
+    from transcnn.data.sources.opening import open_source
 
     (folder / "x.tar").write_bytes(content)
     before = sorted(folder.rglob("*"))
-    for attempt in (lambda: open_parts(str(folder / "x.tar")).train, lambda: open_files(folder / "x.tar")):
+    for attempt in (lambda: open_source(str(folder / "x.tar")).train, lambda: open_files(folder / "x.tar")):
         with suppress(UserError, BrokenImage):
             found: Any = attempt()
             for i in range(min(9, len(getattr(found, "labels", ())))):
@@ -85,8 +85,8 @@ def read_tar(content: bytes, folder: Path) -> None:
 
 
 def read_packed(manifest: bytes, index: bytes | None, folder: Path) -> None:
-    from transcnn.data.pack import pack
-    from transcnn.data.packed import open_packed
+    from transcnn.data.packing import pack
+    from transcnn.data.sources.packed import open_packed
 
     source = Path(tempfile.gettempdir()) / "transcnn-fuzz-packed"
     if not (source / "manifest.json").exists():
@@ -140,7 +140,7 @@ def read_voc(content: bytes, folder: Path) -> None:
 
 
 def read_detection(folder: Path) -> None:
-    from transcnn.data.detect import open_splits
+    from transcnn.data.sets.detect import open_splits
 
     (folder / "images").mkdir()
     for i in range(4):
@@ -184,10 +184,10 @@ def read_onnx(content: bytes, folder: Path) -> None:
 
 
 def read_parquet(content: bytes, folder: Path) -> None:
-    from transcnn.data.opening import open_parts
+    from transcnn.data.sources.opening import open_source
 
     (folder / "x.parquet").write_bytes(content)
-    train = open_parts(str(folder / "x.parquet")).train
+    train = open_source(str(folder / "x.parquet")).train
     for i in range(len(train) if train else 0):
         with suppress(BrokenImage):
             train.load(i)  # pyright: ignore
@@ -195,7 +195,7 @@ def read_parquet(content: bytes, folder: Path) -> None:
 
 
 def read_classes(content: bytes, folder: Path) -> None:
-    from transcnn.data.segment import open_splits
+    from transcnn.data.sets.segment import open_splits
 
     (folder / "classes.txt").write_bytes(content)
     for kind in ("images", "labels"):

@@ -24,22 +24,15 @@ from PIL import Image
 from torch import nn
 
 from made_parquet import SIZE, parquet_rows, write_parquet
-from transcnn.data.augment import channel_stats
-from transcnn.data.classify import (
-    IGNORE,
-    ClassifyData,
-    ClassifySplits,
-    ImageSet,
-    eval_transform,
-    make_loader,
-    open_set,
-    open_splits,
-    train_transform,
-)
-from transcnn.data.opening import open_parts
-from transcnn.data.randomness import Draws, sample_seeds, seeded
-from transcnn.data.sampling import EpochSampler
-from transcnn.data.sources import Source, split_stratified
+from transcnn.data.loading.data_module import DataModule
+from transcnn.data.loading.loader import make_loader
+from transcnn.data.loading.sampler import EpochSampler
+from transcnn.data.rng import CounterRNG, sample_seeds, seeded
+from transcnn.data.sets.classify import ClassifySplits, open_set, open_splits
+from transcnn.data.sets.image_dataset import IGNORE, ImageDataset
+from transcnn.data.sources.opening import open_source
+from transcnn.data.sources.source import Source, split_stratified
+from transcnn.data.transforms.classify import channel_stats, eval_transform, train_transform
 from transcnn.errors import UserError
 
 
@@ -73,8 +66,8 @@ def test_digits() -> None:
     assert splits.test is not None
     assert len(splits.train) + len(splits.val) + len(splits.test) == 1797
     assert len(splits.test) == pytest.approx(0.2 * 1797, abs=5)
-    parts = [set(part.indices.tolist()) for part in (splits.train, splits.val, splits.test)]
-    assert len(set.union(*parts)) == 1797  # none is in two
+    datasets = [set(dataset.indices.tolist()) for dataset in (splits.train, splits.val, splits.test)]
+    assert len(set.union(*datasets)) == 1797  # none is in two
     shares = np.bincount(splits.test.labels) / np.bincount(splits.train.source.labels)
     assert np.abs(shares - 0.2).max() < 0.01
     other = open_splits(None, seed=1)
@@ -97,13 +90,13 @@ def test_folder_is_split_off_and_stratified(make_class_folder: Callable[..., Pat
     assert name.startswith(f"class_{label}{os.sep}")
 
 
-def test_folder_parts_are_taken_as_they_lie(make_class_folder: Callable[..., Path]) -> None:
+def test_folder_splits_are_kept(make_class_folder: Callable[..., Path]) -> None:
     splits = open_splits(str(make_class_folder(splits=("train", "val", "test"), per_class=4)))
     assert splits.test is not None
-    assert [len(part) for part in (splits.train, splits.val, splits.test)] == [12, 12, 12]
+    assert [len(dataset) for dataset in (splits.train, splits.val, splits.test)] == [12, 12, 12]
     splits = open_splits(str(make_class_folder(splits=("train", "test"), per_class=5, name="other")), val_fraction=0.2)
     assert splits.test is not None
-    assert [len(part) for part in (splits.train, splits.val, splits.test)] == [12, 3, 15]
+    assert [len(dataset) for dataset in (splits.train, splits.val, splits.test)] == [12, 3, 15]
 
 
 def test_train_may_be_a_class(tmp_path: Path) -> None:
@@ -136,13 +129,13 @@ def test_parquet_files_are_put_together(tmp_path: Path) -> None:
     write_parquet(tmp_path / "data" / "validation.parquet", parquet_rows(3, first=60))
     splits = open_splits(str(tmp_path))
     assert splits.test is not None
-    assert [len(part) for part in (splits.train, splits.val, splits.test)] == [20, 3, 6]
+    assert [len(dataset) for dataset in (splits.train, splits.val, splits.test)] == [20, 3, 6]
     assert np.asarray(splits.train.read(19)[0])[0, 0, 0] == 19
     single = open_splits(str(tmp_path / "data" / "train-00000-of-00002.parquet"))
     assert (len(single.train), len(single.val), single.test) == (7, 3, None)
 
 
-def test_parquet_parts_may_be_folders(tmp_path: Path) -> None:
+def test_parquet_splits_may_be_folders(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train" / "0000.parquet", parquet_rows(10))
     write_parquet(tmp_path / "test" / "0000.parquet", parquet_rows(6, first=40))
     splits = open_splits(str(tmp_path))
@@ -164,25 +157,25 @@ def test_parquet_of_names_bytes_and_paths(tmp_path: Path) -> None:
         {"image": {"bytes": None, "path": path}, "label": i % 2} for i, path in enumerate(["0.png", "../b.png"] * 3)
     ]
     write_parquet(tmp_path / "b.parquet", rows)
-    part = open_set(str(tmp_path / "b.parquet"))
-    assert part.read(0)[0].size == (4, 4)
+    dataset = open_set(str(tmp_path / "b.parquet"))
+    assert dataset.read(0)[0].size == (4, 4)
     with pytest.raises(ValueError, match="leads out of the data's folder"):
-        part.read(1)
+        dataset.read(1)
 
 
 def test_parquet_larger_than_memory_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    monkeypatch.setattr("transcnn.data.tables.IN_MEMORY", 10)
+    monkeypatch.setattr("transcnn.data.sources.parquet.IN_MEMORY", 10)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
     write_parquet(tmp_path / "set" / "train.parquet", parquet_rows(12), ["cat", "dog", "cow"])
-    part = open_set(str(tmp_path / "set"))
-    assert part.class_names == ["cat", "dog", "cow"]
-    assert [np.asarray(part.read(i)[0])[0, 0, 0] for i in range(12)] == list(range(12))
+    dataset = open_set(str(tmp_path / "set"))
+    assert dataset.class_names == ["cat", "dog", "cow"]
+    assert [np.asarray(dataset.read(i)[0])[0, 0, 0] for i in range(12)] == list(range(12))
 
 
-def test_unlabelled_test_part_is_no_test_part(tmp_path: Path) -> None:
+def test_unlabelled_test_split_is_no_test_split(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", parquet_rows(12))
     write_parquet(tmp_path / "test.parquet", [{**row, "label": -1} for row in parquet_rows(3)])
     assert open_splits(str(tmp_path)).test is None
@@ -191,7 +184,7 @@ def test_unlabelled_test_part_is_no_test_part(tmp_path: Path) -> None:
 def test_cifar10(shared: Path) -> None:
     splits = open_splits(str(shared / "data" / "cifar10"))
     assert splits.test is not None
-    assert [len(part) for part in (splits.train, splits.val, splits.test)] == [45000, 5000, 10000]
+    assert [len(dataset) for dataset in (splits.train, splits.val, splits.test)] == [45000, 5000, 10000]
     assert np.bincount(splits.val.labels).tolist() == [500] * 10
     assert (splits.name, splits.in_chans, splits.class_names[3]) == ("cifar10", 3, "cat")
     image, label, name = splits.test.read(7)
@@ -219,8 +212,8 @@ def test_shards(tmp_path: Path) -> None:
     for i in range(30):
         image, label, name = splits.train.read(i)
         assert (np.asarray(image)[0, 0, 0], label, name) == (i, i % 3, f"train-{i // 10:03}.tar/{i}")
-    part = pickle.loads(pickle.dumps(splits.train.source))
-    assert np.asarray(part.load(12))[0, 0, 0] == 12
+    dataset = pickle.loads(pickle.dumps(splits.train.source))
+    assert np.asarray(dataset.load(12))[0, 0, 0] == 12
     # A shard that breaks off costs what is behind the break.
     (tmp_path / "train-001.tar").write_bytes((tmp_path / "train-001.tar").read_bytes()[:4000])
     splits = open_splits(f"wds/{tmp_path}")
@@ -283,7 +276,7 @@ def test_unusable_data(tmp_path: Path, make_class_folder: Callable[..., Path]) -
     (tmp_path / "a.zip").touch()
     refused(str(tmp_path / "a.zip"), "neither a folder nor a Parquet file")
     refused(str(make_class_folder(classes=1, name="one")), r"one class only \('class_0'\); 2 or more")
-    refused(str(make_class_folder(splits=("val", "test"), name="no train")), "no train part")
+    refused(str(make_class_folder(splits=("val", "test"), name="no train")), "no train split")
     refused(str(make_class_folder(per_class=1, name="few")), "too few to split off")
     folder = make_class_folder(splits=("train", "val"), name="more")
     (folder / "val" / "class_1").rename(folder / "val" / "stranger")
@@ -312,33 +305,33 @@ def test_unusable_parquet(tmp_path: Path) -> None:
     refused(str(path), "labels from 0 to 2; allowed: 0 to 1")
 
 
-# --- one part, for evaluation -----------------------------------------------------------------------------------------
+# --- one split, for evaluation ----------------------------------------------------------------------------------------
 
 
-def test_open_set_chooses_its_part(make_class_folder: Callable[..., Path]) -> None:
+def test_open_set_chooses_its_split(make_class_folder: Callable[..., Path]) -> None:
     whole = str(make_class_folder(per_class=10))
-    parts = str(make_class_folder(splits=("train", "val", "test"), per_class=2, name="parts"))
+    datasets = str(make_class_folder(splits=("train", "val", "test"), per_class=2, name="parts"))
     assert len(open_set(whole)) == 30
     assert len(open_set(whole, "all")) == 30
     np.testing.assert_array_equal(open_set(whole, "val").indices, open_splits(whole).val.indices)
-    assert "test" in open_set(parts).source.load.__self__.root  # type: ignore[attr-defined]
+    assert "test" in open_set(datasets).source.load.__self__.root  # type: ignore[attr-defined]
     assert len(open_set(None)) == len(open_set(None, "test"))
-    assert len(open_set(parts, "train")) == 6
+    assert len(open_set(datasets, "train")) == 6
     for data, split, match in (
-        (whole, "test", "has no test part"),
-        (parts, "all", "comes in parts; choose one of train, val, test"),
+        (whole, "test", "has no test split"),
+        (datasets, "all", "comes in splits; choose one of train, val, test"),
         (whole, "dev", "split must be one of auto, train, val, test, all, got 'dev'"),
     ):
         with pytest.raises(UserError, match=match):
             open_set(data, split)
 
 
-def test_open_set_speaks_the_models_classes(make_class_folder: Callable[..., Path]) -> None:
+def test_open_set_uses_the_models_classes(make_class_folder: Callable[..., Path]) -> None:
     folder = str(make_class_folder(classes=3, per_class=2))
     names = ["class_2", "other", "class_0", "class_1"]
-    part = open_set(folder, class_names=names)
-    assert part.class_names == names
-    assert part.labels.tolist() == [2, 2, 3, 3, 0, 0]
+    dataset = open_set(folder, class_names=names)
+    assert dataset.class_names == names
+    assert dataset.labels.tolist() == [2, 2, 3, 3, 0, 0]
     with pytest.raises(UserError, match=r"has 3 classes, of which the model does not know 'class_1'.*knows 2"):
         open_set(folder, class_names=["class_0", "class_2"])
     assert open_set(None, class_names=[f"digit {i}" for i in range(10)]).class_names[3] == "digit 3"
@@ -355,26 +348,26 @@ def test_of_bad_data_only_the_bad_files_are_lost(
     oddities: tuple[Path, set[str]], num_workers: int, policy: str
 ) -> None:
     root, bad = oddities
-    part = open_set(str(root))
-    part.replace = True
-    assert part.class_names == ["CLASS_1", "class_0", "class_1"]
-    assert len(part) == 6 + 6 + 6 + 13 + len(bad)  # the image beside the class folders belongs to no class
-    part.transform = train_transform(SIZE, policy=policy)
-    for images, labels in make_loader(part, 8, num_workers=num_workers):
+    dataset = open_set(str(root))
+    dataset.replace = True
+    assert dataset.class_names == ["CLASS_1", "class_0", "class_1"]
+    assert len(dataset) == 6 + 6 + 6 + 13 + len(bad)  # the image beside the class folders belongs to no class
+    dataset.transform = train_transform(SIZE, policy=policy)
+    for images, labels in make_loader(dataset, 8, num_workers=num_workers):
         assert images.isfinite().all()
         assert (labels >= 0).all()
-    assert {name for name, _ in part.broken} == bad
-    assert all(reason for _, reason in part.broken)
-    good = ImageSet(part.source, transform=eval_transform(SIZE), replace=False)
+    assert {name for name, _ in dataset.broken} == bad
+    assert all(reason for _, reason in dataset.broken)
+    good = ImageDataset(dataset.source, transform=eval_transform(SIZE), replace=False)
     labels = torch.cat([labels for _, labels in make_loader(good, 8)])
     assert (labels == IGNORE).sum() == len(bad)
-    assert (labels >= 0).sum() == len(part) - len(bad)
+    assert (labels >= 0).sum() == len(dataset) - len(bad)
 
 
 def test_broken_files_in_memory(oddities: tuple[Path, set[str]]) -> None:
     root, bad = oddities
     splits = open_splits(str(root))
-    data = ClassifyData(splits, train_transform(SIZE), eval_transform(SIZE), batch_size=4, progress=False)
+    data = DataModule(splits, train_transform(SIZE), eval_transform(SIZE), batch_size=4, progress=False)
     seen = [sum((labels >= 0).sum().item() for _, labels in loader) for loader in (data.val_dataloader(),)]
     assert len(list(data.train_dataloader())) == len(splits.train) // 4
     assert {name for name, _ in data.broken} == bad
@@ -382,14 +375,14 @@ def test_broken_files_in_memory(oddities: tuple[Path, set[str]]) -> None:
 
 
 def test_strict_stops_at_the_first(oddities: tuple[Path, set[str]]) -> None:
-    part = open_set(str(oddities[0]), strict=True)
-    part.transform = eval_transform(SIZE)
+    dataset = open_set(str(oddities[0]), strict=True)
+    dataset.transform = eval_transform(SIZE)
     with pytest.raises(UserError, match=r"^'class_0/\S+' can't be read: ") as caught:
-        list(make_loader(part, 8))
+        list(make_loader(dataset, 8))
     assert "\n" not in str(caught.value)
 
 
-def test_nothing_readable_is_said(tmp_path: Path) -> None:
+def test_nothing_readable_is_reported(tmp_path: Path) -> None:
     for label in "ab":
         (tmp_path / label).mkdir()
         for i in range(3):
@@ -486,7 +479,7 @@ def test_erasing_covers_what_it_should() -> None:
     assert noise.std() == pytest.approx(1, abs=0.02)
 
 
-def test_rotation_and_zoom_keep_the_middle(class_image: Callable[..., Image.Image]) -> None:
+def test_rotation_and_zoom_keep_the_centre(class_image: Callable[..., Image.Image]) -> None:
     image = Image.new("L", (33, 33))
     image.paste(255, (11, 11, 22, 22))
     transform = train_transform(33, in_chans=1, mean=(0.0,), std=(1.0,), pad=0, hflip=0.0, degrees=20, zoom=0.2)
@@ -499,7 +492,7 @@ def test_rotation_and_zoom_keep_the_middle(class_image: Callable[..., Image.Imag
 
 
 @pytest.mark.parametrize("size", [(30000, 1), (1, 30000), (1, 1)])
-def test_extreme_shapes_take_little_memory(size: tuple[int, int]) -> None:
+def test_extreme_aspect_ratios_take_little_memory(size: tuple[int, int]) -> None:
     image = Image.new("RGB", size, "red")
     for transform in (eval_transform(64), train_transform(64), train_transform(64, policy="imagenet")):
         assert transform(image).shape == (3, 64, 64)
@@ -538,9 +531,9 @@ def test_transform_arguments(options: dict[str, Any], match: str) -> None:
 # --- the same data however it is asked for ----------------------------------------------------------------------------
 
 
-def test_draws_are_even_and_unrelated() -> None:
-    draws = Draws(sample_seeds(0, 3, np.arange(20000)))
-    first, second = draws(), draws()
+def test_counter_rng_is_uniform_and_uncorrelated() -> None:
+    rng = CounterRNG(sample_seeds(0, 3, np.arange(20000)))
+    first, second = rng(), rng()
     for values in (first, second):
         assert values.min() >= 0
         assert values.max() < 1
@@ -549,8 +542,8 @@ def test_draws_are_even_and_unrelated() -> None:
     table = [
         first,
         second,
-        Draws(sample_seeds(0, 4, np.arange(20000)))(),
-        Draws(sample_seeds(1, 3, np.arange(20000)))(),
+        CounterRNG(sample_seeds(0, 4, np.arange(20000)))(),
+        CounterRNG(sample_seeds(1, 3, np.arange(20000)))(),
     ]
     assert np.abs(np.corrcoef([*table, np.roll(first, 1)]) - np.eye(5)).max() < 0.04
     assert len(np.unique(sample_seeds(0, np.arange(50)[:, None], np.arange(1000)))) == 50000
@@ -578,7 +571,7 @@ def test_samples_depend_on_seed_epoch_and_index_only(class_folder: Path, policy:
 
     def batches(num_workers: int, epoch: int = 2, seed: int = 0, batch_size: int = 7) -> list[torch.Tensor]:
         splits = open_splits(str(class_folder))
-        data = ClassifyData(
+        data = DataModule(
             splits,
             train_transform(SIZE, **options),
             eval_transform(SIZE),
@@ -588,7 +581,7 @@ def test_samples_depend_on_seed_epoch_and_index_only(class_folder: Path, policy:
             progress=False,
         )
         data.set_epoch(epoch)
-        torch.rand(num_workers + 1)  # the state of global generators plays no part
+        torch.rand(num_workers + 1)  # the state of global generators doesn't matter
         random.random()
         return [images for images, _ in data.train_dataloader()]
 
@@ -600,21 +593,21 @@ def test_samples_depend_on_seed_epoch_and_index_only(class_folder: Path, policy:
 
 
 def test_memory_and_disk_give_the_same(class_folder: Path) -> None:
-    part = open_set(str(class_folder))
-    part.transform = train_transform(SIZE, re_prob=0.5)
-    from_disk = torch.stack([part[i][0] for i in range(len(part))])
-    assert not part.fill_cache(10)
-    assert part.fill_cache()
-    in_memory = torch.stack([image for image, _ in part.__getitems__(range(len(part)))])
+    dataset = open_set(str(class_folder))
+    dataset.transform = train_transform(SIZE, re_prob=0.5)
+    from_disk = torch.stack([dataset[i][0] for i in range(len(dataset))])
+    assert not dataset.fill_cache(10)
+    assert dataset.fill_cache()
+    in_memory = torch.stack([image for image, _ in dataset.__getitems__(range(len(dataset)))])
     torch.testing.assert_close(in_memory, from_disk, rtol=0, atol=0)
-    part.transform = eval_transform(2 * SIZE)  # another size than is kept: read again
-    assert part[0][0].shape == (3, 2 * SIZE, 2 * SIZE)
-    part.transform = train_transform(SIZE, policy="imagenet")
-    assert not part.fill_cache()
+    dataset.transform = eval_transform(2 * SIZE)  # another size than is kept: read again
+    assert dataset[0][0].shape == (3, 2 * SIZE, 2 * SIZE)
+    dataset.transform = train_transform(SIZE, policy="imagenet")
+    assert not dataset.fill_cache()
     with pytest.raises(ValueError, match="no transform yet"):
-        ImageSet(part.source)[0]
+        ImageDataset(dataset.source)[0]
     with pytest.raises(IndexError):
-        part[len(part)]
+        dataset[len(dataset)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -623,11 +616,11 @@ def test_fast_forward_reads_nothing_in_between(num_workers: int) -> None:
     source = numbered(40)
     load = source.load
     source.load = lambda i: (read.append(i), load(i))[1]
-    splits = ClassifySplits(ImageSet(source), ImageSet(numbered(10)), None, source.class_names, "numbers", 1)
+    splits = ClassifySplits(ImageDataset(source), ImageDataset(numbered(10)), None, source.class_names, "numbers", 1)
     random_crop = train_transform(
         SIZE, in_chans=1, policy="imagenet", scale=(1, 1), ratio=(1, 1), mean=(0,), std=(1 / 255,)
     )
-    data = ClassifyData(splits, random_crop, plain(), batch_size=4, num_workers=num_workers, progress=False)
+    data = DataModule(splits, random_crop, plain(), batch_size=4, num_workers=num_workers, progress=False)
     data.set_epoch(3)
     loader = data.train_dataloader()
     whole = [numbers(images) for images, _ in loader]
@@ -643,8 +636,8 @@ def test_fast_forward_reads_nothing_in_between(num_workers: int) -> None:
 
 
 def test_state_of_the_loader() -> None:
-    part = ImageSet(numbered(40), transform=plain())
-    loader = make_loader(part, 4, training=True)
+    dataset = ImageDataset(numbered(40), transform=plain())
+    loader = make_loader(dataset, 4, training=True)
     loader.set_epoch(2)
     whole, states = [], []
     for images, _ in loader:
@@ -652,11 +645,11 @@ def test_state_of_the_loader() -> None:
         states.append(loader.state_dict())
     assert states[0] == {"epoch": 2, "batch": 1}
     for done in (1, 6):
-        other = make_loader(part, 4, training=True)
+        other = make_loader(dataset, 4, training=True)
         other.load_state_dict(states[done - 1])
         other.set_epoch(2)  # as Lightning does at an epoch's start
         assert [numbers(images) for images, _ in other] == whole[done:]
-    other = make_loader(part, 4, training=True)
+    other = make_loader(dataset, 4, training=True)
     other.load_state_dict(states[-1])  # taken at an epoch's end: the next one follows
     assert other.state_dict() == {"epoch": 3, "batch": 0}
 
@@ -668,32 +661,35 @@ def test_processes_share_without_loss_or_repetition(world_size: int) -> None:
     for sampler in ranks:
         sampler.set_epoch(5)
     mine = [[sample.i for sample in sampler] for sampler in ranks]
-    assert len({len(part) for part in mine}) == 1
+    assert len({len(dataset) for dataset in mine}) == 1
     assert len(set(chain(*mine))) == length // world_size * world_size
     one = EpochSampler(length, training=True)
     one.set_epoch(5)
     order = [sample.i for sample in one]
     for step in range(2):  # a global batch is the same whatever the number of processes
-        together = chain(*(part[step * batch : (step + 1) * batch] for part in mine))
+        together = chain(*(dataset[step * batch : (step + 1) * batch] for dataset in mine))
         assert set(together) == set(order[12 * step : 12 * step + 12])
     ranks = [EpochSampler(length, training=False, rank=r, world_size=world_size) for r in range(world_size)]
     samples = [list(sampler) for sampler in ranks]
-    assert len({len(part) for part in samples}) == 1
-    assert sorted(sample.i for part in samples for sample in part if sample.counts) == list(range(length))
+    assert len({len(dataset) for dataset in samples}) == 1
+    assert sorted(sample.i for dataset in samples for sample in dataset if sample.counts) == list(range(length))
 
 
 def test_padding_between_processes_is_not_counted() -> None:
-    part = ImageSet(numbered(5), transform=plain(), replace=False)
+    dataset = ImageDataset(numbered(5), transform=plain(), replace=False)
     labels = [
-        label for rank in range(2) for _, batch in make_loader(part, 2, place=(rank, 2)) for label in batch.tolist()
+        label
+        for rank in range(2)
+        for _, batch in make_loader(dataset, 2, rank=rank, world_size=2)
+        for label in batch.tolist()
     ]
     assert sorted(labels) == [IGNORE, 0, 1, 2, 3, 4]
 
 
 def test_sets_smaller_than_a_batch_are_used() -> None:
-    loader = make_loader(ImageSet(numbered(5), transform=plain()), 8, training=True)
+    loader = make_loader(ImageDataset(numbered(5), transform=plain()), 8, training=True)
     assert [len(labels) for _, labels in loader] == [5]
-    loader = make_loader(ImageSet(numbered(9), transform=plain()), 4, training=True)
+    loader = make_loader(ImageDataset(numbered(9), transform=plain()), 4, training=True)
     assert [len(labels) for _, labels in loader] == [4, 4]
 
 
@@ -704,7 +700,7 @@ def test_data_module_arguments() -> None:
         ({"num_workers": -1}, "num_workers must be 0 or more"),
     ):
         with pytest.raises(UserError, match=match):
-            ClassifyData(splits, plain(), plain(), **options)
+            DataModule(splits, plain(), plain(), **options)
 
 
 def test_loaders_survive_pickling(class_folder: Path) -> None:
@@ -743,10 +739,12 @@ class Recorder(L.LightningModule):
 
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.parametrize("stop_at", [3, 5, 7])
-def test_lightning_goes_on_in_the_middle_of_an_epoch(tmp_path: Path, stop_at: int) -> None:
+def test_lightning_resumes_in_the_middle_of_an_epoch(tmp_path: Path, stop_at: int) -> None:
     def fit(recorder: Recorder, **options: Any) -> list[list[int]]:
-        splits = ClassifySplits(ImageSet(numbered(20)), ImageSet(numbered(5)), None, [str(i) for i in range(5)], "n", 1)
-        data = ClassifyData(splits, plain(), plain(), batch_size=4, progress=False)
+        splits = ClassifySplits(
+            ImageDataset(numbered(20)), ImageDataset(numbered(5)), None, [str(i) for i in range(5)], "n", 1
+        )
+        data = DataModule(splits, plain(), plain(), batch_size=4, progress=False)
         trainer = L.Trainer(
             max_epochs=3,
             min_epochs=0,
@@ -772,21 +770,21 @@ def test_lightning_goes_on_in_the_middle_of_an_epoch(tmp_path: Path, stop_at: in
 
 def test_stratified_split_keeps_every_class() -> None:
     labels = np.array([0] * 50 + [1] * 3 + [2] + [3] * 2)
-    rest, part = split_stratified(labels, 0.1, 0)
-    assert sorted([*rest, *part]) == list(range(len(labels)))
-    assert np.bincount(labels[part], minlength=4).tolist() == [5, 1, 0, 1]
+    rest, dataset = split_stratified(labels, 0.1, 0)
+    assert sorted([*rest, *dataset]) == list(range(len(labels)))
+    assert np.bincount(labels[dataset], minlength=4).tolist() == [5, 1, 0, 1]
     assert set(labels[rest]) == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("count", [10_000, pytest.param(500_000, marks=pytest.mark.slow)])
-def test_large_folders_are_kept_small(tmp_path: Path, count: int) -> None:
+def test_large_folders_take_little_memory(tmp_path: Path, count: int) -> None:
     for label in "ab":
         (tmp_path / label).mkdir()
         for i in range(count):
             os.close(os.open(tmp_path / label / f"{i:07}.jpg", os.O_CREAT))
     tracemalloc.start()
     began = time.process_time()
-    source = open_parts(str(tmp_path)).train
+    source = open_source(str(tmp_path)).train
     seconds, peak = time.process_time() - began, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert source is not None

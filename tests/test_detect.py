@@ -16,8 +16,8 @@ from transcnn.checkpoints.loading import load, save_weights
 from transcnn.commands.evaluate import evaluate
 from transcnn.commands.predict import predict
 from transcnn.commands.train import train
-from transcnn.data.detect import open_set, open_splits
-from transcnn.data.detect_transforms import DetectTransform
+from transcnn.data.sets.detect import open_set, open_splits
+from transcnn.data.transforms.detect import DetectTransform
 from transcnn.dense.detectors import DETECTORS, build
 from transcnn.errors import UserError
 from transcnn.settings import Augment, Detect, Ema, Optim
@@ -69,11 +69,11 @@ def picture(index: int, size: tuple[int, int] = (80, 64)) -> tuple[Image.Image, 
     return image, found
 
 
-def make_data(folder: Path, parts: dict[str, int]) -> Path:
+def make_data(folder: Path, splits: dict[str, int]) -> Path:
     (folder / "images").mkdir(parents=True)
     (folder / "annotations").mkdir()
     number = 0
-    for part, count in parts.items():
+    for split, count in splits.items():
         images, annotations = [], []
         for _ in range(count):
             image, found = picture(number)
@@ -83,12 +83,12 @@ def make_data(folder: Path, parts: dict[str, int]) -> Path:
             number += 1
         categories = [{"id": i + 1, "name": name} for i, name in enumerate(NAMES)]
         sheet = {"images": images, "annotations": annotations, "categories": categories}
-        (folder / "annotations" / f"{part}.json").write_text(json.dumps(sheet))
+        (folder / "annotations" / f"{split}.json").write_text(json.dumps(sheet))
     return folder
 
 
-def change(folder: Path, part: str, edit: Any) -> None:
-    file = folder / "annotations" / f"{part}.json"
+def change(folder: Path, split: str, edit: Any) -> None:
+    file = folder / "annotations" / f"{split}.json"
     sheet = json.loads(file.read_text())
     edit(sheet)
     file.write_text(json.dumps(sheet))
@@ -212,7 +212,7 @@ def test_what_cannot_be_used_is_left_out_counted_and_listed(tmp_path):
         rows = [(Path(row["file"]).name, row["reason"]) for row in csv.DictReader(file)]
     assert result.metrics["skipped"] == len(rows) == 7
     text = "\n".join(f"{name}: {reason}" for name, reason in rows)
-    for part in (
+    for split in (
         "gone.png: an annotation",
         "0x4 pixels",
         "outside of the image",
@@ -221,7 +221,7 @@ def test_what_cannot_be_used_is_left_out_counted_and_listed(tmp_path):
         "annotation 904",
         "003.png",
     ):
-        assert part in text
+        assert split in text
     assert result.metrics["class_ap"]["never"] is None
 
 

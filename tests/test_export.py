@@ -18,8 +18,8 @@ from torch import nn
 from transcnn.checkpoints.loading import Loaded, load, save_weights
 from transcnn.commands.export import export
 from transcnn.commands.predict import predict
-from transcnn.data.augment import eval_transform
 from transcnn.data.images import read_image
+from transcnn.data.transforms.classify import eval_transform
 from transcnn.errors import UserError
 from transcnn.export import export_model, exporting
 from transcnn.export.check import _made_image, check, comparisons

@@ -183,7 +183,7 @@ def test_segmentation_by_numpy_is_torchs(args):
 
     image = photo(3, (97, 71))
     labels = class_map(by_numpy, image, {"data_config": CONFIG, "task_args": args})
-    from transcnn.data.segment_transforms import EvalTransform
+    from transcnn.data.transforms.segment import EvalTransform
 
     pixels = EvalTransform(mean=CONFIG["mean"], std=CONFIG["std"], resize=args.get("resize"))(image)[0][None]
     with torch.inference_mode():

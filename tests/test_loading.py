@@ -5,20 +5,20 @@ from __future__ import annotations
 import time
 
 from transcnn.commands.train import train
-from transcnn.data.imageset import ImageSet
+from transcnn.data.sets.image_dataset import ImageDataset
 from transcnn.training import loading
 from transcnn.training.loading import hint
 
 
 def test_a_slow_loader_is_said_once(class_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loading, "LEAST_SECONDS", 0.2)
-    read = ImageSet.__getitems__
+    read = ImageDataset.__getitems__
 
     def slow(self, wanted):
         time.sleep(0.3 if self.replace else 0)  # training's set only
         return read(self, wanted)
 
-    monkeypatch.setattr(ImageSet, "__getitems__", slow)
+    monkeypatch.setattr(ImageDataset, "__getitems__", slow)
     options = dict(model="transcnn_test", img_size=32, batch_size=4, epochs=2, precision="32", accelerator="cpu")
     train(str(class_folder), out=str(tmp_path / "run"), num_workers=0, **options)
     said = capsys.readouterr().err

@@ -26,14 +26,15 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from transcnn import cli
 from transcnn.commands.train import train
-from transcnn.data import pack as pack_module
-from transcnn.data import remote
-from transcnn.data.augment import eval_transform
-from transcnn.data.classify import make_loader, open_set, open_splits
-from transcnn.data.pack import pack
-from transcnn.data.packed import open_packed
-from transcnn.data.sampling import EpochSampler
-from transcnn.data.sources import Parts
+from transcnn.data import packing as pack_module
+from transcnn.data.loading.loader import make_loader
+from transcnn.data.loading.sampler import EpochSampler
+from transcnn.data.packing import pack
+from transcnn.data.sets.classify import open_set, open_splits
+from transcnn.data.sources import remote
+from transcnn.data.sources.packed import open_packed
+from transcnn.data.sources.source import SourceSplits
+from transcnn.data.transforms.classify import eval_transform
 from transcnn.errors import UserError
 
 
@@ -86,9 +87,9 @@ def test_other_programs_read_the_shards(packed):
     assert manifest["parts"]["train"]["per_class"] == [8, 8, 8]
     source = open_packed(str(packed)).train
     for sample in samples:
-        place = int(sample["__key__"])
-        assert int(sample["cls"]) == source.labels[place]
-        assert sample["png"] == source.raw(place)
+        at = int(sample["__key__"])
+        assert int(sample["cls"]) == source.labels[at]
+        assert sample["png"] == source.raw(at)
 
 
 def test_broken_files_are_left_out_and_listed(class_folder, tmp_path, capsys):
@@ -136,8 +137,8 @@ def test_odd_names_come_back(tmp_path):
             Image.new("L", (9, 9)).save(tmp_path / "data" / label / name)
     out = str(tmp_path / "100 %d pipe:")
     pack(str(tmp_path / "data"), out=out, quiet=True)
-    part = open_set(out, "all")
-    assert {part.name(i) for i in range(len(part))} == {
+    dataset = open_set(out, "all")
+    assert {dataset.name(i) for i in range(len(dataset))} == {
         f"{c}/{n}" for c in ("0", "1 %d") for n in [*names, "\\xff.png"]
     }
 
@@ -149,17 +150,20 @@ def test_odd_names_come_back(tmp_path):
 def test_each_image_once_for_any_number_of_processes_and_workers(packed, ranks, workers):
     seen: list[int] = []
     for rank in range(ranks):
-        part = open_set(str(packed), "val")
-        part.labels = np.arange(len(part))  # to know them again
-        part.transform = eval_transform(16)
+        dataset = open_set(str(packed), "val")
+        dataset.labels = np.arange(len(dataset))  # to know them again
+        dataset.transform = eval_transform(16)
         seen += chain(
-            *(labels.tolist() for _, labels in make_loader(part, 4, num_workers=workers, place=(rank, ranks)))
+            *(
+                labels.tolist()
+                for _, labels in make_loader(dataset, 4, num_workers=workers, rank=rank, world_size=ranks)
+            )
         )
     assert sorted(label for label in seen if label >= 0) == list(range(24))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_files_that_are_slow_to_get_come_in_windows(world_size):
+def test_slow_files_are_shuffled_in_windows(world_size):
     groups = np.repeat(np.arange(40), 7)
     orders = []
     for epoch in (3, 3, 4):
@@ -184,9 +188,9 @@ def test_files_that_are_slow_to_get_come_in_windows(world_size):
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
-def flip(path: Path, place: int) -> None:
+def flip(path: Path, at: int) -> None:
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[at] ^= 1
     path.write_bytes(content)
 
 
@@ -194,19 +198,19 @@ def test_a_damaged_shard_is_noticed_by_name(packed, capsys):
     assert cli.main(["pack", "--check", str(packed)]) == 0
     assert "files are as they were written, 48 images" in capsys.readouterr().out
     shard = packed / "train-000001.tar"
-    part = open_packed(str(packed)).train
-    assert part is not None
-    index = part.load.__self__.index  # pyright: ignore
-    place = int(np.flatnonzero(index["shard"] == 1)[0])
-    flip(shard, int(index["offset"][place]) + 60)
+    dataset = open_packed(str(packed)).train
+    assert dataset is not None
+    index = dataset.load.__self__.index  # pyright: ignore
+    at = int(np.flatnonzero(index["shard"] == 1)[0])
+    flip(shard, int(index["offset"][at]) + 60)
     assert cli.main(["pack", "--check", str(packed)]) == 2
     assert "1 of" in (said := capsys.readouterr().err)
     assert "'train-000001.tar'" in said
     images = open_splits(str(packed)).train
     images.transform = eval_transform(16)
-    assert len(next(iter(make_loader(images, 24)))[0]) == 24  # another takes its place
+    assert len(next(iter(make_loader(images, 24)))[0]) == 24  # another takes its at
     assert [reason for _, reason in images.broken] == [
-        f"shard train-000001.tar is damaged at byte {index['offset'][place]}: the checksum is another"
+        f"shard train-000001.tar is damaged at byte {index['offset'][at]}: the checksum is another"
     ]
     shard.write_bytes(shard.read_bytes()[:5000])
     with pytest.raises(UserError, match=r"train-000001\.tar is damaged or not copied whole: it has 5000 bytes"):
@@ -236,8 +240,8 @@ HOSTILE: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("too short for", lambda m: m["parts"]["train"].update(images=1 << 40)),
     ("names .. images instead of 23", lambda m: m["parts"]["train"].update(images=23)),
     ("different names", lambda m: m.update(class_names=["a", "a"])),
-    ("places or classes that there are not", lambda m: m.update(class_names=["a", "b"])),
-    ("places or classes that there are not", lambda m: m["parts"]["train"]["shards"].pop()),
+    ("offsets or classes that there are not", lambda m: m.update(class_names=["a", "b"])),
+    ("offsets or classes that there are not", lambda m: m["parts"]["train"]["shards"].pop()),
     ("parts must be among", lambda m: m.update(parts={})),
     ("parts must be among", lambda m: m["parts"].update({"../x": {}})),
     ("its version is 2", lambda m: m.update(version=2)),
@@ -284,10 +288,10 @@ def test_unusable_targets(class_folder, tmp_path, monkeypatch):
             pack(str(class_folder), out=str(tmp_path / "o"), **options)
     with pytest.raises(UserError, match="holds no manifest"):
         pack(str(class_folder), check=True)
-    one = pack_module.open_parts(str(class_folder)).train
+    one = pack_module.open_source(str(class_folder)).train
     two = replace(one, class_names=list(reversed(one.class_names)))  # pyright: ignore
-    monkeypatch.setattr(pack_module, "open_parts", lambda _: Parts("x", one, two))
-    with pytest.raises(UserError, match="the val part has other classes than the rest"):
+    monkeypatch.setattr(pack_module, "open_source", lambda _: SourceSplits("x", one, two))
+    with pytest.raises(UserError, match="the val split has other classes than the rest"):
         pack("x", out=str(tmp_path / "p"))
 
 
@@ -345,7 +349,7 @@ def test_shards_are_fetched_when_needed_and_once(served, packed, tmp_path):
     assert not [path.name for path in (tmp_path / "cache").rglob("*.tmp")]
 
 
-def test_what_can_not_be_fetched_is_said(served, packed):
+def test_failed_downloads_are_reported(served, packed):
     url, asked = served
     with pytest.raises(UserError, match=r"^http.*/nothing holds neither a manifest\.json .* nor Parquet files$"):
         open_splits(url + "nothing")
@@ -356,7 +360,7 @@ def test_what_can_not_be_fetched_is_said(served, packed):
     splits.train.transform = eval_transform(16)
     with pytest.raises(UserError, match=r"^can't fetch http.*/train-00000\d\.tar: \d+ bytes came, expected \d+$"):
         list(make_loader(splits.train, 4, num_workers=2))
-    assert len(asked) >= remote.TRIES
+    assert len(asked) >= remote.MAX_TRIES
     for path in packed.glob("train-*.tar"):
         path.write_bytes(path.read_bytes() + b"x")  # as long as it was, but not the same
     with pytest.raises(
@@ -371,7 +375,7 @@ def test_other_schemes_go_through_fsspec(packed, tmp_path, monkeypatch):
     for path in packed.iterdir():
         memory.pipe(f"/bucket/{path.name}", path.read_bytes())
     assert_same_part(open_splits("memory://bucket", in_chans=3).val, open_splits(str(packed)).val)
-    monkeypatch.setattr(remote, "TRIES", 1)
+    monkeypatch.setattr(remote, "MAX_TRIES", 1)
     with pytest.raises(UserError, match=r"can't fetch s3://"):
         open_splits("s3://no-such-bucket-for-tests/x")
     with pytest.raises(UserError, match="no such data"):

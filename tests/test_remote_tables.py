@@ -22,8 +22,10 @@ from safetensors.torch import load_file
 
 from made_parquet import parquet_rows, write_parquet
 from transcnn.commands.train import train
-from transcnn.data import remote
-from transcnn.data.classify import eval_transform, make_loader, open_set, open_splits
+from transcnn.data.loading.loader import make_loader
+from transcnn.data.sets.classify import open_set, open_splits
+from transcnn.data.sources import remote
+from transcnn.data.transforms.classify import eval_transform
 from transcnn.errors import UserError
 from transcnn.training import callbacks
 
@@ -61,8 +63,8 @@ def upload(folder: Path) -> None:
         fsspec.filesystem("memory").pipe(f"/bucket/set/{path.relative_to(folder)}", path.read_bytes())
 
 
-def greys(part: Any) -> list[tuple[int, int]]:
-    return [(int(np.asarray(image)[0, 0, 0]), label) for image, label, _ in map(part.read, range(len(part)))]
+def greys(dataset: Any) -> list[tuple[int, int]]:
+    return [(int(np.asarray(image)[0, 0, 0]), label) for image, label, _ in map(dataset.read, range(len(dataset)))]
 
 
 def kept(cache: Path, ending: str) -> list[str]:
@@ -83,14 +85,14 @@ def test_the_same_as_from_disk(bucket, folder, cache):
 
 
 def test_one_file(bucket):
-    part = open_set(bucket + "/data/train-00001-of-00003.parquet")
-    assert [grey for grey, _ in greys(part)] == list(range(8, 16))
+    dataset = open_set(bucket + "/data/train-00001-of-00003.parquet")
+    assert [grey for grey, _ in greys(dataset)] == list(range(8, 16))
 
 
 def test_fetched_once_and_anew_when_it_changed(bucket, folder, cache, monkeypatch):
     fetched: list[str] = []
-    copy = remote._copy
-    monkeypatch.setattr(remote, "_copy", lambda url, *rest: (fetched.append(url), copy(url, *rest))[1])
+    copy = remote._download
+    monkeypatch.setattr(remote, "_download", lambda url, *rest: (fetched.append(url), copy(url, *rest))[1])
     for _ in range(2):
         greys(open_splits(bucket).train)
     assert sorted(url for url in fetched if url.endswith(".parquet")) == [
@@ -112,7 +114,7 @@ def test_each_image_once_in_loader_processes(bucket, workers):
     assert seen != sorted(seen)
 
 
-def test_a_run_goes_on_in_the_middle_of_an_epoch(bucket, tmp_path, monkeypatch):
+def test_a_run_resumes_in_the_middle_of_an_epoch(bucket, tmp_path, monkeypatch):
     settings: dict[str, Any] = dict(model="transcnn_test", epochs=2, batch_size=4, img_size=32, quiet=True)
     settings |= {"precision": "32", "num_workers": 0, "in_chans": 3}
     train(bucket, out=str(tmp_path / "whole"), **settings)
@@ -130,7 +132,7 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(bucket, tmp_path, monkeypatch):
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
-def test_what_can_not_be_used_is_said(bucket, folder, cache, monkeypatch):
+def test_unusable_urls_are_reported(bucket, folder, cache, monkeypatch):
     memory = fsspec.filesystem("memory")
     with pytest.raises(UserError, match=r"memory://bucket/nothing holds neither a manifest\.json .* nor Parquet files"):
         open_splits("memory://bucket/nothing")
@@ -163,7 +165,7 @@ def test_what_can_not_be_used_is_said(bucket, folder, cache, monkeypatch):
     assert not kept(cache, ".tmp") + kept(cache, ".arrow")
 
 
-def test_labels_take_little_of_what_is_there(tmp_path):
+def test_labels_are_read_without_the_images(tmp_path):
     rows = parquet_rows(40)
     for i, row in enumerate(rows):
         row["image"] = np.random.default_rng(i).bytes(40_000)
@@ -194,8 +196,8 @@ def test_labels_take_little_of_what_is_there(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         for url in (f"http://127.0.0.1:{server.server_port}", f"http://127.0.0.1:{server.server_port}/train.parquet"):
-            part = open_set(url)
-            assert part.labels.tolist() == [i % 3 for i in range(40)]
+            dataset = open_set(url)
+            assert dataset.labels.tolist() == [i % 3 for i in range(40)]
             assert 0 < sum(sent) < (tmp_path / "web" / "train.parquet").stat().st_size / 4
     finally:
         server.shutdown()

@@ -23,8 +23,8 @@ from transcnn.commands.evaluate import evaluate
 from transcnn.commands.predict import predict
 from transcnn.commands.train import train
 from transcnn.data.images import BrokenImage
-from transcnn.data.segment import class_shares, open_set, open_splits
-from transcnn.data.segment_transforms import IGNORE, EvalTransform, TrainTransform
+from transcnn.data.sets.segment import class_shares, open_set, open_splits
+from transcnn.data.transforms.segment import IGNORE, EvalTransform, TrainTransform
 from transcnn.dense.segmenters import DECODERS, build
 from transcnn.errors import UserError
 from transcnn.plugging.plug import plug, plug_spec, plugged, plugged_parameters
@@ -62,14 +62,14 @@ def picture(index: int, size: tuple[int, int] = (72, 60)) -> tuple[Image.Image, 
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), ids
 
 
-def make_data(folder: Path, parts: dict[str, int], *, names: str | None = "ground\nbright\nred\n") -> Path:
+def make_data(folder: Path, splits: dict[str, int], *, names: str | None = "ground\nbright\nred\n") -> Path:
     start = 0
-    for part, count in parts.items():
+    for split, count in splits.items():
         for i in range(count):
             image, ids = picture(start + i)
             for kind, file, what in (("images", f"{i:02}.jpg", image), ("labels", f"{i:02}.png", Image.fromarray(ids))):
-                (folder / kind / part).mkdir(parents=True, exist_ok=True)
-                what.save(folder / kind / part / file)
+                (folder / kind / split).mkdir(parents=True, exist_ok=True)
+                what.save(folder / kind / split / file)
         start += count
     if names:
         (folder / "classes.txt").write_text(names)
@@ -126,8 +126,8 @@ def test_predict_writes_label_maps_and_overlays(run, data, tmp_path, capsys):
         assert next(c["share"] for c in row["classes"] if c["label"] == "ground") == pytest.approx(share, abs=1e-5)
     truth = picture(28)[1]
     with Image.open(rows[0]["mask"]) as mask:
-        guess = np.asarray(mask)
-    assert (guess == truth)[truth < 255].mean() > 0.8
+        predicted = np.asarray(mask)
+    assert (predicted == truth)[truth < 255].mean() > 0.8
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(data, tmp_path, monkeypatch):
@@ -169,7 +169,7 @@ def test_a_tar_holds_what_its_folder_holds(data, tmp_path):
 
 def test_ignored_classes_have_no_index(tmp_path):
     folder = make_data(tmp_path / "d", {"train": 4}, names="ground\nbright\nvoid\n")
-    splits = open_splits(str(folder))  # nothing is split: a validation part is taken off
+    splits = open_splits(str(folder))  # nothing is split: a validation split is taken off
     assert splits.class_names == ["ground", "bright"]
     assert len(splits.train) + len(splits.val) == 4
     assert set(np.unique(splits.train.read(0)[1])) == {IGNORE, 0, 1}
@@ -221,9 +221,9 @@ def test_what_cannot_be_used_is_left_out_counted_and_listed(data, tmp_path):
 
 def test_data_of_other_classes_is_refused_or_matched_by_name(data, tmp_path):
     folder = make_data(tmp_path / "d", {"test": 2}, names="red\nground\nbright\n")
-    part = open_set(str(folder), "auto", ["ground", "bright", "red"], [0, 1, 2])
+    split = open_set(str(folder), "auto", ["ground", "bright", "red"], [0, 1, 2])
     own = open_set(str(folder), "test", ["red", "ground", "bright"], [0, 1, 2])
-    np.testing.assert_array_equal(part.read(0)[1] == 2, own.read(0)[1] == 0)
+    np.testing.assert_array_equal(split.read(0)[1] == 2, own.read(0)[1] == 0)
     with pytest.raises(UserError, match="does not know: 'red'"):
         open_set(str(folder), "auto", ["ground", "bright"], [0, 1])
 
@@ -278,12 +278,12 @@ def test_images_to_be_judged_keep_their_size_and_label_maps_always_do():
 
 
 def test_iou_is_that_of_torchmetrics():
-    truth, guess = torch.randint(0, 4, (2, 3, 20, 20))
-    guess[truth == 3] = 2
+    truth, predicted = torch.randint(0, 4, (2, 3, 20, 20))
+    predicted[truth == 3] = 2
     truth[:, :3] = IGNORE
     known = truth != IGNORE
-    table = torch.bincount(truth[known] * 5 + guess[known], minlength=25).view(5, 5).double().numpy()
-    theirs = MulticlassJaccardIndex(5, ignore_index=IGNORE, average="macro")(guess, truth)
+    table = torch.bincount(truth[known] * 5 + predicted[known], minlength=25).view(5, 5).double().numpy()
+    theirs = MulticlassJaccardIndex(5, ignore_index=IGNORE, average="macro")(predicted, truth)
     ours = class_iou(table)
     assert np.isnan(ours[4])
     assert np.nanmean(ours) == pytest.approx(theirs.item(), abs=1e-6)
@@ -412,20 +412,20 @@ def test_poly_falls_with_its_power(power, given):
 def named_layout(folder: Path, kind: str) -> tuple[str, list[tuple[Path, Path]]]:
     """Three images for training and two to validate on, as torchvision's class of that name wants them."""
     pairs = []
-    for part, numbers in (("train", (1, 2, 3)), ("val", (4, 5))):
+    for split, numbers in (("train", (1, 2, 3)), ("val", (4, 5))):
         if kind == "voc":
             base = folder / "VOCdevkit" / "VOC2012"
             lists = base / "ImageSets" / "Segmentation"
             lists.mkdir(parents=True, exist_ok=True)
-            (lists / f"{part}.txt").write_text("".join(f"2007_{i}\n" for i in numbers))
+            (lists / f"{split}.txt").write_text("".join(f"2007_{i}\n" for i in numbers))
             pairs += [
                 (base / "JPEGImages" / f"2007_{i}.jpg", base / "SegmentationClass" / f"2007_{i}.png") for i in numbers
             ]
         else:
             for i in numbers:
                 stem = f"bonn_00000{i}_000019"
-                image = folder / "leftImg8bit" / part / "bonn" / f"{stem}_leftImg8bit.png"
-                pairs.append((image, folder / "gtFine" / part / "bonn" / f"{stem}_gtFine_labelIds.png"))
+                image = folder / "leftImg8bit" / split / "bonn" / f"{stem}_leftImg8bit.png"
+                pairs.append((image, folder / "gtFine" / split / "bonn" / f"{stem}_gtFine_labelIds.png"))
     return f"torch/{kind}:{folder}", pairs
 
 

@@ -23,8 +23,8 @@ from safetensors.numpy import save
 from transcnn import cli
 from transcnn.checkpoints.loading import load, read_info
 from transcnn.commands.train import train
-from transcnn.data.classify import open_set
-from transcnn.data.store import open_files
+from transcnn.data.sets.classify import open_set
+from transcnn.data.sources.files import open_files
 from transcnn.errors import UserError
 from transcnn.onnx.predict import OnnxModel
 

@@ -15,9 +15,8 @@ import pytest
 import torch
 from harness import QUICK, Command, checkpoint
 
-from transcnn.data.classify import make_loader
-from transcnn.data.sampling import Loader
-from transcnn.data.tolerant import Tolerant
+from transcnn.data.loading.loader import Loader, make_loader
+from transcnn.data.sets.fault_tolerant import FaultTolerantDataset
 from transcnn.errors import UserError
 
 PLAIN = [*QUICK, "--save_every=1", "--epochs=2", "--no-ema", "--smoothing=0", "--num_workers=0"]
@@ -116,7 +115,7 @@ def test_half_the_learning_rate_saves_a_run(images, tmp_path, schedule, account)
     account(fault, 1, 1, 3, "differ: half the rate", "back to the last checkpoint with half the learning rate")
 
 
-class Trap(Tolerant):
+class Trap(FaultTolerantDataset):
     """Numbers; a loader process that asks for the sixth dies, or waits for ever."""
 
     def __init__(self, how: str) -> None:
@@ -141,7 +140,7 @@ def test_a_loader_process_that_dies_or_hangs_is_an_error_with_the_file(monkeypat
     loader = make_loader(Trap(how), 2, num_workers=1)
     with pytest.raises(UserError, match=rf"{said}.*begins with '4.jpg', '5.jpg'"):
         list(loader)
-    assert loader.given == 2  # the batches before were fine
+    assert loader.yielded == 2  # the batches before were fine
     account(
         f"a loader process that {how}", 1, 0, "since the checkpoint", "not compared", "ends with the file; --resume"
     )
@@ -149,16 +148,16 @@ def test_a_loader_process_that_dies_or_hangs_is_an_error_with_the_file(monkeypat
 
 DYING = """
 import os, signal, sys
-from transcnn.data.imageset import ImageSet
+from transcnn.data.sets.image_dataset import ImageDataset
 from transcnn.cli import main
-read = ImageSet.read
-ImageSet.fill_cache = lambda self, *args, **kwargs: False
-items = ImageSet.__getitems__
+read = ImageDataset.read
+ImageDataset.fill_cache = lambda self, *args, **kwargs: False
+items = ImageDataset.__getitems__
 def dying(self, wanted):
     if wanted[0].epoch == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return items(self, wanted)
-ImageSet.__getitems__ = dying
+ImageDataset.__getitems__ = dying
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -22,7 +22,7 @@ from ..errors import UserError
 __all__ = [
     "EXTENSIONS",
     "BrokenImage",
-    "cut_ends",
+    "crop_extreme_aspect",
     "is_dir",
     "is_image_name",
     "list_images",
@@ -117,10 +117,10 @@ def to_channels(image: Image.Image, in_chans: int) -> Image.Image:
     return image.convert(mode)
 
 
-def cut_ends(image: Image.Image) -> Image.Image:
-    """Cut the ends off an image more than 8 times as long as wide: resized by its short side it would be huge.
+def crop_extreme_aspect(image: Image.Image) -> Image.Image:
+    """Crop the ends of an image whose aspect ratio is above 8: resized by its short side it would be huge.
 
-    What is cut off lies outside the middle that evaluation looks at.
+    What is cropped lies outside the centre crop of evaluation.
     """
     width, height = image.size
     if max(width, height) <= 8 * min(width, height):
@@ -142,7 +142,7 @@ def list_images(folder: str | os.PathLike[str], within: str | os.PathLike[str] |
     of the whole data set: so loops end, and no class gets another's images.
 
     Yields:
-        Also what only looks like an image (a dangling link, a folder named x.jpg): reading it tells what is wrong.
+        Also what only looks like an image (a dangling link, a folder named x.jpg): reading it says what is wrong.
     """
     yield from _list(os.fspath(folder), () if within is None else (_identity(within),))
 
@@ -177,7 +177,7 @@ def is_dir(entry: os.DirEntry[str]) -> bool:
     """Whether it is a folder or a link to one; a link to itself isn't."""
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads round in circles
+    except OSError:  # a circular link
         return False
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoints.loading import Loaded
-from ..data.augment import channel_stats
 from ..data.images import to_channels
+from ..data.transforms.classify import channel_stats
 from ..errors import UserError
 from ..explain.maps import AttentionMap, maps_of
 from ..explain.picture import describe

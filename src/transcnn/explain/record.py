@@ -87,7 +87,7 @@ def as_input(model: nn.Module | Loaded, image: ImageLike) -> tuple[nn.Module, Te
     if isinstance(image, Image.Image):
         from torchvision.transforms import functional as tvf
 
-        from ..data.augment import channel_stats
+        from ..data.transforms.classify import channel_stats
 
         in_chans = model.preprocessing["input_size"][0] if isinstance(model, Loaded) else getattr(model, "in_chans", 3)
         config = model.preprocessing if isinstance(model, Loaded) else data_config_of(module, in_chans)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints.loading import Loaded
-from ..data.classify import open_set
+from ..data.sets.classify import open_set
 from ..errors import UserError
 from ..onnx.predict import OnnxModel, to_input
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.header import check_stored
-from ..data.images import cut_ends, to_channels
+from ..data.images import crop_extreme_aspect, to_channels
 from ..errors import UserError, require
 
 __all__ = ["OnnxModel", "answers", "to_input"]
@@ -96,7 +96,7 @@ def to_input(image: Image.Image, data_config: dict[str, Any]) -> np.ndarray:
     """
     channels, height, width = data_config["input_size"]
     mean, std = (np.array(data_config[key], np.float32) for key in ("mean", "std"))
-    image = cut_ends(to_channels(image, channels))
+    image = crop_extreme_aspect(to_channels(image, channels))
     resample = INTERPOLATIONS[data_config["interpolation"]]
     image = image.resize(_scaled(image.size, (width, height), data_config["crop_pct"]), resample)
     left, top = (round((have - want) / 2) for have, want in zip(image.size, (width, height), strict=True))

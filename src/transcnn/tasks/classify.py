@@ -14,8 +14,11 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from ..data.augment import Transform
-from ..data.classify import ClassifyData, ImageSet, eval_transform, make_loader, open_set, open_splits, train_transform
+from ..data.loading.data_module import DataModule
+from ..data.loading.loader import make_loader
+from ..data.sets.classify import open_set, open_splits
+from ..data.sets.image_dataset import ImageDataset
+from ..data.transforms.classify import Transform, eval_transform, train_transform
 from ..distributed.processes import gather_lists
 from ..errors import UserError
 from ..report.classify import write_report
@@ -59,7 +62,7 @@ class Classify(Task):
     @classmethod
     def loaders(
         cls, splits: Any, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any], **settings: Any
-    ) -> ClassifyData:
+    ) -> DataModule:
         """Loaders whose training part is varied as ``augment`` says."""
         in_chans, *size = data_config["input_size"]
         a = augment
@@ -82,18 +85,18 @@ class Classify(Task):
             re_prob=a.reprob,
             re_mode=a.remode,
         )
-        return ClassifyData(splits, train, Classify.image_transform(data_config), **settings)
+        return DataModule(splits, train, Classify.image_transform(data_config), **settings)
 
     @staticmethod
     def open_part(
         data: str | None, split: str, class_names: list[str], task_args: dict[str, Any], **settings: Any
-    ) -> ImageSet:
+    ) -> ImageDataset:
         """One part of a classification data set."""
         return open_set(data, split, class_names=class_names, **settings)
 
     @classmethod
     def part_loader(
-        cls, part: ImageSet, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any
+        cls, part: ImageDataset, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any
     ) -> Any:
         """A loader of (images, labels) over one part."""
         part.transform = cls.image_transform(data_config)
@@ -227,7 +230,7 @@ class Classify(Task):
             table.add_row("...", f"{len(known) - 10} classes above")
         Console(highlight=False).print(table)
 
-    def write_report(self, folder: Path, scores: dict[str, Any], part: ImageSet, metrics: dict[str, Any]) -> None:
+    def write_report(self, folder: Path, scores: dict[str, Any], part: ImageDataset, metrics: dict[str, Any]) -> None:
         """Curves, confusion matrix, classes and the surest wrong answers."""
         history = folder / "metrics.csv"
         names = self.class_names

@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
-from ..data.classify import ClassifyData, make_loader
-from ..data.denseset import DenseSet
+from ..data.loading.data_module import DataModule
+from ..data.loading.loader import make_loader
+from ..data.sets.dense_dataset import DenseDataset
 from ..errors import UserError
 from ..settings import Augment
 from .base import Task
@@ -29,15 +30,15 @@ class DenseTask(Task):
     @classmethod
     def loaders(
         cls, splits: Any, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any], **settings: Any
-    ) -> ClassifyData:
+    ) -> DataModule:
         """Loaders whose training part is varied as ``augment`` says."""
         cls.refuse_mixing(augment)
         train = cls.train_transform(data_config, augment, task_args)
-        return ClassifyData(splits, train, cls.image_transform(data_config, task_args), **settings)  # pyright: ignore
+        return DataModule(splits, train, cls.image_transform(data_config, task_args), **settings)  # pyright: ignore
 
     @classmethod
     def part_loader(
-        cls, part: DenseSet, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any
+        cls, part: DenseDataset, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any
     ) -> Any:
         """A loader of whole images and their truth."""
         part.transform = cls.image_transform(data_config, task_args)

@@ -13,9 +13,9 @@ from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
-from ..data.denseset import DenseSet, DenseSplits
-from ..data.detect import open_set, open_splits
-from ..data.detect_transforms import DetectTransform
+from ..data.sets.dense_dataset import DenseDataset, DenseSplits
+from ..data.sets.detect import open_set, open_splits
+from ..data.transforms.detect import DetectTransform
 from ..distributed.processes import gather, gather_lists, world
 from ..errors import require
 from ..report.dense import ends_and_middle, write_dense_report
@@ -67,7 +67,7 @@ class Detect(DenseTask):
     @staticmethod
     def open_part(
         data: str | None, split: str, class_names: list[str], task_args: dict[str, Any], **settings: Any
-    ) -> DenseSet:
+    ) -> DenseDataset:
         """One part of a detection data set."""
         return open_set(data, split, class_names, **settings)
 
@@ -184,7 +184,7 @@ class Detect(DenseTask):
             table.add_row(name, "does not occur" if value is None else f"{value:.2f} %")
         Console(highlight=False).print(table)
 
-    def write_report(self, folder: Path, scores: dict[str, Any], part: DenseSet, metrics: dict[str, Any]) -> None:
+    def write_report(self, folder: Path, scores: dict[str, Any], part: DenseDataset, metrics: dict[str, Any]) -> None:
         """Curves, classes, and the best, middling and worst pictures beside the truth."""
         colours, names = palette(len(self.class_names)), self.class_names
         pictures = []

@@ -14,9 +14,9 @@ from rich.table import Table
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from ..data.denseset import DenseSet, DenseSplits
-from ..data.segment import open_set, open_splits
-from ..data.segment_transforms import IGNORE, EvalTransform, TrainTransform
+from ..data.sets.dense_dataset import DenseDataset, DenseSplits
+from ..data.sets.segment import open_set, open_splits
+from ..data.transforms.segment import IGNORE, EvalTransform, TrainTransform
 from ..dense.segmenters import class_weights
 from ..distributed.processes import gather_lists
 from ..report.dense import class_iou, ends_and_middle, write_segment_report
@@ -76,7 +76,7 @@ class Segment(DenseTask):
     @staticmethod
     def open_part(
         data: str | None, split: str, class_names: list[str], task_args: dict[str, Any], **settings: Any
-    ) -> DenseSet:
+    ) -> DenseDataset:
         """One part of a segmentation data set."""
         return open_set(data, split, class_names, task_args["label_ids"], task_args, **settings)
 
@@ -234,7 +234,7 @@ class Segment(DenseTask):
             table.add_row(name, "does not occur" if value is None else f"{value:.2f} %")
         Console(highlight=False).print(table)
 
-    def write_report(self, folder: Path, scores: dict[str, Any], part: DenseSet, metrics: dict[str, Any]) -> None:
+    def write_report(self, folder: Path, scores: dict[str, Any], part: DenseDataset, metrics: dict[str, Any]) -> None:
         """Curves, classes, which was taken for which, and the best, middling and worst pictures."""
         pictures = []
         for title, place, score in ends_and_middle(scores["ranking"]):

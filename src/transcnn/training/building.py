@@ -12,7 +12,7 @@ from timm.layers import convert_sync_batchnorm
 
 from ..checkpoints.loading import data_config_of, load, read_info
 from ..checkpoints.published import load_body, load_checkpoint
-from ..data.sources import few
+from ..data.sources.source import abbreviate
 from ..dense.build import build_network
 from ..distributed.processes import world
 from ..plugging.plug import plug as plug_in
@@ -99,7 +99,7 @@ def _take(s: SimpleNamespace, part: torch.nn.Module, weights: Path, whole: bool)
         return
     count, unused = load_body(part, weights)
     if not s.quiet:
-        rest = f", not taken: {few(unused)}" if unused else ""
+        rest = f", not taken: {abbreviate(unused)}" if unused else ""
         print(f"backbone: {count} tensors of {weights}; all else starts anew{rest}", file=sys.stderr)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from ..checkpoints.files import atomic_write
 from ..checkpoints.loading import Loaded
-from ..data.tolerant import write_skipped
+from ..data.sets.fault_tolerant import write_skipped
 from ..distributed.processes import placement, rank, world
 from ..distributed.runtime import choose_precision
 from ..tasks import get_task
@@ -41,7 +41,7 @@ def measure(
     """
     task_args = loaded.info.get("task_args") or {}
     learner = get_task(loaded.task)(loaded.model, loaded.class_names, loaded.preprocessing, task_args=task_args)
-    settings = {"batch_size": batch_size, "num_workers": num_workers, "place": (rank(), world())}
+    settings = {"batch_size": batch_size, "num_workers": num_workers, "rank": rank(), "world_size": world()}
     loader = learner.part_loader(part, loaded.preprocessing, task_args, **settings)
     trainer = L.Trainer(
         **placement(accelerator),

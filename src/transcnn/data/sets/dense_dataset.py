@@ -1,4 +1,4 @@
-"""Images with a truth for each place in them (a label map, boxes) as a dataset, for segmentation and detection."""
+"""Images with a dense ground truth (a label map, boxes) as a dataset, for segmentation and detection."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from ..errors import UserError
-from .images import BrokenImage
-from .randomness import sample_seeds
-from .sampling import Sample
-from .tolerant import Tolerant
+from ...errors import UserError
+from ..images import BrokenImage
+from ..rng import sample_seeds
+from .fault_tolerant import FaultTolerantDataset, Sample
 
-__all__ = ["DenseSet", "DenseSource", "DenseSplits", "DenseTransform", "choose_part", "part_sets"]
+__all__ = ["DenseDataset", "DenseSource", "DenseSplits", "DenseTransform", "choose_split", "make_splits"]
 
 
 @dataclass
@@ -56,11 +55,12 @@ class DenseTransform(Protocol):
         ...
 
 
-class DenseSet(Tolerant):
+class DenseDataset(FaultTolerantDataset):
     """Images with truths; ``set[i]`` is what ``transform`` makes of sample i.
 
-    ``i`` is an index, or a :class:`~.sampling.Sample` that also says the epoch. Random draws depend on ``seed``, the
-    epoch and the index only. See :class:`~.tolerant.Tolerant` for files that can't be read.
+    ``i`` is an index, or a :class:`~.fault_tolerant.Sample` that also says the epoch. Random numbers depend on
+    ``seed``, the epoch and the index only. For files that can't be read see
+    :class:`~.fault_tolerant.FaultTolerantDataset`.
     """
 
     def __init__(
@@ -77,7 +77,6 @@ class DenseSet(Tolerant):
         self.source = source
         self.seed = seed
         self.epoch = 0
-        self.transform: Any = None  # a DenseTransform, set before samples are taken
 
     def name(self, i: int) -> str:
         """The i-th image's file name."""
@@ -109,10 +108,6 @@ class DenseSet(Tolerant):
             return default_collate(list(samples))
         return [list(column) for column in zip(*samples, strict=True)]
 
-    def fill_cache(self, limit: int = 0, *, progress: bool = False) -> bool:
-        """Nothing is kept in memory: training looks at another part of an image each time."""
-        return False
-
     def _try(self, i: int, seed: int) -> tuple[Tensor, Any] | None:
         """Sample i, None if it is broken."""
         if self._is_broken[i]:
@@ -126,11 +121,11 @@ class DenseSet(Tolerant):
 
 @dataclass
 class DenseSplits:
-    """The parts of one data set; as :class:`~.classify.ClassifySplits`, with ``task_args`` for what the task needs."""
+    """The splits of one data set; as :class:`~.classify.ClassifySplits`, with ``task_args`` for the task."""
 
-    train: DenseSet
-    val: DenseSet
-    test: DenseSet | None
+    train: DenseDataset
+    val: DenseDataset
+    test: DenseDataset | None
     class_names: list[str]
     name: str
     in_chans: int
@@ -138,54 +133,56 @@ class DenseSplits:
 
     @property
     def broken(self) -> list[tuple[str, str]]:
-        """(name, reason) of every file that could not be used so far, in all parts."""
-        return [entry for part in (self.train, self.val, self.test) if part is not None for entry in part.broken]
+        """(name, reason) of every file that could not be used so far, in all splits."""
+        return [entry for split in (self.train, self.val, self.test) if split is not None for entry in split.broken]
 
 
-MakeSet = Callable[..., DenseSet]  # (part, indices or None, replace=...) -> the set
+MakeSet = Callable[..., DenseDataset]  # (split, indices or None, replace=...) -> the set
 
 
-def part_sets(parts: Mapping[str, Sized], make: MakeSet, val_fraction: float, seed: int) -> dict[str, DenseSet | None]:
-    """``train``, ``val`` and ``test`` of what a data set holds by part; ``""`` is what lies in no part.
+def make_splits(
+    splits: Mapping[str, Sized], make: MakeSet, val_fraction: float, seed: int
+) -> dict[str, DenseDataset | None]:
+    """``train``, ``val`` and ``test`` of what a data set holds by split; ``""`` is what lies in no split.
 
-    Where there is no validation part a share of the training images is held back for it.
+    Where there is no validation split a share of the training images is held back for it.
     """
-    sets: dict[str, DenseSet | None] = dict.fromkeys(("train", "val", "test"))
-    for part in ("val", "test"):
-        if parts.get(part):
-            sets[part] = make(part, None, replace=False)
-    whole = "train" if parts.get("train") else ""
-    if not parts.get(whole):
+    sets: dict[str, DenseDataset | None] = dict.fromkeys(("train", "val", "test"))
+    for split in ("val", "test"):
+        if splits.get(split):
+            sets[split] = make(split, None, replace=False)
+    rest_of = "train" if splits.get("train") else ""
+    if not splits.get(rest_of):
         return sets
-    rest = np.arange(len(parts[whole]))
+    rest = np.arange(len(splits[rest_of]))
     if sets["val"] is None:
         rest, held = split_off(len(rest), val_fraction, seed)
         if not len(held):
             return sets
-        sets["val"] = make(whole, held, replace=False)
-        sets["val"].listed = []  # the training part lists them
-    sets["train"] = make(whole, rest, replace=True)
+        sets["val"] = make(rest_of, held, replace=False)
+        sets["val"].listed = []  # the training split lists them
+    sets["train"] = make(rest_of, rest, replace=True)
     return sets
 
 
-def choose_part(
-    data: str | None, parts: Mapping[str, Sized], make: MakeSet, split: str, val_fraction: float, seed: int
-) -> DenseSet:
-    """One part for evaluation: ``auto`` is the test part, else the validation part, else everything.
+def choose_split(
+    data: str | None, splits: Mapping[str, Sized], make: MakeSet, split: str, val_fraction: float, seed: int
+) -> DenseDataset:
+    """One split for evaluation: ``auto`` is the test split, else the validation split, else everything.
 
     Raises:
-        UserError: No such part.
+        UserError: No such split.
     """
     choices = ("auto", "train", "val", "test", "all")
     if split not in choices:
         raise UserError(f"split must be one of {', '.join(choices)}, got {split!r}")
     if split == "auto":
-        split = next((part for part in ("test", "val") if parts.get(part)), "all")
-    if split == "all" and "" not in parts:
-        raise UserError(f"{data!r} comes in parts; choose one of {', '.join(parts)} as split, got 'all'")
-    chosen = make("", None, replace=False) if split == "all" else part_sets(parts, make, val_fraction, seed)[split]
+        split = next((split for split in ("test", "val") if splits.get(split)), "all")
+    if split == "all" and "" not in splits:
+        raise UserError(f"{data!r} comes in splits; choose one of {', '.join(splits)} as split, got 'all'")
+    chosen = make("", None, replace=False) if split == "all" else make_splits(splits, make, val_fraction, seed)[split]
     if chosen is None:
-        raise UserError(f"{data!r} has no {split} part")
+        raise UserError(f"{data!r} has no {split} split")
     chosen.replace = False
     chosen.split = split
     return chosen

@@ -11,38 +11,38 @@ import numpy as np
 from PIL import Image
 from timm.data import create_dataset
 
-from ..errors import UserError, require
-from .folders import part_folder
-from .images import BrokenImage, read_bytes, read_image
-from .sources import PARTS, Parts, Source, few, line
+from ...errors import UserError, require
+from ..images import BrokenImage, read_bytes, read_image
+from .folder import split_folder
+from .source import SPLITS, Source, SourceSplits, abbreviate, first_line
 
 __all__ = ["open_hfds", "open_torch"]
 
 
-def open_torch(rest: str) -> Parts:
+def open_torch(rest: str) -> SourceSplits:
     """torch/NAME or torch/NAME:FOLDER, a torchvision dataset in (or downloaded to) FOLDER, by default ``data``."""
     name, _, root = rest.partition(":")
     root = root or "data"
     if name in ("image_folder", "folder"):
         if not os.path.isdir(root):
             raise UserError(f"no such folder: {root!r} (torch/{name}:FOLDER)")
-        present = [part for part in PARTS if part_folder(Path(root), PARTS[part])]
-        splits = {part: part for part in present} if "train" in present else {"train": ""}
+        present = [split for split in SPLITS if split_folder(Path(root), SPLITS[split])]
+        theirs = {split: split for split in present} if "train" in present else {"train": ""}
     elif name in ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist"):
-        splits = {"train": "train", "test": "test"}
+        theirs = {"train": "train", "test": "test"}
     else:
-        splits = {"train": "train", "val": "val"}
-    return Parts.of(name, {part: _torch_part(name, root, split) for part, split in splits.items()})
+        theirs = {"train": "train", "val": "val"}
+    return SourceSplits.of(name, {ours: _torch_split(name, root, split) for ours, split in theirs.items()})
 
 
-def _torch_part(name: str, root: str, split: str) -> Source:
+def _torch_split(name: str, root: str, split: str) -> Source:
     if name in ("image_folder", "folder"):
-        folder = part_folder(Path(root), PARTS[split]) if split else Path(root)
+        folder = split_folder(Path(root), SPLITS[split]) if split else Path(root)
         root, split = str(folder), ""
     try:
         dataset: Any = create_dataset(f"torch/{name}", root=root, split=split, download=not name.endswith("folder"))
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"torch/{name} can't be opened in {root!r}: {line(error)}") from error
+        raise UserError(f"torch/{name} can't be opened in {root!r}: {first_line(error)}") from error
     targets = getattr(dataset, "targets", None)
     if targets is None:
         targets = [target for _, target in getattr(dataset, "samples", None) or dataset.imgs]
@@ -69,23 +69,23 @@ def _torch_name(dataset: Any, prefix: str, i: int) -> str:
     return f"{prefix}/{i}"
 
 
-def open_hfds(name: str) -> Parts:
+def open_hfds(name: str) -> SourceSplits:
     """hfds/NAME, a data set of the Hugging Face hub or a local folder of one."""
     datasets: Any = require("datasets", "data")
     try:
         available = datasets.get_dataset_split_names(name)
-        found = {part: next((s for s in names if s in available), None) for part, names in PARTS.items()}
-        sources = {part: _hfds_part(name, split) for part, split in found.items() if split}
+        theirs = {ours: next((s for s in names if s in available), None) for ours, names in SPLITS.items()}
+        sources = {ours: _hfds_split(name, split) for ours, split in theirs.items() if split}
     except UserError:
         raise
     except Exception as error:  # the library raises its own, the hub's and the network's errors
-        raise UserError(f"hfds/{name} can't be opened: {line(error)}") from error
+        raise UserError(f"hfds/{name} can't be opened: {first_line(error)}") from error
     if not sources:
-        raise UserError(f"hfds/{name} has splits {few(available)}; expected train, validation or test")
-    return Parts.of(name.strip("/").rpartition("/")[2], sources)
+        raise UserError(f"hfds/{name} has splits {abbreviate(available)}; expected train, validation or test")
+    return SourceSplits.of(name.strip("/").rpartition("/")[2], sources)
 
 
-def _hfds_part(name: str, split: str) -> Source | None:
+def _hfds_split(name: str, split: str) -> Source | None:
     reader: Any = create_dataset(f"hfds/{name}", split=split).reader  # pyright: ignore[reportAttributeAccessIssue]
     labels = np.asarray(list(reader.iter_targets()), dtype=np.int64)
     if len(labels) and (labels < 0).all():
@@ -104,7 +104,7 @@ def _hfds_raw(reader: Any, i: int) -> bytes:
     try:
         file, _ = reader[i]
     except (AssertionError, OSError) as error:
-        raise BrokenImage(line(error)) from error
+        raise BrokenImage(first_line(error)) from error
     with file:
         return file.read()
 

@@ -14,28 +14,28 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError, require
-from .images import BrokenImage, is_image_name, read_image
-from .sources import PARTS, Parts, Source, few, line, part_of, read_class_names
+from ...errors import UserError, require
+from ..images import BrokenImage, is_image_name, read_image
+from .source import SPLITS, Source, SourceSplits, abbreviate, first_line, read_class_names, split_of_name
 
-__all__ = ["Contents", "open_shards", "read_contents"]
+__all__ = ["ShardContents", "open_shards", "read_shard"]
 
-MOST_CLASSES = 1 << 20  # a label above this is none
+MAX_CLASSES = 1 << 20  # a label above this is none
 
 
-class Members:
-    """Images inside tar files, read by their place in the file: any order, any process, nothing unpacked."""
+class TarSamples:
+    """Images inside tar files, read by their offset in the file: any order, any process, nothing unpacked."""
 
     def __init__(self) -> None:
         self.files: list[str] = []
-        self.at: list[tuple[int, int, int]] = []  # file, offset, size
+        self.offsets: list[tuple[int, int, int]] = []  # file, offset, size
         self.names: list[str] = []
 
     def name(self, i: int) -> str:
         return self.names[i]
 
     def raw(self, i: int) -> bytes:
-        number, offset, size = self.at[i]
+        number, offset, size = self.offsets[i]
         try:
             with open(self.files[number], "rb") as file:
                 file.seek(offset)
@@ -48,7 +48,7 @@ class Members:
 
 
 @dataclass
-class Contents:
+class ShardContents:
     """A shard's table of contents, as far as it could be read.
 
     Attributes:
@@ -62,9 +62,9 @@ class Contents:
     problem: str = ""
 
 
-def read_contents(path: str) -> Contents:
+def read_shard(path: str) -> ShardContents:
     """Read the headers of a tar of samples, and the classes; nothing is unpacked, and images are not read."""
-    found = Contents()
+    found = ShardContents()
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             end = os.fstat(file.fileno()).st_size
@@ -80,28 +80,30 @@ def read_contents(path: str) -> Contents:
                 elif is_image_name(os.path.basename(member.name)):
                     found.images[stem] = (member.offset_data, member.size)
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:
-        found.problem = f"damaged shard: {line(error)}"
+        found.problem = f"damaged shard: {first_line(error)}"
     return found
 
 
-def open_shards(pattern: str) -> Parts:
+def open_shards(pattern: str) -> SourceSplits:
     """wds/PATH with {000..015} in it, a folder of train-*.tar, val-*.tar, ..., or one tar: local WebDataset shards.
 
     A sample is an image and a ``.cls`` of equal stem. The tars' tables of contents are read once and samples are then
-    fetched by their place, so that shuffling is complete and each sample is given exactly once an epoch.
+    read by their offset, so that shuffling is complete and each sample comes exactly once an epoch.
     """
     files = _expand(pattern)
-    by_part: dict[str, list[str]] = {}
+    by_split: dict[str, list[str]] = {}
     for file in files:
-        by_part.setdefault(part_of(os.path.basename(file)) if os.path.isdir(pattern) else "train", []).append(file)
+        by_split.setdefault(split_of_name(os.path.basename(file)) if os.path.isdir(pattern) else "train", []).append(
+            file
+        )
     names = read_class_names(Path(files[0]).parent)
-    sources = {part: _shards_part(by_part[part], names) for part in PARTS if part in by_part}
-    if names is None:  # numbers: as many classes as the part with the most
+    sources = {split: _shards_split(by_split[split], names) for split in SPLITS if split in by_split}
+    if names is None:  # numbers: as many classes as the split with the most
         most = max((source.class_names for source in sources.values()), key=len)
         for source in sources.values():
             source.class_names = most
     name = os.path.basename(os.path.dirname(os.path.abspath(files[0]))) or "shards"
-    return Parts.of(name, sources)
+    return SourceSplits.of(name, sources)
 
 
 def _expand(pattern: str) -> list[str]:
@@ -114,28 +116,28 @@ def _expand(pattern: str) -> list[str]:
         files = list(braces.shardlists.expand_urls(pattern))
     missing = [file for file in files if not os.path.isfile(file)]
     if missing or not files:
-        raise UserError(f"no such shards: {few(missing) or pattern}")
+        raise UserError(f"no such shards: {abbreviate(missing) or pattern}")
     return files
 
 
-def _shards_part(files: list[str], names: list[str] | None) -> Source:
-    members, labels, broken = Members(), [], []
+def _shards_split(files: list[str], names: list[str] | None) -> Source:
+    members, labels, broken = TarSamples(), [], []
     for number, path in enumerate(files):
         members.files.append(path)
-        contents = read_contents(path)
+        contents = read_shard(path)
         if contents.problem:
             broken.append((path, contents.problem))
         for stem, (offset, size) in contents.images.items():
-            if not 0 <= contents.classes.get(stem, -1) < MOST_CLASSES:
+            if not 0 <= contents.classes.get(stem, -1) < MAX_CLASSES:
                 broken.append((f"{path}/{stem}", "no class beside it"))
                 continue
-            members.at.append((number, offset, size))
+            members.offsets.append((number, offset, size))
             members.names.append(f"{os.path.basename(path)}/{stem}")
             labels.append(contents.classes[stem])
     if not labels:
-        raise UserError(f"no samples in {few(files)}; expected images with a .cls file each")
-    numbers = np.array(labels, dtype=np.int64)
-    names = names or [str(i) for i in range(numbers.max() + 1)]
-    if numbers.max() >= len(names):
-        raise UserError(f"{few(files)} has labels up to {numbers.max()}; allowed: 0 to {len(names) - 1}")
-    return Source(numbers, names, members.load, members.name, broken, raw=members.raw)
+        raise UserError(f"no samples in {abbreviate(files)}; expected images with a .cls file each")
+    indices = np.array(labels, dtype=np.int64)
+    names = names or [str(i) for i in range(indices.max() + 1)]
+    if indices.max() >= len(names):
+        raise UserError(f"{abbreviate(files)} has labels up to {indices.max()}; allowed: 0 to {len(names) - 1}")
+    return Source(indices, names, members.load, members.name, broken, raw=members.raw)

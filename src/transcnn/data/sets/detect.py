@@ -21,12 +21,12 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..errors import UserError
-from .denseset import DenseSet, DenseSource, DenseSplits, choose_part, part_sets
-from .images import BrokenImage, is_image_name, read_image
-from .sources import PARTS, check_fraction, few, line, part_of
-from .store import Files, open_files
-from .tolerant import channels_of
+from ...errors import UserError
+from ..images import BrokenImage, is_image_name, read_image
+from ..sources.files import Files, open_files
+from ..sources.source import SPLITS, abbreviate, check_fraction, first_line, split_of_name
+from .dense_dataset import DenseDataset, DenseSource, DenseSplits, choose_split, make_splits
+from .fault_tolerant import channels_of
 
 __all__ = ["open_set", "open_splits"]
 
@@ -64,7 +64,7 @@ class Found:
     """A data set as it lies there."""
 
     files: Files
-    parts: dict[str, list[Annotated]]
+    splits: dict[str, list[Annotated]]
     broken: dict[str, list[tuple[str, str]]]
     names: dict[int, str]
 
@@ -81,7 +81,7 @@ def open_splits(
     strict: bool = False,
     in_chans: int | None = None,
 ) -> DenseSplits:
-    """Open a data set for training; a validation part that it lacks is split off.
+    """Open a data set for training; a validation split that it lacks is split off.
 
     Args:
         data: A folder or tar with ``images/`` and ``annotations/{train,val,test}.json`` (COCO; its own layout of
@@ -97,11 +97,11 @@ def open_splits(
     found = _find(data)
     ids = sorted(found.names)
     index = {value: i for i, value in enumerate(ids)}
-    sets = part_sets(found.parts, partial(_make_set, found, index, strict), val_fraction, seed)
+    sets = make_splits(found.splits, partial(_make_set, found, index, strict), val_fraction, seed)
     train, val = sets["train"], sets["val"]
     if train is None or val is None:
         raise UserError(f"{data!r} has too few annotated images to learn from and to validate on")
-    items = [item for part in ("train", "") for item in found.parts.get(part, ())]
+    items = [item for split in ("train", "") for item in found.splits.get(split, ())]
     if not any(item.boxes for item in items):
         raise UserError(f"{data!r} has no boxes to learn from")
     channels = channels_of(train, in_chans)
@@ -120,31 +120,32 @@ def open_set(
     val_fraction: float = 0.1,
     seed: int = 0,
     strict: bool = False,
-) -> DenseSet:
-    """Open one part for evaluation; its classes are matched with ``class_names`` by name.
+) -> DenseDataset:
+    """Open one split for evaluation; its classes are matched with ``class_names`` by name.
 
     Raises:
-        UserError: No such data or part, or classes that are not among ``class_names``.
+        UserError: No such data or split, or classes that are not among ``class_names``.
     """
     found = _find(data)
-    used = {label for items in found.parts.values() for item in items for label in item.labels}
+    used = {label for items in found.splits.values() for item in items for label in item.labels}
     unknown = [found.names[value] for value in sorted(used) if found.names[value] not in class_names]
     if unknown:
         raise UserError(
-            f"{data!r} has classes that the model does not know: {few(unknown)}; it knows {few(list(class_names))}"
+            f"{data!r} has classes that the model does not know: {abbreviate(unknown)}; "
+            f"it knows {abbreviate(class_names)}"
         )
     index = {value: list(class_names).index(name) for value, name in found.names.items() if name in class_names}
-    return choose_part(data, found.parts, partial(_make_set, found, index, strict), split, val_fraction, seed)
+    return choose_split(data, found.splits, partial(_make_set, found, index, strict), split, val_fraction, seed)
 
 
 def _make_set(
-    found: Found, index: dict[int, int], strict: bool, part: str, indices: np.ndarray | None, *, replace: bool
-) -> DenseSet:
-    items, broken = found.parts[part], found.broken.get(part, [])
+    found: Found, index: dict[int, int], strict: bool, split: str, indices: np.ndarray | None, *, replace: bool
+) -> DenseDataset:
+    items, broken = found.splits[split], found.broken.get(split, [])
     if strict and broken:
         raise UserError(f"{broken[0][0]!r}: {broken[0][1]}")
     source = DenseSource([item.file for item in items], partial(_load, found.files, items, index), broken)
-    made = DenseSet(source, indices, strict=strict, replace=replace)
+    made = DenseDataset(source, indices, strict=strict, replace=replace)
     made.listed = list(broken)
     return made
 
@@ -158,12 +159,12 @@ def _load(files: Files, items: list[Annotated], index: dict[int, int], i: int) -
     boxes[:, 1::2] = boxes[:, 1::2].clip(0, image.height)
     sides = boxes[:, 2:] - boxes[:, :2]
     kept = np.flatnonzero((sides > 0.1).all(1))
-    given = np.array(item.areas, dtype=np.float32)
+    areas = np.array(item.areas, dtype=np.float32)
     return image, {
         "boxes": boxes[kept],
         "labels": np.array([index[label] for label in item.labels], dtype=np.int64)[kept],
         "crowd": np.array(item.crowd, dtype=bool)[kept],
-        "area": np.where(given > 0, given, sides.prod(1))[kept],
+        "area": np.where(areas > 0, areas, sides.prod(1))[kept],
         "masks": [partial(_mask, item.masks[k], boxes[k], image.size) for k in kept],
     }
 
@@ -179,7 +180,7 @@ def _mask(segmentation: Any, box: np.ndarray, size: tuple[int, int]) -> np.ndarr
             if len(outline) >= 6:
                 draw.polygon([float(value) for value in outline], fill=1)
     except (TypeError, ValueError, OverflowError) as error:
-        raise BrokenImage(f"an outline is no list of numbers: {line(error)}") from error
+        raise BrokenImage(f"an outline is no list of numbers: {first_line(error)}") from error
     if not segmentation:
         draw.rectangle([float(box[0]), float(box[1]), float(box[2]) - 1, float(box[3]) - 1], fill=1)
     return np.asarray(canvas, dtype=bool)
@@ -191,18 +192,18 @@ def _decode_lengths(segmentation: dict[str, Any], size: tuple[int, int]) -> np.n
 
     width, height = size
     try:
-        given, counts = segmentation["size"], segmentation["counts"]
-        if given != [height, width]:
-            raise ValueError(f"it is for {given} pixels, not {[height, width]}")
+        shape, counts = segmentation["size"], segmentation["counts"]
+        if shape != [height, width]:
+            raise ValueError(f"it is for {shape} pixels, not {[height, width]}")
         if isinstance(counts, list) and (sum(counts) != width * height or min(counts, default=0) < 0):
             raise ValueError("its lengths don't fill the image")
         packed: Any = coco.frPyObjects(segmentation, height, width) if isinstance(counts, list) else segmentation
         return np.asarray(coco.decode(packed), dtype=bool)
     except Exception as error:  # the library's decoder is C++ with errors of many kinds
-        raise BrokenImage(f"a mask can't be read: {line(error)}") from error
+        raise BrokenImage(f"a mask can't be read: {first_line(error)}") from error
 
 
-def _anchor_size(images: DenseSet, settings: Mapping[str, Any]) -> int:
+def _anchor_size(images: DenseDataset, settings: Mapping[str, Any]) -> int:
     """32, or the power of two, from 8 on, that the smallest twentieth of the boxes has as the network sees them."""
     sides = []
     for i in np.linspace(0, len(images) - 1, min(64, len(images))).astype(int).tolist():
@@ -228,14 +229,16 @@ def _find(data: str | None) -> Found:
     names = files.names()
     found = Found(files, {}, {}, {})
     images = [name for name in names if is_image_name(name.rpartition("/")[2])]
-    sheets = [name for name in names if name.endswith(".json") and "annotations" in name.lower().split("/")]
-    sheets = [name for name in sheets if not name.rpartition("/")[2].startswith(("captions", "person_keypoints"))]
-    if sheets:
-        for name in sheets:
+    annotation_files = [name for name in names if name.endswith(".json") and "annotations" in name.lower().split("/")]
+    annotation_files = [
+        name for name in annotation_files if not name.rpartition("/")[2].startswith(("captions", "person_keypoints"))
+    ]
+    if annotation_files:
+        for name in annotation_files:
             _read_coco(found, name, images)
     elif any(name.endswith(".xml") for name in names):
         _read_voc(found, names, images)
-    if not any(found.parts.values()):
+    if not any(found.splits.values()):
         raise UserError(
             f"no annotated images in {data!r}; expected images/ with annotations/{{train,val,test}}.json (COCO), or "
             "JPEGImages/ with Annotations/*.xml (Pascal VOC)"
@@ -256,8 +259,8 @@ class _ByName:
     def __call__(self, name: str) -> str | None:
         name = os.path.normpath(name).replace(os.sep, "/")
         for folder in ("images", *self.hints, ""):
-            if (place := f"{folder}/{name}".lstrip("/")) in self.all:
-                return place
+            if (path := f"{folder}/{name}".lstrip("/")) in self.all:
+                return path
         same = self.by_base.get(name.rpartition("/")[2], [])
         return same[0] if len(same) == 1 else None
 
@@ -266,34 +269,34 @@ def _read_coco(found: Found, name: str, images: Sequence[str]) -> None:
     try:
         sheet = json.loads(found.files.read(name))
         categories = {int(c["id"]): str(c["name"]) for c in sheet["categories"]}
-        pictures = {entry["id"]: str(entry["file_name"]) for entry in sheet["images"]}
+        file_names = {entry["id"]: str(entry["file_name"]) for entry in sheet["images"]}
         sizes = {entry["id"]: (entry.get("width"), entry.get("height")) for entry in sheet["images"]}
         annotations = sheet.get("annotations", [])
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{name} is no COCO annotation file: {line(error)}") from error
+        raise UserError(f"{name} is no COCO annotation file: {first_line(error)}") from error
     for value, label in categories.items():
         if found.names.setdefault(value, label) != label:
             raise UserError(f"{name} calls category {value} {label!r}, another file {found.names[value]!r}")
     stem = name.rpartition("/")[2].removesuffix(".json")
-    part = part_of(stem)
-    broken = found.broken.setdefault(part, [])
-    place = _ByName(images, (f"images/{stem}", stem.rpartition("_")[2], f"images/{stem.rpartition('_')[2]}", part))
+    split = split_of_name(stem)
+    broken = found.broken.setdefault(split, [])
+    find = _ByName(images, (f"images/{stem}", stem.rpartition("_")[2], f"images/{stem.rpartition('_')[2]}", split))
     items: dict[Any, Annotated] = {}
-    for key, file in pictures.items():
-        where = place(file)
+    for key, file in file_names.items():
+        where = find(file)
         if where is None:
             broken.append((file, "an annotation names it, but there is no such image"))
         else:
             items[key] = Annotated(where, size=_size(*sizes[key]))
     for entry in annotations if isinstance(annotations, list) else ():
-        _add_coco(entry, items, pictures, categories, broken)
-    found.parts.setdefault(part, []).extend(items.values())
+        _add_coco(entry, items, file_names, categories, broken)
+    found.splits.setdefault(split, []).extend(items.values())
 
 
 def _add_coco(
     entry: Any,
     items: dict[Any, Annotated],
-    pictures: dict[Any, str],
+    file_names: dict[Any, str],
     categories: dict[int, str],
     broken: list[tuple[str, str]],
 ) -> None:
@@ -304,10 +307,12 @@ def _add_coco(
         area = float(entry.get("area") or 0)
         item = items.get(image)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        broken.append((f"annotation {entry.get('id', '?')}" if isinstance(entry, dict) else "annotation", line(error)))
+        broken.append(
+            (f"annotation {entry.get('id', '?')}" if isinstance(entry, dict) else "annotation", first_line(error))
+        )
         return
     if item is None:
-        if image not in pictures:
+        if image not in file_names:
             broken.append((f"annotation {entry.get('id', '?')}", f"it is about an unknown image {image}"))
     elif label not in categories:
         broken.append((item.file, f"a box of the unknown category {label} is left out"))
@@ -326,7 +331,7 @@ def _size(width: Any, height: Any) -> tuple[float, float] | None:
 
 
 def _read_voc(found: Found, names: Sequence[str], images: Sequence[str]) -> None:
-    """Pascal VOC: a file for each image, boxes from 1 on with both ends inside; parts from lists or folders."""
+    """Pascal VOC: a file for each image, boxes from 1 on with both ends inside; splits from lists or folders."""
     stems = {os.path.splitext(image.rpartition("/")[2])[0]: image for image in images}
     lists: dict[str, str] = {}
     for name in names:
@@ -339,11 +344,11 @@ def _read_voc(found: Found, names: Sequence[str], images: Sequence[str]) -> None
         if not name.endswith(".xml"):
             continue
         stem = os.path.splitext(name.rpartition("/")[2])[0]
-        folder = next((p for p, words in PARTS.items() if any(w.lower() in words for w in name.split("/")[:-1])), "")
-        part = lists.get(stem, "train") if lists else folder
+        folder = next((p for p, words in SPLITS.items() if any(w.lower() in words for w in name.split("/")[:-1])), "")
+        split = lists.get(stem, "train") if lists else folder
         if lists and stem not in lists:
             continue
-        broken = found.broken.setdefault(part, [])
+        broken = found.broken.setdefault(split, [])
         if stem not in stems:
             broken.append((name, "an annotation without an image"))
             continue
@@ -351,12 +356,12 @@ def _read_voc(found: Found, names: Sequence[str], images: Sequence[str]) -> None
             root = ElementTree.fromstring(found.files.read(name))
             item = _voc_item(root, stems[stem], labels, broken)
         except (ElementTree.ParseError, BrokenImage, ValueError, AttributeError, TypeError) as error:
-            broken.append((name, f"no annotation of Pascal VOC: {line(error)}"))
+            broken.append((name, f"no annotation of Pascal VOC: {first_line(error)}"))
             continue
-        found.parts.setdefault(part, []).append(item)
+        found.splits.setdefault(split, []).append(item)
     order = sorted(labels)  # by name, so that the order of files doesn't matter
     renumber = {labels[label]: i for i, label in enumerate(order)}
-    for items in found.parts.values():
+    for items in found.splits.values():
         for item in items:
             item.labels = [renumber[label] for label in item.labels]
     found.names = dict(enumerate(order))

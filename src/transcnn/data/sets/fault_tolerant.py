@@ -1,4 +1,4 @@
-"""What all datasets here have in common: they stay whole in spite of files that can't be read."""
+"""What all datasets here have in common: files that can't be read don't end a run."""
 
 from __future__ import annotations
 
@@ -7,26 +7,34 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..errors import UserError
-from .images import BrokenImage, to_channels
+from ...errors import UserError
+from ..images import BrokenImage, to_channels
 
-__all__ = ["Tolerant", "channels_of", "write_skipped"]
+__all__ = ["FaultTolerantDataset", "Sample", "channels_of", "write_skipped"]
 
 logger = logging.getLogger(__name__)
 
 
-class Tolerant(Dataset):
+class Sample(NamedTuple):
+    """What a sampler yields and a dataset is indexed with: the epoch travels with the index to the loader's workers."""
+
+    i: int
+    epoch: int
+    counts: bool = True  # False: padding that makes processes equally long, not to be counted
+
+
+class FaultTolerantDataset(Dataset):
     """A map-style dataset that keeps account of the samples that can't be read.
 
     A sample that can't be read is recorded in ``broken``. In a training set another takes its place (always the same
-    one in an epoch); with ``replace=False``, as for evaluation, a blank one does, which must not be counted.
+    one in an epoch); with ``replace=False``, as for evaluation, a blank one does, which isn't scored.
     ``strict=True`` raises :class:`UserError` at the first one instead. A subclass has ``name(i)``, and ``read(i)``,
     which raises BrokenImage.
     """
@@ -34,7 +42,9 @@ class Tolerant(Dataset):
     def __init__(self, length: int, *, strict: bool = False, replace: bool = True) -> None:
         self.strict = strict
         self.replace = replace
-        self.split = ""  # the part of the data that it is, where it was opened as one
+        self.transform: Any = None  # set before samples are taken
+        self.groups: np.ndarray | None = None  # for each sample the file that it lies in, where these are slow to get
+        self.split = ""  # the split of the data that it is, where it was opened as one
         self.listed: list[tuple[str, str]] = []  # files without a sample that were found broken when listing
         # Loader workers are processes of their own: this memory is shared, a list would stay theirs.
         self._is_broken = torch.zeros(length, dtype=torch.uint8).share_memory_()
@@ -50,6 +60,10 @@ class Tolerant(Dataset):
     def read(self, i: int) -> Any:
         """The i-th sample as it lies there; raises BrokenImage."""
         raise NotImplementedError
+
+    def fill_cache(self, limit: int = 0, *, progress: bool = False) -> bool:
+        """Decode all samples once and keep them, where ``limit`` bytes suffice; whether they are in memory now."""
+        return False
 
     @property
     def broken(self) -> list[tuple[str, str]]:
@@ -82,7 +96,7 @@ class Tolerant(Dataset):
         raise UserError(f"none of the {len(self)} images can be read; the first is {name!r}: {reason}")
 
 
-def channels_of(images: Tolerant, in_chans: int | None = None) -> int:
+def channels_of(images: FaultTolerantDataset, in_chans: int | None = None) -> int:
     """``in_chans``, which must be from 1 to 4; without it 1 if up to 16 images are grey (transparent or not), else 3.
 
     They are from all over the set, but of one file where files are slow to get.
@@ -90,9 +104,9 @@ def channels_of(images: Tolerant, in_chans: int | None = None) -> int:
     if in_chans is not None:
         to_channels(Image.new("L", (1, 1)), in_chans)  # refuses what is not 1 to 4
         return in_chans
-    modes, groups = set(), getattr(images, "groups", None)
-    places = np.arange(len(images)) if groups is None else np.flatnonzero(groups == groups[0])
-    for i in places[np.linspace(0, len(places) - 1, min(16, len(places))).astype(int)].tolist():
+    modes, groups = set(), images.groups
+    indices = np.arange(len(images)) if groups is None else np.flatnonzero(groups == groups[0])
+    for i in indices[np.linspace(0, len(indices) - 1, min(16, len(indices))).astype(int)].tolist():
         with suppress(BrokenImage):
             modes.add(images.read(i)[0].mode)
     return 1 if modes and modes <= {"L", "LA"} else 3

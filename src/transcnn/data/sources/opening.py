@@ -1,4 +1,4 @@
-"""From what the user named to the parts of a data set."""
+"""From what the user named to the splits of a data set."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError, require
-from .folders import open_folder
+from ...errors import UserError, require
+from .folder import open_folder
 from .named import open_hfds, open_torch
 from .packed import is_packed, open_packed
-from .remote import Remote
-from .remote_tables import open_remote_parquet
-from .shards import open_shards
-from .sources import Parts, Source, split_stratified
-from .tables import open_parquet
+from .parquet import open_parquet
+from .remote import RemoteFolder
+from .remote_parquet import open_remote_parquet
+from .source import Source, SourceSplits, split_stratified
+from .webdataset import open_shards
 
-__all__ = ["open_parts"]
+__all__ = ["open_source"]
 
 
-def open_parts(data: str | None) -> Parts:
-    """Find out what kind of data it is, and open its parts.
+def open_source(data: str | None) -> SourceSplits:
+    """Find out what kind of data it is, and open its splits.
 
     Raises:
         UserError: No such path, nothing readable in it, or labels that make no sense.
     """
     if data is None:
         return _digits()
-    if Remote.is_url(os.fspath(data)):
+    if RemoteFolder.is_url(os.fspath(data)):
         return _open_url(os.fspath(data))
     if is_packed(data):
         return open_packed(data)
@@ -56,7 +56,7 @@ def open_parts(data: str | None) -> Parts:
     raise UserError(f"{data!r} is neither a folder nor a Parquet file nor a tar of samples")
 
 
-def _open_url(url: str) -> Parts:
+def _open_url(url: str) -> SourceSplits:
     """Packed data if there is a manifest, else Parquet files."""
     if not url.endswith(".parquet"):
         try:
@@ -67,7 +67,7 @@ def _open_url(url: str) -> Parts:
     return open_remote_parquet(url)
 
 
-def _digits() -> Parts:
+def _digits() -> SourceSplits:
     digits: Any = require("sklearn.datasets", "train").load_digits()
     pixels = (digits.images * (255 / 16) + 0.5).astype(np.uint8)  # (1797, 8, 8), from 0..16
     source = Source(
@@ -76,7 +76,7 @@ def _digits() -> Parts:
         partial(_digit, pixels),
         "digits/{:04d}".format,
     )
-    return Parts("digits", source, test_indices=split_stratified(source.labels, 0.2, seed=0)[1])
+    return SourceSplits("digits", source, test_indices=split_stratified(source.labels, 0.2, seed=0)[1])
 
 
 def _digit(pixels: np.ndarray, i: int) -> Image.Image:

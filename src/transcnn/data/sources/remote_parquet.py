@@ -2,7 +2,7 @@
 
 A file's labels are a small part of it, and of all files only they are asked for at the beginning. A file is fetched
 whole when the first of its images is needed, and kept unpacked (Arrow's format, mapped from disk), so that each image
-is read by its place: the order, its sharing over processes and loader workers, and going on in the middle of an epoch
+is read by its row: the order, its sharing over processes and loader workers, and going on in the middle of an epoch
 are those of shards at a URL (:mod:`.packed`).
 """
 
@@ -17,21 +17,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError, require
-from .images import read_image
-from .remote import Expected, Remote, errors_of
-from .sources import PARTS, Parts, Source, few, line, part_of, tracked
-from .tables import Rows, feature_names, find_columns, label_values, part_of_file, parts_of
+from ...errors import UserError, require
+from ..images import read_image
+from .parquet import ImageColumn, feature_names, find_columns, label_values, merge_splits, split_of_path
+from .remote import Expected, RemoteFolder, translate_errors
+from .source import SPLITS, Source, SourceSplits, abbreviate, first_line, split_of_name, with_progress
 
 __all__ = ["open_remote_parquet"]
 
-AT_ONCE = 8  # files whose labels are asked for at the same time
+MAX_CONCURRENT = 8  # files whose labels are asked for at the same time
 BLOCK = 1 << 16  # bytes that are asked for at a time while labels are looked for
-ROWS = 64  # images that are unpacked at a time
+BATCH_ROWS = 64  # images that are unpacked at a time
 
 
-def open_remote_parquet(url: str) -> Parts:
-    """The parts of a data set in Parquet files at a URL: one file, or a folder with files in it or in its subfolders.
+def open_remote_parquet(url: str) -> SourceSplits:
+    """The splits of a data set in Parquet files at a URL: one file, or a folder with files in it or in its subfolders.
 
     Raises:
         UserError: Nothing there, or not what is expected.
@@ -39,55 +39,61 @@ def open_remote_parquet(url: str) -> Parts:
     url = url.rstrip("/")
     folder, _, last = url.rpartition("/")
     single = last.endswith(".parquet")
-    remote = Remote(folder if single else url)
+    remote = RemoteFolder(folder if single else url)
     found = _find(remote, last if single else None)
     remote.expect(found)
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(MAX_CONCURRENT) as pool:
         asked = pool.map(lambda name: _label_column(remote, name), found)
-        told = tracked(asked, "asking for labels", len(found) > AT_ONCE, len(found))
-        columns = dict(zip(found, told, strict=True))
-    by_part: dict[str, list[str]] = {}
+        tables = with_progress(asked, "asking for labels", len(found) > MAX_CONCURRENT, len(found))
+        columns = dict(zip(found, tables, strict=True))
+    by_split: dict[str, list[str]] = {}
     for name in found:
-        by_part.setdefault("train" if single else part_of_file(name), []).append(name)
-    sources = {part: _source(remote, by_part[part], columns) for part in PARTS if part in by_part}
-    return parts_of(sources, last.removesuffix(".parquet"), url)
+        by_split.setdefault("train" if single else split_of_path(name), []).append(name)
+    sources = {split: _source(remote, by_split[split], columns) for split in SPLITS if split in by_split}
+    return merge_splits(sources, last.removesuffix(".parquet"), url)
 
 
-def _find(remote: Remote, single: str | None) -> dict[str, Expected]:
+def _find(remote: RemoteFolder, single: str | None) -> dict[str, Expected]:
     """The Parquet files, by name within the folder, in order."""
     core: Any = require("fsspec.core", "data")
     listed: dict[str, dict[str, Any]] = {}
 
     def look() -> None:
-        with errors_of(remote.url):
+        with translate_errors(remote.url):
             fs, root = core.url_to_fs(remote.url)
             names = [f"{root.rstrip('/')}/{single}"] if single else fs.find(root, maxdepth=2)
             for name in names:
                 if name.endswith(".parquet"):
                     listed[name.removeprefix(root).lstrip("/")] = fs.info(name)
 
-    remote.patiently(single or "", look)
+    remote.retry(single or "", look)
     if not listed:
         raise UserError(f"{remote.url} holds neither a manifest.json of transcnn pack nor Parquet files")
-    others = sorted({folder for name in listed if (folder := name.rpartition("/")[0]) and not part_of(folder, "")})
+    others = sorted(
+        {folder for name in listed if (folder := name.rpartition("/")[0]) and not split_of_name(folder, "")}
+    )
     if len(others) > 1:  # a data set's configurations, as a rule
-        raise UserError(f"{remote.url} has Parquet files in {few(others)}; name one of them: {remote.url}/{others[0]}")
+        raise UserError(
+            f"{remote.url} has Parquet files in {abbreviate(others)}; name one of them: {remote.url}/{others[0]}"
+        )
     unsized = [name for name, info in listed.items() if not isinstance(info.get("size"), int)]
     if unsized:
-        raise UserError(f"{remote.url} doesn't say how large {few(unsized)} are, so what comes couldn't be checked")
+        raise UserError(
+            f"{remote.url} doesn't say how large {abbreviate(unsized)} are, so what comes couldn't be checked"
+        )
     return {
         name: Expected(info["size"], hashlib.sha256(repr(sorted(info.items())).encode()).hexdigest())
         for name, info in sorted(listed.items())
     }
 
 
-def _label_column(remote: Remote, name: str) -> Any:
+def _label_column(remote: RemoteFolder, name: str) -> Any:
     """The table of a file's labels, with the schema's metadata."""
     core: Any = require("fsspec.core", "data")
     parquet: Any = require("pyarrow.parquet", "train")
 
     def ask(target: Path) -> None:
-        with errors_of(f"{remote.url}/{name}"):
+        with translate_errors(f"{remote.url}/{name}"):
             fs, path = core.url_to_fs(f"{remote.url}/{name}")
             with fs.open(path, "rb", block_size=BLOCK, cache_type="bytes") as file:
                 opened = parquet.ParquetFile(file)
@@ -95,23 +101,23 @@ def _label_column(remote: Remote, name: str) -> Any:
                 parquet.write_table(opened.read(columns=[label]), target)
 
     def make(target: Path) -> None:
-        remote.patiently(name, lambda: ask(target))
+        remote.retry(name, lambda: ask(target))
 
-    return parquet.read_table(remote.keep(name, ".labels", make))
+    return parquet.read_table(remote.cached(name, ".labels", make))
 
 
-def _source(remote: Remote, names: list[str], columns: dict[str, Any]) -> Source | None:
+def _source(remote: RemoteFolder, names: list[str], columns: dict[str, Any]) -> Source | None:
     """The rows of some files as a source; None where nothing is labelled (-1)."""
     arrow: Any = require("pyarrow", "train")
     tables = [columns[name] for name in names]
     label = tables[0].column_names[0]
     if len({(table.column_names[0], table.schema.types[0]) for table in tables}) > 1:
-        raise UserError(f"{few(names)} of {remote.url} have labels of different kinds")
+        raise UserError(f"{abbreviate(names)} of {remote.url} have labels of different kinds")
     chunks = [chunk for table in tables for chunk in table.column(0).chunks]
     column = arrow.chunked_array(chunks, type=tables[0].schema.types[0])
     labels, class_names = label_values(column, feature_names(tables[0].schema, label), f"{remote.url}/{names[0]}")
     if not len(labels):
-        raise UserError(f"no rows in {few(names)} of {remote.url}")
+        raise UserError(f"no rows in {abbreviate(names)} of {remote.url}")
     if (labels < 0).all():
         return None
     files = RemoteFiles(remote, names, [len(table) for table in tables])
@@ -119,19 +125,19 @@ def _source(remote: Remote, names: list[str], columns: dict[str, Any]) -> Source
 
 
 class RemoteFiles:
-    """The images of one part, by their place in its files."""
+    """The images of one split, by their row in its files."""
 
-    def __init__(self, remote: Remote, names: list[str], counts: list[int]) -> None:
+    def __init__(self, remote: RemoteFolder, names: list[str], counts: list[int]) -> None:
         self.remote, self.names = remote, names
         self.starts = np.concatenate([[0], np.cumsum(counts)])
         self.groups = np.repeat(np.arange(len(names)), counts)
-        self.opened: dict[int, Rows] = {}
+        self.opened: dict[int, ImageColumn] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "opened": {}}  # another process maps the files itself
 
     def name(self, i: int) -> str:
-        """The file's name and the image's place in it."""
+        """The file's name and the image's row in it."""
         number = int(self.groups[i])
         return f"{self.names[number].removesuffix('.parquet')}/{i - self.starts[number]}"
 
@@ -147,15 +153,15 @@ class RemoteFiles:
         """The decoded image."""
         return read_image(self.raw(i))
 
-    def _open(self, name: str) -> Rows:
+    def _open(self, name: str) -> ImageColumn:
         arrow: Any = require("pyarrow", "train")
         ipc: Any = require("pyarrow.ipc", "train")
-        path = self.remote.keep(name, ".arrow", lambda target: _unpack(self.remote, name, target))
+        path = self.remote.cached(name, ".arrow", lambda target: _unpack(self.remote, name, target))
         table = ipc.open_file(arrow.memory_map(path), options=ipc.IpcReadOptions(use_threads=False)).read_all()
-        return Rows(table.column(0), self.remote.folder, name)
+        return ImageColumn(table.column(0), self.remote.folder, name)
 
 
-def _unpack(remote: Remote, name: str, target: Path) -> None:
+def _unpack(remote: RemoteFolder, name: str, target: Path) -> None:
     """Fetch a file and write its column of images as Arrow has it in memory."""
     arrow: Any = require("pyarrow", "train")
     ipc: Any = require("pyarrow.ipc", "train")
@@ -167,10 +173,10 @@ def _unpack(remote: Remote, name: str, target: Path) -> None:
             image, _ = find_columns(opened.schema_arrow.names, name)
             schema = arrow.schema([opened.schema_arrow.field(image)])
             with ipc.new_file(str(target), schema) as writer:
-                for batch in opened.iter_batches(ROWS, columns=[image], use_threads=False):
+                for batch in opened.iter_batches(BATCH_ROWS, columns=[image], use_threads=False):
                     writer.write_batch(batch)
     except arrow.ArrowException as error:
-        raise UserError(f"can't read {remote.url}/{name} as Parquet: {line(error)}") from error
+        raise UserError(f"can't read {remote.url}/{name} as Parquet: {first_line(error)}") from error
     finally:
         with suppress(OSError):
             packed.unlink(missing_ok=True)

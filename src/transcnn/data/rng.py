@@ -1,4 +1,4 @@
-"""Random numbers that depend on (seed, epoch, index) alone: no generator is shared, so no order of calls matters."""
+"""Counter-based random numbers: they depend on (seed, epoch, index) alone, so no order of calls matters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = ["Draws", "sample_seeds", "seeded"]
+__all__ = ["CounterRNG", "sample_seeds", "seeded"]
 
 
 def sample_seeds(seed: int, epoch: int | np.ndarray, indices: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -20,17 +20,17 @@ def sample_seeds(seed: int, epoch: int | np.ndarray, indices: Sequence[int] | np
         return _mix(mixed ^ np.asarray(indices, dtype=np.int64).astype(np.uint64))
 
 
-class Draws:
-    """Numbers in [0, 1) for B samples at a time, each from its sample's own seed: the n-th call gives the n-th."""
+class CounterRNG:
+    """A counter-based generator of numbers in [0, 1) for B samples at a time: the n-th call mixes each seed with n."""
 
     def __init__(self, seeds: np.ndarray) -> None:
         self.seeds = np.asarray(seeds, dtype=np.uint64)
-        self.drawn = 0
+        self.counter = 0
 
     def __call__(self) -> np.ndarray:
-        self.drawn += 1
+        self.counter += 1
         with np.errstate(over="ignore"):
-            return (_mix(self.seeds + np.uint64(self.drawn)) >> np.uint64(11)) * 2.0**-53
+            return (_mix(self.seeds + np.uint64(self.counter)) >> np.uint64(11)) * 2.0**-53
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError
-from .images import is_dir, is_image_name, list_images, read_bytes, read_image
-from .sources import PARTS, Parts, Source, few, printable
+from ...errors import UserError
+from ..images import is_dir, is_image_name, list_images, read_bytes, read_image
+from .source import SPLITS, Source, SourceSplits, abbreviate, printable
 
-__all__ = ["open_folder", "part_folder"]
+__all__ = ["open_folder", "split_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,25 +52,25 @@ class PathList:
         return read_bytes(self.path(i))
 
 
-def open_folder(root: Path) -> Parts:
+def open_folder(root: Path) -> SourceSplits:
     name = root.resolve().name or "data"
-    folders = {part: part_folder(root, names) for part, names in PARTS.items()}
+    folders = {split: split_folder(root, names) for split, names in SPLITS.items()}
     if folders["train"] is None or not _subfolders(folders["train"]):  # "train" may also be a class, beside "car"
-        alone = [part for part in ("val", "test") if folders[part] is not None]
+        alone = [split for split in ("val", "test") if folders[split] is not None]
         if alone and len(alone) == len(_subfolders(root)):
-            sources = {part: _class_folders(folders[part]) for part in alone}  # pyright: ignore[reportArgumentType]
-            return Parts.of(name, sources)
-        return Parts(name, _class_folders(root))
+            sources = {split: _class_folders(folders[split]) for split in alone}  # pyright: ignore[reportArgumentType]
+            return SourceSplits.of(name, sources)
+        return SourceSplits(name, _class_folders(root))
     train = _class_folders(folders["train"])
     others = {
-        part: None if folder is None else _class_folders(folder, train.class_names)
-        for part, folder in folders.items()
-        if part != "train"
+        split: None if folder is None else _class_folders(folder, train.class_names)
+        for split, folder in folders.items()
+        if split != "train"
     }
-    return Parts.of(name, {"train": train, **others})
+    return SourceSplits.of(name, {"train": train, **others})
 
 
-def part_folder(root: Path, names: Sequence[str]) -> Path | None:
+def split_folder(root: Path, names: Sequence[str]) -> Path | None:
     return next((root / name for name in names if (root / name).is_dir()), None)
 
 
@@ -83,7 +83,7 @@ def _subfolders(root: Path) -> list[str]:
         raise UserError(f"can't list {str(root)!r}: {error.strerror}") from error
     odd = [name for name in found if is_image_name(name)]
     if odd:
-        logger.warning("%s: folders named like images are left out: %s", root, few(odd))
+        logger.warning("%s: folders named like images are left out: %s", root, abbreviate(odd))
         found = [name for name in found if name not in odd]
     return sorted(found)
 
@@ -95,10 +95,10 @@ def _class_folders(root: Path, class_names: Sequence[str] | None = None) -> Sour
     """
     paths = PathList(root)
     counts = {label: paths.add(_list_class(root, label)) for label in _subfolders(root)}
-    shown = {printable(label): count for label, count in counts.items()}
-    if len(shown) < len(counts):
-        raise UserError(f"{str(root)!r} holds class folders whose names can't be told apart: {few(list(counts))}")
-    counts = shown
+    by_name = {printable(label): count for label, count in counts.items()}
+    if len(by_name) < len(counts):
+        raise UserError(f"{str(root)!r} holds class folders of equal names: {abbreviate(list(counts))}")
+    counts = by_name
     found = [label for label, count in counts.items() if count]
     if not found:
         raise UserError(f"no images in {str(root)!r}; expected a folder for each class with images in it")
@@ -106,7 +106,9 @@ def _class_folders(root: Path, class_names: Sequence[str] | None = None) -> Sour
     classes = list(class_names) if class_names is not None else found
     unknown = [label for label in found if label not in classes]
     if unknown:
-        raise UserError(f"{str(root)!r} holds classes that training has not: {few(unknown)}; allowed: {few(classes)}")
+        raise UserError(
+            f"{str(root)!r} holds classes that training has not: {abbreviate(unknown)}; allowed: {abbreviate(classes)}"
+        )
     labels = np.repeat([classes.index(label) for label in found], [counts[label] for label in found])
     return Source(labels.astype(np.int64), classes, paths.load, paths.name, raw=paths.raw)
 
@@ -121,10 +123,10 @@ def _list_class(root: Path, label: str) -> Iterable[str]:
 def _warn_of_names(root: Path, counts: dict[str, int]) -> None:
     empty = [label for label, count in counts.items() if not count]
     if empty:
-        logger.warning("%s: no images in class folder %s", root, few(empty))
+        logger.warning("%s: no images in class folder %s", root, abbreviate(empty))
     folded: dict[str, list[str]] = {}
     for label in counts:
         folded.setdefault(label.casefold(), []).append(label)
     for same in folded.values():
         if len(same) > 1:
-            logger.warning("%s: class folders %s differ only in case and are kept apart", root, few(same))
+            logger.warning("%s: class folders %s differ only in case and are kept apart", root, abbreviate(same))

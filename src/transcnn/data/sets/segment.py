@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError
-from .denseset import DenseSet, DenseSource, DenseSplits, choose_part, part_sets
-from .images import BrokenImage, is_image_name, read_ids, read_image
-from .segment_transforms import IGNORE
-from .sources import PARTS, check_fraction, few
-from .store import Files, open_files
-from .tolerant import channels_of
+from ...errors import UserError
+from ..images import BrokenImage, is_image_name, read_ids, read_image
+from ..sources.files import Files, open_files
+from ..sources.source import SPLITS, abbreviate, check_fraction
+from ..transforms.segment import IGNORE
+from .dense_dataset import DenseDataset, DenseSource, DenseSplits, choose_split, make_splits
+from .fault_tolerant import channels_of
 
 __all__ = ["class_shares", "open_set", "open_splits"]
 
@@ -49,11 +49,11 @@ class Pair:
 
 @dataclass
 class Found:
-    """A data set as it lies there: pairs of each part, what has no partner, and the ids with names, if it has any."""
+    """A data set as it lies there: pairs of each split, files without a partner, names by id (if given)."""
 
     name: str
-    parts: dict[str, list[Pair]]  # by "train", "val", "test", or "" where it isn't split
-    lonely: dict[str, list[tuple[str, str]]]
+    splits: dict[str, list[Pair]]  # by "train", "val", "test", or "" where it isn't split
+    unmatched: dict[str, list[tuple[str, str]]]
     names: dict[int, str] | None
 
 
@@ -79,7 +79,7 @@ class Ids:
         if indices.min(initial=0) < IGNORE:
             wrong = np.unique(values[indices < IGNORE]).tolist()
             raise BrokenImage(
-                f"label value{'s' * (len(wrong) > 1)} {few([str(value) for value in wrong])} of none of the "
+                f"label value{'s' * (len(wrong) > 1)} {abbreviate([str(value) for value in wrong])} of none of the "
                 f"{len(self.ids)} classes, and not ignored"
             )
         return indices
@@ -97,11 +97,11 @@ def open_splits(
     strict: bool = False,
     in_chans: int | None = None,
 ) -> DenseSplits:
-    """Open a data set for training; a part that it lacks is split off, as for classification.
+    """Open a data set for training; a split that it lacks is split off, as for classification.
 
     Args:
         data: A folder, or the tar of one, with ``images/{train,val,test}/`` and ``labels/{train,val,test}/`` (or
-            ``train/images/`` and so on, or neither part), label maps with the same stems; ``classes.txt`` in it or
+            ``train/images/`` and so on, or neither split), label maps with the same stems; ``classes.txt`` in it or
             beside it names the classes, one a line from id 0 on, or with the id before the name. Or
             ``torch/voc:FOLDER`` and ``torch/cityscapes:FOLDER`` as torchvision has them.
         settings: ``ignore_index``: the value that doesn't count; None is 255, and classes named void or unlabelled.
@@ -115,12 +115,12 @@ def open_splits(
     check_fraction(val_fraction)
     found = _find(data)
     names, ids, colours = _classes(found, settings.get("ignore_index"))
-    sets = part_sets(found.parts, partial(_make_set, found, ids, strict), val_fraction, seed)
+    sets = make_splits(found.splits, partial(_make_set, found, ids, strict), val_fraction, seed)
     train, val = sets["train"], sets["val"]
     if train is None or val is None:
         raise UserError(f"{data!r} has too few images with label maps to learn from and to validate on")
     if len(names) < 2:
-        raise UserError(f"{data!r} has {len(names)} class ({few(names)}); 2 or more are needed")
+        raise UserError(f"{data!r} has {len(names)} class ({abbreviate(names)}); 2 or more are needed")
     channels = channels_of(train, in_chans)
     args: dict[str, Any] = {"label_ids": ids.ids, "colours": colours}
     if settings.get("class_weights", "none") != "none":
@@ -138,13 +138,13 @@ def open_set(
     val_fraction: float = 0.1,
     seed: int = 0,
     strict: bool = False,
-) -> DenseSet:
-    """Open one part for evaluation, its labels as indices into ``class_names``.
+) -> DenseDataset:
+    """Open one split for evaluation, its labels as indices into ``class_names``.
 
     Where the data names its classes they are matched by name, else its ids are taken to be ``label_ids``.
 
     Raises:
-        UserError: No such data or part, or classes that are not among ``class_names``.
+        UserError: No such data or split, or classes that are not among ``class_names``.
     """
     found = _find(data)
     ignored = _ignored(found.names, (settings or {}).get("ignore_index"))
@@ -155,17 +155,18 @@ def open_set(
         unknown = [name for name in kept if name not in class_names]
         if unknown:
             raise UserError(
-                f"{data!r} has classes that the model does not know: {few(unknown)}; it knows {few(list(class_names))}"
+                f"{data!r} has classes that the model does not know: {abbreviate(unknown)}; "
+                f"it knows {abbreviate(class_names)}"
             )
         ids = Ids([], ignored)
         for index, name in enumerate(class_names):
             if name in kept:
                 ids.table[kept[name]] = index
         ids.ids = list(kept.values())
-    return choose_part(data, found.parts, partial(_make_set, found, ids, strict), split, val_fraction, seed)
+    return choose_split(data, found.splits, partial(_make_set, found, ids, strict), split, val_fraction, seed)
 
 
-def class_shares(images: DenseSet, classes: int) -> np.ndarray:
+def class_shares(images: DenseDataset, classes: int) -> np.ndarray:
     """The share of each class among all pixels that count, (classes,)."""
     counts = np.zeros(classes, dtype=np.int64)
     for i in range(len(images)):
@@ -179,14 +180,14 @@ def class_shares(images: DenseSet, classes: int) -> np.ndarray:
 
 
 def _make_set(
-    found: Found, ids: Ids, strict: bool, part: str, indices: np.ndarray | None, *, replace: bool
-) -> DenseSet:
-    pairs, lonely = found.parts[part], found.lonely.get(part, [])
-    if strict and lonely:
-        raise UserError(f"{lonely[0][0]!r} can't be used: {lonely[0][1]}")
-    source = DenseSource([pair.name for pair in pairs], partial(_load, pairs, ids), lonely)
-    made = DenseSet(source, indices, strict=strict, replace=replace)
-    made.listed = list(lonely)
+    found: Found, ids: Ids, strict: bool, split: str, indices: np.ndarray | None, *, replace: bool
+) -> DenseDataset:
+    pairs, unmatched = found.splits[split], found.unmatched.get(split, [])
+    if strict and unmatched:
+        raise UserError(f"{unmatched[0][0]!r} can't be used: {unmatched[0][1]}")
+    source = DenseSource([pair.name for pair in pairs], partial(_load, pairs, ids), unmatched)
+    made = DenseDataset(source, indices, strict=strict, replace=replace)
+    made.listed = list(unmatched)
     return made
 
 
@@ -224,20 +225,20 @@ def _find(data: str | None) -> Found:
     images: dict[tuple[str, str], str] = {}
     labels: dict[tuple[str, str], str] = {}
     for name in files.names():
-        place = _place(name)
-        if place is not None:
-            kind, part, stem = place
-            (images if kind == "image" else labels)[part, stem] = name
+        found_as = _parse_path(name)
+        if found_as is not None:
+            kind, split, stem = found_as
+            (images if kind == "image" else labels)[split, stem] = name
     for key, name in sorted(images.items()):
         if key in labels:
             pair = Pair(name, partial(files.read, name), partial(files.read, labels[key]))
-            found.parts.setdefault(key[0], []).append(pair)
-        elif key[0] in {part for part, _ in labels}:  # a part without any labels is none
-            found.lonely.setdefault(key[0], []).append((name, "no label map of this name"))
+            found.splits.setdefault(key[0], []).append(pair)
+        elif key[0] in {split for split, _ in labels}:  # a split without any labels is none
+            found.unmatched.setdefault(key[0], []).append((name, "no label map of this name"))
     for key, name in sorted(labels.items()):
         if key not in images:
-            found.lonely.setdefault(key[0], []).append((name, "a label map without an image"))
-    if not found.parts:
+            found.unmatched.setdefault(key[0], []).append((name, "a label map without an image"))
+    if not found.splits:
         raise UserError(
             f"no images with label maps in {data!r}; expected images/train/NAME.jpg and labels/train/NAME.png, "
             "and the same for val and test"
@@ -245,23 +246,23 @@ def _find(data: str | None) -> Found:
     return found
 
 
-def _place(name: str) -> tuple[str, str, str] | None:
-    """("image" or "label", part, stem) of a file by its path; None for what is neither."""
+def _parse_path(name: str) -> tuple[str, str, str] | None:
+    """("image" or "label", split, stem) of a file by its path; None for what is neither."""
     words = name.split("/")
-    kind = part = ""
+    kind = split = ""
     while len(words) > 1:
         word = words[0].lower()
-        synonym = next((key for key, names in PARTS.items() if word in names), "")
+        synonym = next((key for key, names in SPLITS.items() if word in names), "")
         if not kind and word in IMAGE_FOLDERS + LABEL_FOLDERS:
             kind = "image" if word in IMAGE_FOLDERS else "label"
-        elif not part and synonym:
-            part = synonym
+        elif not split and synonym:
+            split = synonym
         else:
             break
         words.pop(0)
     if not kind or not is_image_name(words[-1]):
         return None
-    return kind, part, os.path.splitext("/".join(words))[0]
+    return kind, split, os.path.splitext("/".join(words))[0]
 
 
 def _class_file(files: Files, path: Path) -> dict[int, str] | None:
@@ -291,7 +292,7 @@ def _ignored(names: Mapping[int, str] | None, ignore_index: int | None) -> set[i
 
 def _classes(found: Found, ignore_index: int | None) -> tuple[list[str], Ids, list[list[int]] | None]:
     """Names, ids and colours (of a palette, if the first label map has one) of the classes that count."""
-    pairs = [pair for part in ("train", "", "val", "test") for pair in found.parts.get(part, ())]
+    pairs = [pair for split in ("train", "", "val", "test") for pair in found.splits.get(split, ())]
     ignored = _ignored(found.names, ignore_index)
     names, palette = found.names, None
     for pair in pairs[:8]:
@@ -326,23 +327,23 @@ def _voc(root: str) -> Found:
     """torchvision's VOCSegmentation of 2012."""
     from torchvision.datasets import VOCSegmentation
 
-    parts = {}
-    for part in ("train", "val"):
-        dataset = _torchvision(VOCSegmentation, root, year="2012", image_set=part)
-        parts[part] = [_files(image, label) for image, label in zip(dataset.images, dataset.masks, strict=True)]
-    return Found("voc2012", parts, {}, dict(enumerate(VOC)))
+    splits = {}
+    for split in ("train", "val"):
+        dataset = _torchvision(VOCSegmentation, root, year="2012", image_set=split)
+        splits[split] = [_files(image, label) for image, label in zip(dataset.images, dataset.masks, strict=True)]
+    return Found("voc2012", splits, {}, dict(enumerate(VOC)))
 
 
 def _cityscapes(root: str) -> Found:
     """torchvision's Cityscapes, fine annotations, with the 19 classes that its benchmark scores."""
     from torchvision.datasets import Cityscapes
 
-    parts = {}
-    for part in ("train", "val"):
-        dataset = _torchvision(Cityscapes, root, split=part, mode="fine", target_type="semantic")
-        parts[part] = [_files(image, label[0]) for image, label in zip(dataset.images, dataset.targets, strict=True)]
+    splits = {}
+    for split in ("train", "val"):
+        dataset = _torchvision(Cityscapes, root, split=split, mode="fine", target_type="semantic")
+        splits[split] = [_files(image, label[0]) for image, label in zip(dataset.images, dataset.targets, strict=True)]
     scored = {c.id: c.name if 0 <= c.train_id < 255 else "void" for c in Cityscapes.classes if c.id >= 0}
-    return Found("cityscapes", parts, {}, scored)
+    return Found("cityscapes", splits, {}, scored)
 
 
 def _torchvision(cls: Any, root: str, **settings: Any) -> Any:

@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock
 
-from ..errors import UserError, require
-from .sources import line
+from ...errors import UserError, require
+from .source import first_line
 
-__all__ = ["Expected", "Remote", "errors_of"]
+__all__ = ["Expected", "RemoteFolder", "translate_errors"]
 
 # Schemes of fsspec that only read files elsewhere; those that run programs or unpack archives are not asked.
 SCHEMES = ["http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "hf", "memory"]
-TRIES, PAUSE = 4, 1.0  # fetching is tried so often, with pauses of 1, 2 and 4 seconds
-LARGEST_MANIFEST = 64 << 20  # bytes
+MAX_TRIES, PAUSE = 4, 1.0  # downloads are tried so often, with pauses of 1, 2 and 4 seconds
+MAX_MANIFEST_BYTES = 64 << 20  # bytes
 
 
 class Expected(NamedTuple):
@@ -33,7 +33,7 @@ class Expected(NamedTuple):
     sha256: str = ""
 
 
-class Remote:
+class RemoteFolder:
     """A folder at a URL, as fsspec reads it (http and https at once; s3 needs s3fs, gs gcsfs, and so on).
 
     Files are kept in ``$TRANSCNN_CACHE`` (by default ``~/.cache/transcnn``), where processes of one machine share
@@ -68,10 +68,10 @@ class Remote:
         Raises:
             UserError: It can't be fetched or kept; a run that needs it ends, and can be resumed.
         """
-        return self.keep(name, "", lambda target: self.fetch(name, target))
+        return self.cached(name, "", lambda target: self.fetch(name, target))
 
-    def keep(self, name: str, suffix: str, make: Callable[[Path], None]) -> str:
-        """The path of what is made of a file, once for all processes: ``make`` writes it to the path that it is given.
+    def cached(self, name: str, suffix: str, make: Callable[[Path], None]) -> str:
+        """The path of what is made of a file, once for all processes: ``make`` writes it to the path it gets.
 
         Raises:
             UserError: It can't be made or kept.
@@ -101,42 +101,42 @@ class Remote:
     def fetch(self, name: str, target: Path) -> None:
         """Copy a file from there, whole and checked; tried several times."""
         size, _, digest = self.known.get(name, Expected())
-        self.patiently(name, lambda: _copy(f"{self.url}/{name}", target, size, digest))
+        self.retry(name, lambda: _download(f"{self.url}/{name}", target, size, digest))
 
-    def patiently(self, name: str, action: Callable[[], None]) -> None:
+    def retry(self, name: str, action: Callable[[], None]) -> None:
         """Do something with a file that is there, again after a while if it fails; UserError if it always does."""
         try:
-            for attempt in range(TRIES):
+            for attempt in range(MAX_TRIES):
                 try:
                     action()
                     break
                 except OSError as error:
-                    if error.errno == errno.ENOSPC or attempt + 1 == TRIES or isinstance(error, FileNotFoundError):
+                    if error.errno == errno.ENOSPC or attempt + 1 == MAX_TRIES or isinstance(error, FileNotFoundError):
                         raise
                     time.sleep(PAUSE * 2**attempt)
         except OSError as error:
-            raise UserError(f"can't fetch {self.url}/{name}: {line(error)}") from error
+            raise UserError(f"can't fetch {self.url}/{name}: {first_line(error)}") from error
 
 
 @contextmanager
-def errors_of(url: str) -> Iterator[None]:
+def translate_errors(url: str) -> Iterator[None]:
     """Turn what fsspec and its schemes raise into OSError, which is worth another try, or UserError, which isn't."""
     try:
         yield
     except (OSError, UserError):
         raise
     except (ImportError, ValueError) as error:  # a scheme whose library is not installed, or none at all
-        raise UserError(f"can't fetch {url}: {line(error)}") from error
+        raise UserError(f"can't fetch {url}: {first_line(error)}") from error
     except Exception as error:  # each scheme's library has errors of its own
-        raise OSError(line(error)) from error
+        raise OSError(first_line(error)) from error
 
 
-def _copy(url: str, target: Path, size: int | None, digest: str) -> None:
+def _download(url: str, target: Path, size: int | None, digest: str) -> None:
     """Fetch a file; raises OSError, also where other bytes come than are expected."""
     fsspec: Any = require("fsspec", "data")
-    limit = LARGEST_MANIFEST if size is None else size
+    limit = MAX_MANIFEST_BYTES if size is None else size
     came, seen = 0, hashlib.sha256()
-    with errors_of(url), fsspec.open(url, "rb") as file, target.open("wb") as copy:
+    with translate_errors(url), fsspec.open(url, "rb") as file, target.open("wb") as copy:
         while came <= limit and (block := file.read(1 << 20)):
             came += len(block)
             seen.update(block)

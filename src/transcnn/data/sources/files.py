@@ -7,9 +7,9 @@ import tarfile
 from pathlib import Path
 from typing import Protocol
 
-from ..errors import UserError
-from .images import BrokenImage
-from .sources import line
+from ...errors import UserError
+from ..images import BrokenImage
+from .source import first_line
 
 __all__ = ["Files", "open_files"]
 
@@ -24,7 +24,7 @@ class Files(Protocol):
         ...
 
     def read(self, name: str) -> bytes:
-        """One file; raises :class:`~.images.BrokenImage` where that can't be."""
+        """One file; raises :class:`~transcnn.data.images.BrokenImage` where that can't be."""
         ...
 
 
@@ -55,11 +55,11 @@ class FolderFiles:
     def names(self, folder: str = "") -> list[str]:
         """All files below ``folder``, sorted; hidden ones are left out."""
         found = []
-        for place, folders, files in os.walk(self.root / folder, followlinks=True):
+        for path, folders, files in os.walk(self.root / folder, followlinks=True):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            if len(Path(place).relative_to(self.root).parts) > 8:  # a link that leads back
+            if len(Path(path).relative_to(self.root).parts) > 8:  # a link that leads back
                 folders.clear()
-            here = Path(place).relative_to(self.root)
+            here = Path(path).relative_to(self.root)
             found += [(here / name).as_posix() for name in files if not name.startswith(".")]
         return sorted(found)
 
@@ -86,27 +86,27 @@ class TarFiles:
                 end = os.fstat(file.fileno()).st_size
                 members = [member for member in tar if member.isreg() and 0 <= member.size <= end]
         except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:
-            raise UserError(f"{os.fspath(path)!r} is no tar that can be read: {line(error)}") from error
-        self.places = {os.path.normpath(m.name).replace(os.sep, "/"): (m.offset_data, m.size) for m in members}
-        roots = {name.partition("/")[0] for name in self.places}
+            raise UserError(f"{os.fspath(path)!r} is no tar that can be read: {first_line(error)}") from error
+        self.members = {os.path.normpath(m.name).replace(os.sep, "/"): (m.offset_data, m.size) for m in members}
+        roots = {name.partition("/")[0] for name in self.members}
         only = roots.pop() if len(roots) == 1 else ""  # everything lies in one folder: that is the data set
-        if only and only not in self.places:
-            self.places = {name[len(only) + 1 :]: place for name, place in self.places.items()}
+        if only and only not in self.members:
+            self.members = {name[len(only) + 1 :]: member for name, member in self.members.items()}
 
     def names(self, folder: str = "") -> list[str]:
         """All files below ``folder``, sorted; hidden ones are left out."""
         start = f"{folder.rstrip('/')}/" if folder else ""
         return sorted(
             name
-            for name in self.places
-            if name.startswith(start) and not any(part.startswith(".") for part in name.split("/"))
+            for name in self.members
+            if name.startswith(start) and not any(word.startswith(".") for word in name.split("/"))
         )
 
     def read(self, name: str) -> bytes:
         """One file."""
-        if name not in self.places:
+        if name not in self.members:
             raise BrokenImage("no such file")
-        start, size = self.places[name]
+        start, size = self.members[name]
         try:
             with self.path.open("rb") as file:
                 file.seek(start)

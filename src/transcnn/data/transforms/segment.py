@@ -1,4 +1,4 @@
-"""What images and their label maps go through together on the way to a network for segmentation."""
+"""Transforms of an image together with its label map."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from ..errors import UserError
-from .augment import IMAGENET_MEAN, IMAGENET_STD, channel_stats
-from .images import to_channels
-from .randomness import seeded
+from ...errors import UserError
+from ..images import to_channels
+from ..rng import seeded
+from .classify import IMAGENET_MEAN, IMAGENET_STD, channel_stats
 
 __all__ = ["IGNORE", "EvalTransform", "TrainTransform"]
 
 IGNORE = -1  # index of pixels that don't count
-LONGEST = 8  # sides longer than this times ``resize`` aren't made of images like ribbons
+MAX_ASPECT_RATIO = 8  # the long side is resized to at most this times ``resize``, however extreme the aspect ratio
 
 
 class EvalTransform:
@@ -67,20 +67,20 @@ class EvalTransform:
         return tvf.resize(pixels, size, antialias=True)
 
     def factor(self, height: int, width: int) -> float:
-        """How much an image is enlarged before anything else."""
+        """The scale factor of the first resize."""
         if not self.resize:
             return 1.0
-        return min(self.resize / min(height, width), LONGEST * self.resize / max(height, width))
+        return min(self.resize / min(height, width), MAX_ASPECT_RATIO * self.resize / max(height, width))
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 -> float with the mean and spread that the network was made for."""
+        """uint8 -> float with the network's mean and standard deviation."""
         return tvf.normalize(tvf.to_dtype(pixels, torch.float32, scale=True), list(self.mean), list(self.std))
 
 
 class TrainTransform(EvalTransform):
-    """A part of random place and scale, cut out of image and label map, mirrored and changed in colour.
+    """A random crop at a random scale of image and label map, flipped, with colour jitter.
 
-    The part is cut out before it is resized, so that large images cost no more than small ones. Where it leaves the
+    The crop is taken before it is resized, so that large images cost no more than small ones. Where it leaves the
     image there is the mean colour, which doesn't count.
 
     Args:
@@ -118,9 +118,9 @@ class TrainTransform(EvalTransform):
         height, width = pixels.shape[-2:]
         factor = self.factor(height, width) * rng.uniform(*self.scale_range)
         window = [max(1, round(side / factor)) for side in self.crop]
-        top, left = (_start(rng, full, part) for full, part in zip((height, width), window, strict=True))
+        top, left = (_start(rng, size, side) for size, side in zip((height, width), window, strict=True))
         fill = [round(255 * value) for value in self.mean]
-        pixels, label = _cut(pixels, top, left, window, fill), _cut(label, top, left, window, [IGNORE])
+        pixels, label = _crop(pixels, top, left, window, fill), _crop(label, top, left, window, [IGNORE])
         if window != list(self.crop):
             pixels, label = tvf.resize(pixels, list(self.crop), antialias=True), _nearest(label, self.crop)
         for probability, flip in zip(self.flips, (tvf.horizontal_flip, tvf.vertical_flip), strict=True):
@@ -136,21 +136,21 @@ class TrainTransform(EvalTransform):
         return torch.zeros(self.in_chans, *self.crop), torch.full(self.crop, IGNORE)
 
 
-def _start(rng: np.random.Generator, full: int, part: int) -> int:
+def _start(rng: np.random.Generator, size: int, window: int) -> int:
     """Where a window begins: anywhere inside, or, where it is larger, so that all of the image is in it."""
-    low, high = sorted((0, full - part))
+    low, high = sorted((0, size - window))
     return int(rng.integers(low, high + 1))
 
 
-def _cut(pixels: Tensor, top: int, left: int, window: Sequence[int], fill: list[int]) -> Tensor:
+def _crop(pixels: Tensor, top: int, left: int, window: Sequence[int], fill: list[int]) -> Tensor:
     """The window of (C, H, W); outside of the image each channel has its value of ``fill``."""
     inside = pixels[:, max(0, top) : max(0, top + window[0]), max(0, left) : max(0, left + window[1])]
     if list(inside.shape[-2:]) == list(window):
         return inside
-    whole = torch.tensor(fill, dtype=pixels.dtype)[:, None, None].expand(-1, *window).clone()
+    padded = torch.tensor(fill, dtype=pixels.dtype)[:, None, None].expand(-1, *window).clone()
     h, w = inside.shape[-2:]
-    whole[:, max(0, -top) : max(0, -top) + h, max(0, -left) : max(0, -left) + w] = inside
-    return whole
+    padded[:, max(0, -top) : max(0, -top) + h, max(0, -left) : max(0, -left) + w] = inside
+    return padded
 
 
 def _nearest(label: Tensor, size: Sequence[int]) -> Tensor:

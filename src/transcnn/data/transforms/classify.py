@@ -2,11 +2,11 @@
 
 A :class:`Transform` works in three steps, so that whatever can be done once or for many images together, is:
 
-    prepare    PIL image -> uint8 (C, H, W); where it draws nothing at random, its results can be kept in memory
+    prepare    PIL image -> uint8 (C, H, W); where it is deterministic, its results can be kept in memory
     per_image  uint8 -> PIL -> uint8, optional: RandAugment and colour jitter, which know only single images
     finish     uint8 (B, C, H, W) -> float (B, C, H, W): shifts, flips, rotation, normalisation, erasing
 
-Every random number is drawn from the sample's own seed (see :mod:`.randomness`), never from a global generator:
+Every random number is drawn from the sample's own seed (see :mod:`transcnn.data.rng`), never from a global generator:
 a sample looks the same in whatever batch, process or order it is asked for.
 """
 
@@ -27,9 +27,9 @@ from torch import Tensor
 from torchvision import transforms as tv
 from torchvision.transforms import functional as tvf
 
-from ..errors import UserError
-from .images import cut_ends, to_channels
-from .randomness import Draws, seeded
+from ...errors import UserError
+from ..images import crop_extreme_aspect, to_channels
+from ..rng import CounterRNG, seeded
 
 __all__ = ["Transform", "eval_transform", "train_transform"]
 
@@ -131,7 +131,7 @@ def eval_transform(
     interpolation: str = "bicubic",
     crop_pct: float | None = None,
 ) -> Transform:
-    """What images to be judged go through: the short side resized to ``img_size / crop_pct``, the middle cut out.
+    """The transform for evaluation: the short side resized to ``img_size / crop_pct``, then a centre crop.
 
     ``crop_pct`` None is 1 up to 64 pixels, and timm's 0.875 above. Nothing is random. Called with one PIL image the
     result is a float (C, H, W) tensor, so this serves prediction as well.
@@ -180,7 +180,7 @@ class Transform:
 
     def prepare(self, image: Image.Image, seed: int = 0) -> Tensor:
         """Any PIL image -> uint8 (C, H, W); ``seed`` matters only where not ``cacheable``."""
-        image = cut_ends(to_channels(image, self.in_chans))
+        image = crop_extreme_aspect(to_channels(image, self.in_chans))
         if self.cacheable:
             return self._prepare(image)
         with seeded(seed):
@@ -219,22 +219,22 @@ class Finish:
     re_count: int = 1
 
     def __call__(self, images: Tensor, seeds: np.ndarray) -> Tensor:
-        draws = Draws(seeds)
-        x, y = draws(), draws()  # drawn whether wanted or not: switching one off leaves the others as they are
+        rng = CounterRNG(seeds)
+        x, y = rng(), rng()  # drawn whether needed or not: switching one off leaves the others as they are
         images = _shift(images, x, y, self.pad) if self.pad else images.clone()
         for probability, dim in ((self.hflip, 3), (self.vflip, 2)):
-            flip = draws() < probability
+            flip = rng() < probability
             if flip.any():
                 which = torch.from_numpy(flip.nonzero()[0])
                 images[which] = images[which].flip(dim)
         x = images.float()
-        turn, grow = draws(), draws()
+        rotation, scale = rng(), rng()
         if self.degrees or self.zoom:
-            x = _rotate_and_zoom(x, (2 * turn - 1) * math.radians(self.degrees), 1 + (2 * grow - 1) * self.zoom)
+            x = _rotate_and_zoom(x, (2 * rotation - 1) * math.radians(self.degrees), 1 + (2 * scale - 1) * self.zoom)
         mean, std = (255 * torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
         x = x.sub_(mean).div_(std)
         if self.re_prob:
-            _erase(x, draws, self)
+            _erase(x, rng, self)
         return x
 
 
@@ -246,7 +246,7 @@ def _shift(images: Tensor, x: np.ndarray, y: np.ndarray, pad: int) -> Tensor:
     height, width = images.shape[2:]
     padded = F.pad(images, (pad, pad, pad, pad)).numpy()
     windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), (2, 3))  # (B, C, 2p+1, 2p+1, H, W)
-    left, top = ((draw * (2 * pad + 1)).astype(np.int64) for draw in (x, y))
+    left, top = ((uniform * (2 * pad + 1)).astype(np.int64) for uniform in (x, y))
     return torch.from_numpy(windows.swapaxes(1, 3)[np.arange(len(x)), left, top])  # (B, C, H, W)
 
 
@@ -258,21 +258,21 @@ def _rotate_and_zoom(x: Tensor, angles: np.ndarray, zooms: np.ndarray) -> Tensor
     return F.grid_sample(x, grid, align_corners=False)
 
 
-def _erase(x: Tensor, draws: Draws, how: Finish) -> None:
+def _erase(x: Tensor, rng: CounterRNG, settings: Finish) -> None:
     """Random erasing (Zhong et al., 1708.04896) in place; areas 2 to 33 %, aspects 0.3 to 3.3, as in timm."""
     height, width = x.shape[2:]
     pixels = x.numpy()
-    for _ in range(how.re_count):
-        hit, area, aspect, top, left, start = (draws() for _ in range(6))
+    for _ in range(settings.re_count):
+        hit, area, aspect, top, left, start = (rng() for _ in range(6))
         area = height * width * (0.02 + (1 / 3 - 0.02) * area)
         aspect = np.exp((2 * aspect - 1) * math.log(3.3))
         h = np.sqrt(area * aspect).round().clip(1, height).astype(np.int64)
         w = np.sqrt(area / aspect).round().clip(1, width).astype(np.int64)
         y = (top * (height - h + 1)).astype(np.int64)
         z = (left * (width - w + 1)).astype(np.int64)
-        for i in (hit < how.re_prob).nonzero()[0]:
+        for i in (hit < settings.re_prob).nonzero()[0]:
             box = pixels[i, :, y[i] : y[i] + h[i], z[i] : z[i] + w[i]]
-            box[:] = 0 if how.re_mode == "const" else _noise(start[i], box.shape)
+            box[:] = 0 if settings.re_mode == "const" else _noise(start[i], box.shape)
 
 
 @cache
@@ -283,14 +283,14 @@ def _noise_table() -> np.ndarray:
 def _noise(start: float, shape: tuple[int, ...]) -> np.ndarray:
     """Normal noise, cut out of one fixed table at ``start`` in [0, 1): making it anew takes ten times as long."""
     table = _noise_table()
-    places = np.arange(math.prod(shape)) + int(start * len(table))
-    return table.take(places, mode="wrap").reshape(shape)
+    indices = np.arange(math.prod(shape)) + int(start * len(table))
+    return table.take(indices, mode="wrap").reshape(shape)
 
 
 def _resize(
     size: tuple[int, int], in_chans: int, interpolation: str, crop_pct: float
 ) -> tuple[Callable[[Any], Any], object]:
-    """Resizing and cutting out the middle, and what tells it from others."""
+    """Resizing and the centre crop, and a key that is equal for equal ones."""
     if interpolation == "random":
         interpolation = "bicubic"
     if interpolation not in ("nearest", "bilinear", "bicubic", "lanczos"):
@@ -311,7 +311,7 @@ def _per_image(
 
 
 def channel_stats(values: Sequence[float], in_chans: int, *, alpha: float = 0.5) -> tuple[float, ...]:
-    """A mean or standard deviation for each channel: as given, one for all, or three of RGB made to fit.
+    """A mean or standard deviation for each channel: as given, one for all, or three of RGB adapted.
 
     Grey takes the average of the three and an alpha channel ``alpha``.
     """

@@ -1,4 +1,4 @@
-"""Labelled images as a dataset: decoded, transformed, and whole in spite of files that can't be read."""
+"""Labelled images as a dataset: decoded and transformed; files that can't be read are replaced."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .augment import Transform
-from .images import BrokenImage
-from .randomness import sample_seeds
-from .sampling import Sample
-from .sources import Source, tracked
-from .tolerant import Tolerant
+from ..images import BrokenImage
+from ..rng import sample_seeds
+from ..sources.source import Source, with_progress
+from ..transforms.classify import Transform
+from .fault_tolerant import FaultTolerantDataset, Sample
 
-__all__ = ["IGNORE", "ImageSet"]
+__all__ = ["IGNORE", "ImageDataset"]
 
 IGNORE = -1  # the label of what is not to be counted in evaluation: a broken file, or padding between processes
 CACHE_BYTES = 2 << 30  # decoded images are kept in memory up to this size, each set for itself
 
 
-class ImageSet(Tolerant):
+class ImageDataset(FaultTolerantDataset):
     """Labelled images as a map-style dataset; ``set[i]`` is (float tensor (C, H, W), label).
 
-    ``i`` is an index, or a :class:`~.sampling.Sample` that also says the epoch, as the loaders send it. Whatever
+    ``i`` is an index, or a :class:`~.fault_tolerant.Sample` that also says the epoch, as the loaders send it. Whatever
     ``transform`` draws at random depends on ``seed``, the epoch and the index only.
 
     A file that can't be read is recorded in ``broken``. In a training set another sample takes its place (always
@@ -110,7 +109,7 @@ class ImageSet(Tolerant):
         if self._cache is not None and self._cached_for == key:
             return True
         cache = torch.zeros(len(self), transform.in_chans, height, width, dtype=torch.uint8)
-        for i in tracked(range(len(self)), f"reading {len(self)} images", progress):
+        for i in with_progress(range(len(self)), f"reading {len(self)} images", progress):
             image = self._try(i, 0)
             if image is not None:
                 cache[i] = image

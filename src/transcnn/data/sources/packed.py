@@ -2,11 +2,11 @@
 
 A folder of packed data holds
 
-- ``manifest.json``: class names, and for each part its shards and its index, with sizes and SHA-256 sums,
+- ``manifest.json``: class names, and for each split its shards and its index, with sizes and SHA-256 sums,
 - ``train-000000.tar``, ...: shards that any WebDataset reader reads; images as they were, each with its ``.cls``,
 - ``train.index``: for each image its shard, offset, size, label and CRC-32, then the names it had.
 
-The index is why images are read one by one by their place in a shard instead of in a stream: any order costs the same
+The index is why images are read one by one by their offset in a shard instead of in a stream: any order costs the same
 on a local disk, so shuffling is complete, an epoch is shared over processes and loader workers without loss or
 repetition, and a run goes on in the middle of an epoch, all by the same sampler as for a folder. (A stream can do each
 of these only nearly: shards don't divide by processes, and buffers of shuffled images aren't in a checkpoint.) Images
@@ -32,12 +32,22 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError
-from .images import BrokenImage, read_image
-from .remote import LARGEST_MANIFEST, Expected, Remote
-from .sources import PARTS, Parts, Source, few
+from ...errors import UserError
+from ..images import BrokenImage, read_image
+from .remote import MAX_MANIFEST_BYTES, Expected, RemoteFolder
+from .source import SPLITS, Source, SourceSplits, abbreviate
 
-__all__ = ["INDEX", "MANIFEST", "FileSum", "PartFiles", "Shards", "is_packed", "open_packed", "read_manifest", "sha256"]
+__all__ = [
+    "INDEX",
+    "MANIFEST",
+    "FileSum",
+    "Shards",
+    "SplitFiles",
+    "is_packed",
+    "open_packed",
+    "read_manifest",
+    "sha256",
+]
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "transcnn shards", 1
@@ -54,8 +64,8 @@ class FileSum:
 
 
 @dataclass
-class PartFiles:
-    """What the manifest says of one part."""
+class SplitFiles:
+    """What the manifest says of one split."""
 
     images: int
     index: FileSum
@@ -63,18 +73,18 @@ class PartFiles:
 
 
 class Shards:
-    """The images of one part, read by their place in its shards: any order, any process, nothing unpacked.
+    """The images of one split, read by their offset in its shards: any order, any process, nothing unpacked.
 
     Args:
         files: What the manifest says.
-        place: File name -> path of that file on this machine, fetched if need be.
+        path_of: File name -> path of that file on this machine, fetched if need be.
         index: (N,) of ``INDEX``.
         names: The images' names before packing, each followed by a null byte.
     """
 
-    def __init__(self, files: PartFiles, place: Callable[[str], str], index: np.ndarray, names: bytes) -> None:
+    def __init__(self, files: SplitFiles, path_of: Callable[[str], str], index: np.ndarray, names: bytes) -> None:
         self.files = [shard.file for shard in files.shards]
-        self.place = place
+        self.path_of = path_of
         self.index = index
         self.block = names
         self.ends = np.flatnonzero(np.frombuffer(names, np.uint8) == 0)
@@ -89,7 +99,7 @@ class Shards:
         shard, offset, size, _, crc = self.index[i].tolist()
         name = self.files[shard]
         try:
-            with open(self.place(name), "rb") as file:
+            with open(self.path_of(name), "rb") as file:
                 file.seek(offset)
                 content = file.read(size)
         except OSError as error:
@@ -108,20 +118,20 @@ def is_packed(data: str | os.PathLike[str]) -> bool:
     return os.path.isfile(os.path.join(data, MANIFEST))
 
 
-def open_packed(data: str) -> Parts:
-    """The parts of packed data in a local folder or at the URL of one (http, https, s3, ... as fsspec knows them).
+def open_packed(data: str) -> SourceSplits:
+    """The splits of packed data in a local folder or at the URL of one (http, https, s3, ... as fsspec knows them).
 
     Raises:
         UserError: No manifest, one that is wrong, or files that aren't as it says.
     """
-    remote = Remote(data) if Remote.is_url(data) else None
-    place: Callable[[str], str] = remote.path if remote else LocalFolder(data).path
-    name, class_names, parts = read_manifest(Path(place(MANIFEST)), data)
+    remote = RemoteFolder(data) if RemoteFolder.is_url(data) else None
+    path_of: Callable[[str], str] = remote.path if remote else LocalFolder(data).path
+    name, class_names, splits = read_manifest(Path(path_of(MANIFEST)), data)
     if remote is not None:
-        files = [file for part in parts.values() for file in (part.index, *part.shards)]
+        files = [file for split in splits.values() for file in (split.index, *split.shards)]
         remote.expect({file.file: Expected(file.bytes, file.sha256, file.sha256) for file in files})
-    sources = {part: _open_part(files, place, class_names, remote is not None) for part, files in parts.items()}
-    return Parts.of(name, sources)
+    sources = {split: _open_split(files, path_of, class_names, remote is not None) for split, files in splits.items()}
+    return SourceSplits.of(name, sources)
 
 
 class LocalFolder:
@@ -134,11 +144,11 @@ class LocalFolder:
         return os.path.join(self.folder, name)
 
 
-def _open_part(files: PartFiles, place: Callable[[str], str], class_names: list[str], remote: bool) -> Source:
+def _open_split(files: SplitFiles, path_of: Callable[[str], str], class_names: list[str], remote: bool) -> Source:
     if not remote:
         for shard in files.shards:
-            _check_size(place(shard.file), shard)
-    path = place(files.index.file)
+            _check_size(path_of(shard.file), shard)
+    path = path_of(files.index.file)
     _check_size(path, files.index)
     content = Path(path).read_bytes()
     if hashlib.sha256(content).hexdigest() != files.index.sha256:
@@ -146,7 +156,7 @@ def _open_part(files: PartFiles, place: Callable[[str], str], class_names: list[
     if len(content) < files.images * INDEX.itemsize:
         raise UserError(f"{path} is damaged: it is too short for {files.images} images")
     index = np.frombuffer(content, INDEX, files.images)
-    shards = Shards(files, place, index, content[files.images * INDEX.itemsize :])
+    shards = Shards(files, path_of, index, content[files.images * INDEX.itemsize :])
     _check_index(path, shards, files, len(class_names))
     source = Source(index["label"].astype(np.int64), class_names, shards.load, shards.name, raw=shards.raw)
     source.groups = index["shard"].astype(np.int64) if remote else None
@@ -162,7 +172,7 @@ def _check_size(path: str, expected: FileSum) -> None:
         raise UserError(f"{path} is damaged or not copied whole: it has {size} bytes, {expected.bytes} in the manifest")
 
 
-def _check_index(path: str, shards: Shards, files: PartFiles, classes: int) -> None:
+def _check_index(path: str, shards: Shards, files: SplitFiles, classes: int) -> None:
     """Each image lies inside a shard that there is, and has a class and a name."""
     index = shards.index
     if len(shards.ends) != files.images:
@@ -172,21 +182,21 @@ def _check_index(path: str, shards: Shards, files: PartFiles, classes: int) -> N
     room = sizes[np.where(known, index["shard"], 0)] if len(sizes) else np.zeros(len(index), np.uint64)
     inside = known & (index["offset"] <= room) & (index["size"] <= room - np.minimum(index["offset"], room))
     if not inside.all() or (index["label"] >= classes).any():
-        raise UserError(f"{path} is wrong: it speaks of places or classes that there are not")
+        raise UserError(f"{path} is wrong: it names offsets or classes that there are not")
 
 
 # --- the manifest ---------------------------------------------------------------------------------------------------
 
 
-def read_manifest(path: Path, what: str) -> tuple[str, list[str], dict[str, PartFiles]]:
-    """Name, class names and parts, checked: files with plain names, sizes and sums that can be, classes that differ.
+def read_manifest(path: Path, what: str) -> tuple[str, list[str], dict[str, SplitFiles]]:
+    """Name, class names and splits, checked: files with plain names, sizes and sums that can be, classes that differ.
 
     Raises:
         UserError: It is missing or wrong; ``what`` is what it is the manifest of.
     """
     try:
-        if path.stat().st_size > LARGEST_MANIFEST:
-            raise UserError(f"{what!r}: {MANIFEST} is larger than {LARGEST_MANIFEST} bytes, so it isn't one")
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise UserError(f"{what!r}: {MANIFEST} is larger than {MAX_MANIFEST_BYTES} bytes, so it isn't one")
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{what!r} holds no {MANIFEST} that can be read: {error.strerror or error}") from error
@@ -199,7 +209,7 @@ def read_manifest(path: Path, what: str) -> tuple[str, list[str], dict[str, Part
         raise UserError(f"{what!r}: {MANIFEST} is wrong: {reason}") from error
 
 
-def _parse(content: Any) -> tuple[str, list[str], dict[str, PartFiles]]:
+def _parse(content: Any) -> tuple[str, list[str], dict[str, SplitFiles]]:
     if content["format"] != FORMAT:
         raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
     if content["version"] != VERSION:
@@ -207,15 +217,15 @@ def _parse(content: Any) -> tuple[str, list[str], dict[str, PartFiles]]:
     names = content["class_names"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise ValueError("class_names must be a list of different names")
-    unknown = [part for part in content["parts"] if part not in PARTS]
+    unknown = [split for split in content["parts"] if split not in SPLITS]
     if unknown or not content["parts"]:
-        raise ValueError(f"parts must be among {', '.join(PARTS)}, got {few(unknown) or 'none'}")
-    parts = {part: _parse_part(values) for part, values in content["parts"].items()}
-    return str(content["name"])[:200], names, parts
+        raise ValueError(f"parts must be among {', '.join(SPLITS)}, got {abbreviate(unknown) or 'none'}")
+    splits = {split: _parse_split(values) for split, values in content["parts"].items()}
+    return str(content["name"])[:200], names, splits
 
 
-def _parse_part(values: dict[str, Any]) -> PartFiles:
-    files = PartFiles(_number(values["images"]), _file(values["index"]), [_file(shard) for shard in values["shards"]])
+def _parse_split(values: dict[str, Any]) -> SplitFiles:
+    files = SplitFiles(_number(values["images"]), _file(values["index"]), [_file(shard) for shard in values["shards"]])
     names = [file.file for file in (files.index, *files.shards)]
     if len(set(names)) < len(names):
         raise ValueError("a file is named twice")

@@ -1,4 +1,4 @@
-"""What images and the boxes and masks in them go through together on the way to a detector."""
+"""Transforms of an image together with its boxes and masks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from .images import to_channels
-from .randomness import seeded
+from ..images import to_channels
+from ..rng import seeded
 
 __all__ = ["DetectTransform"]
 
@@ -23,7 +23,7 @@ class DetectTransform:
     Args:
         in_chans: Channels of the images.
         masks: Whether masks are wanted.
-        training: Leave out crowds, mirror and change colours.
+        training: Leave out crowds, flip and jitter colours.
         hflip, vflip: Probabilities.
         color_jitter: Strength of changes of brightness, contrast and saturation.
     """
@@ -51,7 +51,7 @@ class DetectTransform:
         pixels = tvf.pil_to_tensor(to_channels(image, self.in_chans))
         target = None if truth is None else self._target(truth, image.size)
         if self.training and target is not None:
-            pixels = self._vary(pixels, target, seed)
+            pixels = self._augment(pixels, target, seed)
         return tvf.to_dtype(pixels, torch.float32, scale=True), target
 
     def blank(self) -> tuple[Tensor, dict[str, Tensor]]:
@@ -69,8 +69,8 @@ class DetectTransform:
             target["masks"] = torch.from_numpy(stacked.astype(np.uint8))
         return {**target, "counts": torch.tensor(True)}
 
-    def _vary(self, pixels: Tensor, target: dict[str, Tensor], seed: int) -> Tensor:
-        """Mirrored and in other colours; ``target`` is changed in place."""
+    def _augment(self, pixels: Tensor, target: dict[str, Tensor], seed: int) -> Tensor:
+        """Random flips and colour jitter; ``target`` is changed in place."""
         rng = np.random.default_rng(seed)
         for dim, probability in zip((-1, -2), self.flips, strict=True):
             if rng.random() < probability:

@@ -1,4 +1,4 @@
-"""What every kind of data comes down to: labelled images that are read one by one, in parts."""
+"""What every format comes down to: labelled images that are read one by one, in splits."""
 
 from __future__ import annotations
 
@@ -12,14 +12,24 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError
+from ...errors import UserError
 
-__all__ = ["PARTS", "Parts", "Source", "check_fraction", "few", "line", "part_of", "printable", "read_class_names"]
-__all__ += ["split_stratified", "tracked"]
+__all__ = [
+    "SPLITS",
+    "Source",
+    "SourceSplits",
+    "abbreviate",
+    "check_fraction",
+    "first_line",
+    "printable",
+    "read_class_names",
+    "split_of_name",
+]
+__all__ += ["split_stratified", "with_progress"]
 
 T = TypeVar("T")
 
-PARTS = {
+SPLITS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "eval"),
     "test": ("test", "testing"),
@@ -53,18 +63,18 @@ class Source:
 
 
 @dataclass
-class Parts:
-    """The parts of a data set as they lie there; ``train`` is everything where it isn't split."""
+class SourceSplits:
+    """The splits of a data set as they lie there; ``train`` is everything where it isn't split."""
 
     name: str
     train: Source | None
     val: Source | None = None
     test: Source | None = None
-    test_indices: np.ndarray | None = None  # of ``train``, where the test part is split off by convention
+    test_indices: np.ndarray | None = None  # of ``train``, where the test split is split off by convention
 
     @classmethod
-    def of(cls, name: str, sources: Mapping[str, Source | None]) -> Parts:
-        """From sources by the names of the parts; a missing one is None."""
+    def of(cls, name: str, sources: Mapping[str, Source | None]) -> SourceSplits:
+        """From sources by the names of the splits; a missing one is None."""
         return cls(name, sources.get("train"), sources.get("val"), sources.get("test"))
 
 
@@ -79,22 +89,23 @@ def split_stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
         members = rng.permutation(np.flatnonzero(labels == label))
         count = max(1, round(fraction * len(members))) if len(members) > 1 else 0
         taken.append(members[: min(count, len(members) - 1)])
-    part = np.sort(np.concatenate(taken))
-    return np.setdiff1d(np.arange(len(labels)), part), part
+    split = np.sort(np.concatenate(taken))
+    return np.setdiff1d(np.arange(len(labels)), split), split
 
 
-def part_of(name: str, otherwise: str = "train") -> str:
-    """Which part a file's name speaks of: train-00000-of-00002.parquet is of train; ``otherwise`` without a word."""
+def split_of_name(name: str, otherwise: str = "train") -> str:
+    """The split that a file's name says: train-00000-of-00002.parquet is of train; ``otherwise`` where it says none."""
     words = re.split(r"[^a-z]+", name.lower())
-    return next((part for part, synonyms in PARTS.items() if any(word in synonyms for word in words)), otherwise)
+    return next((split for split, synonyms in SPLITS.items() if any(word in synonyms for word in words)), otherwise)
 
 
 def read_class_names(folder: Path) -> list[str] | None:
+    """The lines of ``classes.txt``, if there is one."""
     file = folder / "classes.txt"
     try:
         return [line for line in file.read_text(encoding="utf-8").splitlines() if line] if file.is_file() else None
     except ValueError as error:
-        raise UserError(f"{file} is no text in UTF-8: {line(error)}") from error
+        raise UserError(f"{file} is no text in UTF-8: {first_line(error)}") from error
 
 
 def printable(name: str) -> str:
@@ -108,17 +119,18 @@ def check_fraction(val_fraction: float) -> None:
         raise UserError(f"val_fraction must be between 0 and 1, got {val_fraction}")
 
 
-def few(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:8])
-    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown
+def abbreviate(names: Sequence[str]) -> str:
+    """Up to eight of the names, quoted, and how many more there are."""
+    first = ", ".join(repr(name) for name in names[:8])
+    return f"{first} and {len(names) - 8} more" if len(names) > 8 else first
 
 
-def line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error, for a message of one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def tracked(items: Iterable[T], text: str, show: bool, total: int | None = None) -> Iterable[T]:
+def with_progress(items: Iterable[T], text: str, show: bool, total: int | None = None) -> Iterable[T]:
     """The items, with a bar on standard error while they come; ``total`` where they have no length."""
     if not show:
         return items

@@ -1,4 +1,4 @@
-"""``transcnn pack``: any classification data as WebDataset shards with a manifest (:mod:`.packed` reads them)."""
+"""``transcnn pack``: any classification data as WebDataset shards with a manifest (read by :mod:`.sources.packed`)."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..errors import UserError, require
 from .images import BrokenImage, read_image
-from .opening import open_parts
-from .packed import FORMAT, INDEX, MANIFEST, VERSION, FileSum, PartFiles, read_manifest, sha256
-from .shards import read_contents
-from .sources import PARTS, Parts, Source, few
-from .tolerant import write_skipped
+from .sets.fault_tolerant import write_skipped
+from .sources.opening import open_source
+from .sources.packed import FORMAT, INDEX, MANIFEST, VERSION, FileSum, SplitFiles, read_manifest, sha256
+from .sources.source import SPLITS, Source, SourceSplits, abbreviate
+from .sources.webdataset import read_shard
 
 __all__ = ["pack"]
 
@@ -76,10 +76,10 @@ def pack(
     if out is None:
         raise UserError("say where to put the shards: --out FOLDER")
     require("webdataset", "data")
-    parts = open_parts(data)
+    splits = open_source(data)
     job = _Job(_empty_folder(out), int(shard_mb * 10**6), seed, decode, num_workers or os.cpu_count() or 1)
     try:
-        manifest = job.run(parts, quiet)
+        manifest = job.run(splits, quiet)
     except OSError as error:
         job.undo()
         raise UserError(f"can't write to {out}: {error.strerror or error}") from error
@@ -87,7 +87,7 @@ def pack(
         job.undo()
         raise
     if not quiet:
-        _say(manifest, job, out)
+        _print_summary(manifest, job, out)
     return manifest
 
 
@@ -99,7 +99,7 @@ def _empty_folder(out: str) -> Path:
     except OSError as error:
         raise UserError(f"can't write to {out}: {error.strerror}") from error
     if held:
-        raise UserError(f"{out} is not empty (it holds {few(sorted(held)[:3])}); give a new folder as --out")
+        raise UserError(f"{out} is not empty (it holds {abbreviate(sorted(held)[:3])}); give a new folder as --out")
     return path
 
 
@@ -107,7 +107,7 @@ def _empty_folder(out: str) -> Path:
 class _Sample:
     """One image on its way into a shard."""
 
-    place: int  # in the source
+    index: int  # in the source
     content: bytes = b""
     kind: str = ""
     problem: str = ""
@@ -125,29 +125,31 @@ class _Job:
     written: list[Path] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
-    def run(self, parts: Parts, quiet: bool) -> dict[str, Any]:
-        sources = _split(parts)
+    def run(self, splits: SourceSplits, quiet: bool) -> dict[str, Any]:
+        sources = _split(splits)
         class_names = next(iter(sources.values()))[0].class_names
-        other = [part for part, (source, _) in sources.items() if source.class_names != class_names]
+        other = [split for split, (source, _) in sources.items() if source.class_names != class_names]
         if other:
-            raise UserError(f"the {' and '.join(other)} part has other classes than the rest, or another order of them")
-        total = sum(len(places) for _, places in sources.values())
+            raise UserError(
+                f"the {' and '.join(other)} split has other classes than the rest, or another order of them"
+            )
+        total = sum(len(indices) for _, indices in sources.values())
         hide = quiet or not sys.stderr.isatty()
-        columns = (TextColumn("packing {task.fields[part]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (TextColumn("packing {task.fields[split]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         done: dict[str, Any] = {}
         with Progress(*columns, console=Console(stderr=True), transient=True, disable=hide) as progress:
-            bar = progress.add_task("", total=total, part="")
-            for part, (source, places) in sources.items():
-                progress.update(bar, part=part)
+            bar = progress.add_task("", total=total, split="")
+            for split, (source, indices) in sources.items():
+                progress.update(bar, split=split)
                 self.skipped += source.broken
-                done[part] = self._write_part(part, source, places, lambda: progress.advance(bar))
-        if not any(part["images"] for part in done.values()):
-            raise UserError(f"none of the {total} images can be read; the first is {few(self.skipped[0])}")
+                done[split] = self._write_split(split, source, indices, lambda: progress.advance(bar))
+        if not any(split["images"] for split in done.values()):
+            raise UserError(f"none of the {total} images can be read; the first is {abbreviate(self.skipped[0])}")
         manifest = {
             "format": FORMAT,
             "version": VERSION,
             "written_by": f"transcnn {version('transcnn')}",
-            "name": parts.name,
+            "name": splits.name,
         }
         manifest |= {"class_names": class_names, "left_out": len(self.skipped), "parts": done}
         if self.skipped:
@@ -157,43 +159,45 @@ class _Job:
         os.replace(temporary, self.new(MANIFEST))  # last: a folder with a manifest is complete
         return manifest
 
-    def _write_part(self, part: str, source: Source, places: np.ndarray, advance: Callable[[], None]) -> dict[str, Any]:
-        """Shards and index of one part, and what the manifest says of them."""
-        order = np.random.default_rng(self.seed).permutation(places) if part == "train" else places
-        with ThreadPoolExecutor(self.threads) as pool, closing(_Writer(self, part, source)) as writer:
-            for sample in _ahead(pool, lambda place: self._read(source, place), order.tolist(), 16 * self.threads):
+    def _write_split(
+        self, split: str, source: Source, indices: np.ndarray, advance: Callable[[], None]
+    ) -> dict[str, Any]:
+        """Shards and index of one split, and what the manifest says of them."""
+        order = np.random.default_rng(self.seed).permutation(indices) if split == "train" else indices
+        with ThreadPoolExecutor(self.threads) as pool, closing(_Writer(self, split, source)) as writer:
+            for sample in _ahead(pool, lambda index: self._read(source, index), order.tolist(), 16 * self.threads):
                 advance()
                 if sample.problem:
-                    self.skipped.append((source.name_of(sample.place), sample.problem))
+                    self.skipped.append((source.name_of(sample.index), sample.problem))
                 else:
                     writer.add(sample)
         rows = sorted(writer.rows)
         index = np.array([row[1:] for row in rows], INDEX)
         names = b"".join(os.fsencode(source.name_of(row[0])).replace(b"\0", b" ") + b"\0" for row in rows)
-        path = self.new(f"{part}.index")
+        path = self.new(f"{split}.index")
         path.write_bytes(index.tobytes() + names)
-        entry = PartFiles(len(rows), FileSum(path.name, path.stat().st_size, sha256(path)), writer.shards)
+        entry = SplitFiles(len(rows), FileSum(path.name, path.stat().st_size, sha256(path)), writer.shards)
         return {**asdict(entry), "per_class": np.bincount(index["label"], minlength=len(source.class_names)).tolist()}
 
-    def _read(self, source: Source, place: int) -> _Sample:
+    def _read(self, source: Source, index: int) -> _Sample:
         """An image's bytes, known to be good."""
         try:
             if source.raw is None:
                 buffer = io.BytesIO()
-                source.load(place).save(buffer, "PNG")
-                return _Sample(place, buffer.getvalue(), "png")
-            content = source.raw(place)
+                source.load(index).save(buffer, "PNG")
+                return _Sample(index, buffer.getvalue(), "png")
+            content = source.raw(index)
             if len(content) >= 1 << 32:
                 raise BrokenImage("it has 4 GiB or more")
             if self.decode:
                 read_image(content)
             with Image.open(io.BytesIO(content)) as image:
                 kind = str(image.format)
-            return _Sample(place, content, ENDINGS.get(kind, kind.lower()))
+            return _Sample(index, content, ENDINGS.get(kind, kind.lower()))
         except BrokenImage as error:
-            return _Sample(place, problem=str(error))
+            return _Sample(index, problem=str(error))
         except Exception as error:  # Pillow's, without decode, on what is no image
-            return _Sample(place, problem=f"damaged: {str(error) or type(error).__name__}".splitlines()[0])
+            return _Sample(index, problem=f"damaged: {str(error) or type(error).__name__}".splitlines()[0])
 
     def new(self, name: str) -> Path:
         """The path of a file to write, remembered for ``undo``."""
@@ -208,26 +212,26 @@ class _Job:
 
 
 class _Writer:
-    """The shards of one part, one after another; ``rows`` become the index, each behind its place in the source."""
+    """The shards of one split, one after another; ``rows`` become the index, each behind its index in the source."""
 
-    def __init__(self, job: _Job, part: str, source: Source) -> None:
-        self.job, self.part, self.source = job, part, source
+    def __init__(self, job: _Job, split: str, source: Source) -> None:
+        self.job, self.split, self.source = job, split, source
         self.tars: Any = require("webdataset", "data")
         self.shards: list[FileSum] = []
         self.rows: list[tuple[int, ...]] = []
         self._file: Any = None
         self._tar: Any = None
         self._size = 0
-        self._here: list[tuple[int, int]] = []  # place and CRC-32 of the images in the shard that is being written
+        self._here: list[tuple[int, int]] = []  # index and CRC-32 of the images in the shard that is being written
 
     def add(self, sample: _Sample) -> None:
         """Write one image and its class."""
         if self._tar is None:
-            self._file = self.job.new(f"{self.part}-{len(self.shards):06}.tar").open("wb")
+            self._file = self.job.new(f"{self.split}-{len(self.shards):06}.tar").open("wb")
             self._tar = self.tars.TarWriter(self._file, mtime=0.0, encoder=False)
-        label = str(int(self.source.labels[sample.place])).encode()
-        self._size += self._tar.write({"__key__": _key(sample.place), sample.kind: sample.content, "cls": label})
-        self._here.append((sample.place, zlib.crc32(sample.content)))
+        label = str(int(self.source.labels[sample.index])).encode()
+        self._size += self._tar.write({"__key__": _key(sample.index), sample.kind: sample.content, "cls": label})
+        self._here.append((sample.index, zlib.crc32(sample.content)))
         if self._size >= self.job.shard_bytes:
             self.close()
 
@@ -239,42 +243,42 @@ class _Writer:
         with self._file:
             tar.close()
         path = self._file.name
-        contents = read_contents(path)
-        for place, crc in self._here:
-            offset, size = contents.images[_key(place)]
-            self.rows.append((place, len(self.shards), offset, size, int(self.source.labels[place]), crc))
+        contents = read_shard(path)
+        for index, crc in self._here:
+            offset, size = contents.images[_key(index)]
+            self.rows.append((index, len(self.shards), offset, size, int(self.source.labels[index]), crc))
         self.shards.append(FileSum(os.path.basename(path), os.path.getsize(path), sha256(path)))
         self._here.clear()
 
 
-def _split(parts: Parts) -> dict[str, tuple[Source, np.ndarray]]:
-    """The parts with the places of their images; a test part that is one by convention becomes one of its own."""
+def _split(splits: SourceSplits) -> dict[str, tuple[Source, np.ndarray]]:
+    """The splits with the indices of their images; a test split that is one by convention becomes one of its own."""
     found = {}
-    for part in PARTS:
-        source = getattr(parts, part)
+    for split in SPLITS:
+        source = getattr(splits, split)
         if source is not None:
-            found[part] = (source, np.arange(len(source)))
-    if parts.train is not None and parts.test_indices is not None:
-        found["train"] = (parts.train, np.setdiff1d(np.arange(len(parts.train)), parts.test_indices))
-        found["test"] = (parts.train, parts.test_indices)
+            found[split] = (source, np.arange(len(source)))
+    if splits.train is not None and splits.test_indices is not None:
+        found["train"] = (splits.train, np.setdiff1d(np.arange(len(splits.train)), splits.test_indices))
+        found["test"] = (splits.train, splits.test_indices)
     return found
 
 
-def _ahead(pool: ThreadPoolExecutor, work: Any, places: list[int], count: int) -> Iterator[_Sample]:
-    """``work`` on each place in order, on up to ``count`` of them at a time."""
-    for start in range(0, len(places), count):
-        yield from pool.map(work, places[start : start + count])
+def _ahead(pool: ThreadPoolExecutor, work: Any, indices: list[int], count: int) -> Iterator[_Sample]:
+    """``work`` on each index in order, on up to ``count`` of them at a time."""
+    for start in range(0, len(indices), count):
+        yield from pool.map(work, indices[start : start + count])
 
 
-def _key(place: int) -> str:
-    return f"{place:09}"
+def _key(index: int) -> str:
+    return f"{index:09}"
 
 
-def _say(manifest: dict[str, Any], job: _Job, out: str) -> None:
-    parts = manifest["parts"].values()
-    files = [shard for part in parts for shard in part["shards"]]
+def _print_summary(manifest: dict[str, Any], job: _Job, out: str) -> None:
+    splits = manifest["parts"].values()
+    files = [shard for split in splits for shard in split["shards"]]
     megabytes = sum(shard["bytes"] for shard in files) / 1e6
-    sizes = ", ".join(f"{part['images']:,} {name}" for name, part in manifest["parts"].items())
+    sizes = ", ".join(f"{split['images']:,} {name}" for name, split in manifest["parts"].items())
     shards = f"{len(files)} shard{'s' * (len(files) != 1)}"
     print(f"{sizes} images of {len(manifest['class_names'])} classes in {shards}, {megabytes:,.1f} MB: {out}")
     if job.skipped:
@@ -284,8 +288,8 @@ def _say(manifest: dict[str, Any], job: _Job, out: str) -> None:
 def _check(data: str | None, quiet: bool) -> dict[str, Any]:
     """Compare all files with the manifest's sums; damaged ones end in an error that names them."""
     folder = Path(data or ".")
-    _, class_names, parts = read_manifest(folder / MANIFEST, str(folder))
-    files = [file for part in parts.values() for file in (part.index, *part.shards)]
+    _, class_names, splits = read_manifest(folder / MANIFEST, str(folder))
+    files = [file for split in splits.values() for file in (split.index, *split.shards)]
     damaged = []
     hide = quiet or not sys.stderr.isatty()
     columns = (TextColumn("checking"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn())
@@ -300,8 +304,10 @@ def _check(data: str | None, quiet: bool) -> dict[str, Any]:
                 damaged.append(file.file)
             progress.advance(bar, file.bytes)
     if damaged:
-        raise UserError(f"{len(damaged)} of {len(files)} files of {folder} are damaged or missing: {few(damaged)}")
-    images = sum(part.images for part in parts.values())
+        raise UserError(
+            f"{len(damaged)} of {len(files)} files of {folder} are damaged or missing: {abbreviate(damaged)}"
+        )
+    images = sum(split.images for split in splits.values())
     if not quiet:
         print(f"{folder}: all {len(files)} files are as they were written, {images:,} images")
     return {"files": len(files), "images": images, "classes": len(class_names)}

@@ -10,61 +10,71 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError, require
-from .images import BrokenImage, read_bytes, read_image
-from .sources import PARTS, Parts, Source, few, line, part_of, read_class_names
+from ...errors import UserError, require
+from ..images import BrokenImage, read_bytes, read_image
+from .source import SPLITS, Source, SourceSplits, abbreviate, first_line, read_class_names, split_of_name
 
-__all__ = ["Rows", "feature_names", "find_columns", "label_values", "open_parquet", "part_of_file", "parts_of"]
+__all__ = [
+    "ImageColumn",
+    "feature_names",
+    "find_columns",
+    "label_values",
+    "merge_splits",
+    "open_parquet",
+    "split_of_path",
+]
 
-IN_MEMORY = 2 << 30  # bytes of a part that are read into memory; larger ones are mapped from disk
+IN_MEMORY = 2 << 30  # bytes of a split that are read into memory; larger ones are mapped from disk
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "cls")
 
 
-def open_parquet(path: Path, files: list[Path]) -> Parts:
+def open_parquet(path: Path, files: list[Path]) -> SourceSplits:
     folder = path if path.is_dir() else path.parent
-    by_part: dict[str, list[Path]] = {}
+    by_split: dict[str, list[Path]] = {}
     for file in files:
-        part = part_of_file(file.relative_to(folder).as_posix()) if path.is_dir() else "train"
-        by_part.setdefault(part, []).append(file)
+        split = split_of_path(file.relative_to(folder).as_posix()) if path.is_dir() else "train"
+        by_split.setdefault(split, []).append(file)
     names = read_class_names(folder)
-    sources = {part: _parquet_part(by_part[part], folder, names) for part in PARTS if part in by_part}
-    return parts_of(sources, folder.resolve().name if path.is_dir() else path.stem, str(path))
+    sources = {split: _parquet_split(by_split[split], folder, names) for split in SPLITS if split in by_split}
+    return merge_splits(sources, folder.resolve().name if path.is_dir() else path.stem, str(path))
 
 
-def part_of_file(name: str) -> str:
-    """Which part a file is of: train-00000.parquet, train/0000.parquet and data/train-00000.parquet are of train."""
+def split_of_path(name: str) -> str:
+    """Which split a file is of: train-00000.parquet, train/0000.parquet and data/train-00000.parquet are of train."""
     folder, _, file = name.rpartition("/")
-    return part_of(file, part_of(folder.rpartition("/")[2]))
+    return split_of_name(file, split_of_name(folder.rpartition("/")[2]))
 
 
-def parts_of(sources: dict[str, Source | None], name: str, what: str) -> Parts:
-    """The parts together, with the classes of the first that has any.
+def merge_splits(sources: dict[str, Source | None], name: str, what: str) -> SourceSplits:
+    """The splits together, with the classes of the first that has any.
 
     Raises:
-        UserError: ``what`` has no labels, or a part of it other classes.
+        UserError: ``what`` has no labels, or a split of it other classes.
     """
     first = next((source for source in sources.values() if source is not None), None)
     if first is None:
         raise UserError(f"nothing in {what!r} has a label (all are below 0)")
-    for part in ("val", "test"):
-        source = sources.get(part)
+    for split in ("val", "test"):
+        source = sources.get(split)
         if source is not None and source.class_names != first.class_names:
             if not set(source.class_names) <= set(first.class_names):
-                raise UserError(f"{part} of {what!r} has other classes than train: {few(source.class_names)}")
+                raise UserError(f"{split} of {what!r} has other classes than train: {abbreviate(source.class_names)}")
             order = np.array([first.class_names.index(name) for name in source.class_names])
             source.labels, source.class_names = order[source.labels], first.class_names
-    return Parts.of(name, sources)
+    return SourceSplits.of(name, sources)
 
 
-def _parquet_part(files: list[Path], folder: Path, names: list[str] | None) -> Source | None:
-    """The rows of some files as a source; None where nothing is labelled (-1), as test parts often are."""
+def _parquet_split(files: list[Path], folder: Path, names: list[str] | None) -> Source | None:
+    """The rows of some files as a source; None where nothing is labelled (-1), as test splits often are."""
     arrow: Any = require("pyarrow", "train")
     parquet: Any = require("pyarrow.parquet", "train")
     try:
         opened = [parquet.ParquetFile(file) for file in files]
     except (arrow.ArrowException, OSError) as error:
-        raise UserError(f"can't read {few([str(file) for file in files])} as Parquet: {line(error)}") from error
+        raise UserError(
+            f"can't read {abbreviate([str(file) for file in files])} as Parquet: {first_line(error)}"
+        ) from error
     schema = opened[0].schema_arrow
     image, label = find_columns(schema.names, files[0])
     size = sum(
@@ -79,17 +89,17 @@ def _parquet_part(files: list[Path], folder: Path, names: list[str] | None) -> S
             datasets: Any = require("datasets", "data")
             table = datasets.Dataset.from_parquet([str(file) for file in files]).data.table
     except (arrow.ArrowException, OSError) as error:
-        raise UserError(f"can't read {few([str(file) for file in files])}: {line(error)}") from error
+        raise UserError(f"can't read {abbreviate([str(file) for file in files])}: {first_line(error)}") from error
     labels, class_names = label_values(table[label], feature_names(schema, label) or names, files[0])
     if not len(labels):
-        raise UserError(f"no rows in {few([str(file) for file in files])}")
+        raise UserError(f"no rows in {abbreviate([str(file) for file in files])}")
     if (labels < 0).all():
         return None
-    rows = Rows(table[image], folder, "+".join(file.stem for file in files[:1]))
+    rows = ImageColumn(table[image], folder, "+".join(file.stem for file in files[:1]))
     return Source(labels, class_names, rows.load, rows.name, raw=rows.raw)
 
 
-class Rows:
+class ImageColumn:
     """An image column: struct{bytes, path} as Hugging Face datasets write it, or plain bytes."""
 
     def __init__(self, column: Any, folder: Path, title: str) -> None:
@@ -123,7 +133,7 @@ def find_columns(columns: Sequence[str], file: Path | str) -> tuple[str, str]:
     for known in (IMAGE_COLUMNS, LABEL_COLUMNS):
         name = next((name for name in known if name in columns), None)
         if name is None:
-            raise UserError(f"{str(file)!r} has columns {few(columns)}; expected one named {' or '.join(known)}")
+            raise UserError(f"{str(file)!r} has columns {abbreviate(columns)}; expected one named {' or '.join(known)}")
         found.append(name)
     return found[0], found[1]
 
@@ -147,7 +157,9 @@ def label_values(column: Any, names: list[str] | None, file: Path | str) -> tupl
         class_names = names or sorted(set(text.tolist()))
         missing = sorted(set(text.tolist()) - set(class_names))
         if missing:
-            raise UserError(f"{str(file)!r} has labels {few(missing)} that are not among {few(class_names)}")
+            raise UserError(
+                f"{str(file)!r} has labels {abbreviate(missing)} that are not among {abbreviate(class_names)}"
+            )
         index = {name: i for i, name in enumerate(class_names)}
         return np.array([index[name] for name in text.tolist()], dtype=np.int64), class_names
     if values.dtype.kind not in "iub":
