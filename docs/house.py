@@ -16,8 +16,10 @@ __all__ = ["ROOT_ROOMS", "circles", "floors", "import_graph", "modules", "room_g
 
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "transcnn"
 PAPER = ["attention", "layers", "blocks", "backbone", "variants", "levels"]
-# Files of the root that are rooms of their own.
-ROOT_ROOMS = {**dict.fromkeys(PAPER, "the paper"), "__init__": "transcnn", "__main__": "cli", "": "transcnn"}
+# Modules that are not of the room of their folder: the paper is six files, and the names of the published tensors are
+# known to it, while all else about checkpoints is above it.
+ROOT_ROOMS = {**dict.fromkeys(PAPER, "the paper"), "__main__": "cli", "": "transcnn"}
+ROOT_ROOMS["checkpoints.published"] = "checkpoints.published"
 
 
 def modules(package: Path = PACKAGE) -> dict[str, Path]:
@@ -98,14 +100,8 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def room_of(module: str) -> str:
-    """The room of a module: the paper, another file of the root, or a package (``data.sources`` is one of its own)."""
-    if module in ROOT_ROOMS:
-        return ROOT_ROOMS[module]
-    words = module.split(".")
-    if len(words) == 1:
-        return module
-    inner = PACKAGE / words[0] / words[1]
-    return ".".join(words[:2]) if inner.is_dir() and len(words) > 1 else words[0]
+    """The room of a module: the paper, another file of the root, or a folder of it."""
+    return ROOT_ROOMS.get(module, module.partition(".")[0])
 
 
 def room_graph(graph: dict[str, set[str]]) -> dict[str, set[str]]:

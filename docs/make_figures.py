@@ -174,6 +174,58 @@ def pyramid() -> Figure:
     return figure
 
 
+def architecture() -> Figure:
+    """The rooms of the package, and who imports whom, read from the imports themselves."""
+    import house
+    from matplotlib.patches import FancyBboxPatch
+
+    unsaid = {"errors", "transcnn", "settings", "plain", "weights"}  # small, and imported from all floors
+    graph = {name: others - unsaid for name, others in house.room_graph(house.import_graph()).items()}
+    graph = {name: others for name, others in graph.items() if name not in unsaid}
+    graph["cli"] = {"commands"}  # by name: a command is imported when it is called
+    drawn = {
+        name: {o for o in others if not any(o in _below(graph, p) for p in others)} for name, others in graph.items()
+    }
+    rows: dict[int, list[str]] = {}
+    for name in graph:  # as high as its importers allow, so that arrows are short
+        rows.setdefault(_depth(graph, name), []).append(name)
+    places: dict[str, tuple[float, float]] = {}
+    for depth in sorted(rows):
+        above = {n: [places[p][0] for p in graph if n in drawn[p]] or [5.5] for n in rows[depth]}
+        for i, name in enumerate(sorted(rows[depth], key=lambda n: (np.mean(above[n]), n))):
+            places[name] = (11 * (i + 0.5) / len(rows[depth]), -depth)
+    figure = new_figure(11, 0.95 * len(rows), layout="none")
+    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
+    axes.axis("off")
+    axes.set(xlim=(0, 11), ylim=(0.4 - len(rows), 0.4))
+    for name, others in drawn.items():
+        for other in others:
+            (x, y), (to_x, to_y) = places[name], places[other]
+            axes.annotate("", (to_x, to_y + 0.2), (x, y - 0.2), arrowprops={"arrowstyle": "-|>", "color": "#909090"})
+    for name, (x, y) in places.items():
+        width, strength = 0.1 * len(name) + 0.3, 0.45 if name == "the paper" else 0.05
+        corner, style = (x - width / 2, y - 0.15), "round,pad=0.03"
+        face = {"facecolor": shade(strength), "edgecolor": "black", "linewidth": 0.8, "zorder": 2}
+        axes.add_patch(FancyBboxPatch(corner, width, 0.3, boxstyle=style, **face))
+        axes.text(x, y, name, ha="center", va="center", fontsize=11, zorder=3)
+    return figure
+
+
+def _depth(graph: dict[str, set[str]], name: str) -> int:
+    """How many rooms stand above one, in the longest row."""
+    return max((1 + _depth(graph, other) for other in graph if name in graph[other]), default=0)
+
+
+def _below(graph: dict[str, set[str]], name: str) -> set[str]:
+    """All rooms that a room imports, itself or through others."""
+    found, waiting = set(), [name]
+    while waiting:
+        for other in graph.get(waiting.pop(), set()) - found:
+            found.add(other)
+            waiting.append(other)
+    return found
+
+
 def slab(axes: Axes, x: float, y: float, wide: float, tall: float, value: float) -> None:
     """A stack of maps, as a box seen from the side: as wide as there are channels, as tall as the maps are."""
     from matplotlib.patches import Polygon, Rectangle
@@ -235,7 +287,13 @@ def connect(axes: Axes, start: tuple[float, float], end: tuple[float, float], wi
     axes.plot(x, y, color=ORANGE, linewidth=width, zorder=3, solid_capstyle="round")
 
 
-FIGURES = {"hmhsa.png": hmhsa, "attention.png": attention, "cost.png": cost, "pyramid.png": pyramid}
+FIGURES = {
+    "hmhsa.png": hmhsa,
+    "attention.png": attention,
+    "cost.png": cost,
+    "pyramid.png": pyramid,
+    "architecture.png": architecture,
+}
 
 if __name__ == "__main__":
     wanted = sys.argv[1:] or list(FIGURES)  # python docs/make_figures.py cost.png draws that one alone
