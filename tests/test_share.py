@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +14,11 @@ import torch
 from huggingface_hub import ModelCard
 from torch import nn
 
+from transcnn import weights as own
 from transcnn.checkpoints import hub
 from transcnn.checkpoints.hub import from_pretrained, model_card, push_to_hub, save_pretrained
 from transcnn.checkpoints.loading import load, save_weights
+from transcnn.commands import pack_weights
 from transcnn.commands.evaluate import evaluate
 from transcnn.commands.pack_weights import pack
 from transcnn.commands.predict import predict
@@ -23,7 +26,7 @@ from transcnn.errors import UserError
 from transcnn.plugging.build import build_model
 from transcnn.plugging.plug import plug
 from transcnn.variants import CIFAR10, default_cfgs
-from transcnn.weights import PACKAGED
+from transcnn.weights import NOTES, PACKAGED
 
 NAMES = ["rising", "steep", "falling"]
 CONFIG = dict(
@@ -298,6 +301,30 @@ def test_pack_halves_the_weights_and_says_what_it_costs(run, make_class_folder, 
     assert f"{top1} % as 16-bit floats" in capsys.readouterr().out
     assert f"top-1 {top1:.2f} %" in file.with_suffix(".md").read_text()
     assert "out" not in load(file).info["settings"]
+    assert "## Notes" not in file.with_suffix(".md").read_text()
+
+
+def test_packed_weights_go_to_the_packages_own_and_their_card_says_what_to_know(
+    run, make_class_folder, tmp_path, monkeypatch
+):
+    assert (pack_weights.WEIGHTS / "__init__.py").samefile(own.__file__ or "")
+    data = make_class_folder(classes=3, per_class=10, splits=("train", "test"))
+    scores = [{"top1": 52.5, "top5": 77.0, "split": "test", "images": 30}] * 2
+    monkeypatch.setattr("transcnn.commands.pack_weights.evaluate", lambda *_, **__: scores.pop())
+    monkeypatch.setattr("transcnn.commands.pack_weights.WEIGHTS", tmp_path)
+    card = pack(str(run), str(data), name="transcnn_micro.tiny_imagenet").with_suffix(".md").read_text()
+    assert (tmp_path / "transcnn_micro.tiny_imagenet.safetensors").is_file()
+    assert "non-commercial research" in card
+    assert "Not good for" in card
+
+
+def test_a_packaged_card_names_every_class(run):
+    loaded = replace(load(run), class_names=[f"kind {i}" for i in range(60)])
+    loaded.info["data"] = "tiny_imagenet"
+    card = str(model_card(loaded, packaged="transcnn_micro.tiny_imagenet", metrics={"top1": 50.0}))
+    assert "kind 59" in card
+    assert "| data | Tiny ImageNet |" in card
+    assert "and 10 more in `config.json`" in str(model_card(loaded))
 
 
 def test_pack_refuses_what_has_become_worse(run, make_class_folder, tmp_path, monkeypatch):
@@ -311,9 +338,9 @@ def test_pack_refuses_what_has_become_worse(run, make_class_folder, tmp_path, mo
 def test_the_packages_own_weights(class_image, tmp_path, capsys):
     weights = Path(default_cfgs["transcnn_nano"].cfgs["cifar10"].file)
     if not weights.is_file():
-        pytest.skip("these sources come without the weights; weights/pack.py makes them")
+        pytest.skip("these sources come without the weights; commands/pack_weights.py makes them")
     assert weights.stat().st_size <= 4_000_000
-    assert weights.with_suffix(".md").is_file()
+    assert NOTES["transcnn_nano.cifar10"] in weights.with_suffix(".md").read_text()
     model = timm.create_model("transcnn_nano", pretrained=True).eval()
     assert model.pretrained_cfg["tag"] == "cifar10"
     assert (logits(model)[0] - logits(model)[1]).abs().max() > 0.1

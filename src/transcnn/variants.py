@@ -109,7 +109,7 @@ default_cfgs = generate_default_cfgs(
     {
         **{f"transcnn_{size}.in1k": _cfg(f"v1.0/TransCNN-{size.title()}.pth") for size in _SIZES},
         **{f"hatnet_{size}.in1k": _cfg(f"v2.0/HAT-Net_{size.title()}.pth", 224) for size in _SIZES},
-        # Ours, in the package: made by weights/pack.py.
+        # Ours, in the package: made by commands/pack_weights.py.
         "transcnn_nano.cifar10": {
             **_cfg(size=32, num_classes=10, crop_pct=1.0, pool_size=(4, 4), origin_url="", license="apache-2.0"),
             "file": str(Path(__file__).with_name("weights") / "transcnn_nano.cifar10.safetensors"),

@@ -40,8 +40,12 @@ __all__ = ["from_pretrained", "load_folder", "model_card", "push_to_hub", "save_
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
-# Of a data set of ours what the hub calls it, and how it is written; folders stay folders.
-DATA_SETS = {"cifar10": ("uoft-cs/cifar10", "CIFAR-10"), "cifar100": ("uoft-cs/cifar100", "CIFAR-100")}
+# Of a data set of ours what the hub calls it (None: nothing), and how it is written; folders stay folders.
+DATA_SETS: dict[str, tuple[str | None, str]] = {
+    "cifar10": ("uoft-cs/cifar10", "CIFAR-10"),
+    "cifar100": ("uoft-cs/cifar100", "CIFAR-100"),
+    "tiny_imagenet": (None, "Tiny ImageNet"),
+}
 
 
 def save_pretrained(
@@ -163,11 +167,13 @@ def model_card(
     licence: str = "apache-2.0",
     metrics: dict[str, Any] | None = None,
     packaged: str | None = None,
+    notes: str = "",
 ) -> ModelCard:
     """A card for the hub: data, recipe, measured scores, size, and how to use it; only what is known is said.
 
     ``metrics`` are what ``transcnn eval`` gives; None takes the metrics.json beside the weights. ``packaged`` is timm's
-    name of weights that come with the package.
+    name of weights that come with the package. ``notes`` are Markdown: what there is to know about the data, and what
+    the weights are not good for.
     """
     info, metrics = loaded.info, _metrics_of(loaded.source) if metrics is None else metrics
     name = packaged or _architecture(loaded)
@@ -195,7 +201,8 @@ def model_card(
         eval_results=results or None,
     )
     parts = [f"# {name}", _about(loaded, name), _size(loaded), _training(info, data), _scores(info, metrics)]
-    parts += [_classes(loaded.class_names), _usage(loaded, packaged), f"## Licence\n\n{licence}"]
+    parts += [f"## Notes\n\n{notes}" if notes else "", _classes(loaded.class_names, None if packaged else 50)]
+    parts += [_usage(loaded, packaged), f"## Licence\n\n{licence}"]
     return ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n")
 
 
@@ -347,8 +354,9 @@ def _scores(info: dict[str, Any], metrics: dict[str, Any]) -> str:
     return ""
 
 
-def _classes(names: Sequence[str], shown: int = 50) -> str:
-    rest = f", and {len(names) - shown} more in `config.json`" if len(names) > shown else ""
+def _classes(names: Sequence[str], shown: int | None) -> str:
+    """The names, at most ``shown`` of them where a configuration beside the card holds the rest."""
+    rest = "" if shown is None or len(names) <= shown else f", and {len(names) - shown} more in `config.json`"
     return f"## Classes\n\n{', '.join(names[:shown])}{rest}"
 
 

@@ -14,11 +14,13 @@ from ..checkpoints.files import atomic_write
 from ..checkpoints.hub import model_card
 from ..checkpoints.loading import load, save_weights
 from ..errors import UserError
+from ..weights import NOTES
 from .evaluate import evaluate
 
 __all__ = ["pack"]
 
-LARGEST = 4_000_000  # bytes
+LARGEST = 9_000_000  # bytes
+WEIGHTS = Path(__file__).parent.parent / "weights"
 KEPT = ("model", "model_args", "task", "class_names", "data_config", "data", "epoch", "val_top1", "settings")
 PLACES = ("data", "out", "resume", "init_from")  # settings that name a machine's folders
 
@@ -32,7 +34,7 @@ def pack(
         run: A run's directory, or its best.safetensors.
         data: What the run was trained on, with a test part.
         name: Architecture and tag, as timm writes them.
-        folder: Where to; without it beside this module.
+        folder: Where to; without it the package's own folder of weights.
         slack: Percentage points of test accuracy that the rounding may cost.
 
     Raises:
@@ -43,7 +45,7 @@ def pack(
     info: dict[str, Any] = {key: loaded.info[key] for key in KEPT if key in loaded.info}
     info["settings"] = {key: value for key, value in info.get("settings", {}).items() if key not in PLACES}
     info["test_top1"] = before["top1"]
-    target = Path(folder or Path(__file__).parent) / f"{name}.safetensors"
+    target = Path(folder or WEIGHTS) / f"{name}.safetensors"
     trial = target.with_name(f".{name}.trial.safetensors")
     try:
         save_weights(trial, copy.deepcopy(loaded.model).half(), info)
@@ -54,7 +56,7 @@ def pack(
         if not after["top1"] >= before["top1"] - slack:
             raise UserError(f"16-bit weights are at {after['top1']} % instead of {before['top1']} %: not packed")
         loaded.info = info
-        card = str(model_card(loaded, metrics=after, packaged=name))
+        card = str(model_card(loaded, metrics=after, packaged=name, notes=NOTES.get(name, "")))
         os.replace(trial, target)
     finally:
         trial.unlink(missing_ok=True)
