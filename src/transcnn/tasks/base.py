@@ -24,6 +24,7 @@ from ..distributed.sharding import Sharded, shard
 from ..errors import UserError
 from ..fast import accelerate_training, record_training
 from ..settings import Augment, Optim
+from .statistics import StatisticsWarmup
 
 __all__ = ["Task"]
 
@@ -81,6 +82,7 @@ class Task(L.LightningModule):
         self.task_args = task_args or {}
         self.updates_per_epoch = 1  # set before fitting
         self._recorded: Callable[[Any], Any] | None = None
+        self._statistics: StatisticsWarmup | None = None  # while training
         self.lr_factor = 1.0  # less after a run has gone back, see faults.SkipNonFinite
 
     # --- what a task fills in ---------------------------------------------------------------------------------------
@@ -183,7 +185,9 @@ class Task(L.LightningModule):
         """Images to the model's output."""
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        return self.model(x) if self._recorded is None else self._recorded(x)
+        # A captured graph would keep the momentum that norms have while it is captured.
+        warming = self._statistics is not None and self._statistics.running
+        return self.model(x) if self._recorded is None or warming else self._recorded(x)
 
     def configure_model(self) -> None:
         """Train with kernels of our own, and share the weights out where the strategy says so."""
@@ -196,6 +200,8 @@ class Task(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout, stochastic depth and mixing for this very step: nothing random needs to be in a checkpoint."""
+        if self._statistics is not None:
+            self._statistics.step()
         step = (self.seed, self.current_epoch, batch_idx, self.global_rank)
         state = int(np.random.SeedSequence(step).generate_state(1)[0])
         torch.manual_seed(state)
@@ -278,8 +284,14 @@ class Task(L.LightningModule):
 
     def on_train_start(self) -> None:
         """A run that goes on for other epochs than before has another rate at once."""
+        self._statistics = StatisticsWarmup(self.model)
         if scheduler := self.lr_schedulers():
             self.lr_scheduler_step(scheduler, None)
+
+    def on_train_end(self) -> None:
+        """Leave norms with the momentum that they came with."""
+        if self._statistics is not None:
+            self._statistics.stop()
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """timm's schedulers are told the number of updates made."""
