@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from transcnn.checkpoints.loading import Loaded, data_config_of, load
-from transcnn.compare.engines import build, enliven
+from transcnn.compare.engines import build, randomise
 from transcnn.dense.build import build_network
 from transcnn.export import exporting
 from transcnn.export.check import check, comparisons
@@ -57,7 +57,7 @@ def network(name: str) -> Loaded:
         classes = [str(i) for i in range(1000)]
         return Loaded(model, task, classes, data_config_of(model, 3), name, {"model": name})
     model = build_network(task, "transcnn_tiny", args, num_classes=11, **SMALL)
-    enliven(model)
+    randomise(model)
     if task == "detect":
         nn.init.zeros_(model.net.head.classification_head.cls_logits.bias)  # pyright: ignore
     config = {**data_config_of(model, 3), "input_size": [3, 224, 224]}

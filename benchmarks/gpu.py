@@ -33,7 +33,7 @@ from torch import nn
 
 import transcnn
 from transcnn.attention import grid_attention as plain_grids
-from transcnn.compare.engines import enliven
+from transcnn.compare.engines import randomise
 from transcnn.fast import accelerate_training, record_training
 from transcnn.kernels.gpu.graphs import RecordedInference
 from transcnn.kernels.gpu.grids import grid_attention
@@ -122,7 +122,7 @@ def _grids(batch: int, side: int, dim: int, head_dim: int, size: int, dtype: tor
 
 def ours() -> nn.Module:
     model = transcnn.create_model("transcnn_tiny").cuda()
-    enliven(model)
+    randomise(model)
     return model
 
 

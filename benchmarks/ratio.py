@@ -14,7 +14,7 @@ import torch
 from plain import plain
 
 import transcnn
-from transcnn.compare.engines import enliven
+from transcnn.compare.engines import randomise
 from transcnn.distributed.runtime import choose_precision
 
 LEAST = {"fp32": 1.15, "bf16": 1.2}  # without our kernels 1.7 to 2, with them 2.7 and 4, see docs/speed.md
@@ -24,7 +24,7 @@ def main() -> int:
     torch.manual_seed(0)
     images = torch.randn(4, 3, 256, 256)
     ours = transcnn.create_model("transcnn_tiny").eval()
-    enliven(ours)
+    randomise(ours)
     theirs = plain("transcnn_tiny").eval()
     theirs.load_state_dict(ours.state_dict())
     failed = 0

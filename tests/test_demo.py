@@ -30,7 +30,7 @@ from transcnn.demo.server import EXAMPLES, find_examples
 from transcnn.demo.viewer import SHOWN, Viewer, to_other
 from transcnn.errors import UserError
 from transcnn.explain import attention_maps
-from transcnn.explain.picture import MARK
+from transcnn.explain.figure import MARK
 from transcnn.plugging.build import build_model
 from transcnn.weights import PACKAGED
 

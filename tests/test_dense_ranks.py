@@ -63,10 +63,10 @@ def score(share: list[int]) -> dict[str, Any]:
         task._trainer = trainer  # pyright: ignore
     for k in share:
         image = torch.full((3, 32, 32), float(k))
-        detect.judge(([image], [Finder.find(k, truth=True)]), 0)
+        detect.evaluate_batch(([image], [Finder.find(k, truth=True)]), 0)
         truth = (torch.arange(32 * 32).view(1, 32, 32) // 300) % 3
         truth[:, : 4 * k] = -1
-        segment.judge(([image], list(truth)), 0)
+        segment.evaluate_batch(([image], list(truth)), 0)
     return {"detect": detect.scores(), "segment": segment.scores()}
 
 

@@ -18,9 +18,9 @@ from transcnn.attention import HMHSA, merge, spread
 from transcnn.checkpoints.loading import data_config_of, load, save_weights
 from transcnn.errors import UserError
 from transcnn.explain import attention_maps, attention_rollout, deletion_insertion, grad_cam, gradient_attention
+from transcnn.explain.figure import draw
 from transcnn.explain.geometry import carry, cell_of, edges, smooth
 from transcnn.explain.image import _in_crop, explain_image, find_class
-from transcnn.explain.picture import draw
 from transcnn.plugging.build import build_model
 from transcnn.plugging.plug import plug
 from transcnn.tasks import get_task

@@ -21,10 +21,10 @@ from transcnn.errors import UserError
 from transcnn.export import export_model
 from transcnn.export.check import _of_findings, check
 from transcnn.export.detect import DetectorGraph
-from transcnn.onnx.dense import bilinear, class_map, findings, window_starts
+from transcnn.onnx.dense import bilinear, class_map, detections, window_starts
 from transcnn.onnx.predict import OnnxModel
 from transcnn.report.overlay import largest
-from transcnn.tasks.sliding import judge_whole
+from transcnn.tasks.sliding import sliding_window_inference
 
 NAMES = ["square", "disc", "cross"]
 CONFIG = dict(input_size=[3, 64, 64], mean=[0.5, 0.4, 0.3], std=[0.2, 0.25, 0.3], interpolation="bicubic", crop_pct=1.0)
@@ -187,7 +187,7 @@ def test_segmentation_by_numpy_is_torchs(args):
 
     pixels = EvalTransform(mean=CONFIG["mean"], std=CONFIG["std"], resize=args.get("resize"))(image)[0][None]
     with torch.inference_mode():
-        logits = judge_whole(network, pixels, 3, window=args.get("window"), flip=args.get("flip", False))
+        logits = sliding_window_inference(network, pixels, 3, window=args.get("window"), flip=args.get("flip", False))
         wanted = F.interpolate(logits, (71, 97), mode="bilinear", align_corners=False)[0].argmax(0).numpy()
     assert len(np.unique(wanted)) == 3
     # Pillow and torch round pixels of a resized image differently, by one of 255 at most.
@@ -215,7 +215,7 @@ def test_shares_of_classes():
     assert largest(labels, NAMES, 2) == [{"label": "cross", "share": 0.666667}, {"label": "square", "share": 0.333333}]
 
 
-def test_findings_of_an_image_are_in_its_pixels():
+def test_detections_of_an_image_are_in_its_pixels():
     def network(images: np.ndarray) -> dict[str, np.ndarray]:
         assert images.shape == (1, 3, 64, 83)
         box = np.array([[0, 0, 83, 32]], np.float32)
@@ -223,7 +223,7 @@ def test_findings_of_an_image_are_in_its_pixels():
         return {"boxes": box, "scores": one, "labels": one.astype(int), "image": one, "masks": np.ones((1, 28, 28))}
 
     info = {"data_config": CONFIG, "task_args": {"short_side": 64, "long_side": 96}}
-    found = findings(network, photo(0, (166, 128)), info)
+    found = detections(network, photo(0, (166, 128)), info)
     np.testing.assert_allclose(found["boxes"], [[0, 0, 166, 64]], atol=1e-3)
     assert found["masks"].shape == (1, 1, 128, 166)
     assert found["masks"][0, 0, 3:60, 8:-8].min() > 0.5
@@ -247,13 +247,13 @@ def test_every_detector_goes_into_every_format(detector, format, tmp_path):
 @pytest.mark.slow
 def test_a_segmenter_answers_and_predicts_the_same_from_its_file(tmp_path):
     pytest.importorskip("segmentation_models_pytorch")
-    from transcnn.compare.engines import enliven
+    from transcnn.compare.engines import randomise
     from transcnn.dense.segmenters import build as build_segmenter
 
     torch.manual_seed(0)
     args = {"decoder": "fpn", "decoder_channels": 64, "label_ids": [3, 4, 5], "resize": None}
     network = build_segmenter("test_resnet", args, num_classes=3)
-    enliven(network)
+    randomise(network)
     info = {"model": "test_resnet", "class_names": NAMES, "data_config": CONFIG, "task": "segment", "task_args": args}
     (tmp_path / "run").mkdir()
     save_weights(tmp_path / "run" / "best.safetensors", network, info)

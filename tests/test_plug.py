@@ -19,7 +19,7 @@ from torch import nn
 
 from transcnn import HMHSA
 from transcnn.errors import UserError
-from transcnn.plugging.places import default_levels, trunk
+from transcnn.plugging.places import backbone, default_levels
 from transcnn.plugging.plug import (
     ConvReplacement,
     load_host,
@@ -482,7 +482,7 @@ def test_default_levels_are_the_papers(side: int, levels: tuple) -> None:
 
 
 def test_trunk_lists_stages_not_their_insides() -> None:
-    places = trunk(timm.create_model("test_resnet"), torch.zeros(1, 3, 224, 224))
+    places = backbone(timm.create_model("test_resnet"), torch.zeros(1, 3, 224, 224))
     assert [place.name for place in places][-4:] == ["layer1", "layer2", "layer3", "layer4"]
     assert [place.stride for place in places][-4:] == [4, 8, 16, 32]
     assert places[-1].size == (7, 7)

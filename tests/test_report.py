@@ -223,7 +223,7 @@ def test_wrong_answers_from_arrays(shape: tuple[int, ...], dtype: Any, expected:
         assert pixels.max() == 255
 
 
-def test_the_surest_thirty_are_shown() -> None:
+def test_the_most_confident_thirty_are_shown() -> None:
     with style():
         figure = plot_wrong(wrong(40), NAMES)
     assert figure is not None

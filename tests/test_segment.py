@@ -28,10 +28,10 @@ from transcnn.data.transforms.segment import IGNORE, EvalTransform, TrainTransfo
 from transcnn.dense.segmenters import DECODERS, build
 from transcnn.errors import UserError
 from transcnn.plugging.plug import plug, plug_spec, plugged, plugged_parameters
-from transcnn.report.dense import class_iou, ends_and_middle
+from transcnn.report.dense import best_median_worst, class_iou
 from transcnn.settings import Augment, Ema, Optim, Segment
 from transcnn.tasks.segment import Segment as SegmentTask
-from transcnn.tasks.sliding import judge_whole
+from transcnn.tasks.sliding import sliding_window_inference
 
 QUICK: dict[str, Any] = dict(
     task="segment",
@@ -268,7 +268,7 @@ def test_training_parts_keep_image_and_label_together():
     assert far.shape == (3, 64, 64)
 
 
-def test_images_to_be_judged_keep_their_size_and_label_maps_always_do():
+def test_evaluated_images_keep_their_size_and_label_maps_always_do():
     image, ids = picture(1)
     truth = ids.astype(np.int16)
     assert EvalTransform()(image, truth, 0)[0].shape == (3, 60, 72)
@@ -294,11 +294,11 @@ def test_windows_cover_everything_once_and_mirrors_are_turned_back():
         return torch.cat([x, -x], 1) * 3  # each pixel for itself: windows can't matter
 
     images = torch.randn(1, 1, 70, 101)
-    whole = judge_whole(network, images, 2).softmax(1)
+    whole = sliding_window_inference(network, images, 2).softmax(1)
     for kwargs in ({"window": 32}, {"flip": True}, {"window": 48, "flip": True}):
-        assert torch.allclose(judge_whole(network, images, 2, **kwargs).softmax(1), whole, atol=1e-5)
+        assert torch.allclose(sliding_window_inference(network, images, 2, **kwargs).softmax(1), whole, atol=1e-5)
     with pytest.raises(UserError, match="window"):
-        judge_whole(network, images, 2, window=8)
+        sliding_window_inference(network, images, 2, window=8)
 
 
 def test_a_batch_where_nothing_counts_costs_nothing():
@@ -317,8 +317,8 @@ def test_shares_and_ranks(data):
     splits = open_splits(str(data), {"class_weights": "log"})
     assert sum(splits.task_args["shares"]) == pytest.approx(1)
     assert np.allclose(class_shares(splits.train, 3), splits.task_args["shares"])
-    assert [place for _, place, _ in ends_and_middle([(0, 0.5), (1, 0.9)])] == [1, 0]
-    assert len(ends_and_middle([(i, i / 20) for i in range(20)])) == 9
+    assert [place for _, place, _ in best_median_worst([(0, 0.5), (1, 0.9)])] == [1, 0]
+    assert len(best_median_worst([(i, i / 20) for i in range(20)])) == 9
 
 
 def test_camvid_opens_from_its_tar(shared):
@@ -476,12 +476,12 @@ def test_images_like_dots_and_ribbons_are_looked_at(run, tmp_path):
             assert mask.size == size
 
 
-def test_weights_are_taken_back_when_images_are_judged():
+def test_logits_are_adjusted_in_evaluation():
     args = {"decoder": "fpn", "decoder_channels": 64, "class_weights": "median", "shares": [0.7, 0.25, 0.05, 0.0]}
     torch.manual_seed(0)
     plain = build("transcnn_test", args, num_classes=4)
     torch.manual_seed(0)
-    back = build("transcnn_test", {**args, "weights_back": 0.5}, num_classes=4)
+    back = build("transcnn_test", {**args, "logit_adjustment": 0.5}, num_classes=4)
     assert plain.state_dict().keys() == back.state_dict().keys()
     x = torch.randn(2, 3, 40, 50)
     trained = []
@@ -494,5 +494,23 @@ def test_weights_are_taken_back_when_images_are_judged():
     assert taken.tolist() == pytest.approx(
         [0.5 * np.log(0.25 / share) for share in (0.7, 0.25, 0.05)] + [0.0], abs=1e-4
     )
-    with pytest.raises(UserError, match="weights_back"):
-        build("transcnn_test", {**args, "weights_back": 2}, num_classes=4)
+    with pytest.raises(UserError, match="logit_adjustment"):
+        build("transcnn_test", {**args, "logit_adjustment": 2}, num_classes=4)
+    former = build("transcnn_test", {**args, "weights_back": 0.5}, num_classes=4)  # the name in older files
+    assert torch.equal(former.logit_adjustment, back.logit_adjustment)
+
+
+@pytest.mark.parametrize("flag", ["--weights_back", "--weights-back", "--segment.weights_back"])
+def test_the_former_name_of_a_flag_is_read(flag):
+    from transcnn.cli import load_command, parse
+
+    arguments = parse("train", load_command("train"), ["data", "--task", "segment", flag, "0.25"])
+    assert arguments["segment"].logit_adjustment == 0.25
+
+
+def test_the_former_name_of_a_setting_in_a_recipe_is_read(tmp_path):
+    from transcnn.cli import load_command, parse
+
+    (tmp_path / "old.yaml").write_text("segment: {weights_back: 0.5}\n")
+    arguments = parse("train", load_command("train"), ["data", "--config", str(tmp_path / "old.yaml")])
+    assert arguments["segment"].logit_adjustment == 0.5

@@ -236,7 +236,7 @@ def test_the_first_epochs_see_smaller_images(folder, tmp_path, monkeypatch):
     smaller = Augment(policy="small", cutmix=1.0, sizes=[16, 24], size_ends=[0.25, 0.75])
     train(folder, **QUICK, epochs=4, augment=smaller, out=str(tmp_path / "run"))
     assert [seen[epoch, True] for epoch in range(4)] == [{16}, {24}, {24}, {32}]
-    assert all(seen[epoch, False] == {32} for epoch in range(4))  # judged as they are
+    assert all(seen[epoch, False] == {32} for epoch in range(4))  # evaluated as they are
 
 
 def test_early_stop(folder, tmp_path):
@@ -386,9 +386,9 @@ def test_wrong_answers_and_scores_add_up():
     task._trainer = None
     logits = torch.tensor([[5.0, 0, 0], [0, 3, 0], [0, 9, 0], [0, 0, 2]])
     labels = torch.tensor([0, 0, -1, 2])  # one wrong, one broken file
-    task.judge((logits, labels), 0)
-    task.judge((logits[:1], torch.tensor([1])), 1)
-    assert [row[:3] for row in task._wrong] == [(4, 1, 0), (1, 0, 1)]  # the surest first
+    task.evaluate_batch((logits, labels), 0)
+    task.evaluate_batch((logits[:1], torch.tensor([1])), 1)
+    assert [row[:3] for row in task._wrong] == [(4, 1, 0), (1, 0, 1)]  # most confident first
     assert task.confusion.compute().tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 1]]
 
 

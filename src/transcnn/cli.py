@@ -21,6 +21,7 @@ from functools import cache
 from typing import Any
 
 from .errors import UserError
+from .settings import FORMER_NAMES
 from .training.origins import note_origins
 
 __all__ = ["COMMANDS", "main", "make_parser", "parse"]
@@ -196,6 +197,8 @@ def _spell_out(parser: Any, function: Callable[..., Any], argv: list[str]) -> li
 def _find_flag(flag: str, flags: dict[str, Any]) -> tuple[str, bool]:
     """The parser's spelling of a flag, and whether it was negated with ``--no-``."""
     spelled = flag.replace("-", "_").replace("__", "--", 1)
+    group, dot, last = spelled.rpartition(".") if "." in spelled else ("--", "", spelled[2:])
+    spelled = f"{group}{dot}{FORMER_NAMES.get(last, last)}"
     for candidate, negated in ((spelled, False), ("--" + spelled.removeprefix("--no_"), True)):
         own = f"{candidate}.{candidate[2:]}"  # --ema means ema.ema, not the whole group
         if own in flags:

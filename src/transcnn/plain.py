@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from .settings import with_new_names
+
 __all__ = ["MAX_CHARACTERS", "MAX_DEPTH", "check_plain", "load_plain"]
 
 MAX_CHARACTERS = 1 << 18  # of a recipe; ours have less than 3,000
@@ -32,7 +34,7 @@ def load_plain(text: str) -> Any:
 
     _check_events(text)
     try:
-        value = jsonargparse.get_loader("yaml")(text)
+        value = with_new_names(jsonargparse.get_loader("yaml")(text))
         check_plain(value, "a value")
     except (ValueError, TypeError, RecursionError, OverflowError) as error:  # of a number or key that Python can't hold
         raise yaml.YAMLError(str(error)) from error

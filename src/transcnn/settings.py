@@ -9,7 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Augment", "Detect", "Distill", "Ema", "Optim", "Segment"]
+__all__ = ["FORMER_NAMES", "Augment", "Detect", "Distill", "Ema", "Optim", "Segment", "with_new_names"]
+
+# Settings that were renamed: flags, recipes, runs and checkpoints may still use the old name.
+FORMER_NAMES = {"weights_back": "logit_adjustment"}
+
+
+def with_new_names(values: Any) -> Any:
+    """Plain values with the keys of ``FORMER_NAMES`` replaced, in nested dictionaries too."""
+    if isinstance(values, dict):
+        return {FORMER_NAMES.get(key, key): with_new_names(value) for key, value in values.items()}
+    return [with_new_names(value) for value in values] if isinstance(values, list) else values
 
 
 @dataclass
@@ -135,7 +145,7 @@ class Distill:
 
 @dataclass
 class Segment:
-    """Segmentation: the decoder, the loss, what counts, and how whole images are judged.
+    """Segmentation: the decoder, the loss, what counts, and how whole images are evaluated.
 
     Args:
         decoder: What is put on the backbone's maps: ``fpn`` (the paper's), ``pspnet``, ``upernet``, ``unet``.
@@ -143,20 +153,20 @@ class Segment:
         loss: Cross entropy, Dice, or both summed.
         class_weights: Rare classes count more in the cross entropy: by the ``median`` of all classes' shares over their
             own (SegNet), by 1 / ``log``(1.02 + share) (ENet), or ``none``.
-        weights_back: Share of the class weights that is taken back when images are judged, by logits minus this times
-            the weights' logarithms (Menon et al., 2007.07314): weights find rare classes, but too much of them.
+        logit_adjustment: In evaluation, subtract this times the logarithm of the class weights from the logits, from 0
+            to 1 (Menon et al., 2007.07314): class weights find rare classes, but too much of them.
         ignore_index: The value of label maps that doesn't count; without it 255, and classes named void or unlabelled.
         resize: Short side that images are resized to before anything else; without it they keep their size.
         scale_range: Smallest and largest enlargement of training images, drawn for each.
-        window: Judge images in overlapping windows of this side instead of as a whole.
-        flip: Judge images also mirrored, and average.
+        window: Evaluate images in overlapping windows of this side instead of as a whole.
+        flip: Evaluate images also mirrored, and average.
     """
 
     decoder: Literal["fpn", "pspnet", "upernet", "unet"] = "fpn"
     decoder_channels: int | None = None
     loss: Literal["ce", "dice", "both"] = "ce"
     class_weights: Literal["none", "median", "log"] = "none"
-    weights_back: float = 0.0
+    logit_adjustment: float = 0.0
     ignore_index: int | None = None
     resize: int | None = None
     scale_range: tuple[float, float] = (0.5, 2.0)
@@ -166,7 +176,7 @@ class Segment:
 
 @dataclass
 class Detect:
-    """Detection: the detector, at which size it sees images, and what it tells.
+    """Detection: the detector, the size of its images, and which detections are kept.
 
     Args:
         detector: ``retinanet``, ``fasterrcnn``, or ``maskrcnn``, which finds masks as well as boxes.
@@ -177,8 +187,8 @@ class Detect:
         anchor_size: Side of the smallest anchors in pixels, each further level has twice that; without it 32, or less
             where the data has small objects.
         rois: Regions of each training image that the heads of Faster and Mask R-CNN learn from; fewer are quicker.
-        min_score: Findings below this are not told.
-        max_found: At most so many findings an image.
+        min_score: Detections of a lower score are left out.
+        max_found: At most so many detections an image.
     """
 
     detector: Literal["retinanet", "fasterrcnn", "maskrcnn"] = "retinanet"

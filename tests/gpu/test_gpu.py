@@ -18,7 +18,7 @@ from torch import nn
 from transcnn.attention import grid_attention as plain_grids
 from transcnn.attention import merge as plain_merge
 from transcnn.blocks import InvertedResidual
-from transcnn.compare.engines import enliven
+from transcnn.compare.engines import randomise
 from transcnn.fast import accelerate_training, optimize, record_training
 from transcnn.kernels import layers
 from transcnn.kernels.gpu import grids, norms, product, runs, training
@@ -221,7 +221,7 @@ def network() -> nn.Module:
     model = timm.create_model(
         "transcnn_test", dims=(16, 16, 16, 32), head_dim=16, grid_sizes=(4, 4, None, None), drop_path_rate=0.0
     )
-    enliven(model)
+    randomise(model)
     return model.to(DEVICE)
 
 
@@ -331,7 +331,7 @@ def test_recorded_training_learns_the_same(accumulate, accelerated):
 @on_gpu
 def test_recorded_training_draws_anew_and_knows_its_limits():
     model = timm.create_model("transcnn_test", drop_path_rate=0.5).cuda().train()
-    enliven(model)
+    randomise(model)
     forward, x = record_training(model), images(4, 64, 64)
     answers = [forward(x) for _ in range(6)]
     assert len(forward._kept._graphs) == 1

@@ -17,7 +17,7 @@ __all__ = ["evaluate"]
 VIEWS = {
     "window": ("segment",),
     "flip": ("classify", "segment"),
-}  # how images are judged, by task
+}  # how images are evaluated, by task
 
 
 def evaluate(
@@ -58,8 +58,8 @@ def evaluate(
         seed: And the seed it was held back with.
         strict_data: Stop at the first image that can't be read, instead of leaving it out.
         num_workers: Processes that read images.
-        window: To segment: judge in overlapping windows of this side, otherwise than training did.
-        flip: To classify or segment: judge images also mirrored, and average; twice the time.
+        window: To segment: evaluate in overlapping windows of this side, otherwise than training did.
+        flip: To classify or segment: evaluate images also mirrored, and average; twice the time.
         out: Directory for metrics.json; without it the run's eval/, or none where there is no run.
         report: Also draw the report.
         quiet: Print nothing but errors.
@@ -85,7 +85,7 @@ def evaluate(
         if data is None and "data" in trained:
             data = trained["data"]
             val_fraction, seed = trained["val_fraction"], trained["seed"]
-        part = get_task(loaded.task).open_part(
+        part = get_task(loaded.task).open_split(
             data,
             split,
             loaded.class_names,

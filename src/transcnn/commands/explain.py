@@ -1,4 +1,4 @@
-"""``transcnn explain``: one picture of where a network looks in an image, and what it goes by."""
+"""``transcnn explain``: one figure of where a network looks in an image, and what its prediction rests on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def explain(
     out: str | None = None,
     quiet: bool = False,
 ) -> str:
-    """Draw one picture of where a network looks in an image: attention near and far in each stage, Grad-CAM, answers.
+    """Plot where a network looks in an image: attention near and far in each stage, Grad-CAM, the likeliest classes.
 
     Args:
         checkpoint: A run's directory, a .safetensors or .ckpt of ours, or the name of a published model.
@@ -33,18 +33,18 @@ def explain(
         class_name: The class to explain, by name or number; without it, the likeliest.
         head: One attention head instead of the mean over all.
         img_size: Another size than the network was trained at.
-        out: The picture's file (.png, .pdf, .svg); without it NAME_explain.png where the command is run.
+        out: The figure's file (.png, .pdf, .svg); without it NAME_explain.png where the command is run.
         quiet: Print nothing but errors.
 
     Returns:
-        The picture's file.
+        The figure's file.
 
     Raises:
         UserError: No such checkpoint, image, class or pixel, or no classifier with H-MHSA.
     """
     require("matplotlib", "train")
     from ..distributed.runtime import quiet_libraries
-    from ..explain.picture import draw
+    from ..explain.figure import draw
     from ..report.plots import style
 
     target = Path(out) if out else Path(f"{Path(image).stem}_explain.png")
@@ -55,11 +55,11 @@ def explain(
     if img_size is not None:
         loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
     try:
-        picture = read_image(image)
+        pixels = read_image(image)
     except BrokenImage as error:
         raise UserError(f"can't read {image}: {error}") from error
-    place = None if query is None else _pixel(query, (picture.height, picture.width))
-    explanation = explain_image(loaded, picture, place, class_name, head)
+    place = None if query is None else _pixel(query, (pixels.height, pixels.width))
+    explanation = explain_image(loaded, pixels, place, class_name, head)
     with style():
         figure = draw(explanation)
         atomic_write(target, lambda path: figure.savefig(path, format=target.suffix[1:].lower()))

@@ -19,7 +19,7 @@ from ..attention import HMHSA
 from ..checkpoints.loading import data_config_of, save_weights
 from ..errors import UserError
 from ..plugging.build import build_model
-from ..plugging.places import Place, call, default_levels, example_for, find, resting, trunk
+from ..plugging.places import Place, backbone, call, default_levels, eval_mode, example_for, find
 from ..plugging.plug import plug as plug_in
 from ..plugging.plug import plug_spec, plugged
 
@@ -66,7 +66,7 @@ def plug(
         model = make_network(name, **options).eval()
         example = example_for(model, (img_size, img_size))
     if at is None:
-        _print_places(name, trunk(model, example), [place.name for place in find(model, "auto", example)], head_dim)
+        _print_places(name, backbone(model, example), [place.name for place in find(model, "auto", example)], head_dim)
         return
     before = cost(model, example, batch_size)
     plug_in(model, at, mode=mode, head_dim=head_dim, norm_layer=norm_layer, example=example)
@@ -91,7 +91,7 @@ def make_network(name: str, *, num_classes: int, in_chans: int, pretrained: bool
 def cost(model: nn.Module, example: tuple[Any, ...], batch_size: int) -> dict[str, float]:
     """Parameters, multiply-adds of one image, and images/s (median of about a second, this machine as it is)."""
     images = example[0].expand(batch_size, -1, -1, -1).contiguous()
-    with resting(model):
+    with eval_mode(model):
         timer = Timer("model(images)", globals={"model": model, "images": images}, num_threads=torch.get_num_threads())
         seconds = timer.blocked_autorange(min_run_time=1.0).median
     return {
@@ -106,7 +106,7 @@ def hmhsa_cost(place: Place, head_dim: int | None = None) -> dict[str, int]:
     grid_sizes, pool_ratios = default_levels(*place.size)
     attention = HMHSA(place.channels, head_dim=head_dim, grid_sizes=grid_sizes, pool_ratios=pool_ratios, device="meta")
     x = torch.empty(1, place.channels, *place.size, device="meta")
-    with resting(attention):
+    with eval_mode(attention):
         macs = _macs(lambda: attention(x))
     return {"params": sum(p.numel() for p in attention.parameters()) + place.channels, "macs": macs}
 

@@ -41,20 +41,20 @@ def predict(
     out: str = "predictions",
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
-    """Name what images show: a table on the screen, a JSON list, or a CSV file; pictures where pixels are named.
+    """Name what images show: a table on the screen, a JSON list, or a CSV file; images where pixels are classified.
 
     Args:
         checkpoint: A run's directory, a .safetensors or .ckpt of ours, the name of a published model, or an .onnx file
             of transcnn export, which needs no torch. Left out, the small network that comes with the package looks.
         images: Files, folders (with all below them) and patterns such as 'photos/*.jpg'.
-        top_k: Classes to tell for each image.
+        top_k: Classes to list for each image.
         json: Print a JSON list on standard output, one object an image, instead of the table.
         csv: Also write a CSV file here: file, error, label and score of each rank.
         batch_size: Images at a time.
         img_size: Another size than the network was trained at.
         precision: Arithmetic; 32 is exact, auto is bf16 where the processor has it.
         accelerator: cpu, gpu, or auto.
-        out: Folder for the pictures of a network that segments or detects: label maps and overlays; boxes also as
+        out: Folder for the images of a network that segments or detects: label maps and overlays; boxes also as
             predictions.json in COCO's format.
         quiet: Print nothing but errors.
 
@@ -115,23 +115,23 @@ def _predict(
     import torch
 
     from ..distributed.runtime import choose_precision
-    from ..report.overlay import PictureFolder
+    from ..report.overlay import OutputFolder
     from ..tasks import get_task
 
     task = get_task(loaded.task)
     transform = task.image_transform(loaded.preprocessing, loaded.info.get("task_args"))
-    pictures = PictureFolder(Path(out)) if task.pictures else None
+    folder = OutputFolder(Path(out)) if task.writes_images else None
     device = torch.device("cuda" if torch.cuda.is_available() and accelerator != "cpu" else "cpu")
     loaded.model.to(device)
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(choose_precision(precision, accelerator))
 
     def answer(images: list[Any]) -> list[dict[str, Any]]:
         with torch.inference_mode(), torch.autocast(device.type, dtype) if dtype else nullcontext():
-            return task.predict_batch(loaded, images, device, top_k, pictures)
+            return task.predict_batch(loaded, images, device, top_k, folder)
 
     yield from _in_batches(files, batch_size, lambda image, file: task.model_input(transform, image, file), answer)
-    if pictures is not None:
-        pictures.finish()
+    if folder is not None:
+        folder.finish()
 
 
 def _predict_onnx(
@@ -155,20 +155,22 @@ def _predict_onnx(
 
 def _predict_dense(model: Any, files: list[str], top_k: int, out: str) -> Iterator[dict[str, Any]]:
     """The same by a file that segments or detects, one image at a time."""
-    from ..onnx.dense import class_map, findings
-    from ..report.overlay import PictureFolder, tell_classes, tell_found
+    from ..onnx.dense import class_map, detections
+    from ..report.overlay import OutputFolder, detection_row, segmentation_row
 
     if model.fixed:
         raise UserError(f"images to {model.task} have many sizes, the file takes one alone; export it without --static")
-    pictures, names, args = PictureFolder(Path(out)), model.class_names, model.info["task_args"]
+    folder, names, args = OutputFolder(Path(out)), model.class_names, model.info["task_args"]
 
-    def tell(image: Image.Image, file: str) -> dict[str, Any]:
+    def row_of(image: Image.Image, file: str) -> dict[str, Any]:
         if model.task == "segment":
-            return tell_classes(image, class_map(model.outputs, image, model.info), file, names, args, pictures, top_k)
-        return tell_found(image, findings(model.outputs, image, model.info), file, names, args, pictures)
+            return segmentation_row(
+                image, class_map(model.outputs, image, model.info), file, names, args, folder, top_k
+            )
+        return detection_row(image, detections(model.outputs, image, model.info), file, names, args, folder)
 
-    yield from _in_batches(files, 1, lambda *given: given, lambda inputs: [tell(*given) for given in inputs])
-    pictures.finish()
+    yield from _in_batches(files, 1, lambda *given: given, lambda inputs: [row_of(*given) for given in inputs])
+    folder.finish()
 
 
 def _in_batches(
@@ -222,7 +224,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
     table = Table(box=None, header_style="bold")
     table.add_column("file", overflow="fold")
-    table.add_column("guesses, the surest first")
+    table.add_column("predictions, most confident first")
     for row in rows:
         text = "  ".join(f"{escape(label)} {100 * score:.1f} %" for label, score in _ranked(row))
         if "error" in row:

@@ -79,7 +79,7 @@ def train(
             is the batch of one process.) So results don't depend on N, nor does what lr has to be.
         lr: Learning rate (see lr_batch).
         img_size: Side of the images that the network is given; without it, what the network was made for. To segment,
-            side of the parts of images that are learnt from; whole images are judged.
+            side of the parts of images that are learnt from; whole images are evaluated.
         in_chans: Channels of the images, 1 to 4; without it 1 for grey images, else 3.
         out: The run's directory, new or empty; without it runs/DATE-TIME-MODEL-DATA.
         seed: Of the weights, the split, the order and the augmentation.

@@ -60,12 +60,12 @@ def build(spec: str, size: int) -> nn.Module:
     else:
         raise UserError(f"neither transcnn, timm nor torchvision has a network called {name!r}")
     if isinstance(model, TransCNN):
-        enliven(model)
+        randomise(model)
     return model.eval()
 
 
-def enliven(model: nn.Module) -> None:
-    """Weights with which every layer matters: with fresh ones all answers are the last layer's bias."""
+def randomise(model: nn.Module) -> None:
+    """Give every layer weights that matter: with fresh ones all outputs are the last layer's bias."""
     for name, p in model.named_parameters():
         if p.ndim > 1:
             nn.init.normal_(p, std=0.5 / p[0].numel() ** 0.5)
@@ -96,8 +96,8 @@ def load_reference(spec: str) -> nn.Module:
 
 
 def same_weights(reference: nn.Module, model: nn.Module) -> bool:
-    """Give ``model`` and ``reference`` the same lively weights; False if their layouts don't match."""
-    enliven(reference)
+    """Give ``model`` and ``reference`` the same random weights; False if their layouts don't match."""
+    randomise(reference)
     try:
         model.load_state_dict(convert_state_dict(reference.state_dict(), model))
     except (RuntimeError, ValueError, KeyError):

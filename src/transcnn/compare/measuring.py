@@ -97,11 +97,11 @@ def prepare_case(
         run(images)
         return run, images
     run = prepare(case.engine, model, case.dtype, images)
-    answer = run(images)
-    if isinstance(answer, Tensor) and not (case.engine == "eager" and case.dtype == "fp32"):
+    output = run(images)
+    if isinstance(output, Tensor) and not (case.engine == "eager" and case.dtype == "fp32"):
         with torch.no_grad():
             exact = model(images).double()
-        case.difference = float((answer.double() - exact).norm() / exact.norm())
+        case.difference = float((output.double() - exact).norm() / exact.norm())
     return run, images
 
 

@@ -1,4 +1,4 @@
-"""The picture of ``transcnn compare``, drawn from the lines of its table (or of compare.csv)."""
+"""The plot of ``transcnn compare``, drawn from the lines of its table (or of compare.csv)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MARKS = "osD^vP"
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw what the lines can show: time per pixel where a network has several sizes, else speed, and accuracy to it.
+    """Plot what the lines can show: time per pixel where a network has several sizes, else speed, and accuracy to it.
 
     Args:
         rows: Lines of the table; those without images/s (what couldn't be measured) are left out.
@@ -79,7 +79,7 @@ def _accuracy(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _name(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], *, size: bool = True) -> str:
-    """The network, and what tells its line from others: engine, dtype and size where there are several."""
+    """The network, and what distinguishes its line from others: engine, dtype and size where there are several."""
     model = row["model"].replace(":grid_sizes=auto:pool_ratios=auto", " (auto levels)")
     parts = [key for key in ("engine", "dtype", "size") if len({str(other[key]) for other in rows}) > 1]
     return " ".join([model, *(str(row[key]) for key in parts if size or key != "size")])

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..explain.figure import MARK, heat, marks_of
 from ..explain.maps import AttentionMap
-from ..explain.picture import MARK, heat, marks_of
 
 __all__ = ["draw_look", "mark_spot"]
 

@@ -122,7 +122,7 @@ def _own_examples(loaded: Any, folder: Path) -> list[str]:
     if data is not None and Path(data).is_file() and is_image_name(Path(data).name):
         return []
     try:
-        part = get_task(loaded.task).open_part(
+        part = get_task(loaded.task).open_split(
             data,
             "auto",
             loaded.class_names,

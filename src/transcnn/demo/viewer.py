@@ -18,10 +18,10 @@ from ..checkpoints.loading import Loaded
 from ..data.images import to_channels
 from ..data.transforms.classify import channel_stats
 from ..errors import UserError
+from ..explain.figure import describe
 from ..explain.maps import AttentionMap, maps_of
-from ..explain.picture import describe
 from ..explain.record import record
-from ..report.overlay import PictureFolder
+from ..report.overlay import OutputFolder
 from ..tasks import get_task
 from .drawing import draw_look, enlarged, mark_spot
 
@@ -94,10 +94,10 @@ class Viewer:
         """What ``transcnn predict`` says about this picture; ``picture`` is what it draws, where the task draws."""
         given = self.task.model_input(self.transform, image, "picture.png")
         with tempfile.TemporaryDirectory(prefix="transcnn-demo-") as folder:
-            pictures = PictureFolder(Path(folder)) if self.task.pictures else None
+            out = OutputFolder(Path(folder)) if self.task.writes_images else None
             with self.lock, torch.inference_mode():
-                row = self.task.predict_batch(self.loaded, [given], self.device, top_k, pictures)[0]
-            if pictures is None:
+                row = self.task.predict_batch(self.loaded, [given], self.device, top_k, out)[0]
+            if out is None:
                 return row
             with Image.open(row["overlay"]) as file:
                 drawn = file.convert("RGB")

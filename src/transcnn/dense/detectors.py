@@ -26,7 +26,7 @@ __all__ = ["DETECTORS", "Detector", "build"]
 
 DETECTORS = ("retinanet", "fasterrcnn", "maskrcnn")
 RATIOS = (0.5, 1.0, 2.0)
-NARROWEST = 8  # pixels that the short side keeps at least, where the long one is at its longest
+MIN_SHORT_SIDE = 8  # pixels that the short side keeps at least, where the long one is at its longest
 
 
 class PyramidFPN(nn.Module):
@@ -95,29 +95,29 @@ class Detector(nn.Module):
         """
         kind = images[0].device.type
         self.net.backbone.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))  # pyright: ignore
-        wide = [self._widen(image) for image in images]
+        padded = [self._pad_short_side(image) for image in images]
         if targets is not None:
             targets = [
-                {**target, "labels": target["labels"] + self.offset, **self._widen_masks(target)} for target in targets
+                {**target, "labels": target["labels"] + self.offset, **self._pad_masks(target)} for target in targets
             ]
         with torch.autocast(kind, enabled=False):
-            found: Any = self.net(wide, targets)
+            found: Any = self.net(padded, targets)
         if self.training:
             return found
         return [self._inside(row, *image.shape[-2:]) for row, image in zip(found, images, strict=True)]
 
-    def _widen(self, image: Tensor) -> Tensor:
-        """A ribbon with black below or beside it: its short side would vanish when the long one is made to fit."""
+    def _pad_short_side(self, image: Tensor) -> Tensor:
+        """Pad an image of extreme aspect ratio with black: its short side would vanish in resizing."""
         height, width = image.shape[-2:]
-        least = math.ceil(max(height, width) * NARROWEST / self.net.transform.max_size)  # pyright: ignore
+        least = math.ceil(max(height, width) * MIN_SHORT_SIDE / self.net.transform.max_size)  # pyright: ignore
         below, beside = max(0, least - height), max(0, least - width)
         return F.pad(image, (0, beside, 0, below)) if below or beside else image
 
-    def _widen_masks(self, target: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"masks": self._widen(target["masks"])} if "masks" in target else {}
+    def _pad_masks(self, target: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"masks": self._pad_short_side(target["masks"])} if "masks" in target else {}
 
     def _inside(self, row: dict[str, Tensor], height: int, width: int) -> dict[str, Tensor]:
-        """One image's findings, with our labels, without what lies beside a widened image."""
+        """One image's detections, with our labels, without what lies in the padding."""
         boxes = clip_boxes_to_image(row["boxes"], (height, width))
         kept = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
         row = {**row, "boxes": boxes, "labels": row["labels"] - self.offset}

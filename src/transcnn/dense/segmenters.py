@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError, require
+from ..settings import with_new_names
 from .pyramid import Pyramid, build_pyramid
 
 __all__ = ["DECODERS", "Segmenter", "build", "class_weights"]
@@ -53,15 +54,15 @@ DECODERS = {"fpn": (_fpn, 256), "pspnet": (_pspnet, 512), "upernet": (_upernet, 
 class Segmenter(nn.Module):
     """Images (B, C, H, W) of any size to logits (B, classes, H, W).
 
-    Sizes that the decoder's halvings don't divide are filled up with zeros on the right and below, and the logits cut
-    back.
+    Sizes that the decoder's downsampling doesn't divide are padded with zeros on the right and below, and the logits
+    cropped.
 
     Args:
         backbone: The pyramid.
         decoder: One of ``DECODERS``.
         num_classes: Outputs for each pixel.
         decoder_channels: Its width; None is what its paper has.
-        handicap: What is taken off the logits of each class when images are judged (classes,).
+        logit_adjustment: Subtracted from the logits of each class in evaluation (classes,).
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Segmenter(nn.Module):
         num_classes: int,
         in_chans: int,
         decoder_channels: int | None = None,
-        handicap: Tensor | None = None,
+        logit_adjustment: Tensor | None = None,
     ) -> None:
         super().__init__()
         require("segmentation_models_pytorch", "dense")
@@ -89,7 +90,7 @@ class Segmenter(nn.Module):
         self.head = SegmentationHead(channels, num_classes, kernel_size=1)
         initialize_decoder(self.decoder)
         initialize_head(self.head)
-        self.register_buffer("handicap", handicap, persistent=False)
+        self.register_buffer("logit_adjustment", logit_adjustment, persistent=False)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.pretrained_cfg = {**(getattr(backbone.body, "pretrained_cfg", None) or {}), "classifier": "head.0"}
@@ -97,15 +98,15 @@ class Segmenter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, classes, H, W)."""
         height, width = x.shape[-2:]
-        alone = COARSEST if max(height, width) <= COARSEST else 0  # a map of a single place has nothing to be normed by
+        alone = COARSEST if max(height, width) <= COARSEST else 0  # BatchNorm needs more than one position
         x = F.pad(x, (0, -width % COARSEST + alone, 0, -height % COARSEST))
         maps = self.backbone(x)
         # The decoders' lists begin with the image and stride 2, of which a map without channels stands for none.
         finest = maps.get(2, x.new_zeros(x.shape[0], 0, x.shape[2] // 2, x.shape[3] // 2))
         logits = self.head(self.decoder([x, finest, *(maps[stride] for stride in maps if stride > 2)]))
-        handicap: Any = self.handicap
-        if handicap is not None and not self.training:
-            logits = logits - handicap[:, None, None]
+        logit_adjustment: Any = self.logit_adjustment
+        if logit_adjustment is not None and not self.training:
+            logits = logits - logit_adjustment[:, None, None]
         if logits.shape[-2:] != x.shape[-2:]:
             logits = F.interpolate(logits, x.shape[-2:], mode="bilinear", align_corners=False)
         return logits[..., :height, :width]
@@ -125,21 +126,25 @@ def build(name: str, task_args: dict[str, Any], *, num_classes: int, in_chans: i
 
     Args:
         name: Of this package or of timm.
-        task_args: ``decoder``, ``decoder_channels``; ``weights_back`` of ``class_weights`` by the classes' ``shares``.
+        task_args: ``decoder``, ``decoder_channels``, ``class_weights``, ``logit_adjustment``, and ``shares``: of the training
+            pixels, those of each class.
         num_classes, in_chans, kwargs: As for the backbone.
 
     Raises:
         UserError: No such network or decoder, or settings outside their values.
     """
-    back = task_args.get("weights_back", 0.0)
-    if not 0 <= back <= 1:
-        raise UserError(f"weights_back must be from 0 to 1, got {back}")
+    task_args = with_new_names(task_args)
+    strength = task_args.get("logit_adjustment", 0.0)
+    if not 0 <= strength <= 1:
+        raise UserError(f"logit_adjustment must be from 0 to 1, got {strength}")
     weights = class_weights(task_args.get("class_weights", "none"), task_args.get("shares"))
-    handicap = None
-    if back and weights is not None:
-        handicap = back * torch.where(weights > 0, weights, 1.0).log()
+    logit_adjustment = None
+    if strength and weights is not None:
+        logit_adjustment = strength * torch.where(weights > 0, weights, 1.0).log()
     backbone = build_pyramid(name, in_chans=in_chans, **kwargs)
-    return Segmenter(backbone, task_args["decoder"], num_classes, in_chans, task_args.get("decoder_channels"), handicap)
+    return Segmenter(
+        backbone, task_args["decoder"], num_classes, in_chans, task_args.get("decoder_channels"), logit_adjustment
+    )
 
 
 def class_weights(kind: str, shares: list[float] | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Where a network looks, and what it goes by: attention maps, rollout, class maps, their scores, and one picture."""
+"""Where a network looks, and what it goes by: attention maps, rollout, class maps, their scores, and one figure."""
 
 from .classes import grad_cam, gradient_attention
 from .maps import AttentionMap, attention_maps

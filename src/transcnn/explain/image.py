@@ -1,4 +1,4 @@
-"""All that one picture shows of a network and an image: attention, Grad-CAM and answers."""
+"""All that one figure shows of a network and an image: attention, Grad-CAM and predictions."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def explain_image(
     class_name: str | None = None,
     head: int | None = None,
 ) -> Any:
-    """The :class:`~transcnn.explain.picture.Explanation` of a PIL image; ``query`` is a pixel of that image.
+    """The :class:`~transcnn.explain.figure.Explanation` of a PIL image; ``query`` is a pixel of that image.
 
     Raises:
         UserError: No such class or pixel, or no classifier with H-MHSA.
     """
-    from ..explain.picture import Explanation
+    from ..explain.figure import Explanation
     from ..tasks import get_task
 
     if loaded.task != "classify":

@@ -102,7 +102,7 @@ def as_input(model: nn.Module | Loaded, image: ImageLike) -> tuple[nn.Module, Te
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, and without recomputation of blocks; afterwards as it was."""
     modules = list(model.modules())
     training = [module.training for module in modules]
@@ -136,7 +136,7 @@ def record(model: nn.Module, image: Tensor, *, gradients: bool = False) -> tuple
                 owner = modules[name.rpartition(".")[0]] if name else module
                 plain = isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict) or owner is model
                 handles += _watch(name, module, module if plain else owner, records)
-        with evaluating(model), torch.set_grad_enabled(gradients):
+        with eval_mode(model), torch.set_grad_enabled(gradients):
             output = model(image.requires_grad_() if gradients else image)
     finally:
         for handle in handles:

@@ -15,7 +15,7 @@ from torchvision.transforms import functional as tvf
 from ..checkpoints.loading import Loaded
 from ..errors import UserError
 from .classes import check_target
-from .record import ImageLike, as_input, evaluating
+from .record import ImageLike, as_input, eval_mode
 
 __all__ = ["Scores", "deletion_insertion"]
 
@@ -77,7 +77,7 @@ def deletion_insertion(
     chosen = ranks < kept[:, None, None, None]  # (steps + 1, 1, H, W)
     empty, blurred = torch.zeros_like(x), blur(x)
     images = torch.cat([torch.where(chosen, empty, x), torch.where(chosen, x, blurred)])
-    with evaluating(module), torch.no_grad():
+    with eval_mode(module), torch.no_grad():
         logits = torch.cat([module(batch) for batch in images.split(batch_size)]).float()
     which = check_target(target, logits[0])
     curves = logits.softmax(1)[:, which].view(2, -1).double().cpu()

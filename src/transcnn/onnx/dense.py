@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..data.images import to_channels
 
-__all__ = ["bilinear", "class_map", "findings", "window_starts"]
+__all__ = ["bilinear", "class_map", "detections", "window_starts"]
 
 Network = Callable[[np.ndarray], dict[str, np.ndarray]]
 
@@ -28,12 +28,12 @@ def class_map(network: Network, image: Image.Image, info: dict[str, Any]) -> np.
         info: What the exported file holds.
     """
     args, config = info["task_args"], info["data_config"]
-    picture = to_channels(image, config["input_size"][0])
+    resized = to_channels(image, config["input_size"][0])
     if args.get("resize"):
-        factor = args["resize"] / min(picture.size)
-        width, height = (max(1, round(side * factor)) for side in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-    pixels = _normalised(picture, config)[None]
+        factor = args["resize"] / min(resized.size)
+        width, height = (max(1, round(side * factor)) for side in resized.size)
+        resized = resized.resize((width, height), Image.Resampling.BILINEAR)
+    pixels = _normalised(resized, config)[None]
     logits = _in_windows(network, pixels, args.get("window"))
     if args.get("flip"):
         mirrored = _in_windows(network, np.ascontiguousarray(pixels[..., ::-1]), args.get("window"))
@@ -43,24 +43,24 @@ def class_map(network: Network, image: Image.Image, info: dict[str, Any]) -> np.
     return logits.argmax(0)
 
 
-def findings(network: Network, image: Image.Image, info: dict[str, Any]) -> dict[str, np.ndarray]:
+def detections(network: Network, image: Image.Image, info: dict[str, Any]) -> dict[str, np.ndarray]:
     """What is in an image: ``boxes`` (N, 4), ``scores``, ``labels``, perhaps ``masks`` (N, 1, H, W).
 
     Args:
-        network: (1, C, h, w) of any size to a detector's answers (:class:`transcnn.export.detect.DetectorGraph`).
+        network: (1, C, h, w) of any size to a detector's outputs (:class:`transcnn.export.detect.DetectorGraph`).
         image: As :func:`transcnn.data.images.read_image` gives it.
         info: What the exported file holds.
     """
     args, config = info["task_args"], info["data_config"]
-    picture = to_channels(image, config["input_size"][0])
-    short, long = sorted(picture.size)
+    resized = to_channels(image, config["input_size"][0])
+    short, long = sorted(resized.size)
     scale = min(args["short_side"] / short, args["long_side"] / long)
-    height, width = (math.floor(side * scale) for side in (picture.height, picture.width))
-    answer = network(bilinear(_normalised(picture, config), (height, width))[None])
+    height, width = (math.floor(side * scale) for side in (resized.height, resized.width))
+    output = network(bilinear(_normalised(resized, config), (height, width))[None])
     ratios = np.array([image.width / width, image.height / height] * 2, np.float32)
-    found = {"boxes": answer["boxes"] * ratios, "scores": answer["scores"], "labels": answer["labels"]}
-    if "masks" in answer:
-        found["masks"] = _pasted(answer["masks"], found["boxes"], (image.height, image.width))
+    found = {"boxes": output["boxes"] * ratios, "scores": output["scores"], "labels": output["labels"]}
+    if "masks" in output:
+        found["masks"] = _pasted(output["masks"], found["boxes"], (image.height, image.width))
     return found
 
 
@@ -68,12 +68,12 @@ def bilinear(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(..., h, w) -> (..., H, W) with corners that aren't aligned and no smoothing, as torch's ``interpolate``."""
     for axis, new in zip((-2, -1), size, strict=True):
         old = maps.shape[axis]
-        place = np.maximum((np.arange(new, dtype=np.float32) + 0.5) * np.float32(old / new) - 0.5, 0)
-        first = np.minimum(place.astype(np.int64), old - 1)
-        share = (place - first).astype(np.float32)
-        share = share[:, None] if axis == -2 else share
-        near, far = (np.take(maps, places, axis) for places in (first, np.minimum(first + 1, old - 1)))
-        maps = near * (1 - share) + far * share
+        source = np.maximum((np.arange(new, dtype=np.float32) + 0.5) * np.float32(old / new) - 0.5, 0)
+        first = np.minimum(source.astype(np.int64), old - 1)
+        weight = (source - first).astype(np.float32)
+        weight = weight[:, None] if axis == -2 else weight
+        near, far = (np.take(maps, indices, axis) for indices in (first, np.minimum(first + 1, old - 1)))
+        maps = near * (1 - weight) + far * weight
     return maps
 
 
@@ -93,11 +93,11 @@ def _in_windows(network: Network, pixels: np.ndarray, window: int | None) -> np.
     total: Any = 0.0
     for top in window_starts(height, window):
         for left in window_starts(width, window):
-            part = (..., slice(top, top + window), slice(left, left + window))
-            logits = network(np.ascontiguousarray(pixels[part]))["logits"][0]
+            window_slice = (..., slice(top, top + window), slice(left, left + window))
+            logits = network(np.ascontiguousarray(pixels[window_slice]))["logits"][0]
             if isinstance(total, float):
                 total = np.zeros((len(logits), height, width), np.float32)
-            total[part] += np.exp(_log_softmax(logits))
+            total[window_slice] += np.exp(_log_softmax(logits))
     return np.log(np.maximum(total, 1e-12))
 
 
@@ -114,16 +114,16 @@ def _normalised(image: Image.Image, config: dict[str, Any]) -> np.ndarray:
 
 
 def _pasted(masks: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Masks (N, S, S) of boxes at their places in the image, (N, 1, H, W), with the border that torchvision adds."""
+    """Masks (N, S, S) of boxes at their positions in the image, (N, 1, H, W), with the border that torchvision adds."""
     side = masks.shape[-1]
     masks = np.pad(masks, ((0, 0), (1, 1), (1, 1)))
     half = (boxes[:, 2:] - boxes[:, :2]) / 2 * np.float32((side + 2) / side)
     centre = (boxes[:, 2:] + boxes[:, :2]) / 2
     whole = np.zeros((len(masks), 1, *size), np.float32)
-    places = np.concatenate([centre - half, centre + half], 1).astype(np.int64).tolist()
-    for target, mask, (left, top, right, bottom) in zip(whole[:, 0], masks, places, strict=True):
-        drawn = bilinear(mask, (max(bottom - top + 1, 1), max(right - left + 1, 1)))
+    corners = np.concatenate([centre - half, centre + half], 1).astype(np.int64).tolist()
+    for target, mask, (left, top, right, bottom) in zip(whole[:, 0], masks, corners, strict=True):
+        pasted = bilinear(mask, (max(bottom - top + 1, 1), max(right - left + 1, 1)))
         x, y = max(left, 0), max(top, 0)
         right, bottom = min(right + 1, size[1]), min(bottom + 1, size[0])
-        target[y:bottom, x:right] = drawn[y - top : bottom - top, x - left : right - left]
+        target[y:bottom, x:right] = pasted[y - top : bottom - top, x - left : right - left]
     return whole

@@ -1,7 +1,7 @@
 """Where H-MHSA can go in a network: its places, found by running one example through it.
 
-A *place* is a module whose output is one (B, C, H, W) tensor. :func:`trunk` lists those along the network's trunk,
-:func:`find` answers ``at="auto"``, names and glob patterns. :mod:`transcnn.plug` puts the H-MHSA there.
+A *place* is a module whose output is one (B, C, H, W) tensor. :func:`backbone` lists those on the network's main path,
+:func:`find` resolves ``at="auto"``, names and glob patterns. :mod:`transcnn.plugging.plug` puts the H-MHSA there.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 
-__all__ = ["Place", "default_levels", "find", "resting", "trunk"]
+__all__ = ["Place", "backbone", "default_levels", "eval_mode", "find"]
 
 AUTO_STRIDES = (8, 16, 32)
-# Their output doesn't say where the trunk is: a size of its own, or the very input.
+# Their output doesn't say where the backbone is: a size of its own, or the very input.
 _NO_PLACES = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Identity, nn.Dropout, nn.Dropout2d)
 _Shape = tuple[int, ...]
 Example = Tensor | tuple[Any, ...]
@@ -61,7 +61,7 @@ def find(model: nn.Module, at: str | Iterable[str], example: Example | None = No
 
     Args:
         model: The network; it is run once, in evaluation mode and without gradients, and left as it was.
-        at: ``"auto"``: the last place of the trunk at each of strides 8, 16 and 32 (or, in a network that has none
+        at: ``"auto"``: the last place of the backbone at each of strides 8, 16 and 32 (or, in a network that has none
             of these, at its three largest strides). Else dotted module names or glob patterns, as a list or one
             string with commas; ``*`` stays within one part of a name, so ``layer4.*.conv2`` is one conv per block.
         example: A batch to run, a tensor or a tuple of arguments; None takes one black image of the size that the
@@ -75,7 +75,7 @@ def find(model: nn.Module, at: str | Iterable[str], example: Example | None = No
         raise UserError(f"{type(model).__name__} keeps its maps as (B, H, W, C); H-MHSA needs (B, C, H, W)")
     root, image = _record(model, example)
     if at == "auto":
-        chosen = _automatic(_trunk_calls(root), image)
+        chosen = _automatic(_backbone_calls(root), image)
         if not chosen:
             raise UserError("at='auto' found no module with a (B, C, H, W) output; name the places yourself")
         return chosen
@@ -88,14 +88,14 @@ def find(model: nn.Module, at: str | Iterable[str], example: Example | None = No
     return [places[name] for name in calls if name in places]
 
 
-def trunk(model: nn.Module, example: Example | None = None) -> list[Place]:
+def backbone(model: nn.Module, example: Example | None = None) -> list[Place]:
     """The modules that the network's main path runs one after the other, each with one downsampling at most.
 
     Containers that span several strides (``features``, ``blocks``, ``stages``) are looked into; blocks and stages
-    aren't. The trunk ends where maps grow again (a decoder) or shrink to few channels (a head).
+    aren't. The backbone ends where maps grow again (a decoder) or shrink to few channels (a head).
     """
     root, image = _record(model, example)
-    return [_as_place(call.name, [call], image) for call in _trunk_calls(root)]
+    return [_as_place(call.name, [call], image) for call in _backbone_calls(root)]
 
 
 def default_levels(height: int, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -114,7 +114,7 @@ def default_levels(height: int, width: int) -> tuple[tuple[int, ...], tuple[int,
 
 
 @contextmanager
-def resting(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards each module is in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -161,7 +161,7 @@ def run(model: nn.Module, example: Example | None, meta: bool = False) -> tuple[
 
 def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the module makes of these arguments at rest, on the meta device if that is where they are."""
-    with resting(module):
+    with eval_mode(module):
         if not any(x.is_meta for x in _tensors((args, kwargs))):
             return module(*args, **kwargs)
         own = itertools.chain(module.named_parameters(), module.named_buffers())
@@ -230,7 +230,7 @@ def _shrinkage(before: _Shape, after: _Shape) -> float:
     return math.sqrt(before[2] * before[3] / (after[2] * after[3]))
 
 
-def _trunk_calls(root: _Call) -> list[_Call]:
+def _backbone_calls(root: _Call) -> list[_Call]:
     calls: list[_Call] = []
     _collect(root, calls)
     times: dict[str, int] = {}
@@ -240,7 +240,7 @@ def _trunk_calls(root: _Call) -> list[_Call]:
 
 
 def _collect(call: _Call, into: list[_Call]) -> bool:
-    """Add the trunk's calls within ``call`` to ``into``; False once the trunk has ended."""
+    """Add the backbone's calls within ``call`` to ``into``; False once the backbone has ended."""
     if isinstance(call.module, _NO_PLACES):
         pooled = call.before and call.after and call.before != call.after and call.after[2:] == (1, 1)
         return not pooled

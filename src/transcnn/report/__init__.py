@@ -1,1 +1,1 @@
-"""What a run shows to people: pages, tables, plots, and pictures with masks and boxes drawn in."""
+"""What a run shows to people: pages, tables, plots, and images with masks and boxes drawn in."""

@@ -1,4 +1,4 @@
-"""The report of a run: pictures, tables and a page that ties them together, from plain arrays."""
+"""The report of a run: figures, tables and a page that ties them together, from plain arrays."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def write_report(
     wrong: Sequence[tuple[Any, ...]],
     metrics: Mapping[str, Any],
 ) -> Path:
-    """Write ``run_dir/report``: learning curves, confusion matrix, classes, wrong answers and ``index.html``.
+    """Write ``run_dir/report``: learning curves, confusion matrix, classes, wrong predictions and ``index.html``.
 
     Args:
         run_dir: The run's directory.
         history: Its ``metrics.csv``, or columns of the same names; None where nothing was trained.
-        confusion: Counts (classes, classes), a row for each true class, a column for each guessed one.
+        confusion: Counts (classes, classes), a row for each true class, a column for each predicted one.
         class_names: One name for each row.
-        wrong: Wrong answers to show, each an image, truth, guess, score and name (:class:`Wrong`); the ones with
-            the highest scores are shown first.
+        wrong: Wrong predictions to show, each an image, truth, prediction, score and name (:class:`Wrong`), most
+            confident first.
         metrics: What was measured; single values head the page.
 
     Returns:
@@ -63,21 +63,21 @@ def write_report(
     columns = {} if history is None else read_history(history)
     classes, pairs = class_table(confusion, class_names), confused_pairs(confusion, class_names)
     few = len(class_names) <= MAX_MATRIX
-    pictures = {
+    figures = {
         "curves.png": lambda: plot_history(columns),
         "confusion.png": lambda: plot_confusion(confusion, class_names) if few else plot_pairs(pairs),
         "classes.png": lambda: plot_classes(classes),
         "wrong.png": lambda: plot_wrong(wrong, class_names),
     }
-    for file, draw in pictures.items():
+    for file, draw in figures.items():
         with style():
             figure = draw()
-            if figure is None:  # nothing to show; no older picture may stand for it
+            if figure is None:  # nothing to show; no older figure may stand for it
                 (folder / file).unlink(missing_ok=True)
             else:
                 figure.savefig(folder / file)
     write_rows(folder / "classes.csv", classes, ["class", "images", "right", "accuracy", "precision", "taken_for"])
-    write_rows(folder / "confused.csv", pairs, ["truth", "guess", "images", "share"])
+    write_rows(folder / "confused.csv", pairs, ["truth", "prediction", "images", "share"])
     page = folder / "index.html"
     page.write_text(_page(folder, metrics, classes, pairs), encoding="utf-8")
     return page
@@ -92,14 +92,14 @@ def class_table(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[
     errors = confusion - np.diag(confusion.diagonal())
     rows = []
     for i, name in enumerate(class_names):
-        images, guessed, right = int(confusion[i].sum()), int(confusion[:, i].sum()), int(confusion[i, i])
+        images, predicted, right = int(confusion[i].sum()), int(confusion[:, i].sum()), int(confusion[i, i])
         rows.append(
             {
                 "class": name,
                 "images": images,
                 "right": right,
                 "accuracy": right / images if images else None,
-                "precision": right / guessed if guessed else None,
+                "precision": right / predicted if predicted else None,
                 "taken_for": class_names[int(errors[i].argmax())] if errors[i].any() else "",
             }
         )
@@ -107,18 +107,18 @@ def class_table(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[
 
 
 def confused_pairs(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Every truth that was taken for another class, most frequent first; ``share`` is of the true class's images."""
+    """Every truth that was predicted as another class, most frequent first; ``share`` is of the true class's images."""
     confusion = _check_confusion(confusion, class_names)
     totals = confusion.sum(axis=1)
-    truths, guesses = np.nonzero(confusion - np.diag(confusion.diagonal()))
+    truths, predicted = np.nonzero(confusion - np.diag(confusion.diagonal()))
     pairs = [
         {
             "truth": class_names[t],
-            "guess": class_names[g],
+            "prediction": class_names[g],
             "images": int(confusion[t, g]),
             "share": float(confusion[t, g] / totals[t]),
         }
-        for t, g in zip(truths.tolist(), guesses.tolist(), strict=True)
+        for t, g in zip(truths.tolist(), predicted.tolist(), strict=True)
     ]
     return sorted(pairs, key=lambda pair: (-pair["images"], -pair["share"]))
 
@@ -166,46 +166,46 @@ h2 {{ margin-top: 2.5rem }}
 """
 _ALTERNATIVES = {
     "curves.png": "Loss, accuracy and learning rate over the epochs",
-    "confusion.png": "Which class was taken for which",
+    "confusion.png": "Which class was predicted as which",
     "classes.png": "Accuracy of each class",
-    "wrong.png": "Images with a wrong answer",
+    "wrong.png": "Images with a wrong prediction",
 }
 
 
 def _page(folder: Path, metrics: Mapping[str, Any], classes: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> str:
-    """The report as one page; pictures and tables lie beside it."""
+    """The report as one page; figures and tables lie beside it."""
 
-    def picture(file: str, otherwise: str = "") -> str:
+    def figure(file: str, otherwise: str = "") -> str:
         return f'<p><img src="{file}" alt="{_ALTERNATIVES[file]}"></p>' if (folder / file).exists() else otherwise
 
-    mixed = [[pair["truth"], pair["guess"], pair["images"], f"{pair['share']:.1%}"] for pair in pairs[:10]]
+    mixed = [[pair["truth"], pair["prediction"], pair["images"], f"{pair['share']:.1%}"] for pair in pairs[:10]]
     lowest = [
         [row["class"], row["images"], _percent(row["accuracy"]), _percent(row["precision"]), row["taken_for"]]
         for row in classes[:MAX_ROWS]
     ]
     parts = ["<h1>Report of the run</h1>", html_table([], facts_of(metrics))]
     if (folder / "curves.png").exists():
-        parts += ["<h2>Learning</h2>", picture("curves.png")]
-    parts += ["<h2>Confusion</h2>", picture("confusion.png")]
+        parts += ["<h2>Learning</h2>", figure("curves.png")]
+    parts += ["<h2>Confusion</h2>", figure("confusion.png")]
     if mixed:
         parts += [
-            html_table(["Truth", "Guess", "Images", "Share of the true class"], mixed),
+            html_table(["Truth", "Prediction", "Images", "Share of the true class"], mixed),
             f"<p>{'These are' if len(pairs) == len(mixed) else 'The most frequent of'} {len(pairs)} kinds of mistake; "
             'as a file: <a href="confused.csv">confused.csv</a></p>',
         ]
     else:
-        parts.append("<p>No class was taken for another.</p>")
+        parts.append("<p>No class was predicted as another.</p>")
     parts += [
         "<h2>Classes</h2>",
-        picture("classes.png"),
-        html_table(["Class", "Images", "Accuracy", "Precision", "Most often taken for"], lowest),
+        figure("classes.png"),
+        html_table(["Class", "Images", "Accuracy", "Precision", "Most often predicted as"], lowest),
         f"<p>{'All' if len(lowest) == len(classes) else f'The lowest {len(lowest)} of'} {len(classes)} classes; "
         'as a file: <a href="classes.csv">classes.csv</a></p>',
-        "<h2>Wrong answers</h2>",
-        "<p>Below each image: what it is, what it was taken for, the score of that guess and the file.</p>"
+        "<h2>Wrong predictions</h2>",
+        "<p>Below each image: what it is, what it was predicted as, the score of that prediction and the file.</p>"
         if (folder / "wrong.png").exists()
         else "",
-        picture("wrong.png", "<p>None to show.</p>"),
+        figure("wrong.png", "<p>None to show.</p>"),
         skipped_part(folder.parent),
     ]
     return html_page(parts)

@@ -1,4 +1,4 @@
-"""Reports of segmentation and detection: the page of :mod:`.report` with their own pictures and tables."""
+"""Reports of segmentation and detection: the page of :mod:`.report` with their own figures and tables."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from PIL import Image
 from .classify import facts_of, html_page, html_table, read_history, skipped_part, write_rows
 from .plots import new_figure, plot_bars, plot_confusion, plot_history, style
 
-__all__ = ["class_iou", "ends_and_middle", "write_dense_report", "write_segment_report"]
+__all__ = ["best_median_worst", "class_iou", "write_dense_report", "write_segment_report"]
 
-SHOWN = 3  # best, middling and worst pictures each
-Picture = tuple[str, str, list[Image.Image]]  # title, name, and the image beside its truth and the guess
+SHOWN = 3  # best, median and worst images each
+Example = tuple[str, str, list[Image.Image]]  # title, name, and the image, ground truth, prediction
 
 
 def class_iou(confusion: np.ndarray) -> np.ndarray:
-    """Intersection over union of each class from counts (truth, guess); NaN for one that occurs in neither."""
+    """Intersection over union of each class from counts (truth, prediction); NaN for one that occurs in neither."""
     hits = confusion.diagonal()
     union = confusion.sum(0) + confusion.sum(1) - hits
     with np.errstate(invalid="ignore"):
         return np.where(union > 0, hits / np.maximum(union, 1), np.nan)
 
 
-def ends_and_middle(ranking: Sequence[tuple[int, float]]) -> list[tuple[str, int, float]]:
-    """(title, place, score) of the best, the middling and the worst of (place, score), no place twice."""
+def best_median_worst(ranking: Sequence[tuple[int, float]]) -> list[tuple[str, int, float]]:
+    """(title, index, score) of the best, the median and the worst of (index, score), no image twice."""
     order = sorted(ranking, key=lambda row: -row[1])
     middle = max(0, len(order) // 2 - SHOWN // 2)
     parts = {
         "best": order[:SHOWN],
-        "middling": order[middle : middle + SHOWN],
+        "median": order[middle : middle + SHOWN],
         "worst": order[::-1][:SHOWN],
     }
     seen: set[int] = set()
     rows = []
     for title, chosen in parts.items():
-        for place, score in chosen:
-            if place not in seen:
-                seen.add(place)
-                rows.append((title, place, score))
+        for index, score in chosen:
+            if index not in seen:
+                seen.add(index)
+                rows.append((title, index, score))
     return rows
 
 
@@ -50,18 +50,18 @@ def write_segment_report(
     confusion: np.ndarray,
     class_names: Sequence[str],
     colours: Sequence[Sequence[int]],
-    pictures: Sequence[Picture],
+    examples: Sequence[Example],
     metrics: Mapping[str, Any],
 ) -> Path:
     """``report/`` of a segmentation: curves, IoU of each class, confusion of pixels, predictions beside the truth."""
     values = class_iou(confusion.astype(float))
-    truths, guesses = confusion.sum(1), confusion.sum(0)
+    truths, predicted = confusion.sum(1), confusion.sum(0)
     rows = [
         {
             "class": name,
             "iou": None if np.isnan(values[i]) else float(values[i]),
             "recall": float(confusion[i, i] / truths[i]) if truths[i] else None,
-            "precision": float(confusion[i, i] / guesses[i]) if guesses[i] else None,
+            "precision": float(confusion[i, i] / predicted[i]) if predicted[i] else None,
             "pixels": int(truths[i]),
         }
         for i, name in enumerate(class_names)
@@ -70,7 +70,7 @@ def write_segment_report(
     if len(class_names) <= 100:
         extra["confusion.png"] = lambda: plot_confusion(confusion, class_names, "pixels")
     return write_dense_report(
-        run_dir, "IoU", rows, extra, pictures, list(zip(class_names, colours, strict=True)), metrics
+        run_dir, "IoU", rows, extra, examples, list(zip(class_names, colours, strict=True)), metrics
     )
 
 
@@ -79,18 +79,18 @@ def write_dense_report(
     measure: str,
     rows: Sequence[dict[str, Any]],
     extra: Mapping[str, Any],
-    pictures: Sequence[Picture],
+    examples: Sequence[Example],
     key: Sequence[tuple[str, Sequence[int]]],
     metrics: Mapping[str, Any],
 ) -> Path:
-    """Write ``run_dir/report``: ``index.html``, its pictures, and ``classes.csv``.
+    """Write ``run_dir/report``: ``index.html``, its figures, and ``classes.csv``.
 
     Args:
         run_dir: The run's directory, with its ``metrics.csv`` if something was trained.
         measure: What classes are scored by; ``rows`` hold it in lower case.
         rows: One for each class: ``class``, its score (0 to 1, None: it doesn't occur), further figures.
-        extra: Further pictures: file name -> function that draws a figure.
-        pictures: Predictions beside the truth.
+        extra: Further figures: file name -> function that draws a figure.
+        examples: Predictions beside the ground truth.
         key: Names and colours of the classes.
         metrics: What was measured; single values head the page.
 
@@ -108,7 +108,7 @@ def write_dense_report(
         "curves.png": lambda: plot_history(read_history(history) if history.exists() else {}),
         "classes.png": lambda: plot_bars(names[:50], scores[:50], ends[:50], measure, f"{measure} of each class"),
         **extra,
-        "predictions.png": lambda: plot_predictions(pictures, key),
+        "predictions.png": lambda: plot_predictions(examples, key),
     }
     for file, make in draw.items():
         with style():
@@ -121,8 +121,8 @@ def write_dense_report(
     titles = {
         "curves.png": "Learning",
         "classes.png": "Classes",
-        "confusion.png": "Which was taken for which",
-        "predictions.png": "Predictions: best, middling, worst",
+        "confusion.png": "Which was predicted as which",
+        "predictions.png": "Predictions: best, median, worst",
     }
     parts = ["<h1>Report of the run</h1>", html_table([], facts_of(metrics))]
     for file in draw:
@@ -138,16 +138,16 @@ def write_dense_report(
     return page
 
 
-def plot_predictions(pictures: Sequence[Picture], key: Sequence[tuple[str, Sequence[int]]]) -> Any:
-    """A row for each picture: image, truth and guess; below, what the colours mean. None without any."""
-    if not pictures:
+def plot_predictions(examples: Sequence[Example], key: Sequence[tuple[str, Sequence[int]]]) -> Any:
+    """A row for each image: image, ground truth and prediction; below, what the colours mean. None without any."""
+    if not examples:
         return None
     width = 3.1
-    heights = [width * images[0].height / images[0].width for _, _, images in pictures]
+    heights = [width * images[0].height / images[0].width for _, _, images in examples]
     rows = -(-len(key) // 5) if len(key) <= 40 else 0
-    figure = new_figure(3 * width + 0.3, sum(heights) + 0.42 * len(pictures) + 0.28 * rows + 0.2)
-    grid = figure.subplots(len(pictures), 3, squeeze=False, gridspec_kw={"height_ratios": heights})
-    for line, (title, name, images) in zip(grid, pictures, strict=True):
+    figure = new_figure(3 * width + 0.3, sum(heights) + 0.42 * len(examples) + 0.28 * rows + 0.2)
+    grid = figure.subplots(len(examples), 3, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for line, (title, name, images) in zip(grid, examples, strict=True):
         for axes, image, caption in zip(line, images, (name[:38], "truth", title), strict=True):
             axes.imshow(image)
             axes.set_title(caption, fontsize=8.5)

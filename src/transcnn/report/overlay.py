@@ -1,4 +1,4 @@
-"""Predictions drawn on the pictures that they are about: label maps with a legend, boxes and masks."""
+"""Predictions drawn on their images: label maps with a legend, boxes and masks."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from PIL import Image, ImageDraw, ImageFont
 
 __all__ = [
     "SHOWN_SCORE",
-    "PictureFolder",
+    "OutputFolder",
     "blend",
-    "draw_found",
+    "boxes_as_rows",
+    "detection_row",
+    "draw_detections",
     "label_png",
     "largest",
     "legend",
     "palette",
     "run_lengths",
-    "tell_boxes",
-    "tell_classes",
-    "tell_found",
+    "segmentation_row",
 ]
 
 Colours = Sequence[Sequence[int]]
-SHOWN_SCORE = 0.5  # findings from this score on are drawn, and count for an image's own score
+SHOWN_SCORE = 0.5  # detections from this score on are drawn, and count for an image's own score
 
 
 def palette(count: int) -> list[list[int]]:
-    """Colours that neighbours in the list tell apart by hue and by lightness, as (r, g, b) from 0 to 255."""
+    """Colours whose neighbours in the list differ in hue and lightness, as (r, g, b) from 0 to 255."""
     levels = ((0.85, 0.95), (0.95, 0.6), (0.5, 0.8))  # saturation and value
     result = []
     for i in range(count):
@@ -53,18 +53,18 @@ def legend(image: Image.Image, names: Sequence[str], colours: Colours) -> Image.
     """The image with the names below it, a patch of its colour before each."""
     size = max(11, min(28, image.width // 40))
     font, gap = ImageFont.load_default(size), size // 2
-    places: list[tuple[int, int]] = []
+    corners: list[tuple[int, int]] = []
     x = y = gap
     for name in names:
         width = round(font.getlength(name)) + size + 3 * gap
         if x > gap and x + width > image.width:
             x, y = gap, y + size + gap
-        places.append((x, y))
+        corners.append((x, y))
         x += width
     whole = Image.new("RGB", (image.width, image.height + (y + size + gap if names else 0)), "white")
     whole.paste(image)
     draw = ImageDraw.Draw(whole)
-    for name, colour, (left, top) in zip(names, colours, places, strict=True):
+    for name, colour, (left, top) in zip(names, colours, corners, strict=True):
         top += image.height
         draw.rectangle((left, top, left + size, top + size), fill=tuple(colour), outline="black")
         draw.text((left + size + gap, top + size / 2), name, fill="black", font=font, anchor="lm")
@@ -83,7 +83,7 @@ def label_png(labels: np.ndarray, label_ids: Sequence[int], colours: Colours) ->
     return image
 
 
-def draw_found(
+def draw_detections(
     image: Image.Image,
     found: Mapping[str, np.ndarray],
     names: Sequence[str],
@@ -98,7 +98,7 @@ def draw_found(
         image: Any.
         found: ``boxes`` (N, 4), ``labels`` (N,), perhaps ``scores`` (N,) and ``masks`` (N, H, W) or (N, 1, H, W).
         names, colours: Of the classes.
-        min_score: Findings below it are left out.
+        min_score: Detections below it are left out.
         key: Write names and scores at the boxes.
     """
     drawn = image.convert("RGB")
@@ -126,13 +126,13 @@ def draw_found(
     return drawn
 
 
-class PictureFolder:
-    """Where pictures go, each under a name of its own: a.png, then a-2.png for another folder's a.jpg."""
+class OutputFolder:
+    """Where masks and overlays go, each under a name of its own: a.png, then a-2.png for another folder's a.jpg."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.taken: set[str] = set()
-        self.coco: list[dict[str, Any]] = []  # findings of all images, in COCO's format for results
+        self.coco: list[dict[str, Any]] = []  # detections of all images, in COCO's format for results
 
     def stem_for(self, file: str) -> Path:
         """The path, without ending, for what belongs to ``file``."""
@@ -146,7 +146,7 @@ class PictureFolder:
         return self.folder / name
 
     def add_coco(self, file: str, found: Mapping[str, np.ndarray], label_ids: Sequence[int]) -> None:
-        """Take in an image's findings; its id is its name where that is a number, as COCO's are, else the name."""
+        """Take in an image's detections; its id is its name where that is a number, as COCO's are, else the name."""
         stem = Path(file).stem
         for i, (x1, y1, x2, y2) in enumerate(found["boxes"].astype(float).round(2).tolist()):
             row: dict[str, Any] = {"image_id": int(stem) if stem.isdecimal() else stem, "file_name": file}
@@ -160,7 +160,7 @@ class PictureFolder:
             self.coco.append(row)
 
     def finish(self) -> None:
-        """Write ``predictions.json`` where there are findings in COCO's format."""
+        """Write ``predictions.json`` where there are detections in COCO's format."""
         if self.coco:
             (self.folder / "predictions.json").write_text(json.dumps(self.coco, indent=1), encoding="utf-8")
 
@@ -172,16 +172,16 @@ def largest(labels: np.ndarray, names: Sequence[str], top_k: int) -> list[dict[s
     return [{"label": names[i], "share": round(float(shares[i]), 6)} for i in order[:top_k]]
 
 
-def tell_classes(
+def segmentation_row(
     image: Image.Image,
     labels: np.ndarray,
     file: str,
     names: Sequence[str],
     args: Mapping[str, Any],
-    pictures: PictureFolder,
+    out: OutputFolder,
     top_k: int,
 ) -> dict[str, Any]:
-    """What ``predict`` tells about a segmented image: shares of classes, and where ``mask`` and ``overlay`` are.
+    """What ``predict`` returns for a segmented image: shares of classes, and the files ``mask`` and ``overlay``.
 
     Args:
         image: Itself.
@@ -189,11 +189,11 @@ def tell_classes(
         file: Its name.
         names: Of the classes.
         args: ``label_ids`` and ``colours`` of the data (None: our own).
-        pictures: Where they go.
-        top_k: Classes to tell.
+        out: Where they go.
+        top_k: Most classes to list.
     """
     colours = args.get("colours") or palette(len(names))
-    stem = pictures.stem_for(file)
+    stem = out.stem_for(file)
     row: dict[str, Any] = {
         "classes": largest(labels, names, top_k),
         "mask": f"{stem}.png",
@@ -206,8 +206,8 @@ def tell_classes(
     return row
 
 
-def tell_boxes(found: Mapping[str, np.ndarray], names: Sequence[str]) -> list[dict[str, Any]]:
-    """``[{"label", "score", "box": [x1, y1, x2, y2]}, ...]``, the surest first."""
+def boxes_as_rows(found: Mapping[str, np.ndarray], names: Sequence[str]) -> list[dict[str, Any]]:
+    """``[{"label", "score", "box": [x1, y1, x2, y2]}, ...]``, most confident first."""
     return [
         {
             "label": names[int(found["labels"][i])],
@@ -218,27 +218,27 @@ def tell_boxes(found: Mapping[str, np.ndarray], names: Sequence[str]) -> list[di
     ]
 
 
-def tell_found(
+def detection_row(
     image: Image.Image,
     found: Mapping[str, np.ndarray],
     file: str,
     names: Sequence[str],
     args: Mapping[str, Any],
-    pictures: PictureFolder,
+    out: OutputFolder,
 ) -> dict[str, Any]:
-    """What ``predict`` tells about an image with findings: ``boxes``, the surest first, and the ``overlay`` drawn.
+    """What ``predict`` returns for an image with detections: ``boxes``, most confident first, and the file ``overlay``.
 
     Args:
         image: Itself.
-        found: As :func:`draw_found` takes it.
+        found: As :func:`draw_detections` takes it.
         file: Its name.
         names: Of the classes.
         args: ``label_ids`` of the data.
-        pictures: Where they go, and where findings gather in COCO's format.
+        out: Where they go, and where detections gather in COCO's format.
     """
-    row: dict[str, Any] = {"boxes": tell_boxes(found, names), "overlay": f"{pictures.stem_for(file)}_overlay.png"}
-    draw_found(image, found, names, palette(len(names)), SHOWN_SCORE).save(row["overlay"])
-    pictures.add_coco(file, found, args.get("label_ids") or list(range(1, len(names) + 1)))
+    row: dict[str, Any] = {"boxes": boxes_as_rows(found, names), "overlay": f"{out.stem_for(file)}_overlay.png"}
+    draw_detections(image, found, names, palette(len(names)), SHOWN_SCORE).save(row["overlay"])
+    out.add_coco(file, found, args.get("label_ids") or list(range(1, len(names) + 1)))
     return row
 
 

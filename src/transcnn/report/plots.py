@@ -1,7 +1,7 @@
-"""Pictures for reports, drawn from plain arrays.
+"""Figures for reports, drawn from plain arrays.
 
-Everything reads on paper and without colour too: a few hues that colour-blind readers tell apart, told apart by line
-style and lightness as well. Class names that are too long for their place are cut in the middle.
+Everything reads on paper and without colour too: a few hues that colour-blind readers can distinguish, and line
+style and lightness differ as well. Class names that are too long are cut in the middle.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ MAX_WRONG = 30
 
 
 class Wrong(NamedTuple):
-    """One wrong answer; ``truth`` and ``guess`` are indices or names of classes, ``score`` is the guess's, 0 to 1."""
+    """One wrong prediction; ``truth`` and ``prediction`` are indices or names, ``score`` is from 0 to 1."""
 
     image: Image.Image | np.ndarray
     truth: int | str
-    guess: int | str
+    prediction: int | str
     score: float
     name: str
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """How all pictures look; names are taken literally (no formulas), in any script that a font is there for."""
+    """How all figures look; names are taken literally (no formulas), in any script that a font is there for."""
     import matplotlib
     from matplotlib.font_manager import fontManager
 
@@ -159,7 +159,7 @@ def plot_confusion(confusion: np.ndarray, class_names: Sequence[str], what: str 
     ticks = range(count)
     axes.set_xticks(ticks, labels, fontsize=font, rotation=90 if upright else 0)
     axes.set_yticks(ticks, labels, fontsize=font)
-    axes.set(xlabel="Guess", ylabel="Truth", title=f"{confusion.trace():,} of {confusion.sum():,} {what} right")
+    axes.set(xlabel="Prediction", ylabel="Truth", title=f"{confusion.trace():,} of {confusion.sum():,} {what} right")
     axes.set_xticks(np.arange(count + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(count + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="#d8d8d8", linewidth=0.4)
@@ -185,11 +185,13 @@ def plot_pairs(pairs: Sequence[Mapping[str, Any]], most: int = 25) -> Figure | N
     pairs = pairs[:most]
     figure = new_figure(8.5, 0.28 * len(pairs) + 1.2)
     axes = figure.add_subplot()
-    names = [f"{_short(pair['truth'], 26)} → {_short(pair['guess'], 26)}" for pair in pairs]
+    names = [f"{_short(pair['truth'], 26)} → {_short(pair['prediction'], 26)}" for pair in pairs]
     ends = [f"{pair['images']} ({pair['share']:.0%})" for pair in pairs]
     draw_bars(axes, names, [pair["images"] for pair in pairs], ends)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    axes.set(xlabel="Images (share of the true class)", title=f"The {len(pairs)} most confused pairs, truth → guess")
+    axes.set(
+        xlabel="Images (share of the true class)", title=f"The {len(pairs)} most confused pairs, truth → prediction"
+    )
     return figure
 
 
@@ -238,17 +240,17 @@ def draw_bars(
     axes: Axes, names: Sequence[str], values: Sequence[float], ends: Sequence[str], color: str | Sequence[str] = BLUE
 ) -> None:
     """Horizontal bars from top to bottom, each with a text at its end."""
-    places = np.arange(len(names))
-    bars = axes.barh(places, values, color=color, height=0.7)
+    rows = np.arange(len(names))
+    bars = axes.barh(rows, values, color=color, height=0.7)
     axes.bar_label(bars, ends, padding=4, fontsize=8.5)
-    axes.set_yticks(places, names)
+    axes.set_yticks(rows, names)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.margins(x=0.18)
 
 
 def plot_wrong(wrong: Sequence[tuple[Any, ...]], class_names: Sequence[str]) -> Figure | None:
-    """A sheet of up to 30 wrong answers, the surest first: image, truth, guess with its score; None without any."""
+    """A sheet of up to 30 wrong predictions, most confident first, with truth and score; None without any."""
     if not wrong:
         return None
     shown = sorted((Wrong(*entry) for entry in wrong), key=lambda entry: -entry.score)[:MAX_WRONG]
@@ -257,7 +259,7 @@ def plot_wrong(wrong: Sequence[tuple[Any, ...]], class_names: Sequence[str]) -> 
     # Laid out by hand: captions have a fixed height, and cells keep their size however few there are.
     width, height, top = max(columns * 1.8, 3.6), rows * 2.4 + 0.5, 0.5
     figure = new_figure(width, height, layout="none")
-    figure.text(0.5, 1 - 0.3 / height, "Wrong answers, the surest first", ha="center", va="center", fontsize=12)
+    figure.text(0.5, 1 - 0.3 / height, "Wrong predictions, most confident first", ha="center", va="center", fontsize=12)
     for i, entry in enumerate(shown):
         left, low = (i % columns) * 1.8 + (width - columns * 1.8) / 2, height - top - (i // columns + 1) * 2.4
         axes = figure.add_axes((left / width + 0.1 / width, (low + 0.7) / height, 1.6 / width, 1.6 / height))
@@ -270,7 +272,7 @@ def plot_wrong(wrong: Sequence[tuple[Any, ...]], class_names: Sequence[str]) -> 
         axes.spines[:].set_visible(False)
         lines = (
             (f"is {_short(_name(entry.truth, class_names), 21)}", 0.58, "bold", "black"),
-            (f"taken for {_short(_name(entry.guess, class_names), 17)}", 0.42, "normal", "black"),
+            (f"predicted as {_short(_name(entry.prediction, class_names), 17)}", 0.42, "normal", "black"),
             (f"{entry.score:.0%}  {_short(Path(entry.name).name, 22)}", 0.26, "normal", "#555555"),
         )
         for text, offset, weight, colour in lines:

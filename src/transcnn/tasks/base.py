@@ -49,7 +49,7 @@ class Task(L.LightningModule):
 
     name: ClassVar[str]
     group: ClassVar[str] = ""  # the argument of ``train`` that holds the task's own settings
-    pictures: ClassVar[bool] = False  # whether ``predict`` draws what it finds
+    writes_images: ClassVar[bool] = False  # whether ``predict`` writes masks or overlays
     score: ClassVar[str]  # the metric that people compare, larger is better; logged as val_<score>
     eval_metrics: ClassVar[tuple[str, ...]]  # what ``--eval_metric`` may name, the score first
 
@@ -98,7 +98,7 @@ class Task(L.LightningModule):
         strict: bool,
         in_chans: int | None,
     ) -> Any:
-        """The parts of what the user named: ``train``, ``val``, ``test`` (or None), ``class_names``, ``in_chans``,
+        """The splits of what the user named: ``train``, ``val``, ``test`` (or None), ``class_names``, ``in_chans``,
         ``name``, ``broken`` and ``task_args`` (what the data adds to them); raises ``UserError`` for what can't be
         read so."""
 
@@ -107,26 +107,26 @@ class Task(L.LightningModule):
     def loaders(
         cls, splits: Any, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any], **settings: Any
     ) -> L.LightningDataModule:
-        """A data module over the parts; ``settings``: ``batch_size``, ``num_workers``, ``seed``, ``progress``."""
+        """A data module over the splits; ``settings``: ``batch_size``, ``num_workers``, ``seed``, ``progress``."""
 
     @staticmethod
     @abstractmethod
-    def open_part(
+    def open_split(
         data: str | None, split: str, class_names: list[str], task_args: dict[str, Any], **settings: Any
     ) -> Any:
-        """One part of a data set, for evaluation; ``settings`` are ``val_fraction``, ``seed`` and ``strict``."""
+        """One split of a data set, for evaluation; ``settings`` are ``val_fraction``, ``seed`` and ``strict``."""
 
     @classmethod
     @abstractmethod
-    def part_loader(cls, part: Any, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any) -> Any:
-        """A loader over one part, in its order; ``settings`` are ``batch_size`` and ``num_workers``."""
+    def split_loader(cls, split: Any, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any) -> Any:
+        """A loader over one split, in its order; ``settings`` are ``batch_size`` and ``num_workers``."""
 
     @abstractmethod
     def loss(self, batch: Any) -> Tensor:
         """The loss of one training batch."""
 
     @abstractmethod
-    def judge(self, batch: Any, batch_idx: int) -> None:
+    def evaluate_batch(self, batch: Any, batch_idx: int) -> None:
         """Take one batch into the scores."""
 
     @abstractmethod
@@ -140,8 +140,8 @@ class Task(L.LightningModule):
 
     @staticmethod
     @abstractmethod
-    def answers(outputs: Any, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
-        """A batch of the model's outputs as what ``predict`` tells about each image (``top``, ``boxes``, ``mask``)."""
+    def predictions(outputs: Any, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
+        """A batch of the model's outputs as what ``predict`` returns for each image (``top``, ``boxes``, ``mask``)."""
 
     @classmethod
     def model_input(cls, transform: Any, image: Any, file: str) -> Any:
@@ -150,10 +150,10 @@ class Task(L.LightningModule):
 
     @classmethod
     def predict_batch(
-        cls, loaded: Any, inputs: list[Any], device: torch.device, top_k: int, pictures: Any
+        cls, loaded: Any, inputs: list[Any], device: torch.device, top_k: int, out: Any
     ) -> list[dict[str, Any]]:
-        """``answers`` for a list of ``model_input``; tasks with pictures put them into ``pictures``."""
-        return cls.answers(loaded.model(torch.stack(inputs).to(device)), loaded.class_names, top_k)
+        """``predictions`` for a list of ``model_input``; tasks with ``writes_images`` write them to ``out``."""
+        return cls.predictions(loaded.model(torch.stack(inputs).to(device)), loaded.class_names, top_k)
 
     @abstractmethod
     def summary(self, scores: dict[str, Any]) -> dict[str, Any]:
@@ -168,17 +168,17 @@ class Task(L.LightningModule):
         """The figures as a table on standard output."""
 
     @abstractmethod
-    def write_report(self, folder: Path, scores: dict[str, Any], part: Any, metrics: dict[str, Any]) -> None:
-        """Draw ``report/`` from what was scored on ``part``."""
+    def write_report(self, folder: Path, scores: dict[str, Any], split: Any, metrics: dict[str, Any]) -> None:
+        """Draw ``report/`` from what was scored on ``split``."""
 
     def learn_from(self, teacher: Any) -> None:
-        """Have a :class:`~transcnn.distill.Teacher` say what it thinks of the training images, too."""
+        """Learn from the predictions of a :class:`~transcnn.tasks.distill.Teacher` as well."""
         raise UserError(f"distill_from is for the task classify, not for {self.name}")
 
     # --- the same for all -------------------------------------------------------------------------------------------
 
-    def place(self, nth: int) -> int:
-        """Where in the set the nth sample is that this process judges; processes take turns (``EpochSampler``)."""
+    def sample_index(self, nth: int) -> int:
+        """Index in the split of the nth sample that this process scores; processes take turns (``EpochSampler``)."""
         return nth * world() + rank()
 
     def forward(self, x: Any) -> Any:
@@ -216,7 +216,7 @@ class Task(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Score one batch of the validation split."""
-        self.judge(batch, batch_idx)
+        self.evaluate_batch(batch, batch_idx)
 
     def on_validation_epoch_start(self) -> None:
         """Have all processes score the same network: norms' statistics are each process's own unless synchronised."""
@@ -231,7 +231,7 @@ class Task(L.LightningModule):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Score one batch of any split."""
-        self.judge(batch, batch_idx)
+        self.evaluate_batch(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
         """Keep the scores for whoever asked (``evaluate.measure``)."""

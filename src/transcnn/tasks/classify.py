@@ -29,7 +29,7 @@ from .sliding import average
 
 __all__ = ["Classify"]
 
-WRONG_KEPT = 48  # wrong answers kept for the report, the surest first
+MAX_WRONG = 48  # wrong predictions kept for the report, most confident first
 
 
 class Classify(Task):
@@ -56,14 +56,14 @@ class Classify(Task):
 
     @staticmethod
     def open_data(data: str | None, task_args: dict[str, Any], **settings: Any) -> Any:
-        """The parts of a classification data set."""
+        """The splits of a classification data set."""
         return open_splits(data, **settings)
 
     @classmethod
     def loaders(
         cls, splits: Any, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any], **settings: Any
     ) -> DataModule:
-        """Loaders whose training part is varied as ``augment`` says."""
+        """Loaders that augment the training split as ``augment`` says."""
         in_chans, *size = data_config["input_size"]
         a = augment
         train = train_transform(
@@ -88,19 +88,19 @@ class Classify(Task):
         return DataModule(splits, train, Classify.image_transform(data_config), **settings)
 
     @staticmethod
-    def open_part(
+    def open_split(
         data: str | None, split: str, class_names: list[str], task_args: dict[str, Any], **settings: Any
     ) -> ImageDataset:
-        """One part of a classification data set."""
+        """One split of a classification data set."""
         return open_set(data, split, class_names=class_names, **settings)
 
     @classmethod
-    def part_loader(
-        cls, part: ImageDataset, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any
+    def split_loader(
+        cls, split: ImageDataset, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any
     ) -> Any:
-        """A loader of (images, labels) over one part."""
-        part.transform = cls.image_transform(data_config)
-        return make_loader(part, **settings)
+        """A loader of (images, labels) over one split."""
+        split.transform = cls.image_transform(data_config)
+        return make_loader(split, **settings)
 
     @staticmethod
     def image_transform(data_config: dict[str, Any], task_args: dict[str, Any] | None = None) -> Transform:
@@ -116,7 +116,7 @@ class Classify(Task):
         )
 
     @staticmethod
-    def answers(outputs: Tensor, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
+    def predictions(outputs: Tensor, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
         """``{"top": [{"label": ..., "score": ...}, ...]}`` for each image; scores are probabilities."""
         scores, classes = outputs.float().softmax(1).topk(min(top_k, outputs.shape[1]), dim=1)
         pairs = zip(scores.tolist(), classes.tolist(), strict=True)
@@ -144,32 +144,32 @@ class Classify(Task):
         return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
 
     def learn_from(self, teacher: Teacher) -> None:
-        """Have a teacher say what it thinks of the training images, too."""
+        """Learn from a teacher's predictions as well."""
         self.teacher = teacher
 
-    def judge(self, batch: Any, batch_idx: int) -> None:
-        """Count right answers; keep the surest wrong ones with their place in the set."""
+    def evaluate_batch(self, batch: Any, batch_idx: int) -> None:
+        """Count correct predictions; keep the most confident wrong ones with their index in the split."""
         images, labels = batch
         counted = labels >= 0  # broken files and padding are not to be scored
-        places = torch.tensor([self.place(self._seen + i) for i in range(len(labels))])[counted.cpu()]
+        indices = torch.tensor([self.sample_index(self._seen + i) for i in range(len(labels))])[counted.cpu()]
         self._seen += len(labels)
-        logits, labels = self._judged(images)[counted], labels[counted]
+        logits, labels = self._logits(images)[counted], labels[counted]
         self._loss = self._loss.to(logits.device) + F.cross_entropy(logits, labels, reduction="sum").double()
         self._top5 = self._top5.to(logits.device) + _hits(logits, labels, 5)
-        probability, guess = logits.softmax(1).max(1)
+        probability, prediction = logits.softmax(1).max(1)
         if self.confusion is not None:
-            self.confusion.update(guess, labels)
-        wrong = (guess != labels).cpu()
+            self.confusion.update(prediction, labels)
+        wrong = (prediction != labels).cpu()
         rows = zip(
-            places[wrong].tolist(),
+            indices[wrong].tolist(),
             labels.cpu()[wrong].tolist(),
-            guess.cpu()[wrong].tolist(),
+            prediction.cpu()[wrong].tolist(),
             probability.cpu()[wrong].tolist(),
             strict=True,
         )
-        self._wrong = _surest([*self._wrong, *rows])
+        self._wrong = _most_confident([*self._wrong, *rows])
 
-    def _judged(self, images: Tensor) -> Tensor:
+    def _logits(self, images: Tensor) -> Tensor:
         """Logits (B, classes), of the mirrored images, too, where the task's settings say ``flip``."""
         logits = self(images).float()
         return average(logits, self(images.flip(-1)).float()) if self.task_args.get("flip") else logits
@@ -177,7 +177,7 @@ class Classify(Task):
     def scores(self) -> dict[str, Any]:
         """``top1``, ``top5`` (more than five classes only), ``loss``; ``confusion``, ``wrong`` and ``images``.
 
-        Each row of ``wrong`` is (place in the set, true class, guessed class, its probability). All is that of all
+        Each row of ``wrong`` is (index in the split, true class, predicted class, its probability). All is that of all
         processes together.
         """
         if self.confusion is None:
@@ -191,7 +191,7 @@ class Classify(Task):
             result["top5"] = totals[1].item() / images * 100
         wrong = gather_lists(self._wrong)
         result |= {"loss": totals[0].item() / images}
-        result |= {"images": torch.tensor(images), "confusion": confusion, "wrong": _surest(wrong)}
+        result |= {"images": torch.tensor(images), "confusion": confusion, "wrong": _most_confident(wrong)}
         self._forget()
         return result
 
@@ -230,14 +230,14 @@ class Classify(Task):
             table.add_row("...", f"{len(known) - 10} classes above")
         Console(highlight=False).print(table)
 
-    def write_report(self, folder: Path, scores: dict[str, Any], part: ImageDataset, metrics: dict[str, Any]) -> None:
-        """Curves, confusion matrix, classes and the surest wrong answers."""
+    def write_report(self, folder: Path, scores: dict[str, Any], split: ImageDataset, metrics: dict[str, Any]) -> None:
+        """Curves, confusion matrix, classes and the most confident wrong predictions."""
         history = folder / "metrics.csv"
         names = self.class_names
         wrong = []
-        for place, truth, guess, score in scores["wrong"]:
-            image, _, name = part.read(place)
-            wrong.append((image, names[truth], names[guess], score, Path(name).name))
+        for index, truth, prediction, score in scores["wrong"]:
+            image, _, name = split.read(index)
+            wrong.append((image, names[truth], names[prediction], score, Path(name).name))
         confusion = scores["confusion"].numpy()
         shown = {key: value for key, value in metrics.items() if not isinstance(value, dict)}
         write_report(folder, history if history.exists() else None, confusion, names, wrong, shown)
@@ -251,8 +251,8 @@ class Classify(Task):
         self._wrong: list[tuple[int, int, int, float]] = []
 
 
-def _surest(wrong: list[tuple[int, int, int, float]]) -> list[tuple[int, int, int, float]]:
-    return sorted(wrong, key=lambda row: (-row[3], row[0]))[:WRONG_KEPT]
+def _most_confident(wrong: list[tuple[int, int, int, float]]) -> list[tuple[int, int, int, float]]:
+    return sorted(wrong, key=lambda row: (-row[3], row[0]))[:MAX_WRONG]
 
 
 def _hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:

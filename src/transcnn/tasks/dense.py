@@ -1,4 +1,4 @@
-"""What tasks with a truth for places in the image, segmentation and detection, have in common."""
+"""What segmentation and detection have in common."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from .base import Task
 
 __all__ = ["DenseTask"]
 
-MOST_AT_ONCE = 8  # whole images that are held at a time to be judged; more gains nothing
+MAX_BATCH = 8  # whole images that are held at a time to be evaluated; more gains nothing
 
 
 class DenseTask(Task):
     """A task whose predictions are drawn, and whose loaders give whole images with what is in them."""
 
-    pictures = True
+    writes_images = True
 
     @classmethod
     @abstractmethod
     def train_transform(cls, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any]) -> Any:
-        """What the training part goes through, varied as ``augment`` says."""
+        """The training split's transform, with the augmentation of ``augment``."""
 
     @classmethod
     def loaders(
         cls, splits: Any, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any], **settings: Any
     ) -> DataModule:
-        """Loaders whose training part is varied as ``augment`` says."""
+        """Loaders that augment the training split as ``augment`` says."""
         cls.refuse_mixing(augment)
         train = cls.train_transform(data_config, augment, task_args)
         return DataModule(splits, train, cls.image_transform(data_config, task_args), **settings)  # pyright: ignore
 
     @classmethod
-    def part_loader(
-        cls, part: DenseDataset, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any
+    def split_loader(
+        cls, split: DenseDataset, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any
     ) -> Any:
         """A loader of whole images and their truth."""
-        part.transform = cls.image_transform(data_config, task_args)
-        settings["batch_size"] = min(settings["batch_size"], MOST_AT_ONCE)
-        return make_loader(part, **settings)  # pyright: ignore
+        split.transform = cls.image_transform(data_config, task_args)
+        settings["batch_size"] = min(settings["batch_size"], MAX_BATCH)
+        return make_loader(split, **settings)  # pyright: ignore
 
     @classmethod
     def model_input(cls, transform: Any, image: Any, file: str) -> Any:

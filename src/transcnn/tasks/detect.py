@@ -18,8 +18,8 @@ from ..data.sets.detect import open_set, open_splits
 from ..data.transforms.detect import DetectTransform
 from ..distributed.processes import gather, gather_lists, world
 from ..errors import require
-from ..report.dense import ends_and_middle, write_dense_report
-from ..report.overlay import SHOWN_SCORE, draw_found, palette, tell_boxes, tell_found
+from ..report.dense import best_median_worst, write_dense_report
+from ..report.overlay import SHOWN_SCORE, boxes_as_rows, detection_row, draw_detections, palette
 from ..settings import Augment
 from .dense import DenseTask
 
@@ -47,7 +47,7 @@ class Detect(DenseTask):
 
     @staticmethod
     def open_data(data: str | None, task_args: dict[str, Any], **settings: Any) -> DenseSplits:
-        """The parts of a detection data set."""
+        """The splits of a detection data set."""
         return open_splits(data, task_args, **settings)
 
     @classmethod
@@ -65,10 +65,10 @@ class Detect(DenseTask):
         )
 
     @staticmethod
-    def open_part(
+    def open_split(
         data: str | None, split: str, class_names: list[str], task_args: dict[str, Any], **settings: Any
     ) -> DenseDataset:
-        """One part of a detection data set."""
+        """One split of a detection data set."""
         return open_set(data, split, class_names, **settings)
 
     @staticmethod
@@ -78,23 +78,23 @@ class Detect(DenseTask):
         return DetectTransform(in_chans=data_config["input_size"][0], masks=masks)
 
     @staticmethod
-    def answers(outputs: Any, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
-        """``{"boxes": [{"label", "score", "box": [x1, y1, x2, y2]}, ...]}`` for each image, the surest first."""
+    def predictions(outputs: Any, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
+        """``{"boxes": [{"label", "score", "box": [x1, y1, x2, y2]}, ...]}`` for each image, most confident first."""
         return [
-            {"boxes": tell_boxes({name: value.cpu().numpy() for name, value in found.items()}, class_names)}
+            {"boxes": boxes_as_rows({name: value.cpu().numpy() for name, value in found.items()}, class_names)}
             for found in outputs
         ]
 
     @classmethod
     def predict_batch(
-        cls, loaded: Any, inputs: list[Any], device: torch.device, top_k: int, pictures: Any
+        cls, loaded: Any, inputs: list[Any], device: torch.device, top_k: int, out: Any
     ) -> list[dict[str, Any]]:
         """For each image its boxes and where they were drawn (``overlay``); also in COCO's format for the whole."""
         rows = []
         for pixels, image, file in inputs:  # one by one: a hundred masks at the full size of a photograph are large
             found = {name: value.cpu().numpy() for name, value in loaded.model([pixels.to(device)])[0].items()}
             args = loaded.info.get("task_args") or {}
-            rows.append(tell_found(image, found, file, loaded.class_names, args, pictures))
+            rows.append(detection_row(image, found, file, loaded.class_names, args, out))
         return rows
 
     def loss(self, batch: Any) -> Tensor:
@@ -104,12 +104,12 @@ class Detect(DenseTask):
         losses = self.model(images, [{name: target[name] for name in wanted} for target in targets])
         return torch.stack(list(losses.values())).sum()
 
-    def judge(self, batch: Any, batch_idx: int) -> None:
-        """Keep what was found beside what there is, and each image's own score with its place in the set."""
+    def evaluate_batch(self, batch: Any, batch_idx: int) -> None:
+        """Collect predicted and true boxes, and each image's own score with its index in the split."""
         images, targets = batch
         outputs = (self.model([image])[0] for image in images) if self.masks else self.model(images)
         for found, target in zip(outputs, targets, strict=True):
-            place, self._seen = self.place(self._seen), self._seen + 1
+            index, self._seen = self.sample_index(self._seen), self._seen + 1
             if not target["counts"]:
                 continue
             found = {name: value.detach().cpu() for name, value in found.items()}
@@ -120,13 +120,13 @@ class Detect(DenseTask):
             kept = ("boxes", "labels", "masks") if self.masks else ("boxes", "labels")
             known = {**{name: truth[name] for name in kept}, "iscrowd": truth["crowd"].long(), "area": truth["area"]}
             self._metric[0].update([found], [known])
-            self._ranking.append((place, _f1(found, truth)))
+            self._ranking.append((index, _f1(found, truth)))
 
     def scores(self) -> dict[str, Any]:
         """``map``, ``map50``, ``map75``, ``map_small`` ... in percent, ``mask_map`` ...; ``class_ap``, ``images``.
 
         Sizes and classes that the data lacks are left out. Over several processes, which may have seen different
-        numbers of images, all findings are gathered.
+        numbers of images, all detections are gathered.
         """
         metric = self._metric[0]
         if world() > 1:
@@ -184,26 +184,26 @@ class Detect(DenseTask):
             table.add_row(name, "does not occur" if value is None else f"{value:.2f} %")
         Console(highlight=False).print(table)
 
-    def write_report(self, folder: Path, scores: dict[str, Any], part: DenseDataset, metrics: dict[str, Any]) -> None:
-        """Curves, classes, and the best, middling and worst pictures beside the truth."""
+    def write_report(self, folder: Path, scores: dict[str, Any], split: DenseDataset, metrics: dict[str, Any]) -> None:
+        """Curves, classes, and the best, median and worst predictions beside the ground truth."""
         colours, names = palette(len(self.class_names)), self.class_names
-        pictures = []
+        examples = []
         self.model.eval()
-        for title, place, score in ends_and_middle(scores["ranking"]):
-            image, _ = part.read(place)
-            pixels, target = part.transform(*part.read(place), 0)
+        for title, index, score in best_median_worst(scores["ranking"]):
+            image, _ = split.read(index)
+            pixels, target = split.transform(*split.read(index), 0)
             with torch.inference_mode():
                 found = self.model([pixels.to(self.device)])[0]
             found = {name: value.cpu().numpy() for name, value in found.items()}
             truth = {name: value.numpy() for name, value in target.items() if name in ("boxes", "labels", "masks")}
-            drawn = [draw_found(image, what, names, colours, SHOWN_SCORE, key=False) for what in (truth, found)]
-            pictures.append((f"{title}: F1 {score:.0%}", Path(part.name(place)).name, [image, *drawn]))
+            drawn = [draw_detections(image, what, names, colours, SHOWN_SCORE, key=False) for what in (truth, found)]
+            examples.append((f"{title}: F1 {score:.0%}", Path(split.name(index)).name, [image, *drawn]))
         rows = [
             {"class": name, "ap": None if (value := metrics["class_ap"][name]) is None else value / 100}
             for name in names
         ]
         key = list(zip(names, colours, strict=True))
-        write_dense_report(folder, "AP", rows, {}, pictures, key, metrics)
+        write_dense_report(folder, "AP", rows, {}, examples, key, metrics)
 
     def _forget(self) -> None:
         kinds: Any = ("bbox", "segm") if self.masks else "bbox"
@@ -224,7 +224,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _f1(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """Of one image: findings from ``SHOWN_SCORE`` on that match a box of their class by an IoU of 0.5, each once."""
+    """Of one image: detections from ``SHOWN_SCORE`` on that match a box of their class by an IoU of 0.5, each once."""
     sure = found["scores"] >= SHOWN_SCORE
     boxes, labels = found["boxes"][sure], found["labels"][sure]
     total = len(boxes) + len(truth["boxes"])

@@ -1,7 +1,7 @@
-"""Knowledge distillation: learning from another network's answers as well as from the labels.
+"""Knowledge distillation: learning from another network's predictions as well as from the labels.
 
 As DeiT does it (Touvron et al., 2012.12877, section 4), with one head that learns both, for there is no token to give
-the teacher's answers to. With logits z of the student and t of the teacher, labels y, and a share alpha:
+the teacher's predictions to. With logits z of the student and t of the teacher, labels y, and a share alpha:
 
     hard    (1 - alpha) CE(z, y) + alpha CE(z, argmax t)                                            (eq. 3; alpha 1/2)
     soft    (1 - alpha) CE(z, y) + alpha tau^2 KL(softmax(z / tau), softmax(t / tau))               (eq. 2)
@@ -27,14 +27,14 @@ __all__ = ["Teacher"]
 
 
 class Teacher:
-    """A trained network that answers about the images that a student learns from, mixed and varied as they are.
+    """A trained network whose predictions for the student's augmented images are learnt from.
 
     It is no module of the student's: no checkpoint, average or optimizer knows of it.
 
     Args:
         settings: ``distill_from`` names it.
-        class_names: The student's classes. A teacher of the same names gives its answers in their order; one that only
-            has as many classes is taken to mean the same by them.
+        class_names: The student's classes. A teacher of the same names has its outputs reordered to them; one that
+            only has as many classes is taken to mean the same by them.
         data_config: How the student's images were normalised; where the teacher's were otherwise, it is given its own.
 
     Raises:
@@ -55,8 +55,8 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """The student's input (B, C, H, W) -> the teacher's logits (B, classes) in the student's order."""
-        place = next(self.model.parameters()).device
-        if place != images.device:
+        device = next(self.model.parameters()).device
+        if device != images.device:
             self.model.to(images.device)
         if self.scale is not None and self.shift is not None:
             images = images * self.scale.to(images) + self.shift.to(images)
@@ -65,11 +65,11 @@ class Teacher:
 
     def loss(self, label_loss: Tensor, logits: Tensor, images: Tensor) -> Tensor:
         """The loss against the labels and that against the teacher, in their shares."""
-        s, answers = self.settings, self(images)
+        s, predictions = self.settings, self(images)
         if s.distill_type == "hard":
-            distance = F.cross_entropy(logits, answers.argmax(1))
+            distance = F.cross_entropy(logits, predictions.argmax(1))
         else:
-            ours, theirs = ((z / s.distill_tau).log_softmax(1) for z in (logits, answers))
+            ours, theirs = ((z / s.distill_tau).log_softmax(1) for z in (logits, predictions))
             distance = F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * s.distill_tau**2
         return (1 - s.distill_alpha) * label_loss + s.distill_alpha * distance
 

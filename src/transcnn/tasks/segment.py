@@ -19,15 +19,15 @@ from ..data.sets.segment import open_set, open_splits
 from ..data.transforms.segment import IGNORE, EvalTransform, TrainTransform
 from ..dense.segmenters import class_weights
 from ..distributed.processes import gather_lists
-from ..report.dense import class_iou, ends_and_middle, write_segment_report
-from ..report.overlay import blend, largest, palette, tell_classes
+from ..report.dense import best_median_worst, class_iou, write_segment_report
+from ..report.overlay import blend, largest, palette, segmentation_row
 from ..settings import Augment
 from .dense import DenseTask
-from .sliding import judge_whole
+from .sliding import sliding_window_inference
 
 __all__ = ["Segment"]
 
-MOST_AT_ONCE = 1 << 22  # pixels times images that are judged together
+MAX_PIXELS = 1 << 22  # pixels times images that are evaluated together
 
 
 class Segment(DenseTask):
@@ -52,7 +52,7 @@ class Segment(DenseTask):
 
     @staticmethod
     def open_data(data: str | None, task_args: dict[str, Any], **settings: Any) -> DenseSplits:
-        """The parts of a segmentation data set."""
+        """The splits of a segmentation data set."""
         return open_splits(data, task_args, **settings)
 
     @classmethod
@@ -74,10 +74,10 @@ class Segment(DenseTask):
         )
 
     @staticmethod
-    def open_part(
+    def open_split(
         data: str | None, split: str, class_names: list[str], task_args: dict[str, Any], **settings: Any
     ) -> DenseDataset:
-        """One part of a segmentation data set."""
+        """One split of a segmentation data set."""
         return open_set(data, split, class_names, task_args["label_ids"], task_args, **settings)
 
     @staticmethod
@@ -91,21 +91,21 @@ class Segment(DenseTask):
         )
 
     @staticmethod
-    def answers(outputs: Tensor, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
+    def predictions(outputs: Tensor, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
         """``{"classes": [{"label": ..., "share": ...}, ...]}`` of logits (B, classes, H, W): the largest areas."""
-        return [{"classes": largest(guess.cpu().numpy(), class_names, top_k)} for guess in outputs.argmax(1)]
+        return [{"classes": largest(prediction.cpu().numpy(), class_names, top_k)} for prediction in outputs.argmax(1)]
 
     @classmethod
     def predict_batch(
-        cls, loaded: Any, inputs: list[Any], device: torch.device, top_k: int, pictures: Any
+        cls, loaded: Any, inputs: list[Any], device: torch.device, top_k: int, out: Any
     ) -> list[dict[str, Any]]:
         """For each image the classes' shares, and where its label map (``mask``) and overlay were written."""
         learner = cls(loaded.model, loaded.class_names, loaded.preprocessing, task_args=loaded.info["task_args"])
         rows = []
         for pixels, image, file in inputs:
-            logits = learner.judge_maps(pixels[None].to(device), (image.height, image.width))
+            logits = learner.predict_logits(pixels[None].to(device), (image.height, image.width))
             labels = logits[0].argmax(0).cpu().numpy()
-            rows.append(tell_classes(image, labels, file, loaded.class_names, learner.task_args, pictures, top_k))
+            rows.append(segmentation_row(image, labels, file, loaded.class_names, learner.task_args, out, top_k))
         return rows
 
     @property
@@ -140,49 +140,49 @@ class Segment(DenseTask):
 
         return DiceLoss("multiclass", from_logits=True, ignore_index=IGNORE)(logits, labels)
 
-    def judge(self, batch: Any, batch_idx: int) -> None:
-        """Count pixels by true and guessed class; keep each image's own score with its place in the set."""
+    def evaluate_batch(self, batch: Any, batch_idx: int) -> None:
+        """Count pixels by true and predicted class; keep each image's own score with its index in the split."""
         images, labels = batch
         start = 0
         for shape, group in groupby(zip(images, labels, strict=True), key=lambda pair: (pair[0].shape, pair[1].shape)):
             pairs = list(group)
-            step = max(1, MOST_AT_ONCE // (shape[1].numel() * 4))
+            step = max(1, MAX_PIXELS // (shape[1].numel() * 4))
             for first in range(0, len(pairs), step):
                 some = pairs[first : first + step]
                 truth = torch.stack([label for _, label in some])
-                logits = self.judge_maps(torch.stack([image for image, _ in some]), truth.shape[1:])
+                logits = self.predict_logits(torch.stack([image for image, _ in some]), truth.shape[1:])
                 self._count(logits, truth, self._seen + start)
                 start += len(some)
         self._seen += len(images)
 
-    def judge_maps(self, images: Tensor, size: Any) -> Tensor:
+    def predict_logits(self, images: Tensor, size: Any) -> Tensor:
         """Logits (B, classes, H, W) at ``size``, with windows and mirroring as the settings say."""
         window, flip = self.task_args.get("window"), self.task_args.get("flip", False)
-        logits = judge_whole(self, images, len(self.class_names), window=window, flip=flip)
+        logits = sliding_window_inference(self, images, len(self.class_names), window=window, flip=flip)
         if logits.shape[-2:] != tuple(size):
             logits = F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
         return logits
 
-    def _count(self, logits: Tensor, truth: Tensor, place: int) -> None:
+    def _count(self, logits: Tensor, truth: Tensor, start: int) -> None:
         counted = (truth != IGNORE).sum()
         self._loss += F.cross_entropy(logits, truth, ignore_index=IGNORE, reduction="sum").double().cpu()
         self._pixels += counted.double().cpu()
-        guess = logits.argmax(1)
-        self.confusion.update(guess, truth)
-        for i, (one, true) in enumerate(zip(guess, truth, strict=True)):
+        prediction = logits.argmax(1)
+        self.confusion.update(prediction, truth)
+        for i, (one, true) in enumerate(zip(prediction, truth, strict=True)):
             kept = true != IGNORE
             if kept.any():
                 classes = len(self.class_names)
                 table = torch.bincount(true[kept] * classes + one[kept], minlength=classes**2).view(classes, classes)
-                # Of one picture the classes that it shows; a few stray pixels of another shall not decide.
+                # Only the classes that the image shows: a few stray pixels of another must not decide.
                 shown = table.sum(1) > 0
                 score = class_iou(table.cpu().numpy())[shown.cpu().numpy()].mean().item()
-                self._images.append((self.place(place + i), score))
+                self._images.append((self.sample_index(start + i), score))
 
     def scores(self) -> dict[str, Any]:
         """``miou``, ``pixel_accuracy``, ``mean_accuracy`` in percent, ``loss``; ``confusion``, ``images``, ``ranking``.
 
-        ``ranking`` is (place in the set, IoU of its classes) of each image. All is that of all processes together.
+        ``ranking`` is (index in the split, IoU of its classes) of each image. All is that of all processes together.
         """
         none = torch.zeros(0, dtype=torch.long, device=self.device)
         self.confusion.update(none, none)  # a process without images would be warned
@@ -234,17 +234,17 @@ class Segment(DenseTask):
             table.add_row(name, "does not occur" if value is None else f"{value:.2f} %")
         Console(highlight=False).print(table)
 
-    def write_report(self, folder: Path, scores: dict[str, Any], part: DenseDataset, metrics: dict[str, Any]) -> None:
-        """Curves, classes, which was taken for which, and the best, middling and worst pictures."""
-        pictures = []
-        for title, place, score in ends_and_middle(scores["ranking"]):
-            image, truth = part.read(place)
-            pixels = part.transform(image)[0][None].to(self.device)
+    def write_report(self, folder: Path, scores: dict[str, Any], split: DenseDataset, metrics: dict[str, Any]) -> None:
+        """Curves, classes, the confusion matrix, and the best, median and worst predictions beside the ground truth."""
+        examples = []
+        for title, index, score in best_median_worst(scores["ranking"]):
+            image, truth = split.read(index)
+            pixels = split.transform(image)[0][None].to(self.device)
             with torch.inference_mode():
-                guess = self.judge_maps(pixels, truth.shape)[0].argmax(0).cpu().numpy()
-            blended = [blend(image, labels, self.colours) for labels in (truth, np.where(truth < 0, -1, guess))]
-            pictures.append((f"{title}: IoU {score:.0%}", Path(part.name(place)).name, [image, *blended]))
-        write_segment_report(folder, scores["confusion"].numpy(), self.class_names, self.colours, pictures, metrics)
+                prediction = self.predict_logits(pixels, truth.shape)[0].argmax(0).cpu().numpy()
+            blended = [blend(image, labels, self.colours) for labels in (truth, np.where(truth < 0, -1, prediction))]
+            examples.append((f"{title}: IoU {score:.0%}", Path(split.name(index)).name, [image, *blended]))
+        write_segment_report(folder, scores["confusion"].numpy(), self.class_names, self.colours, examples, metrics)
 
     def _forget(self) -> None:
         self.confusion.reset()

@@ -1,4 +1,4 @@
-"""One image judged in overlapping windows, and mirrored: what networks trained on small parts gain from."""
+"""Sliding-window inference and test-time flipping: what networks trained on small crops gain from."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 from ..errors import UserError
 from ..onnx.dense import window_starts
 
-__all__ = ["average", "judge_whole"]
+__all__ = ["average", "sliding_window_inference"]
 
 
-def judge_whole(
+def sliding_window_inference(
     network: Callable[[Tensor], Tensor], images: Tensor, classes: int, *, window: int | None = None, flip: bool = False
 ) -> Tensor:
     """Logits of images, (B, C, H, W) -> (B, classes, H, W) as float32; averages are of probabilities, as logarithms.
@@ -22,7 +22,7 @@ def judge_whole(
     Args:
         network: (B, C, h, w) of any size to logits (B, classes, h, w).
         window: Side of windows that overlap by a third of it or more; None is the image as a whole.
-        flip: Average with what the network says of the mirrored image.
+        flip: Average with the prediction for the mirrored image.
     """
     if window is not None and window < 32:
         raise UserError(f"window must be 32 or more pixels, got {window}")
@@ -33,7 +33,7 @@ def judge_whole(
 
 
 def average(*logits: Tensor) -> Tensor:
-    """What answers logits (B, classes, ...) give together: the mean of their probabilities, as logarithms."""
+    """The mean of the probabilities of logits (B, classes, ...), as logarithms."""
     return torch.stack([each.log_softmax(1) for each in logits]).logsumexp(0) - math.log(len(logits))
 
 

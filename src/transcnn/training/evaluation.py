@@ -42,7 +42,7 @@ def measure(
     task_args = loaded.info.get("task_args") or {}
     learner = get_task(loaded.task)(loaded.model, loaded.class_names, loaded.preprocessing, task_args=task_args)
     settings = {"batch_size": batch_size, "num_workers": num_workers, "rank": rank(), "world_size": world()}
-    loader = learner.part_loader(part, loaded.preprocessing, task_args, **settings)
+    loader = learner.split_loader(part, loaded.preprocessing, task_args, **settings)
     trainer = L.Trainer(
         **placement(accelerator),
         callbacks=[EvalBar()] if bar else None,

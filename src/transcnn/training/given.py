@@ -17,6 +17,7 @@ from ..checkpoints.loading import read_info
 from ..distributed.processes import attempt
 from ..errors import UserError
 from ..plain import check_plain
+from ..settings import with_new_names
 from .checkpointing import LAST, PREVIOUS, newest_good, note
 from .run_dir import made_by_this_launch
 
@@ -72,7 +73,7 @@ def resumed_settings(given: dict[str, Any], defaults: dict[str, Any], checkpoint
         check_plain(saved, "settings")
     except ValueError as error:
         raise UserError(f"{checkpoint} is damaged: {error}") from error
-    settings = {**defaults, **saved}
+    settings = {**defaults, **with_new_names(saved)}
     for name, value in given.items():
         if value == defaults[name] or value == settings[name] or name in PRESENT:
             continue

@@ -1,4 +1,4 @@
-"""One picture of where a network looks, for somebody who hasn't read the paper."""
+"""One figure of where a network looks, for somebody who hasn't read the paper."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NO_GRIDS = "No grids here:\nthe map is so small that each\ncell looks at all oth
 
 @dataclass
 class Explanation:
-    """All that the picture shows.
+    """All that the figure shows.
 
     Attributes:
         image: What the network saw, uint8 (H, W) or (H, W, 3).
@@ -51,7 +51,7 @@ class Explanation:
 
 
 def draw(e: Explanation) -> Figure:
-    """The picture: image, answer and evidence in the first row; below, a column a stage and a row a step."""
+    """The figure: image, prediction and evidence in the first row; below, a column a stage and a row a step."""
     columns = max(4, len(e.stages))
     levels = max(len(maps) for maps in e.stages) - 1
     rows = levels + 1
