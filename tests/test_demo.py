@@ -279,13 +279,13 @@ def test_examples_are_those_named_or_the_runs_own(class_folder: Path, tmp_path: 
 
     settings = {"data": str(class_folder), "val_fraction": 0.5, "seed": 0}
     loaded = Loaded(loaded.model, "classify", ["class_0", "class_1", "class_2"], {}, "", {"settings": settings})
-    found = find_examples(loaded, None, tmp_path / "own")
+    found = find_examples(loaded, None, tmp_path / "own", tmp_path)
     assert len(found) == EXAMPLES
     own = {read_image(file).tobytes() for file in class_folder.rglob("*.png")}
     assert all(read_image(file).tobytes() in own for file in found)
     settings["data"] = str(tmp_path / "moved")
     pytest.importorskip("gradio")
-    assert all(Path(file).is_file() for file in find_examples(loaded, None, tmp_path / "b"))
+    assert all(Path(file).is_file() for file in find_examples(loaded, None, tmp_path / "b", tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from transcnn.checkpoints.loading import data_config_of, load, save_weights
 from transcnn.commands.evaluate import evaluate
 from transcnn.commands.models import models
 from transcnn.commands.predict import predict
-from transcnn.compare.counting import describe
 from transcnn.data.images import read_image
 from transcnn.data.paths import find_images
 from transcnn.errors import UserError
 from transcnn.plugging.build import build_model
+from transcnn.plugging.cost import describe
 from transcnn.tasks import get_task
 
 

@@ -112,7 +112,7 @@ def test_report_of_any_size(tmp_path: Path, classes: int) -> None:
     confusion = np.random.default_rng(classes).integers(0, 9, (classes, classes))
     names = (ODD_NAMES + [f"class {i}" for i in range(classes)])[:classes]
     metrics: dict[str, Any] = {"top1": 0.123456, "images": 7, "measured_on": "val & more", "per_class": [1, 2]}
-    entries = [entry._replace(guess=0) for entry in wrong(classes)]
+    entries = [entry._replace(prediction=0) for entry in wrong(classes)]
     page = write_report(tmp_path, history(classes), confusion, names, entries, metrics)
     assert page == tmp_path / "report" / "index.html"
     content = Page(page)
@@ -136,7 +136,7 @@ def test_nothing_trained_and_nothing_wrong(tmp_path: Path) -> None:
     assert set(content.files) == {"confusion.png", "classes.png", "classes.csv"}
     assert not (page.parent / "wrong.png").exists()
     assert not (page.parent / "curves.png").exists()
-    assert "No class was taken for another." in page.read_text()
+    assert "No class was predicted as another." in page.read_text()
     assert "None to show." in page.read_text()
 
 
@@ -158,7 +158,7 @@ def test_nothing_is_cut_off() -> None:
             plot_confusion(np.ones((4, 4), int), ODD_NAMES),
             plot_confusion(np.ones((44, 44), int), ODD_NAMES * 11),
             plot_classes(class_table(np.ones((4, 4), int), ODD_NAMES)),
-            plot_wrong([entry._replace(truth=3, guess=ODD_NAMES[3]) for entry in wrong(7)], ODD_NAMES),
+            plot_wrong([entry._replace(truth=3, prediction=ODD_NAMES[3]) for entry in wrong(7)], ODD_NAMES),
             plot_history(read_history(history(5))),
         ]
         for figure in figures:
@@ -199,7 +199,7 @@ def test_wrong_answers_in_any_mode(mode: str) -> None:
     assert figure is not None
     (shown,) = figure.axes[0].images
     assert shown.get_array().shape[:2] == (4, 5)
-    assert [text.get_text() for text in figure.texts][1:] == ["is ash", "taken for birch", "50%  a.png"]
+    assert [text.get_text() for text in figure.texts][1:] == ["is ash", "predicted as birch", "50%  a.png"]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from ..demo.guard import Limits
 from ..demo.server import serve
 from ..errors import UserError, require
 from ..weights import PACKAGED
@@ -22,6 +24,7 @@ def demo(
     img_size: int | None = None,
     host: str = "127.0.0.1",
     port: int | None = None,
+    allowed_hosts: list[str] | None = None,
     max_mb: float = 20,
     accelerator: str = "auto",
     open: bool = False,
@@ -35,11 +38,13 @@ def demo(
     Args:
         checkpoint: A run's directory, a .safetensors or .ckpt of ours, or the name of a published model; without it
             the small network that comes with the package.
-        examples: Images or folders to choose examples from; without it, those of the run's data, if it is still there.
+        examples: Images or folders to choose examples from; without it, some of the run's data, where the checkpoint is
+            a run's directory and the page is for this machine alone.
         img_size: Another size than the network was trained at.
         host: Address to listen at; 0.0.0.0 lets the whole network in.
         port: Port to listen at; without it the first free one from 7860 on.
-        max_mb: Largest file that may be uploaded, in megabytes.
+        allowed_hosts: Further names that the page may be asked for under, such as that of a proxy in front of it.
+        max_mb: Largest file that may be uploaded, in megabytes; ten times that is kept at most.
         accelerator: cpu, gpu, or auto.
         open: Also open the page in this machine's browser.
         quiet: Print nothing but errors.
@@ -59,25 +64,39 @@ def demo(
         loaded = load(checkpoint)
     if img_size is not None:
         loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
-    with serve(loaded, examples, host=host, port=port, max_mb=max_mb, accelerator=accelerator, open=open) as address:
+    largest = round(max_mb * 2**20)
+    served = serve(
+        loaded,
+        examples,
+        run_dir=Path(checkpoint) if Path(checkpoint).is_dir() else None,
+        host=host,
+        port=port,
+        allowed_hosts=allowed_hosts or (),
+        limits=Limits(file_bytes=largest, stored_bytes=10 * largest),
+        accelerator=accelerator,
+        open=open,
+    )
+    with _until_signal(), served as address:
         if not quiet:
             print(f"{address} shows {loaded.source}; stop with Ctrl-C", flush=True)
-        with _until_told():
-            threading.Event().wait()
+        threading.Event().wait()
 
 
 @contextmanager
-def _until_told() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end it alike, with everything tidied up."""
+def _until_signal() -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGHUP (a closed terminal) end it alike, with what was stored removed."""
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    former = signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    main = threading.current_thread() is threading.main_thread()
+    former = {number: signal.signal(number, stop) for number in signals} if main else {}
     try:
         yield
     except KeyboardInterrupt:
-        pass
+        for number in former:
+            signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the removal
     finally:
-        if former is not None:
-            signal.signal(signal.SIGTERM, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..compare.counting import describe
+from ..plugging.cost import describe
 from ..variants import VARIANTS
 
 __all__ = ["models"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +9,6 @@ import torch
 from timm.data import ImageNetInfo
 from timm.models import is_model
 from torch import nn
-from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model
 from torchvision.models import list_models as torchvision_names
 
@@ -19,7 +16,8 @@ from ..attention import HMHSA
 from ..checkpoints.loading import data_config_of, save_weights
 from ..errors import UserError
 from ..plugging.build import build_model
-from ..plugging.places import Place, backbone, call, default_levels, eval_mode, example_for, find
+from ..plugging.cost import count, seconds_per_call
+from ..plugging.places import Place, backbone, default_levels, eval_mode, example_for, find
 from ..plugging.plug import plug as plug_in
 from ..plugging.plug import plug_spec, plugged
 
@@ -91,30 +89,18 @@ def make_network(name: str, *, num_classes: int, in_chans: int, pretrained: bool
 def cost(model: nn.Module, example: tuple[Any, ...], batch_size: int) -> dict[str, float]:
     """Parameters, multiply-adds of one image, and images/s (median of about a second, this machine as it is)."""
     images = example[0].expand(batch_size, -1, -1, -1).contiguous()
-    with eval_mode(model):
-        timer = Timer("model(images)", globals={"model": model, "images": images}, num_threads=torch.get_num_threads())
-        seconds = timer.blocked_autorange(min_run_time=1.0).median
-    return {
-        "params": sum(p.numel() for p in model.parameters()),
-        "macs": _macs(lambda: call(model, (example[0].to("meta"),), {})),
-        "images/s": batch_size / seconds,
-    }
+    with eval_mode(model), torch.no_grad():
+        seconds = seconds_per_call(model, images)
+    counts = count(model, example[0].to("meta"))
+    return {"params": counts.params, "macs": counts.macs, "images/s": batch_size / seconds}
 
 
 def hmhsa_cost(place: Place, head_dim: int | None = None) -> dict[str, int]:
     """Parameters and multiply-adds that H-MHSA, with the levels that fit, and its scale would add at a place."""
     grid_sizes, pool_ratios = default_levels(*place.size)
     attention = HMHSA(place.channels, head_dim=head_dim, grid_sizes=grid_sizes, pool_ratios=pool_ratios, device="meta")
-    x = torch.empty(1, place.channels, *place.size, device="meta")
-    with eval_mode(attention):
-        macs = _macs(lambda: attention(x))
-    return {"params": sum(p.numel() for p in attention.parameters()) + place.channels, "macs": macs}
-
-
-def _macs(run: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops() // 2
+    counts = count(attention, torch.empty(1, place.channels, *place.size, device="meta"))
+    return {"params": counts.params + place.channels, "macs": counts.macs}
 
 
 def _print_places(name: str, places: list[Place], automatic: list[str], head_dim: int | None) -> None:

@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..checkpoints.published import convert_state_dict
 from ..errors import UserError, require
 from ..fast import accelerate_training, optimize
 
-__all__ = ["ENGINES", "build", "count", "load_reference", "prepare", "prepare_training", "same_weights"]
+__all__ = ["ENGINES", "build", "load_reference", "prepare", "prepare_training", "same_weights"]
 
 Run = Callable[[Tensor], Any]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -103,18 +102,6 @@ def same_weights(reference: nn.Module, model: nn.Module) -> bool:
     except (RuntimeError, ValueError, KeyError):
         return False
     return True
-
-
-def count(model: nn.Module, size: int) -> tuple[int, int | None]:
-    """Parameters, and multiply-adds of one image (None where they can't be counted without computing)."""
-    parameters = sum(p.numel() for p in model.parameters())
-    try:
-        shadow = copy.deepcopy(model).to("meta")
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            shadow(torch.empty(1, 3, size, size, device="meta"))
-    except Exception:  # any network may do something that needs numbers
-        return parameters, None
-    return parameters, counter.get_total_flops() // 2
 
 
 def prepare(engine: str, model: nn.Module, dtype: str, example: Tensor) -> Run:

@@ -11,8 +11,8 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..plugging.cost import count, seconds_per_call
 from ..variants import PAPER_TOP1
-from .engines import build, count, load_reference, prepare, prepare_training, same_weights
+from .engines import build, load_reference, prepare, prepare_training, same_weights
 
 __all__ = ["PAPER", "REFERENCE", "Case", "measure", "peak_memory", "prepare_case", "show_progress", "title"]
 
@@ -87,7 +88,9 @@ def prepare_case(
         model = build(case.model, case.size)
         if reference and same_weights(load_reference(reference), model):
             case.note = "weights of the reference"
-    case.params, case.macs = count(model, case.size)
+    case.params = sum(p.numel() for p in model.parameters())
+    with suppress(Exception):  # some networks can't be run without computing
+        case.macs = count(model, torch.empty(1, 3, case.size, case.size, device="meta")).macs
     case.paper_top1 = PAPER.get(case.model)
     model = model.to(device)
     generator = torch.Generator().manual_seed(0)
@@ -109,7 +112,7 @@ def measure(runs: list[tuple[Case, Callable[[Tensor], Any], Tensor]], rounds: in
     for i in range(rounds):
         for case, run, images in runs:
             show_progress(f"round {i + 1} of {rounds}: {title(case)}")
-            case.times.append(_time(run, images, seconds))
+            case.times.append(seconds_per_call(run, images, seconds))
     for case, *_ in runs:
         median = statistics.median(case.times)
         case.images_per_s = case.batch / median
@@ -117,21 +120,6 @@ def measure(runs: list[tuple[Case, Callable[[Tensor], Any], Tensor]], rounds: in
         case.ns_per_pixel = median / (case.batch * case.size**2) * 1e9
         if case.macs is not None and case.mode == "infer":
             case.gflops_per_s = 2 * case.macs * case.batch / median / 1e9
-
-
-def _time(run: Callable[[Tensor], Any], images: Tensor, seconds: float) -> float:
-    """Seconds of one call, over as many as fill ``seconds``."""
-
-    def finish() -> None:
-        if images.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    calls, start = 0, time.perf_counter()
-    while not calls or time.perf_counter() - start < seconds:
-        run(images)
-        finish()
-        calls += 1
-    return (time.perf_counter() - start) / calls
 
 
 def peak_memory(case: Case, reference: str | None) -> None:

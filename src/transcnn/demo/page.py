@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import html
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,31 @@ from .viewer import Viewer, Visit
 
 __all__ = ["build_page"]
 
+_log = logging.getLogger(__name__)
+
 CSS = """
 .gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
 #message { border-left: 4px solid #d55e00; padding: 0.2rem 1rem; background: #d55e0018; }
 #examples { max-width: calc(100vw - 64px); }
 #look .caption { font-size: 0.9em; min-height: 3em; }
 """
+FAULT = "Something went wrong with this image. Try another one."
 MEAN = "mean of all heads"
 NO_GRIDS = "No grids in this stage: its map is so small that every position looks at all others at once (see below)."
+
+
+def plainly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of an event; a fault of ours shows the visitor one plain line, and the log all of it."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            _log.exception("the page failed")
+            raise gr.Error(FAULT, print_exception=False) from error
+
+    return call
 
 
 def build_page(viewer: Viewer, examples: Sequence[str] = (), keep_files: int = 3600) -> gr.Blocks:
@@ -57,13 +76,16 @@ def build_page(viewer: Viewer, examples: Sequence[str] = (), keep_files: int = 3
             outputs += look.outputs
             gr.on(
                 [look.stage.change, look.head.change],
-                look.again,
+                plainly(look.again),
                 [visit, look.stage, look.head],
                 look.outputs,
                 **_quiet("always_last"),
             )
             picture.select(
-                look.clicked, [visit, look.stage, look.head], [visit, picture, *look.outputs], **_quiet("always_last")
+                plainly(look.clicked),
+                [visit, look.stage, look.head],
+                [visit, picture, *look.outputs],
+                **_quiet("always_last"),
             )
 
         def open_file(file: str | bytes | None, stage: int, head: str) -> list[Any]:
@@ -91,10 +113,10 @@ def build_page(viewer: Viewer, examples: Sequence[str] = (), keep_files: int = 3
 
         controls = [look.stage, look.head] if look is not None else []
         # Without preprocessing gradio opens no file itself: it would say "Error" of what it can't read.
-        picture.input(opened, [picture, *controls], outputs, preprocess=False, **_quiet())
+        picture.input(plainly(opened), [picture, *controls], outputs, preprocess=False, **_quiet())
         picture.clear(cleared, None, outputs, **_quiet())
         if gallery is not None:
-            gallery.select(chosen, controls, outputs, **_quiet())
+            gallery.select(plainly(chosen), controls, outputs, **_quiet())
         gr.Markdown("Your pictures stay on the machine that serves this page, and are deleted there after an hour.")
     return page
 

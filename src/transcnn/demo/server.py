@@ -12,17 +12,12 @@ from typing import Any
 
 from ..data.images import is_image_name
 from ..errors import UserError
+from .guard import Guard, Limits, Names, WithoutCors, check_address
 
 __all__ = ["serve"]
 
 EXAMPLES = 8
-GRADIOS_OWN = ("bus.png", "cheetah1.jpg", "lion.jpg", "tower.jpg")  # pictures that come with gradio
-# The browser itself refuses to load anything from elsewhere or to send anything elsewhere.
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
-    "connect-src 'self' data: blob:; frame-ancestors 'none'; form-action 'none'; base-uri 'self'"
-)
+GRADIOS_OWN = ("bus.png", "cheetah1.jpg", "lion.jpg", "tower.jpg")  # images that come with gradio
 
 
 @contextmanager
@@ -30,14 +25,33 @@ def serve(
     loaded: Any,
     examples: Sequence[str] | None = None,
     *,
+    run_dir: Path | None = None,
     host: str = "127.0.0.1",
     port: int | None = None,
-    max_mb: float = 20,
+    allowed_hosts: Sequence[str] = (),
+    limits: Limits | None = None,
     accelerator: str = "auto",
     open: bool = False,
 ) -> Iterator[str]:
-    """The page of a network, served while the context lasts; gives its address."""
+    """The page of a network, served while the context lasts; gives its address.
+
+    Args:
+        loaded: The network.
+        examples: Images or folders to choose examples from.
+        run_dir: The run's directory on this machine, where the network came from one: its data may give examples.
+        host, port: Where to listen.
+        allowed_hosts: Further names that the page may be asked for under.
+        limits: Bounds of what visitors send and leave behind.
+        accelerator: cpu, gpu, or auto.
+        open: Also open it in this machine's browser.
+
+    Raises:
+        UserError: An address that this machine can't listen at, or no such example.
+    """
     import torch
+
+    check_address(host, port)
+    limits, names = limits or Limits(), Names.of(host, allowed_hosts)
 
     device = "cuda" if torch.cuda.is_available() and accelerator != "cpu" else "cpu"
     before = os.environ.get("GRADIO_TEMP_DIR")
@@ -48,17 +62,22 @@ def serve(
         page = None
         try:
             import gradio as gr
+            from starlette.middleware import Middleware
 
             from .page import CSS, build_page
             from .viewer import Viewer
 
-            shown = find_examples(loaded, examples, Path(folder) / "examples")
-            page = build_page(Viewer(loaded, device), shown)
+            if names.any_address or not names.own & {"localhost"}:
+                run_dir = None  # others can reach the page: they see no data that nobody has named
+            shown = find_examples(loaded, examples, Path(folder) / "examples", run_dir)
+            page = build_page(Viewer(loaded, device), shown, keep_files=round(limits.keep_seconds))
+            guard = {"names": names, "limits": limits, "folder": Path(folder)}
             fonts = ["system-ui", "sans-serif"]
             _, address, _ = page.launch(
                 server_name=host,
                 server_port=port,
-                max_file_size=round(max_mb * 2**20),
+                max_file_size=limits.file_bytes,
+                state_session_capacity=limits.sessions,
                 theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),
                 css=CSS,
                 footer_links=[],
@@ -71,8 +90,14 @@ def serve(
                 pwa=False,
                 mcp_server=False,
                 enable_monitoring=False,
-                app_kwargs={"middleware": [_policy()], "docs_url": None, "redoc_url": None, "openapi_url": None},
+                app_kwargs={
+                    "middleware": [Middleware(Guard, **guard)],
+                    "docs_url": None,
+                    "redoc_url": None,
+                    "openapi_url": None,
+                },
             )
+            page.app.middleware_stack = WithoutCors(page.app.middleware_stack or page.app.build_middleware_stack())
             yield address.rstrip("/")
         except OSError as error:
             if "port" not in str(error):
@@ -86,8 +111,10 @@ def serve(
                 os.environ["GRADIO_TEMP_DIR"] = before
 
 
-def find_examples(loaded: Any, wanted: Sequence[str] | None, folder: Path) -> list[str]:
-    """Up to eight image files to click: those named, else some of the run's own data, else gradio's pictures.
+def find_examples(loaded: Any, wanted: Sequence[str] | None, folder: Path, run_dir: Path | None = None) -> list[str]:
+    """Up to eight image files to click: those named, else some of the run's own data, else images of gradio's.
+
+    The run's data is used for a run directory alone: what a file of weights says about data may be anybody's word.
 
     Raises:
         UserError: A path that isn't there, or a folder without images.
@@ -100,7 +127,7 @@ def find_examples(loaded: Any, wanted: Sequence[str] | None, folder: Path) -> li
         if missing:
             raise UserError(f"no such file: {missing[0]}")
         return _spread(files)
-    own = _own_examples(loaded, folder)
+    own = _own_examples(loaded, folder) if run_dir is not None else []
     if own:
         return own
     try:
@@ -112,7 +139,7 @@ def find_examples(loaded: Any, wanted: Sequence[str] | None, folder: Path) -> li
 
 
 def _own_examples(loaded: Any, folder: Path) -> list[str]:
-    """Pictures of the data that the network was scored on, where that lies on this machine."""
+    """Images of the data that the network was scored on, where that lies on this machine."""
     from ..tasks import get_task
 
     settings = loaded.info.get("settings") or {}
@@ -122,7 +149,7 @@ def _own_examples(loaded: Any, folder: Path) -> list[str]:
     if data is not None and Path(data).is_file() and is_image_name(Path(data).name):
         return []
     try:
-        part = get_task(loaded.task).open_split(
+        split = get_task(loaded.task).open_split(
             data,
             "auto",
             loaded.class_names,
@@ -131,8 +158,7 @@ def _own_examples(loaded: Any, folder: Path) -> list[str]:
             seed=settings["seed"],
             strict=False,
         )
-        places = _spread(range(len(part)))
-        images = [part.read(i)[0] for i in places]
+        images = [split.read(i)[0] for i in _spread(range(len(split)))]
     except (ValueError, OSError, KeyError):
         return []  # the data changed since; examples are a nicety
     folder.mkdir()
@@ -147,29 +173,3 @@ def _spread(items: Sequence[Any]) -> list[Any]:
     if len(items) <= EXAMPLES:
         return list(items)
     return [items[i * len(items) // EXAMPLES + len(items) // (2 * EXAMPLES)] for i in range(EXAMPLES)]
-
-
-def _policy() -> Any:
-    from starlette.middleware import Middleware
-
-    return Middleware(_WithPolicy)
-
-
-class _WithPolicy:
-    """Tells the browser with each answer what the page may load: what comes from here."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def with_headers(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                headers = [
-                    (b"content-security-policy", POLICY.encode()),
-                    (b"referrer-policy", b"no-referrer"),
-                    (b"x-content-type-options", b"nosniff"),
-                ]
-                message = {**message, "headers": [*message.get("headers", ()), *headers]}
-            await send(message)
-
-        await self.app(scope, receive, with_headers if scope["type"] == "http" else send)

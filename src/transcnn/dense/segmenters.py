@@ -126,8 +126,7 @@ def build(name: str, task_args: dict[str, Any], *, num_classes: int, in_chans: i
 
     Args:
         name: Of this package or of timm.
-        task_args: ``decoder``, ``decoder_channels``, ``class_weights``, ``logit_adjustment``, and ``shares``: of the training
-            pixels, those of each class.
+        task_args: The fields of :class:`~transcnn.settings.Segment`, and the classes' ``shares`` of the training pixels.
         num_classes, in_chans, kwargs: As for the backbone.
 
     Raises:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from ..attention import HMHSA, cut_into_grids
 from ..checkpoints.loading import Loaded, data_config_of
 from ..data.images import BrokenImage, read_image, to_channels
 from ..errors import UserError
+from ..plugging.places import eval_mode
 
 __all__ = ["ImageLike", "Record", "as_input", "check_stage", "heads_of", "local_weights", "record", "token_weights"]
 
@@ -99,24 +99,6 @@ def as_input(model: nn.Module | Loaded, image: ImageLike) -> tuple[nn.Module, Te
         raise UserError(f"expected one image, (C, H, W) or (1, C, H, W), got {tuple(image.shape)}")
     like = next(module.parameters(), image)
     return module, image.detach().to(device=like.device, dtype=like.dtype)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and without recomputation of blocks; afterwards as it was."""
-    modules = list(model.modules())
-    training = [module.training for module in modules]
-    checkpointing = [m for m in modules if getattr(m, "grad_checkpointing", None) is True]
-    model.eval()
-    for module in checkpointing:
-        module.grad_checkpointing = False  # pyright: ignore
-    try:
-        yield
-    finally:
-        for module, was in zip(modules, training, strict=True):
-            module.training = was
-        for module in checkpointing:
-            module.grad_checkpointing = True  # pyright: ignore
 
 
 def record(model: nn.Module, image: Tensor, *, gradients: bool = False) -> tuple[Any, list[Record]]:

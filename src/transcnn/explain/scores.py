@@ -14,8 +14,9 @@ from torchvision.transforms import functional as tvf
 
 from ..checkpoints.loading import Loaded
 from ..errors import UserError
+from ..plugging.places import eval_mode
 from .classes import check_target
-from .record import ImageLike, as_input, eval_mode
+from .record import ImageLike, as_input
 
 __all__ = ["Scores", "deletion_insertion"]
 

@@ -115,14 +115,20 @@ def default_levels(height: int, width: int) -> tuple[tuple[int, ...], tuple[int,
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Evaluation mode, without recomputation of blocks (gradient checkpointing); afterwards all is as it was."""
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    checkpointing = [module for module in modules if getattr(module, "grad_checkpointing", None) is True]
+    model.eval()
+    for module in checkpointing:
+        module.grad_checkpointing = False  # pyright: ignore
     try:
-        with torch.no_grad():
-            yield model.eval()  # pyright: ignore
+        yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, was in zip(modules, training, strict=True):
+            module.training = was
+        for module in checkpointing:
+            module.grad_checkpointing = True  # pyright: ignore
 
 
 def example_for(model: nn.Module, size: tuple[int, int] | None = None) -> tuple[Any, ...]:
@@ -160,8 +166,8 @@ def run(model: nn.Module, example: Example | None, meta: bool = False) -> tuple[
 
 
 def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the module makes of these arguments at rest, on the meta device if that is where they are."""
-    with eval_mode(module):
+    """The module's output in evaluation mode and without gradients, on the meta device if the arguments are there."""
+    with eval_mode(module), torch.no_grad():
         if not any(x.is_meta for x in _tensors((args, kwargs))):
             return module(*args, **kwargs)
         own = itertools.chain(module.named_parameters(), module.named_buffers())

@@ -6,7 +6,6 @@ take a batch of their data), so classification can be tried where the data isn't
 
 from __future__ import annotations
 
-import copy
 import shutil
 import time
 from contextlib import ExitStack
@@ -22,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from timm.models import get_pretrained_cfg
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..distributed.processes import placement, rank, world
 from ..distributed.runtime import choose_precision
 from ..distributed.sharding import choose_strategy
+from ..plugging.cost import count
 from ..tasks.base import Task
 from .callbacks import Ema
 from .origins import origin_of
@@ -162,15 +161,9 @@ def _batch(learner: Task, loaders: Any, images: int) -> Any:
 
 def _count(learner: Task, images: Any) -> int:
     """Multiply-adds of the network for one image."""
-    counter = FlopCounterMode(display=False)
-    network = learner.model
     if learner.name == "classify":  # nothing is computed on the meta device, and all of attention is counted there
-        network, images = copy.deepcopy(network).to("meta"), images.to("meta")
-    training = network.training
-    with torch.no_grad(), counter:
-        network.eval()(images[:1])
-    network.train(training)
-    return counter.get_total_flops() // 2
+        return count(learner.model, images[:1].to("meta")).macs
+    return count(learner.model, images[:1]).macs
 
 
 def _existing(path: Path) -> Path:

@@ -1,0 +1,69 @@
+"""What a network costs: parameters, multiply-adds, and the time of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import UserError
+from ..variants import PAPER_TOP1
+from .build import build_model
+from .places import call
+
+__all__ = ["Counts", "count", "describe", "seconds_per_call"]
+
+LAYERS = (torch.ops.aten.convolution, torch.ops.aten.addmm)
+
+
+class Counts(NamedTuple):
+    """Parameters and multiply-adds; ``layer_macs`` are those of convolutions and linear layers alone."""
+
+    params: int
+    macs: int
+    layer_macs: int
+
+
+def count(model: nn.Module, *inputs: Any) -> Counts:
+    """Count the parameters of a network, and the multiply-adds of one forward pass in evaluation mode.
+
+    With inputs on the meta device nothing is computed: shapes are all that counting needs. A network that looks at
+    numbers (a detector) needs real inputs.
+    """
+    with FlopCounterMode(display=False) as counter:
+        call(model, inputs, {})
+    operations = counter.get_flop_counts().get("Global", {})
+    layers = sum(operations.get(op, 0) for op in LAYERS) // 2
+    return Counts(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2, layers)
+
+
+def describe(name: str, img_size: int | None = None) -> dict[str, Any]:
+    """A network's figures: ``name``, ``params``, ``macs``, ``layer_macs``, ``input_size`` and ``paper_top1``.
+
+    ``macs`` are the multiply-adds of one image, ``layer_macs`` those of convolutions and linear layers alone, which is
+    what the paper's FLOPs are.
+    """
+    with torch.device("meta"):
+        model = build_model(name).eval()
+    config: Any = model.pretrained_cfg
+    channels, *size = config["input_size"]
+    size = [img_size, img_size] if img_size else size
+    if min(size) < 1:
+        raise UserError(f"img_size must be 1 or more, got {img_size}")
+    counts = count(model, torch.empty(1, channels, *size, device="meta"))
+    return {
+        "name": name,
+        **counts._asdict(),
+        "input_size": [channels, *size],
+        "paper_top1": PAPER_TOP1.get(name),
+    }
+
+
+def seconds_per_call(run: Callable[[Tensor], Any], images: Tensor, min_run_time: float = 1.0) -> float:
+    """Median time of ``run(images)`` over at least ``min_run_time`` seconds, by PyTorch's benchmark timer."""
+    timer = Timer("run(images)", globals={"run": run, "images": images}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=min_run_time).median
