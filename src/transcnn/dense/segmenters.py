@@ -126,7 +126,7 @@ def build(name: str, task_args: dict[str, Any], *, num_classes: int, in_chans: i
 
     Args:
         name: Of this package or of timm.
-        task_args: The fields of :class:`~transcnn.settings.Segment`, and the classes' ``shares`` of the training pixels.
+        task_args: The fields of :class:`~transcnn.settings.Segment`, and the classes' ``shares`` of training pixels.
         num_classes, in_chans, kwargs: As for the backbone.
 
     Raises:
