@@ -294,7 +294,7 @@ def test_the_real_page_is_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     from transcnn.demo.server import serve
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with serve(load(PACKAGED), [], limits=Limits(file_bytes=2000)) as address:
+    with serve(load(PACKAGED), limits=Limits(file_bytes=2000)) as address:
         host, _, port = address.removeprefix("http://").rpartition(":")
 
         def answer(method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, Any]:
