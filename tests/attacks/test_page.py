@@ -328,7 +328,7 @@ def test_the_real_page_is_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert code == 200
         assert answer("POST", "/gradio_api/upload", form % b"hello", Origin="http://x.org", **kind)[0] == 403
         assert answer("POST", "/gradio_api/upload", form % bytes(100_000), **kind)[0] == 413
-        stored = [path for path in tmp_path.rglob("a.png")]
+        stored = list(tmp_path.rglob("a.png"))
         assert len(stored) == 1
     assert list(tmp_path.iterdir()) == []
 
