@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import io
 import os
 import random
@@ -196,3 +198,12 @@ def oddities(make_class_folder: Callable[..., Path], class_image: Callable[..., 
     Image.new("L", (30000, 1)).save(a / "long.png")
     Image.new("P", (9, 9)).save(a / "moving.gif", save_all=True, append_images=[Image.new("P", (9, 9), 3)])
     return root, bad
+
+
+@pytest.fixture
+def no_loops() -> Iterator[None]:
+    """gradio makes event loops for its locks and leaves them open."""
+    yield
+    for thing in gc.get_objects():
+        if isinstance(thing, asyncio.BaseEventLoop) and not thing.is_running():
+            thing.close()

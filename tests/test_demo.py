@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import io
 import os
 import re
@@ -294,15 +292,6 @@ def test_examples_are_those_named_or_the_runs_own(class_folder: Path, tmp_path: 
 def test_bad_arguments(argument: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         demo(**argument)
-
-
-@pytest.fixture
-def no_loops() -> Iterator[None]:
-    """gradio makes event loops for its locks and leaves them open."""
-    yield
-    for thing in gc.get_objects():
-        if isinstance(thing, asyncio.BaseEventLoop) and not thing.is_running():
-            thing.close()
 
 
 @pytest.mark.filterwarnings("ignore")

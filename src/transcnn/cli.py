@@ -10,6 +10,7 @@ import argparse
 import difflib
 import importlib
 import inspect
+import io
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from typing import Any
 
 from .errors import UserError
 from .settings import FORMER_NAMES
+from .text import printable
 from .training.origins import note_origins
 
 __all__ = ["COMMANDS", "main", "make_parser", "parse"]
@@ -45,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read by PyTorch at its first large tensor: pages of 2 MiB where the kernel has them, a few per cent of a step.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that the terminal's encoding lacks ends no command
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0
@@ -255,7 +259,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _fail(message: str) -> int:
-    print(f"transcnn: {' '.join(message.split())}", file=sys.stderr)
+    print(f"transcnn: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from ..demo.guard import Limits
 from ..demo.server import serve
 from ..errors import UserError, require
+from ..text import printable
 from ..weights import PACKAGED
 
 __all__ = ["demo"]
@@ -78,7 +79,7 @@ def demo(
     )
     with _until_signal(), served as address:
         if not quiet:
-            print(f"{address} shows {loaded.source}; stop with Ctrl-C", flush=True)
+            print(f"{address} shows {printable(loaded.source)}; stop with Ctrl-C", flush=True)
         threading.Event().wait()
 
 

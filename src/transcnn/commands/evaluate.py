@@ -10,6 +10,7 @@ from ..distributed.processes import gather_lists, launch, rank
 from ..distributed.runtime import quiet_libraries
 from ..errors import UserError
 from ..tasks import get_task
+from ..text import printable
 from ..training.evaluation import measure, write_results
 
 __all__ = ["evaluate"]
@@ -123,5 +124,5 @@ def evaluate(
     if not quiet:
         learner.print_table(metrics)
         if target is not None:
-            print(f"written: {target / 'metrics.json'}")
+            print(f"written: {printable(target / 'metrics.json')}")
     return metrics

@@ -9,6 +9,7 @@ from ..checkpoints.loading import load
 from ..data.images import BrokenImage, read_image
 from ..errors import UserError, require
 from ..explain.image import explain_image
+from ..text import printable
 
 __all__ = ["explain"]
 
@@ -64,7 +65,7 @@ def explain(
         figure = draw(explanation)
         atomic_write(target, lambda path: figure.savefig(path, format=target.suffix[1:].lower()))
     if not quiet:
-        print(f"written: {target}")
+        print(f"written: {printable(target)}")
     return str(target)
 
 

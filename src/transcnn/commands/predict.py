@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv as csv_format
 import glob
-import json as json_format
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from PIL import Image
 from ..data.images import BrokenImage, is_image_name, list_images, read_image
 from ..data.paths import find_images
 from ..errors import UserError
+from ..text import csv_cell, json_text, rich_text
 from ..weights import PACKAGED
 
 __all__ = ["predict"]
@@ -91,7 +91,7 @@ def predict(
 
         atomic_write(Path(csv), lambda path: _write_csv(path, rows, top_k))
     if json:
-        print(json_format.dumps(rows, indent=2, ensure_ascii=False))
+        print(json_text(rows, indent=2))
     elif not quiet:
         _print_table(rows)
     return rows
@@ -208,7 +208,7 @@ def _write_csv(path: Path, rows: list[dict[str, Any]], top_k: int) -> None:
         writer.writerow(["file", "error", *(f"{word}_{rank}" for rank in ranks for word in ("label", "score"))])
         for row in rows:
             cells = [value for label, score in _ranked(row) for value in (label, f"{score:.6f}")]
-            writer.writerow([row["file"], row.get("error", ""), *cells])
+            writer.writerow(map(csv_cell, [row["file"], row.get("error", ""), *cells]))
 
 
 def _ranked(row: dict[str, Any]) -> list[tuple[str, float]]:
@@ -219,17 +219,16 @@ def _ranked(row: dict[str, Any]) -> list[tuple[str, float]]:
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
     table.add_column("file", overflow="fold")
     table.add_column("predictions, most confident first")
     for row in rows:
-        text = "  ".join(f"{escape(label)} {100 * score:.1f} %" for label, score in _ranked(row))
+        text = rich_text("  ".join(f"{label} {100 * score:.1f} %" for label, score in _ranked(row)) or "nothing found")
         if "error" in row:
-            text = f"[red]can't be read: {escape(row['error'])}[/red]"
-        table.add_row(escape(row["file"]), text or "nothing found")
+            text = rich_text(f"can't be read: {row['error']}", "red")
+        table.add_row(rich_text(row["file"]), text)
     console = Console(highlight=False)
     if not sys.stdout.isatty():
         console.width = 10_000  # one line for each image, however long, for what reads them

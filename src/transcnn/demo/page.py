@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import functools
-import html
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import Any
 import gradio as gr
 
 from ..data.images import BrokenImage, read_image
+from ..text import markdown, printable
 from .viewer import Viewer, Visit
 
 __all__ = ["build_page"]
@@ -95,7 +95,7 @@ def build_page(viewer: Viewer, examples: Sequence[str] = (), keep_files: int = 3
             try:
                 image = read_image(file)
             except BrokenImage as error:
-                words = f"**This file can't be shown:** {html.escape(str(error))}. Try another picture."
+                words = f"**This file can't be shown:** {markdown(error)}. Try another picture."
                 return [None, None, gr.Markdown(words, visible=True), None, *(look.empty() if look else ())]
             seen = viewer.visit(image)
             said = viewer.answer(image)
@@ -202,7 +202,7 @@ def _introduction(viewer: Viewer) -> str:
     names = viewer.loaded.class_names
     some = ", ".join(names[:12]) + (f" and {len(names) - 12:,} more" if len(names) > 12 else "")
     knows = {"classify": "tells apart", "segment": "finds the outlines of", "detect": "finds"}[viewer.loaded.task]
-    return f"# What does it see?\n`{viewer.name}` {knows} {len(names):,} things: {html.escape(some)}."
+    return f"# What does it see?\n{markdown(viewer.name)} {knows} {len(names):,} things: {markdown(some)}."
 
 
 def _answer_box(viewer: Viewer) -> Any:
@@ -216,7 +216,8 @@ def _said(answer: dict[str, Any]) -> Any:
     if "top" in answer:
         shares: dict[str, float] = {}
         for number, top in enumerate(answer["top"]):
-            name = top["label"] if top["label"] not in shares else f"{top['label']} ({number + 1})"
+            label = printable(top["label"])
+            name = label if label not in shares else f"{label} ({number + 1})"
             shares[name] = top["score"]
         return shares
     return answer["picture"]

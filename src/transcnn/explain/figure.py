@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..report.plots import BLUE, GREY, ORANGE, new_figure
+from ..text import printable
 from .geometry import edges
 from .maps import AttentionMap
 
@@ -58,7 +59,7 @@ def draw(e: Explanation) -> Figure:
     heights = [PANEL + 0.95] + [PANEL + 0.75] * rows
     width, height = columns * (PANEL + 0.3) + 0.3, sum(heights) + 1.75
     page = _Page(new_figure(width, height, layout="none"), width, height)
-    page.write(width / 2, 0.3, e.title, size=15, weight="bold", align="center")
+    page.write(width / 2, 0.3, printable(e.title), size=15, weight="bold", align="center")
 
     top = 0.62
     lefts = [0.3 + (PANEL + 0.3) * (i + (columns - 4) / 2) for i in range(4)]
@@ -270,5 +271,5 @@ def _frame(axes: Axes, box: tuple[float, float, float, float], colour: str, widt
 
 
 def _cut(name: str, length: int) -> str:
-    name = " ".join(name.split())
+    name = printable(" ".join(name.split()))
     return name if len(name) <= length else f"{name[: length - 1]}…"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import html
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError, require
+from ..text import csv_cell, html
 from .plots import Wrong, plot_classes, plot_confusion, plot_history, plot_pairs, plot_wrong, style
 
 __all__ = [
@@ -240,7 +240,7 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """An HTML table; nothing without rows."""
 
     def line(tag: str, cells: Sequence[Any]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}>{html(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     lines = [line("th", head)] if head else []
     return "\n".join(["<table>", *lines, *(line("td", row) for row in rows), "</table>"]) if rows else ""
@@ -252,7 +252,9 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], fields: Sequence[s
         writer = csv.DictWriter(file, fields)
         writer.writeheader()
         for row in rows:
-            writer.writerow({key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()})
+            writer.writerow(
+                {key: round(value, 6) if isinstance(value, float) else csv_cell(value) for key, value in row.items()}
+            )
 
 
 def _fact(value: str | float) -> str:

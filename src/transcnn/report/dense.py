@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..text import printable
 from .classify import facts_of, html_page, html_table, read_history, skipped_part, write_rows
 from .plots import new_figure, plot_bars, plot_confusion, plot_history, style
 
@@ -148,14 +149,16 @@ def plot_predictions(examples: Sequence[Example], key: Sequence[tuple[str, Seque
     figure = new_figure(3 * width + 0.3, sum(heights) + 0.42 * len(examples) + 0.28 * rows + 0.2)
     grid = figure.subplots(len(examples), 3, squeeze=False, gridspec_kw={"height_ratios": heights})
     for line, (title, name, images) in zip(grid, examples, strict=True):
-        for axes, image, caption in zip(line, images, (name[:38], "truth", title), strict=True):
+        for axes, image, caption in zip(line, images, (printable(name)[:38], "truth", title), strict=True):
             axes.imshow(image)
             axes.set_title(caption, fontsize=8.5)
             axes.set_axis_off()
     if rows:
         from matplotlib.patches import Patch
 
-        patches = [Patch(facecolor="#" + bytes(colour).hex(), edgecolor="black", label=name) for name, colour in key]
+        patches = [
+            Patch(facecolor="#" + bytes(colour).hex(), edgecolor="black", label=printable(name)) for name, colour in key
+        ]
         figure.legend(handles=patches, loc="outside lower center", ncols=5, frameon=False, fontsize=8.5)
     return figure
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import colorsys
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from ..text import json_text, printable
 
 __all__ = [
     "SHOWN_SCORE",
@@ -53,6 +54,7 @@ def legend(image: Image.Image, names: Sequence[str], colours: Colours) -> Image.
     """The image with the names below it, a patch of its colour before each."""
     size = max(11, min(28, image.width // 40))
     font, gap = ImageFont.load_default(size), size // 2
+    names = [printable(name) for name in names]
     corners: list[tuple[int, int]] = []
     x = y = gap
     for name in names:
@@ -118,7 +120,7 @@ def draw_detections(
         draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="black", width=wide + 2)  # pale colours on pale ground
         draw.rectangle((x1, y1, x2, y2), outline=tuple(colours[label]), width=wide)
         if key:
-            text = names[label] if scores is None else f"{names[label]} {scores[i]:.2f}"
+            text = printable(names[label] if scores is None else f"{names[label]} {scores[i]:.2f}")
             left, top = x1, max(0.0, y1 - size - 3)
             draw.rectangle((left, top, left + font.getlength(text) + 4, top + size + 3), fill=tuple(colours[label]))
             light = sum(colours[label]) > 380
@@ -162,7 +164,7 @@ class OutputFolder:
     def finish(self) -> None:
         """Write ``predictions.json`` where there are detections in COCO's format."""
         if self.coco:
-            (self.folder / "predictions.json").write_text(json.dumps(self.coco, indent=1), encoding="utf-8")
+            (self.folder / "predictions.json").write_text(json_text(self.coco, indent=1), encoding="utf-8")
 
 
 def largest(labels: np.ndarray, names: Sequence[str], top_k: int) -> list[dict[str, Any]]:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ..text import printable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -298,7 +300,7 @@ def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
 
 def _short(name: str, length: int) -> str:
     """At most ``length`` characters on one line, the middle left out: endings tell names apart as beginnings do."""
-    name = " ".join(str(name).split())
+    name = printable(" ".join(str(name).split()))
     if any(unicodedata.east_asian_width(letter) in "WF" for letter in name):
         length //= 2  # letters as wide as two
     if len(name) <= length:
@@ -308,4 +310,4 @@ def _short(name: str, length: int) -> str:
 
 
 def _name(label: int | str, class_names: Sequence[str]) -> str:
-    return label if isinstance(label, str) else class_names[int(label)]
+    return printable(label if isinstance(label, str) else class_names[int(label)])

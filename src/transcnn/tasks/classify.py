@@ -23,6 +23,7 @@ from ..distributed.processes import gather_lists
 from ..errors import UserError
 from ..report.classify import write_report
 from ..settings import Augment
+from ..text import rich_text
 from .base import Task
 from .distill import Teacher
 from .sliding import average
@@ -220,12 +221,12 @@ class Classify(Task):
                 table.add_row(word, f"{metrics[name]:.2f} %")
         table.add_row("loss", f"{metrics['loss']:.4f}")
         twice = ", each also mirrored" if metrics.get("flip") else ""
-        table.add_row("images", f"{metrics['images']:,} ({metrics['split']} of {metrics['data']}{twice})")
+        table.add_row("images", rich_text(f"{metrics['images']:,} ({metrics['split']} of {metrics['data']}{twice})"))
         table.add_row("speed", f"{metrics['images_per_second']:.0f} images/s")
         known = [(value, name) for name, value in metrics["class_accuracy"].items() if value is not None]
         table.add_row()
         for value, name in sorted(known)[:10]:
-            table.add_row(name, f"{value:.2f} %")
+            table.add_row(rich_text(name), f"{value:.2f} %")
         if len(known) > 10:
             table.add_row("...", f"{len(known) - 10} classes above")
         Console(highlight=False).print(table)

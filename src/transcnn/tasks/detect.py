@@ -21,6 +21,7 @@ from ..errors import require
 from ..report.dense import best_median_worst, write_dense_report
 from ..report.overlay import SHOWN_SCORE, boxes_as_rows, detection_row, draw_detections, palette
 from ..settings import Augment
+from ..text import rich_text
 from .dense import DenseTask
 
 __all__ = ["Detect"]
@@ -176,12 +177,12 @@ class Detect(DenseTask):
         for name, value in metrics.items():
             if "map" in name and isinstance(value, float):
                 table.add_row(name.replace("map", "mAP").replace("_", " "), f"{value:.2f} %")
-        table.add_row("images", f"{metrics['images']:,} ({metrics['split']} of {metrics['data']})")
+        table.add_row("images", rich_text(f"{metrics['images']:,} ({metrics['split']} of {metrics['data']})"))
         table.add_row("speed", f"{metrics['images_per_second']:.1f} images/s")
         table.add_row()
         table.add_row("class", "AP")
         for name, value in metrics["class_ap"].items():
-            table.add_row(name, "does not occur" if value is None else f"{value:.2f} %")
+            table.add_row(rich_text(name), "does not occur" if value is None else f"{value:.2f} %")
         Console(highlight=False).print(table)
 
     def write_report(self, folder: Path, scores: dict[str, Any], split: DenseDataset, metrics: dict[str, Any]) -> None:

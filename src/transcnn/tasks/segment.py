@@ -22,6 +22,7 @@ from ..distributed.processes import gather_lists
 from ..report.dense import best_median_worst, class_iou, write_segment_report
 from ..report.overlay import blend, largest, palette, segmentation_row
 from ..settings import Augment
+from ..text import rich_text
 from .dense import DenseTask
 from .sliding import sliding_window_inference
 
@@ -226,12 +227,12 @@ class Segment(DenseTask):
         for name, word in (("miou", "mIoU"), ("pixel_accuracy", "pixel accuracy"), ("mean_accuracy", "mean accuracy")):
             table.add_row(word, f"{metrics[name]:.2f} %")
         table.add_row("loss", f"{metrics['loss']:.4f}")
-        table.add_row("images", f"{metrics['images']:,} ({metrics['split']} of {metrics['data']})")
+        table.add_row("images", rich_text(f"{metrics['images']:,} ({metrics['split']} of {metrics['data']})"))
         table.add_row("speed", f"{metrics['images_per_second']:.1f} images/s")
         table.add_row()
         table.add_row("class", "IoU")
         for name, value in metrics["class_iou"].items():
-            table.add_row(name, "does not occur" if value is None else f"{value:.2f} %")
+            table.add_row(rich_text(name), "does not occur" if value is None else f"{value:.2f} %")
         Console(highlight=False).print(table)
 
     def write_report(self, folder: Path, scores: dict[str, Any], split: DenseDataset, metrics: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..distributed.processes import placement, rank, world
 from ..distributed.runtime import choose_precision
 from ..tasks import get_task
 from ..tasks.base import Task
+from ..text import json_text
 from .progress import EvalBar
 
 __all__ = ["measure", "versions", "write_results"]
@@ -71,7 +71,7 @@ def write_results(
     """``metrics.json``, ``skipped.csv`` where files could not be read, and the report."""
     metrics["skipped"] = len(broken)
     metrics["versions"] = versions()
-    text = json.dumps(metrics, indent=2, ensure_ascii=False) + "\n"
+    text = json_text(metrics, indent=2) + "\n"
     atomic_write(folder / "metrics.json", lambda path: path.write_text(text, encoding="utf-8"))
     (folder / "skipped.csv").unlink(missing_ok=True)  # of an earlier evaluation
     if broken:

@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ...errors import UserError
+from ...text import csv_cell
 from ..images import BrokenImage, to_channels
 
 __all__ = ["FaultTolerantDataset", "Sample", "channels_of", "write_skipped"]
@@ -114,5 +115,5 @@ def channels_of(images: FaultTolerantDataset, in_chans: int | None = None) -> in
 
 def write_skipped(path: Path, broken: Iterable[tuple[str, str]]) -> None:
     """A CSV file of the files that could not be read: name and reason."""
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        csv.writer(file).writerows([("file", "reason"), *broken])
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("file", "reason"), *(map(csv_cell, row) for row in broken)])

@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from ...errors import UserError
+from ...text import printable
 from ..images import is_dir, is_image_name, list_images, read_bytes, read_image
-from .source import SPLITS, Source, SourceSplits, abbreviate, printable
+from .source import SPLITS, Source, SourceSplits, abbreviate
 
 __all__ = ["open_folder", "split_folder"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,6 @@ __all__ = [
     "abbreviate",
     "check_fraction",
     "first_line",
-    "printable",
     "read_class_names",
     "split_of_name",
 ]
@@ -106,11 +104,6 @@ def read_class_names(folder: Path) -> list[str] | None:
         return [line for line in file.read_text(encoding="utf-8").splitlines() if line] if file.is_file() else None
     except ValueError as error:
         raise UserError(f"{file} is no text in UTF-8: {first_line(error)}") from error
-
-
-def printable(name: str) -> str:
-    """A file's name as text that can be written everywhere; bytes that are no UTF-8 become \\xff and the like."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def check_fraction(val_fraction: float) -> None:

@@ -1,0 +1,80 @@
+"""Names of files and classes as text, for each kind of output: they come from strangers and may hold anything.
+
+A name may be no UTF-8 (Python holds such bytes as lone surrogates), hold line breaks, control and escape characters,
+marks that turn the direction of writing, or what a terminal table, a spreadsheet, HTML or Markdown takes for its own.
+"""
+
+from __future__ import annotations
+
+import html as html_format
+import json
+import re
+import unicodedata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+__all__ = ["csv_cell", "html", "json_text", "markdown", "printable", "rich_text"]
+
+JOINERS = "\u200c\u200d"  # within words and emoji
+
+
+def printable(value: Any) -> str:
+    r"""One line: a line break is shown as ``\n``, an escape as ``\x1b``, a byte that is no UTF-8 as ``\xff``."""
+    text = str(value)
+    return text if text.isprintable() else "".join(_shown(letter) for letter in text)
+
+
+def rich_text(value: Any, style: str = "") -> Text:
+    """For a table on the terminal: no markup is read."""
+    from rich.text import Text
+
+    return Text(printable(value), style)
+
+
+def html(value: Any) -> str:
+    """For HTML, as text or within quotes."""
+    return html_format.escape(printable(value))
+
+
+def markdown(value: Any) -> str:
+    """For Markdown, in a line or a table: no markup, link or HTML."""
+    text = re.sub(r"([\\`*_{}\[\]()#+!|~$-])", r"\\\1", printable(value))
+    text = re.sub(r"(?<=://)", "\u200b", text)  # no link of its own
+    return html_format.escape(text, quote=False)
+
+
+def csv_cell(value: Any) -> Any:
+    """For a cell of a CSV file: text that a spreadsheet would take for a formula begins with an apostrophe."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text[:1] in tuple("=+-@\t\r＝＋－＠") and not _is_number(text) else text
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON whose strings keep every character, and that a terminal shows: what can't be seen is written as ``\\u…``."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return "".join(letter if letter == "\n" or _is_shown(letter) else json.dumps(letter)[1:-1] for letter in text)
+
+
+def _is_shown(letter: str) -> bool:
+    return letter.isprintable() or letter in JOINERS or unicodedata.category(letter) == "Zs"
+
+
+def _shown(letter: str) -> str:
+    if _is_shown(letter):
+        return letter
+    code = ord(letter)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is no UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return letter.encode("unicode_escape").decode("ascii")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
