@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from transcnn.checkpoints.loading import load
-from transcnn.settings import with_new_names
+from transcnn.plain import with_new_names
 from transcnn.tasks import get_task
 from transcnn.training.evaluation import measure
 

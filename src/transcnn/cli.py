@@ -22,7 +22,7 @@ from functools import cache
 from typing import Any
 
 from .errors import UserError
-from .settings import FORMER_NAMES
+from .plain import FORMER_NAMES
 from .text import printable
 from .training.origins import note_origins
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
-from .settings import with_new_names
+__all__ = ["FORMER_NAMES", "MAX_CHARACTERS", "MAX_DEPTH", "check_plain", "load_plain", "with_new_names"]
 
-__all__ = ["MAX_CHARACTERS", "MAX_DEPTH", "check_plain", "load_plain"]
+# Settings that were renamed: flags, recipes, runs and checkpoints may still use the old name.
+FORMER_NAMES = {"weights_back": "logit_adjustment"}
 
 MAX_CHARACTERS = 1 << 18  # of a recipe; ours have less than 3,000
 MAX_DEPTH = 20  # of lists and dictionaries inside each other
@@ -101,3 +102,10 @@ def _strings(value: Any) -> list[str]:
     if isinstance(value, list):
         return [text for item in value for text in _strings(item)]
     return [value] if isinstance(value, str) else []
+
+
+def with_new_names(values: Any) -> Any:
+    """Plain values with the keys of ``FORMER_NAMES`` replaced, in nested dictionaries too."""
+    if isinstance(values, dict):
+        return {FORMER_NAMES.get(key, key): with_new_names(value) for key, value in values.items()}
+    return [with_new_names(value) for value in values] if isinstance(values, list) else values

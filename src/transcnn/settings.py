@@ -9,17 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["FORMER_NAMES", "Augment", "Detect", "Distill", "Ema", "Optim", "Segment", "with_new_names"]
-
-# Settings that were renamed: flags, recipes, runs and checkpoints may still use the old name.
-FORMER_NAMES = {"weights_back": "logit_adjustment"}
-
-
-def with_new_names(values: Any) -> Any:
-    """Plain values with the keys of ``FORMER_NAMES`` replaced, in nested dictionaries too."""
-    if isinstance(values, dict):
-        return {FORMER_NAMES.get(key, key): with_new_names(value) for key, value in values.items()}
-    return [with_new_names(value) for value in values] if isinstance(values, list) else values
+__all__ = ["Augment", "Detect", "Distill", "Ema", "Optim", "Segment"]
 
 
 @dataclass

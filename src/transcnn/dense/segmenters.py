@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError, require
-from ..settings import with_new_names
+from ..plain import with_new_names
 from .pyramid import Pyramid, build_pyramid
 
 __all__ = ["DECODERS", "Segmenter", "build", "class_weights"]

@@ -16,8 +16,7 @@ from ..checkpoints.files import remove_stale_temporaries
 from ..checkpoints.loading import read_info
 from ..distributed.processes import attempt
 from ..errors import UserError
-from ..plain import check_plain
-from ..settings import with_new_names
+from ..plain import check_plain, with_new_names
 from .checkpointing import LAST, PREVIOUS, newest_good, note
 from .run_dir import made_by_this_launch
 
