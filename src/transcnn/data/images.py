@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from ..errors import UserError
 
@@ -29,6 +29,7 @@ __all__ = [
     "read_bytes",
     "read_ids",
     "read_image",
+    "read_oriented",
     "to_channels",
 ]
 
@@ -65,6 +66,19 @@ def read_image(source: str | os.PathLike[str] | bytes | BinaryIO) -> Image.Image
             raise BrokenImage("empty file")
         return _decode(io.BytesIO(source))
     return _decode(source)
+
+
+def read_oriented(source: bytes) -> tuple[Image.Image, int]:
+    """As :func:`read_image`, from a file's bytes; also the EXIF orientation (1 to 8) that it was made upright by."""
+    if not len(source):
+        raise BrokenImage("empty file")
+    orientations: list[int] = []
+
+    def finish(image: Image.Image) -> Image.Image:
+        orientations.append(_orientation(image))
+        return _to_eight_bits(_upright(image))
+
+    return _decode(io.BytesIO(source), finish), orientations[0]
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
@@ -237,6 +251,14 @@ def _check_png(file: BinaryIO) -> None:
     file.seek(0)
     with Image.open(file, formats=["PNG"]) as image:
         image.verify()
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF
+        return 1
+    return value if value in range(1, 9) else 1
 
 
 def _upright(image: Image.Image) -> Image.Image:

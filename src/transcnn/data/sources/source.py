@@ -23,7 +23,7 @@ __all__ = [
     "read_class_names",
     "split_of_name",
 ]
-__all__ += ["split_stratified", "with_progress"]
+__all__ += ["first_reasons", "split_stratified", "with_progress"]
 
 T = TypeVar("T")
 
@@ -116,6 +116,15 @@ def abbreviate(names: Sequence[str]) -> str:
     """Up to eight of the names, quoted, and how many more there are."""
     first = ", ".join(repr(name) for name in names[:8])
     return f"{first} and {len(names) - 8} more" if len(names) > 8 else first
+
+
+def first_reasons(broken: Mapping[str, Sequence[tuple[str, str]]], count: int = 3) -> str:
+    """For the end of a message: the first files that were left out, and why; nothing where none was."""
+    found = [entry for entries in broken.values() for entry in entries]
+    if not found:
+        return ""
+    shown = "; ".join(f"{name!r}: {reason}" for name, reason in found[:count])
+    return f" ({len(found)} left out: {shown}{'; ...' if len(found) > count else ''})"
 
 
 def first_line(error: BaseException) -> str:
