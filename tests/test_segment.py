@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,103 @@ def test_data_of_other_classes_is_refused_or_matched_by_name(data, tmp_path):
     np.testing.assert_array_equal(split.read(0)[1] == 2, own.read(0)[1] == 0)
     with pytest.raises(UserError, match="does not know: 'red'"):
         open_set(str(folder), "auto", ["ground", "bright"], [0, 1])
+
+
+def rewrite_labels(folder: Path, edit: Callable[[np.ndarray], Image.Image], split: str = "train") -> Path:
+    for file in (folder / "labels" / split).iterdir():
+        with Image.open(file) as opened:
+            ids = np.asarray(opened).copy()
+        edit(ids).save(file)
+    return folder
+
+
+def test_two_classes_of_one_name_stay_two(tmp_path):
+    folder = make_data(tmp_path / "d", {"train": 4, "val": 1}, names="bg\nthing\nthing\n")
+    splits = open_splits(str(folder))
+    assert splits.class_names == ["bg", "thing (1)", "thing (2)"]
+    for names in (splits.class_names, ["bg", "thing", "thing"]):
+        again = open_set(str(folder), "val", names, [0, 1, 2])
+        np.testing.assert_array_equal(again.read(0)[1], splits.val.read(0)[1])
+
+
+@pytest.mark.parametrize(
+    ("lines", "names"),
+    [
+        ("0: bg, sky\n1: red, or so\n2: c\n", ["bg, sky", "red, or so", "c"]),
+        ("0 a\n2 c d\n1 b\n", ["a", "b", "c d"]),
+        ("0,a\n1,b\n2,c\n", ["a", "b", "c"]),
+        ("1st\n2nd\n3rd\n", ["1st", "2nd", "3rd"]),
+        ("0: a\n0: b\n1: c\n", ["0: a", "0: b", "1: c"]),
+        ("e\u0301\nb\nc\n", ["\xe9", "b", "c"]),
+    ],
+)
+def test_lines_of_classes_txt(tmp_path, lines, names):
+    folder = make_data(tmp_path / "d", {"train": 4}, names=None)
+    (folder / "classes.txt").write_text(lines, encoding="utf-8")
+    assert open_splits(str(folder)).class_names == names
+
+
+def test_ids_that_no_label_map_can_hold_are_refused(tmp_path):
+    folder = make_data(tmp_path / "d", {"train": 4}, names="0 a\n70000 b\n")
+    with pytest.raises(UserError, match="has the id 70000; class ids are from 0 to 65535"):
+        open_splits(str(folder))
+
+
+def test_label_maps_of_0_and_255_say_what_to_do(tmp_path, caplog):
+    def binary(ids: np.ndarray) -> Image.Image:
+        return Image.fromarray(np.where(ids == 1, 255, 0).astype(np.uint8))
+
+    folder = rewrite_labels(make_data(tmp_path / "d", {"train": 6}, names="ground\nbright\n"), binary)
+    with pytest.raises(UserError, match=r"of its 2 classes 'ground' occurs in the training split alone; \d+% of the "):
+        open_splits(str(folder))
+    (folder / "classes.txt").unlink()
+    with pytest.raises(
+        UserError, match=r"has 1 class \('0'\).*values '0', '255'. 255 is ignored unless classes.txt names"
+    ):
+        open_splits(str(folder))
+    (folder / "classes.txt").write_text("0 ground\n255 bright\n")  # as the message says
+    splits = open_splits(str(folder))
+    assert splits.class_names == ["ground", "bright"]
+    assert set(np.unique(splits.train.read(0)[1])) == {0, 1}
+    (folder / "classes.txt").write_text("0 ground\n255 bright\n7 never\n")
+    splits = open_splits(str(folder))
+    assert "no training image shows 'never'" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_label_maps_of_colours_say_so(tmp_path, mode):
+    folder = make_data(tmp_path / "d", {"train": 4}, names=None)
+    rewrite_labels(folder, lambda ids: Image.fromarray(ids).convert(mode))
+    with pytest.raises(UserError, match=f"none of the label maps.*must hold class ids .*not {mode} colours"):
+        open_splits(str(folder))
+
+
+def test_a_split_without_a_pixel_that_counts_is_refused(tmp_path):
+    folder = make_data(tmp_path / "d", {"train": 4, "val": 2, "test": 2})
+    rewrite_labels(folder, lambda ids: Image.fromarray(np.full_like(ids, 255)), "val")
+    with pytest.raises(UserError, match="every pixel of the val split is ignored"):
+        open_splits(str(folder))
+    with pytest.raises(UserError, match="every pixel of the val split is ignored"):
+        open_set(str(folder), "val", ["ground", "bright", "red"], [0, 1, 2])
+    assert len(open_set(str(folder), "test", ["ground", "bright", "red"], [0, 1, 2])) == 2
+
+
+def test_a_label_map_of_stored_pixels_follows_the_exif_orientation(tmp_path):
+    folder = make_data(tmp_path / "d", {"train": 3, "val": 1})
+    upright = open_splits(str(folder)).train
+    want = [upright.read(i)[1] for i in range(3)]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for file in (folder / "images" / "train").iterdir():
+        with Image.open(file) as opened:
+            image = opened.copy()
+        image.transpose(Image.Transpose.ROTATE_90).save(file, exif=exif)
+    rewrite_labels(folder, lambda ids: Image.fromarray(np.rot90(ids).copy()))
+    turned = open_splits(str(folder)).train
+    for i in range(3):
+        image, ids = turned.read(i)
+        assert image.size == ids.shape[::-1]
+        np.testing.assert_array_equal(ids, want[i])
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

@@ -9,52 +9,30 @@ that are not ignored; ``task_args["label_ids"]`` says which id each index stands
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ...errors import UserError
-from ..images import BrokenImage, is_image_name, read_ids, read_image
-from ..sources.files import Files, open_files
-from ..sources.source import SPLITS, abbreviate, check_fraction
+from ..images import BrokenImage, read_ids, read_oriented
+from ..names import distinct_names
+from ..sources.annotations import Alignment
+from ..sources.label_maps import Pair, PairedFiles, find_pairs
+from ..sources.source import abbreviate, check_fraction
 from ..transforms.segment import IGNORE
 from .dense_dataset import DenseDataset, DenseSource, DenseSplits, choose_split, make_splits
 from .fault_tolerant import channels_of
 
 __all__ = ["class_shares", "open_set", "open_splits"]
 
-IMAGE_FOLDERS = ("images", "image", "img", "imgs", "jpegimages")
-LABEL_FOLDERS = ("labels", "label", "annotations", "masks", "mask")
+logger = logging.getLogger(__name__)
+
+EXAMINED = 32  # label maps of a split that are looked at for which classes occur
 VOID = {"void", "unlabelled", "unlabeled", "ignore", "ignored"}  # names that are no class
-VOC = [
-    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
-]
-
-
-@dataclass
-class Pair:
-    """Where one image and its label map are read from."""
-
-    name: str
-    image: Callable[[], bytes]
-    label: Callable[[], bytes]
-
-
-@dataclass
-class Found:
-    """A data set as it lies there: pairs of each split, files without a partner, names by id (if given)."""
-
-    name: str
-    splits: dict[str, list[Pair]]  # by "train", "val", "test", or "" where it isn't split
-    unmatched: dict[str, list[tuple[str, str]]]
-    names: dict[int, str] | None
 
 
 class Ids:
@@ -63,13 +41,14 @@ class Ids:
     Args:
         ids: Value of each class.
         ignored: Values that don't count; all others make a label map unusable.
+        indices: Index of each class; None is 0, 1, 2, ...
     """
 
-    def __init__(self, ids: Sequence[int], ignored: set[int]) -> None:
+    def __init__(self, ids: Sequence[int], ignored: set[int], indices: Sequence[int] | None = None) -> None:
         self.ids = list(ids)
         self.table = np.full(1 << 16, -2, dtype=np.int16)
         self.table[[value for value in ignored if 0 <= value < 1 << 16]] = IGNORE
-        self.table[self.ids] = np.arange(len(self.ids))
+        self.table[self.ids] = np.arange(len(self.ids)) if indices is None else indices
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
         """(H, W) of ids -> (H, W) of int16 indices; raises BrokenImage for ids that are nothing."""
@@ -113,14 +92,18 @@ def open_splits(
     """
     settings = settings or {}
     check_fraction(val_fraction)
-    found = _find(data)
+    found = find_pairs(data)
     names, ids, colours = _classes(found, settings.get("ignore_index"))
     sets = make_splits(found.splits, partial(_make_set, found, ids, strict), val_fraction, seed)
     train, val = sets["train"], sets["val"]
     if train is None or val is None:
         raise UserError(f"{data!r} has too few images with label maps to learn from and to validate on")
     if len(names) < 2:
-        raise UserError(f"{data!r} has {len(names)} class ({abbreviate(names)}); 2 or more are needed")
+        raise UserError(_too_few_classes(str(data), found, names))
+    _check_classes(str(data), found, ids, names, train)
+    for split, images in (("val", val), ("test", sets["test"])):
+        if images is not None:
+            _check_counted(str(data), split, images)
     channels = channels_of(train, in_chans)
     args: dict[str, Any] = {"label_ids": ids.ids, "colours": colours}
     if settings.get("class_weights", "none") != "none":
@@ -146,24 +129,24 @@ def open_set(
     Raises:
         UserError: No such data or split, or classes that are not among ``class_names``.
     """
-    found = _find(data)
+    found = find_pairs(data)
     ignored = _ignored(found.names, (settings or {}).get("ignore_index"))
     if found.names is None:
         ids = Ids(label_ids, ignored - set(label_ids))
     else:
-        kept = {name: value for value, name in found.names.items() if value not in ignored}
-        unknown = [name for name in kept if name not in class_names]
+        values = [value for value in sorted(found.names) if value not in ignored]
+        names = distinct_names(found.names[value] for value in values)
+        known = {name: index for index, name in enumerate(distinct_names(class_names))}
+        unknown = [name for name in names if name not in known]
         if unknown:
             raise UserError(
                 f"{data!r} has classes that the model does not know: {abbreviate(unknown)}; "
-                f"it knows {abbreviate(class_names)}"
+                f"it knows {abbreviate(list(known))}"
             )
-        ids = Ids([], ignored)
-        for index, name in enumerate(class_names):
-            if name in kept:
-                ids.table[kept[name]] = index
-        ids.ids = list(kept.values())
-    return choose_split(data, found.splits, partial(_make_set, found, ids, strict), split, val_fraction, seed)
+        ids = Ids(values, ignored, [known[name] for name in names])
+    chosen = choose_split(data, found.splits, partial(_make_set, found, ids, strict), split, val_fraction, seed)
+    _check_counted(str(data), chosen.split, chosen)
+    return chosen
 
 
 def class_shares(images: DenseDataset, classes: int) -> np.ndarray:
@@ -180,7 +163,7 @@ def class_shares(images: DenseDataset, classes: int) -> np.ndarray:
 
 
 def _make_set(
-    found: Found, ids: Ids, strict: bool, split: str, indices: np.ndarray | None, *, replace: bool
+    found: PairedFiles, ids: Ids, strict: bool, split: str, indices: np.ndarray | None, *, replace: bool
 ) -> DenseDataset:
     pairs, unmatched = found.splits[split], found.unmatched.get(split, [])
     if strict and unmatched:
@@ -194,11 +177,13 @@ def _make_set(
 def _load(pairs: list[Pair], ids: Ids, i: int) -> tuple[Image.Image, np.ndarray]:
     """Image and label map (H, W) of int16 indices."""
     pair = pairs[i]
-    image = read_image(pair.image())
+    image, orientation = read_oriented(pair.image())
     try:
         values, _ = read_ids(pair.label())
     except BrokenImage as error:
         raise BrokenImage(f"its label map: {error}") from error
+    if orientation >= 5 and values.shape == (image.width, image.height) != (image.height, image.width):
+        values = Alignment(values.shape[::-1], orientation).mask(values, image.size)  # it is for the stored pixels
     if values.shape != (image.height, image.width):
         raise BrokenImage(
             f"the image is {image.width}x{image.height}, its label map {values.shape[1]}x{values.shape[0]} pixels"
@@ -206,81 +191,7 @@ def _load(pairs: list[Pair], ids: Ids, i: int) -> tuple[Image.Image, np.ndarray]
     return image, ids(values)
 
 
-# --- what lies there ------------------------------------------------------------------------------------------------
-
-
-def _find(data: str | None) -> Found:
-    if data is None:
-        raise UserError("segmentation has no data of its own: name a folder or tar of images/ and labels/")
-    prefix, _, rest = os.fspath(data).partition("/")
-    if prefix.lower() == "torch" and rest and not os.path.exists(data):
-        name, _, root = rest.partition(":")
-        if name not in ("voc", "cityscapes"):
-            raise UserError(
-                f"of torchvision's sets for segmentation torch/voc and torch/cityscapes are known, got {data!r}"
-            )
-        return (_voc if name == "voc" else _cityscapes)(root or "data")
-    files = open_files(data)
-    found = Found(files.name, {}, {}, _class_file(files, Path(data)))
-    images: dict[tuple[str, str], str] = {}
-    labels: dict[tuple[str, str], str] = {}
-    for name in files.names():
-        found_as = _parse_path(name)
-        if found_as is not None:
-            kind, split, stem = found_as
-            (images if kind == "image" else labels)[split, stem] = name
-    for key, name in sorted(images.items()):
-        if key in labels:
-            pair = Pair(name, partial(files.read, name), partial(files.read, labels[key]))
-            found.splits.setdefault(key[0], []).append(pair)
-        elif key[0] in {split for split, _ in labels}:  # a split without any labels is none
-            found.unmatched.setdefault(key[0], []).append((name, "no label map of this name"))
-    for key, name in sorted(labels.items()):
-        if key not in images:
-            found.unmatched.setdefault(key[0], []).append((name, "a label map without an image"))
-    if not found.splits:
-        raise UserError(
-            f"no images with label maps in {data!r}; expected images/train/NAME.jpg and labels/train/NAME.png, "
-            "and the same for val and test"
-        )
-    return found
-
-
-def _parse_path(name: str) -> tuple[str, str, str] | None:
-    """("image" or "label", split, stem) of a file by its path; None for what is neither."""
-    words = name.split("/")
-    kind = split = ""
-    while len(words) > 1:
-        word = words[0].lower()
-        synonym = next((key for key, names in SPLITS.items() if word in names), "")
-        if not kind and word in IMAGE_FOLDERS + LABEL_FOLDERS:
-            kind = "image" if word in IMAGE_FOLDERS else "label"
-        elif not split and synonym:
-            split = synonym
-        else:
-            break
-        words.pop(0)
-    if not kind or not is_image_name(words[-1]):
-        return None
-    return kind, split, os.path.splitext("/".join(words))[0]
-
-
-def _class_file(files: Files, path: Path) -> dict[int, str] | None:
-    """Names by id from ``classes.txt`` in the data or beside it."""
-    beside = path.parent / "classes.txt"
-    try:
-        text = files.read("classes.txt").decode()
-    except BrokenImage:
-        if path.is_dir() or not beside.is_file():
-            return None
-        text = beside.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"classes.txt of {path.name} is not in UTF-8") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    heads = [line.replace(":", " ").replace(",", " ").split(None, 1) for line in lines]
-    if all(len(head) == 2 and head[0].isdigit() for head in heads) and len({head[0] for head in heads}) == len(heads):
-        return {int(number): name for number, name in heads}
-    return dict(enumerate(lines))
+# --- classes ----------------------------------------------------------------------------------------------------------
 
 
 def _ignored(names: Mapping[int, str] | None, ignore_index: int | None) -> set[int]:
@@ -290,7 +201,7 @@ def _ignored(names: Mapping[int, str] | None, ignore_index: int | None) -> set[i
     return ignored | {value for value, name in (names or {}).items() if name.lower() in VOID}
 
 
-def _classes(found: Found, ignore_index: int | None) -> tuple[list[str], Ids, list[list[int]] | None]:
+def _classes(found: PairedFiles, ignore_index: int | None) -> tuple[list[str], Ids, list[list[int]] | None]:
     """Names, ids and colours (of a palette, if the first label map has one) of the classes that count."""
     pairs = [pair for split in ("train", "", "val", "test") for pair in found.splits.get(split, ())]
     ignored = _ignored(found.names, ignore_index)
@@ -308,7 +219,7 @@ def _classes(found: Found, ignore_index: int | None) -> tuple[list[str], Ids, li
     colours = None
     if palette and kept and 3 * max(kept) + 3 <= len(palette):
         colours = [palette[3 * value : 3 * value + 3] for value in kept]
-    return [names[value] for value in kept], Ids(kept, ignored), colours
+    return distinct_names(names[value] for value in kept), Ids(kept, ignored), colours
 
 
 def _largest(pairs: Sequence[Pair], ignored: set[int]) -> int:
@@ -323,43 +234,68 @@ def _largest(pairs: Sequence[Pair], ignored: set[int]) -> int:
     return top
 
 
-def _voc(root: str) -> Found:
-    """torchvision's VOCSegmentation of 2012."""
-    from torchvision.datasets import VOCSegmentation
-
-    splits = {}
-    for split in ("train", "val"):
-        dataset = _torchvision(VOCSegmentation, root, year="2012", image_set=split)
-        splits[split] = [_files(image, label) for image, label in zip(dataset.images, dataset.masks, strict=True)]
-    return Found("voc2012", splits, {}, dict(enumerate(VOC)))
-
-
-def _cityscapes(root: str) -> Found:
-    """torchvision's Cityscapes, fine annotations, with the 19 classes that its benchmark scores."""
-    from torchvision.datasets import Cityscapes
-
-    splits = {}
-    for split in ("train", "val"):
-        dataset = _torchvision(Cityscapes, root, split=split, mode="fine", target_type="semantic")
-        splits[split] = [_files(image, label[0]) for image, label in zip(dataset.images, dataset.targets, strict=True)]
-    scored = {c.id: c.name if 0 <= c.train_id < 255 else "void" for c in Cityscapes.classes if c.id >= 0}
-    return Found("cityscapes", splits, {}, scored)
+def _too_few_classes(data: str, found: PairedFiles, names: Sequence[str]) -> str:
+    """What was found instead of two classes, and what to do about it."""
+    values: set[int] = set()
+    problem = ""
+    for pair in [pair for pairs in found.splits.values() for pair in pairs][:EXAMINED]:
+        try:
+            values |= set(np.unique(read_ids(pair.label())[0]).tolist())
+        except BrokenImage as error:  # noqa: PERF203
+            problem = problem or f"{pair.name!r}: {error}"
+    if not values:
+        return f"none of the label maps of {data!r} can be read; the first is that of {problem}"
+    ignored = " 255 is ignored unless classes.txt names it (lines such as '0 background' and '255 object')."
+    return (
+        f"{data!r} has {len(names)} class ({abbreviate(names)}); 2 or more are needed. Its label maps hold the values "
+        f"{abbreviate([str(value) for value in sorted(values)])}.{ignored * (255 in values)}".rstrip(".")
+    )
 
 
-def _torchvision(cls: Any, root: str, **settings: Any) -> Any:
-    try:
-        return cls(root, **settings)
-    except (RuntimeError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"torchvision can't open {cls.__name__} in {root!r}: {reason}") from error
+def _check_classes(data: str, found: PairedFiles, ids: Ids, names: Sequence[str], train: DenseDataset) -> None:
+    """Warn of classes that occur nowhere in the training split; UserError where fewer than two do.
+
+    Of a large split some label maps are looked at, and all only where these show fewer than two classes.
+    """
+    pairs = found.splits["train" if found.splits.get("train") else ""]
+    order = train.indices[np.argsort(np.arange(len(train)) % -(-len(train) // EXAMINED), kind="stable")]
+    occurring: set[int] = set()
+    pixels, ignored, examined = 0, dict[int, int](), 0
+    for i in order.tolist():
+        if examined >= EXAMINED and len(occurring) >= 2:
+            break
+        examined += 1
+        try:
+            values, _ = read_ids(pairs[i].label())
+            indices = ids(values)
+        except BrokenImage:
+            continue
+        occurring |= set(np.unique(indices[indices != IGNORE]).tolist())
+        pixels += values.size
+        for value, count in zip(*np.unique(values[indices == IGNORE], return_counts=True), strict=True):
+            ignored[int(value)] = ignored.get(int(value), 0) + int(count)
+    if not pixels or (examined < len(order) and len(occurring) >= 2):
+        return  # nothing can be read, which is said later; or not all was looked at
+    missing = [name for index, name in enumerate(names) if index not in occurring]
+    shares = [f"{count / pixels:.0%} of the pixels is {value}, which is ignored" for value, count in ignored.items()]
+    if len(occurring) < 2:
+        shown = abbreviate([names[index] for index in sorted(occurring)]) or "none"
+        reasons = "; ".join([*shares, *(["name 255 in classes.txt if it is a class"] if 255 in ignored else [])])
+        raise UserError(f"{data!r}: of its {len(names)} classes {shown} occurs in the training split alone; {reasons}")
+    if missing:
+        logger.warning("%s: no training image shows %s", data, "; ".join([abbreviate(missing), *shares]))
 
 
-def _files(image: str, label: str) -> Pair:
-    return Pair(Path(image).name, partial(_read_file, image), partial(_read_file, label))
-
-
-def _read_file(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise BrokenImage(error.strerror or str(error)) from error
+def _check_counted(data: str, split: str, images: DenseDataset) -> None:
+    """UserError where no pixel of a whole split counts: there would be nothing to score."""
+    readable = False
+    for i in range(len(images)):
+        try:
+            label = images.read(i)[1]
+        except BrokenImage:
+            continue
+        if (label != IGNORE).any():
+            return
+        readable = True
+    if readable:  # else that is what is said
+        raise UserError(f"{data!r}: every pixel of the {split} split is ignored, so it can't be scored")
