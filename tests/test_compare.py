@@ -1,6 +1,7 @@
 """transcnn compare: what it counts, what it refuses, what it writes; levels from the image's size."""
 
 import csv
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transcnn.commands.compare import compare
 from transcnn.compare import engines, measuring
 from transcnn.compare.engines import build, load_reference, prepare, prepare_training
 from transcnn.compare.measuring import PAPER
+from transcnn.compare.peers import PEERS
 from transcnn.errors import UserError
 from transcnn.levels import auto_levels
 
@@ -129,6 +131,38 @@ def test_only_ours_is_accelerated(monkeypatch):
     ours = load_reference(reference)
     kinds = {type(m) for m in ours.modules() if isinstance(m, torch.nn.Conv2d)}
     assert kinds == {torch.nn.Conv2d}  # none whose gradient is made otherwise
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_every_network_of_the_papers_bibliography_can_be_built(name):
+    if name in PEERS:
+        pytest.importorskip("vit_pytorch", reason='needs the extra "peers"')
+    with torch.device("meta"):
+        model = build(name, 224)
+    assert 5e6 < sum(p.numel() for p in model.parameters()) < 1e8
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_networks_of_other_libraries_give_logits(name):
+    pytest.importorskip("vit_pytorch", reason='needs the extra "peers"')
+    shallow = "depths=[1,1,1,1]" if name.startswith("pvt") else "depth=1"
+    with torch.no_grad():
+        assert build(f"{name}:{shallow}", 64)(torch.randn(2, 3, 64, 64)).shape == (2, 1000)
+
+
+def test_the_papers_networks_are_named_with_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr("transcnn.commands.compare.PAPER", {"transcnn_test": None})
+    assert [row["model"] for row in compare("paper", sizes="32", engine="eager", **QUICK)] == ["transcnn_test"]
+    assert "no library that is kept has it: CeiT (arXiv 2103.11816)" in capsys.readouterr().out
+
+
+def test_without_the_extra_its_networks_leave_the_others_their_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vit_pytorch", None)
+    monkeypatch.setitem(sys.modules, "vit_pytorch.deepvit", None)
+    rows = compare("deepvit_s,transcnn_test", sizes="32", engine="eager", **QUICK)
+    assert rows[0]["images_per_s"] is None
+    assert 'pip install "transcnn[peers]"' in rows[0]["note"]
+    assert rows[1]["images_per_s"] > 0
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])

@@ -15,6 +15,7 @@ import torch
 
 from ..compare.engines import ENGINES, load_reference
 from ..compare.measuring import PAPER, REFERENCE, Case, measure, peak_memory, prepare_case, show_progress, title
+from ..compare.peers import MISSING
 from ..compare.plot import draw
 from ..errors import UserError
 
@@ -44,7 +45,8 @@ def compare(
 
     Args:
         models: Networks of this package, timm or torchvision, separated by commas; paper stands for all that the paper
-            compares with. Arguments go behind a colon, as in transcnn_tiny:grid_sizes=auto:pool_ratios=auto.
+            compares with, five of which come with the extra "peers". Arguments go behind a colon, as in
+            transcnn_tiny:grid_sizes=auto:pool_ratios=auto.
         sizes: Sides of the images in pixels, separated by commas.
         batch: Images at a time.
         dtype: fp32, bf16, fp16, or several separated by commas; eager engines use autocast for the latter two.
@@ -97,6 +99,8 @@ def compare(
             peak_memory(case, reference)
     show_progress("")
     _print(cases)
+    if "paper" in _items(models):
+        print(f"not compared, as no library that is kept has it: {', '.join(MISSING)}")
     rows = [{key: value for key, value in asdict(case).items() if key != "times"} for case in cases]
     if out:
         _write(Path(out), rows, device)

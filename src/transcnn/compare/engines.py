@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..checkpoints.published import convert_state_dict
 from ..errors import UserError, require
 from ..fast import accelerate_training, optimize
+from .peers import PEERS
 
 __all__ = ["ENGINES", "build", "load_reference", "prepare", "prepare_training", "same_weights"]
 
@@ -34,7 +35,8 @@ class Skipped(Exception):
 def build(spec: str, size: int) -> nn.Module:
     """A network with fresh weights for images of side ``size``, in evaluation mode.
 
-    ``spec`` is a name of ours, timm's or torchvision's, and arguments if need be: ``NAME:KEY=VALUE:KEY=VALUE``.
+    ``spec`` is a name of ours, timm's, torchvision's or :mod:`.peers`, and arguments if need be:
+    ``NAME:KEY=VALUE:KEY=VALUE``.
     """
     import timm
     from torchvision.models import get_model
@@ -56,8 +58,12 @@ def build(spec: str, size: int) -> nn.Module:
         model = timm.create_model(name, **arguments)
     elif name in torchvision_models():
         model = get_model(name, weights=None, **arguments)
+    elif name in PEERS:
+        model = PEERS[name](size, **arguments)
     else:
-        raise UserError(f"neither transcnn, timm nor torchvision has a network called {name!r}")
+        raise UserError(
+            f"neither transcnn, timm nor torchvision has a network called {name!r}, nor is it one of {', '.join(PEERS)}"
+        )
     if isinstance(model, TransCNN):
         randomise(model)
     return model.eval()

@@ -26,8 +26,9 @@ from .engines import build, load_reference, prepare, prepare_training, same_weig
 
 __all__ = ["PAPER", "REFERENCE", "Case", "measure", "peak_memory", "prepare_case", "show_progress", "title"]
 
-# What arXiv 2106.03180 compares with, as far as timm has it, in the sizes nearest to ours; ImageNet-1K top-1 in percent
-# as each network's own paper reports it (ResNet and ResNeXt: torchvision's first weights), None where it gives none.
+# What arXiv 2106.03180 compares with or builds on, as far as a library has it (peers.py: what timm lacks), in the sizes
+# nearest to ours; ImageNet-1K top-1 in percent as each network's own paper reports it (ResNet and ResNeXt:
+# torchvision's first weights), None where it gives none or the library's network is another than the paper's.
 PAPER: dict[str, float | None] = {
     **PAPER_TOP1,
     "resnet18": 69.8,
@@ -47,6 +48,11 @@ PAPER: dict[str, float | None] = {
     "coat_lite_small": 81.9,
     "pit_s_224": 80.9,
     "mvitv2_tiny": 82.3,
+    "pvt_tiny": 75.1,
+    "pvt_small": 79.8,
+    "deepvit_s": None,
+    "t2t_vit_14": None,
+    "localvit_t": None,
 }
 REFERENCE = "reference"
 
