@@ -14,9 +14,10 @@ import torch
 from huggingface_hub import ModelCard
 from torch import nn
 
+from transcnn import from_pretrained
 from transcnn import weights as own
 from transcnn.checkpoints import hub
-from transcnn.checkpoints.hub import from_pretrained, model_card, push_to_hub, save_pretrained
+from transcnn.checkpoints.hub import model_card, push_to_hub, save_pretrained
 from transcnn.checkpoints.loading import load, save_weights
 from transcnn.commands import pack_weights
 from transcnn.commands.evaluate import evaluate

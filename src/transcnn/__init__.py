@@ -14,6 +14,7 @@ __all__ = [
     "attention_maps",
     "attention_rollout",
     "create_model",
+    "from_pretrained",
     "list_models",
     "load_checkpoint",
     "load_host",
@@ -28,6 +29,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .attention import HMHSA
     from .backbone import TransCNN
+    from .checkpoints.folders import from_pretrained
     from .checkpoints.published import load_checkpoint
     from .explain import attention_maps, attention_rollout
     from .fast import optimize
@@ -40,6 +42,7 @@ _HOMES = {
     "attention_maps": "explain",
     "attention_rollout": "explain",
     "create_model": "variants",
+    "from_pretrained": "checkpoints.folders",
     "list_models": "variants",
     "load_checkpoint": "checkpoints.published",
     "load_host": "plugging.plug",

@@ -18,6 +18,7 @@ FORMER_NAMES = {"weights_back": "logit_adjustment"}
 
 MAX_CHARACTERS = 1 << 18  # of a recipe; ours have less than 3,000
 MAX_DEPTH = 20  # of lists and dictionaries inside each other
+MAX_VALUES = 200_000  # inside of one; of a file's header, most are names of classes
 
 _TAGS = {None, "!", *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map"))}
 
@@ -45,27 +46,33 @@ def load_plain(text: str) -> Any:
     return value
 
 
-def check_plain(value: Any, name: str, depth: int = 0) -> None:
-    """See that a value is plain.
+def check_plain(value: Any, name: str) -> None:
+    """See that a value is plain, and not too large: what stands in many places counts in each of them.
 
     Raises:
-        ValueError: It isn't, or is nested more than ``MAX_DEPTH`` deep; ``name`` says what it is the value of.
+        ValueError: It isn't, is nested more than ``MAX_DEPTH`` deep, or has more than ``MAX_VALUES`` values inside;
+            ``name`` says what it is the value of.
     """
-    if depth > MAX_DEPTH:
-        raise ValueError(f"{name} is nested more than {MAX_DEPTH} deep")
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str | int | float | bool):
-                raise ValueError(f"{name} has a key that is neither a name nor a number")
-            check_plain(item, f"{name}.{key}" if depth < 3 else name, depth + 1)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            check_plain(item, name, depth + 1)
-    elif value is not None and type(value) not in (str, bool, int, float):
-        kinds = "a number, a string, true, false, null, or a list or names with values of these"
-        raise ValueError(f"{name} must be {kinds}, got a {type(value).__name__}")
-    elif isinstance(value, int) and value and math.log10(abs(value)) > 300:
-        raise ValueError(f"{name} has too many digits")
+    todo, found = [(value, name, 0)], 0
+    while todo:
+        item, name, depth = todo.pop()
+        found += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"{name} is nested more than {MAX_DEPTH} deep")
+        if isinstance(item, dict | list | tuple):
+            if found + len(todo) + len(item) > MAX_VALUES:
+                raise ValueError(f"{name} has more than {MAX_VALUES:,} values")
+            if isinstance(item, dict):
+                if not all(isinstance(key, str | int | float | bool) for key in item):
+                    raise ValueError(f"{name} has a key that is neither a name nor a number")
+                todo += [(inner, f"{name}.{key}"[:80] if depth < 3 else name, depth + 1) for key, inner in item.items()]
+            else:
+                todo += [(inner, name, depth + 1) for inner in item]
+        elif item is not None and type(item) not in (str, bool, int, float):
+            kinds = "a number, a string, true, false, null, or a list or names with values of these"
+            raise ValueError(f"{name} must be {kinds}, got a {type(item).__name__}")
+        elif isinstance(item, int) and item and math.log10(abs(item)) > 300:
+            raise ValueError(f"{name} has too many digits")
 
 
 def _check_events(text: str) -> None:

@@ -1,73 +1,135 @@
 """What a file of weights says of itself, checked before anything is built from it.
 
-Files come from strangers: damaged or made up, what they say must end in one clear error, and never in a network or an
-image that doesn't fit into memory. (Needs no torch: exported files are checked here, too.)
+Files may be damaged or made up: what they say must end in one clear error, and never in a file that is read, written or
+fetched, nor in a network or an image that doesn't fit into memory. (Needs no torch: exported files are checked, too.)
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import UserError
+from ..plain import check_plain, with_new_names
+from .arguments import check_task_args, short
 
-__all__ = ["check_stored"]
+__all__ = ["check_class_names", "check_data_config", "check_settings", "check_stored", "refused"]
 
-LARGEST_SIDE = 1 << 14  # pixels of an input
-LARGEST_NUMBER = 1 << 14  # among a network's arguments: widths, depths, sizes
+MAX_SIDE = 1 << 13  # pixels of an input
+MAX_CLASSES = 1 << 16
+MAX_NAME = 1000  # characters of a class's name
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random")
+CROP_MODES = ("center", "squash", "border")
+TASKS = ("classify", "segment", "detect")
 
 
 def check_stored(info: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """See that class names, preprocessing and the network's arguments are what they should be.
+    """See that class names, preprocessing and the task's settings are what they should be.
 
     Raises:
         UserError: They aren't.
     """
-    try:
+    with refused(path):
         _check(info)
+
+
+@contextmanager
+def refused(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of the checks inside as one of the file at ``path``: a UserError of one line."""
+    try:
+        yield
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else (str(error) or "?").splitlines()[0]
-        raise UserError(f"what {os.fspath(path)} says of itself is damaged: {reason}") from error
+        reason = f"{short(error.args[0])} is missing" if isinstance(error, KeyError) else str(error) or "?"
+        raise UserError(f"what {os.fspath(path)} says of itself is damaged: {reason.splitlines()[0]}") from error
 
 
 def _check(info: dict[str, Any]) -> None:
+    check_plain(info, "the header")
     names = info["class_names"]
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError("class_names must be a list of names")
-    if info.get("task", "classify") not in ("classify", "segment", "detect"):
-        raise ValueError(f"there is no task {_short(info['task'])}")
+    check_class_names(names)
+    task = info.get("task", "classify")
+    if task not in TASKS:
+        raise ValueError(f"there is no task {short(task)}")
     for key in ("model_args", "task_args", "settings"):
         if not isinstance(info.get(key, {}) or {}, dict):
-            raise ValueError(f"{key} must be names with values, got {_short(info[key])}")
-    _check_numbers(info.get("model_args"))
-    config = info["data_config"]
+            raise ValueError(f"{key} must be names with values, got {short(info[key])}")
+    check_task_args(task, info.get("task_args") or {}, len(names))
+    check_data_config(info["data_config"])
+    args = info.get("model_args") or {}
+    for key, value in (("num_classes", len(names)), ("in_chans", info["data_config"]["input_size"][0])):
+        if args.get(key, value) != value:
+            raise ValueError(f"model_args: {key} is {short(args[key])}, all else is for {value}")
+    for key, value in info.items():
+        if (key == "epoch" or key.startswith(("val_", "test_"))) and not (
+            _is_finite(value) or isinstance(value, float)
+        ):
+            raise ValueError(f"{short(key)} must be a number, got {short(value)}")
+    for key in ("data", "version"):
+        if not isinstance(info.get(key) or "", str):
+            raise ValueError(f"{key} must be a text, got {short(info[key])}")
+
+
+def check_settings(saved: Any, defaults: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings that a run was stored with, those of ``defaults`` where it lacks some.
+
+    Raises:
+        UserError: They aren't names with plain values of the same types as the defaults.
+    """
+    with refused(path):
+        check_plain(saved, "settings")
+        return _fitted("settings", with_new_names(saved), defaults)
+
+
+def _fitted(group: str, saved: Any, defaults: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(saved, dict):
+        raise ValueError(f"{group} must be names with values, got {short(saved)}")
+    if unknown := [name for name in saved if name not in defaults]:
+        raise ValueError(f"{group}: there is no {short(unknown[0])}")
+    found = dict(defaults)
+    for name, value in saved.items():
+        default = defaults[name]
+        if isinstance(default, dict):
+            found[name] = _fitted(name, value, default)
+            continue
+        numbers = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
+        if default is not None and value is not None and type(value) is not type(default) and not numbers:
+            raise ValueError(f"{group}: {name} must be a {type(default).__name__}, got {short(value)}")
+        found[name] = value
+    return found
+
+
+def check_class_names(names: Any) -> None:
+    """Raise ValueError unless ``names`` is a list of names, not too many nor too long."""
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError("class_names must be a list of names")
+    if len(names) > MAX_CLASSES or max(map(len, names)) > MAX_NAME:
+        raise ValueError(f"class_names may be {MAX_CLASSES:,} names of {MAX_NAME:,} characters at most")
+
+
+def check_data_config(config: Any) -> None:
+    """Raise ValueError unless ``config`` says how images become input, in timm's words."""
+    if not isinstance(config, dict):
+        raise ValueError(f"data_config must be names with values, got {short(config)}")
     channels, *sides = config["input_size"]
-    if not all(_is_int(side) and 1 <= side <= LARGEST_SIDE for side in sides) or len(sides) != 2:
-        raise ValueError(f"input_size must be channels, height and width, got {_short(config['input_size'])}")
+    if not all(_is_int(side) and 1 <= side <= MAX_SIDE for side in sides) or len(sides) != 2:
+        raise ValueError(f"input_size must be channels, height and width, got {short(config['input_size'])}")
     if not _is_int(channels) or not 1 <= channels <= 4:
-        raise ValueError(f"images have 1 to 4 channels, got {_short(channels)}")
+        raise ValueError(f"images have 1 to 4 channels, got {short(channels)}")
     for key in ("mean", "std"):
         values = config[key]
         if not isinstance(values, list) or len(values) != channels or not all(_is_finite(value) for value in values):
-            raise ValueError(f"{key} must be a number for each channel, got {_short(values)}")
+            raise ValueError(f"{key} must be a number for each channel, got {short(values)}")
     if min(config["std"]) <= 0:
-        raise ValueError(f"std must be above 0, got {_short(config['std'])}")
+        raise ValueError(f"std must be above 0, got {short(config['std'])}")
     if config["interpolation"] not in INTERPOLATIONS:
-        raise ValueError(f"there is no interpolation {_short(config['interpolation'])}")
-    if not _is_finite(config["crop_pct"]) or not 0.05 <= config["crop_pct"] <= 1:
-        raise ValueError(f"crop_pct must be from 0.05 to 1, got {_short(config['crop_pct'])}")
-
-
-def _check_numbers(value: Any) -> None:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            _check_numbers(item)
-    elif isinstance(value, int | float) and not abs(value) <= LARGEST_NUMBER:
-        raise ValueError(f"no network has an argument of {_short(value)}")
+        raise ValueError(f"there is no interpolation {short(config['interpolation'])}")
+    if not _is_finite(config["crop_pct"]) or not 0.05 <= config["crop_pct"] <= 2:
+        raise ValueError(f"crop_pct must be from 0.05 to 2, got {short(config['crop_pct'])}")
+    if config.get("crop_mode", "center") not in CROP_MODES:
+        raise ValueError(f"crop_mode must be one of {', '.join(CROP_MODES)}, got {short(config['crop_mode'])}")
 
 
 def _is_int(value: Any) -> bool:
@@ -75,9 +137,4 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < 1e9 and math.isfinite(value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value) if not isinstance(value, int) or abs(value) < 1e18 else "a number of many digits"
-    return text if len(text) <= 80 else f"{text[:80]}..."
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9 and math.isfinite(value)

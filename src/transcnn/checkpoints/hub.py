@@ -21,24 +21,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from timm.models import save_for_hf
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UserError
-from ..plugging.plug import plug_like, plug_spec
+from ..plugging.plug import plug_spec
 from .files import atomic_write
+from .folders import CONFIG
 from .loading import Loaded, data_config_of, load
-from .published import load_checkpoint
 
-__all__ = ["from_pretrained", "load_folder", "model_card", "push_to_hub", "save_pretrained"]
+__all__ = ["model_card", "push_to_hub", "save_pretrained"]
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
 CARD = "README.md"
 # Of a data set of ours what the hub calls it (None: nothing), and how it is written; folders stay folders.
 DATA_SETS: dict[str, tuple[str | None, str]] = {
@@ -90,37 +87,6 @@ def save_pretrained(
     card = str(model_card(loaded, licence=licence))
     atomic_write(folder / CARD, lambda path: path.write_text(card, encoding="utf-8"))
     return folder
-
-
-def from_pretrained(source: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
-    """The network of a folder that :func:`save_pretrained` wrote, or of a repository on the hub, for evaluation.
-
-    Its ``pretrained_cfg`` holds ``label_names`` and how images are made.
-
-    Args:
-        source: A folder, or ``user/name`` on the hub.
-        kwargs: Changes for ``timm.create_model``, such as ``num_classes`` (a fresh head) or ``features_only``.
-
-    Raises:
-        UserError: Neither a folder nor a repository, or one without a network in timm's layout.
-    """
-    folder = _find(source)
-    config = _read_config(folder)
-    spec = config.get("plug")
-    try:
-        model = timm.create_model(f"local-dir:{folder}", pretrained=not spec, **kwargs)
-        if spec:
-            load_checkpoint(plug_like(model, spec), folder / WEIGHTS)
-    except UserError:
-        raise
-    except (RuntimeError, TypeError, ValueError, OSError) as error:
-        raise UserError(f"can't load {source}: {str(error).splitlines()[0]}") from error
-    return model.eval()
-
-
-def load_folder(folder: str | os.PathLike[str]) -> Loaded:
-    """The network of a folder, as :func:`transcnn.checkpoints.loading.load` gives it."""
-    return replace(_as_loaded(from_pretrained(folder), None, None), source=os.fspath(folder))
 
 
 def push_to_hub(
@@ -246,30 +212,6 @@ def _mend_config(path: Path) -> None:
     config.get("model_args", {}).pop("num_classes", None)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _find(source: str | os.PathLike[str]) -> Path:
-    if Path(source).is_dir():
-        return Path(source)
-    name = os.fspath(source)
-    try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise UserError(f"{name} is no folder, and the hub doesn't give it: {reason}") from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} is no folder of save_pretrained: it holds no {name}")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        assert isinstance(config, dict)
-        assert isinstance(config["architecture"], str)
-    except (ValueError, KeyError, AssertionError) as error:
-        raise UserError(f"{folder / CONFIG} doesn't name a network of timm") from error
-    return config
 
 
 # --- the card ---------------------------------------------------------------------------------------------------

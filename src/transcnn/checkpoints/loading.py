@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,9 @@ from torch import nn
 from ..dense.build import build_network
 from ..errors import UserError
 from ..plugging.build import build_model
+from .bounded import build_bounded, registered
 from .files import atomic_write
+from .folders import CONFIG, from_pretrained
 from .header import check_stored
 from .published import load_checkpoint
 
@@ -77,17 +78,15 @@ def save_weights(path: Path, weights: nn.Module | Mapping[str, torch.Tensor], in
 def load(source: str | os.PathLike[str]) -> Loaded:
     """The model that a run directory, a .safetensors or .ckpt of ours, or the name of published weights stands for.
 
-    A directory that ``save_pretrained`` wrote is one as well.
+    A folder that ``save_pretrained`` wrote is one as well, and ``hf-hub:USER/NAME``, a repository on the hub.
 
     Raises:
         UserError: There is no such thing, it is damaged, or its weights don't fit.
     """
     path = Path(source)
     if path.is_dir():
-        if (path / "config.json").is_file():
-            from .hub import load_folder  # the hub's libraries take time to import
-
-            return load_folder(path)
+        if (path / CONFIG).is_file():
+            return _load_pretrained(path)
         found = [path / name for name in ("best.safetensors", "last.ckpt") if (path / name).is_file()]
         if not found:
             raise UserError(f"{path} is no run directory: it holds neither best.safetensors nor last.ckpt")
@@ -95,7 +94,10 @@ def load(source: str | os.PathLike[str]) -> Loaded:
     if path.is_file():
         return _load_file(path)
     name = os.fspath(source)
-    if (os.sep in name and ":" not in name) or path.suffix in (".safetensors", ".ckpt", ".pth", ".pt"):
+    scheme, _, rest = name.partition(":")
+    if scheme in ("hf-hub", "local-dir"):
+        return _load_pretrained(rest)
+    if os.sep in name or path.suffix in (".safetensors", ".ckpt", ".pth", ".pt"):
         raise UserError(f"no such file or directory: {name}")
     return _load_published(name)
 
@@ -124,36 +126,37 @@ def _load_file(path: Path) -> Loaded:
             f"{path} doesn't say which model it is for; from Python: transcnn.load_checkpoint(create_model(...), path)"
         )
     check_stored(info, path)
+    name = registered(info["model"], info.get("model_args") or {}, path)
     config = info["data_config"]
     names = info["class_names"]
     task = info.get("task", "classify")
     args = {"num_classes": len(names), "in_chans": config["input_size"][0], **(info.get("model_args") or {})}
-    build = partial(build_network, task, str(info["model"]), info.get("task_args"), **args)
-    _refuse_too_large(build, path)
-    model = build()
+    model = build_bounded(partial(build_network, task, name, info.get("task_args"), **args), path)
     load_checkpoint(model, path)
     return Loaded(model.eval(), task, names, config, str(path), info)
 
 
-def _refuse_too_large(build: Callable[[], nn.Module], path: Path) -> None:
-    """Refuse a network with more weights than its file has bytes, before memory is taken for it."""
-    weights = 0
-    with suppress(NotImplementedError, RuntimeError), torch.device("meta"):  # some networks can't be built without data
-        weights = sum(parameter.numel() for parameter in build().parameters())
-    if weights > path.stat().st_size:
-        raise UserError(
-            f"{path} has {path.stat().st_size:,} bytes, but says it is for a network of {weights:,} weights"
-        )
+def _load_pretrained(source: str | os.PathLike[str]) -> Loaded:
+    """A folder that ``save_pretrained`` wrote, or a repository on the hub."""
+    model = from_pretrained(source)
+    cfg: Any = model.pretrained_cfg
+    config = data_config_of(model, int(model.in_chans))  # pyright: ignore
+    return Loaded(model, "classify", class_names_of(model), config, os.fspath(source), {"model": cfg["architecture"]})
 
 
 def _load_published(name: str) -> Loaded:
     model = build_model(name, pretrained=True).eval()
+    config = data_config_of(model, int(getattr(model, "in_chans", 3)))
+    return Loaded(model, "classify", class_names_of(model), config, name, {"model": name})
+
+
+def class_names_of(model: nn.Module) -> list[str]:
+    """The names of a classifier's outputs: those of its pretrained_cfg, else ImageNet's for 1000, else numbers."""
     classes = int(model.num_classes)  # pyright: ignore
     names: list[str] = list((getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ())
-    if len(names) != classes:
-        names = [str(i) for i in range(classes)]
-        if classes == 1000:
-            info = ImageNetInfo()
-            names = [str(info.index_to_description(i)).split(",")[0] for i in range(classes)]
-    in_chans = int(getattr(model, "in_chans", 3))
-    return Loaded(model, "classify", names, data_config_of(model, in_chans), name, {"model": name})
+    if len(names) == classes:
+        return names
+    if classes == 1000:
+        info = ImageNetInfo()
+        return [str(info.index_to_description(i)).split(",")[0] for i in range(classes)]
+    return [str(i) for i in range(classes)]

@@ -68,11 +68,11 @@ def load_checkpoint(model: Model, path: str | Path, *, strict: bool = True) -> M
 
     Raises:
         UserError: No such file, one that can't be read or would run code, or tensors that are missing, unexpected or
-            of another shape (all of them listed).
+            of another shape (counted, the first ones named).
     """
     match = _match(model, path)
     lists = {"missing": match.missing, "unexpected": match.unexpected, "of another shape": match.misshapen}
-    problems = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in lists.items() if names)
+    problems = "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in lists.items() if names)
     if problems and (strict or not match.fitting):
         raise UserError(f"{path} does not fit this {type(model).__name__}: {problems}")
     model.load_state_dict(match.fitting, strict=False)
@@ -106,6 +106,10 @@ def load_body(body: nn.Module, path: str | Path) -> tuple[int, list[str]]:
         )
     body.load_state_dict(match.fitting)
     return len(match.fitting), match.unexpected
+
+
+def _first(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @dataclass

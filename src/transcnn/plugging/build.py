@@ -20,8 +20,10 @@ def build_model(name: str, plug: Any = None, **kwargs: Any) -> nn.Module:
 
     ``plug`` puts H-MHSA in, as :func:`transcnn.plug_like` takes it: a spec, names or patterns.
     """
-    base = name.split(".")[0].split("/")[-1]
-    if ":" not in name and not timm.is_model(base):
+    base = name.split(".")[0]
+    if not timm.is_model(base):
+        if ":" in name or "/" in name:  # timm would read hf-hub:... and local-dir:..., and do what they say
+            raise UserError(f"a model is named as timm lists it, got {name!r}; other weights: --init_from")
         near = difflib.get_close_matches(base, timm.list_models(), n=4, cutoff=0.5)
         hint = f"near ones: {', '.join(near)}" if near else "transcnn models lists ours, timm.list_models() all"
         raise UserError(f"no model is named {name!r}; {hint}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +11,17 @@ from typing import Any
 import torch
 from timm.layers import convert_sync_batchnorm
 
+from ..checkpoints.arguments import check_model_args, check_plug
+from ..checkpoints.bounded import build_bounded, own_arguments, registered
+from ..checkpoints.folders import CONFIG, WEIGHTS
+from ..checkpoints.header import refused
 from ..checkpoints.loading import data_config_of, load, read_info
 from ..checkpoints.published import load_body, load_checkpoint
 from ..data.sources.source import abbreviate
 from ..dense.build import build_network
 from ..distributed.processes import world
+from ..errors import UserError
+from ..plain import check_plain
 from ..plugging.plug import plug as plug_in
 from ..plugging.plug import plug_like, plug_spec
 from ..settings import Augment, Distill, Optim
@@ -50,13 +57,42 @@ def make_learner(
     return learner
 
 
-def make_network(s: SimpleNamespace, splits: Any, task_args: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """The network, and the arguments that make it again."""
+def make_network(
+    s: SimpleNamespace, splits: Any, task_args: dict[str, Any], resumed: Path | None = None
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The network, and the arguments that make it again; of a run that goes on, that of its checkpoint's header."""
+    if resumed:
+        network, args = _made_again(s, splits, task_args, resumed)
+    else:
+        network, args = _made_new(s, splits, task_args)
+    if s.grad_checkpointing:
+        network.set_grad_checkpointing(True)  # pyright: ignore
+    if world() > 1 and torch.cuda.is_available() and s.accelerator != "cpu":
+        # timm's: PyTorch's would drop the activations that some norms hold. On CPUs there is none.
+        network = convert_sync_batchnorm(network)
+    return network, args
+
+
+def _made_again(
+    s: SimpleNamespace, splits: Any, task_args: dict[str, Any], resumed: Path
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Weights follow from the checkpoint, so nothing is downloaded nor read from where the run began."""
+    args = read_info(resumed).get("model_args") or {}
+    name = registered(s.model, args, resumed)
+    sizes = {"num_classes": len(splits.class_names), "in_chans": splits.in_chans}
+    every = {**sizes, **args, **_drop_path(s)}
+    return build_bounded(partial(build_network, s.task, name, task_args, **every), resumed), args
+
+
+def _made_new(s: SimpleNamespace, splits: Any, task_args: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
     args = dict(s.model_args or {})
     if s.drop_rate is not None:
         args["drop_rate"] = s.drop_rate
-    drop_path = {"drop_path_rate": s.drop_path_rate} if s.drop_path_rate else {}
     given = args.pop("plug", None)
+    try:
+        check_model_args(args, own_arguments(s.model))  # what no file may hold could not be loaded again
+    except ValueError as error:
+        raise UserError(str(error)) from error
     network = build_network(
         s.task,
         s.model,
@@ -64,8 +100,7 @@ def make_network(s: SimpleNamespace, splits: Any, task_args: dict[str, Any]) -> 
         pretrained=s.pretrained,
         num_classes=len(splits.class_names),
         in_chans=splits.in_chans,
-        **args,
-        **drop_path,
+        **{**args, **_drop_path(s)},
     )
     # What is plugged, and what a classifier's weights are for.
     host: torch.nn.Module = network if s.task == "classify" else network.body  # pyright: ignore
@@ -84,12 +119,12 @@ def make_network(s: SimpleNamespace, splits: Any, task_args: dict[str, Any]) -> 
         args["plug"] = plug_spec(host)
     if start and held:
         _take(s, network if whole else host, start, whole)
-    if s.grad_checkpointing:
-        network.set_grad_checkpointing(True)  # pyright: ignore
-    if world() > 1 and torch.cuda.is_available() and s.accelerator != "cpu":
-        # timm's: PyTorch's would drop the activations that some norms hold. On CPUs there is none.
-        network = convert_sync_batchnorm(network)
     return network, args
+
+
+def _drop_path(s: SimpleNamespace) -> dict[str, float]:
+    """Stochastic depth, which is for training alone: files don't hold it."""
+    return {"drop_path_rate": s.drop_path_rate} if s.drop_path_rate else {}
 
 
 def _take(s: SimpleNamespace, part: torch.nn.Module, weights: Path, whole: bool) -> None:
@@ -105,7 +140,15 @@ def _take(s: SimpleNamespace, part: torch.nn.Module, weights: Path, whole: bool)
 
 def _info_of(weights: Path) -> dict[str, Any]:
     """What a file of ours says of its network; nothing for files of others."""
-    return read_info(weights) if weights.suffix in (".safetensors", ".ckpt") and weights.is_file() else {}
+    info = read_info(weights) if weights.suffix in (".safetensors", ".ckpt") and weights.is_file() else {}
+    with refused(weights):
+        check_plain(info, "the header")
+        for key in ("model_args", "task_args"):
+            if not isinstance(info.get(key) or {}, dict):
+                raise ValueError(f"{key} must be names with values")
+        if held := (info.get("model_args") or {}).get("plug"):
+            check_plug(held)
+    return info
 
 
 def _kind(task: str | None, task_args: dict[str, Any] | None) -> tuple[str, str]:
@@ -116,4 +159,6 @@ def _kind(task: str | None, task_args: dict[str, Any] | None) -> tuple[str, str]
 
 def _find_weights(source: str) -> Path:
     path = Path(source)
+    if (path / CONFIG).is_file():
+        return path / WEIGHTS
     return Path(load(path).source) if path.is_dir() else path

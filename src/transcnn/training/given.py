@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import yaml
 
+from ..checkpoints.bounded import registered
 from ..checkpoints.files import remove_stale_temporaries
+from ..checkpoints.header import check_settings, check_stored
 from ..checkpoints.loading import read_info
 from ..distributed.processes import attempt
 from ..errors import UserError
-from ..plain import check_plain, with_new_names
 from .checkpointing import LAST, PREVIOUS, newest_good, note
 from .run_dir import made_by_this_launch
 
@@ -65,14 +66,13 @@ def find_resumed(resume: str) -> Path:
 
 def resumed_settings(given: dict[str, Any], defaults: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     """The settings of the run that goes on; of the given ones only those of ``FREE`` can change them."""
-    saved = read_info(checkpoint).get("settings")
+    info = read_info(checkpoint)
+    saved = info.get("settings")
     if not saved:
         raise UserError(f"{checkpoint} was not written by transcnn train; to start from its weights use --init_from")
-    try:
-        check_plain(saved, "settings")
-    except ValueError as error:
-        raise UserError(f"{checkpoint} is damaged: {error}") from error
-    settings = {**defaults, **with_new_names(saved)}
+    check_stored(info, checkpoint)
+    registered(info.get("model"), info.get("model_args") or {}, checkpoint)
+    settings = check_settings(saved, defaults, checkpoint)
     for name, value in given.items():
         if value == defaults[name] or value == settings[name] or name in PRESENT:
             continue

@@ -57,7 +57,7 @@ def _run(s: SimpleNamespace, resumed: Path | None, lr_factor: float | None) -> T
         s.data, task_args, val_fraction=s.val_fraction, seed=s.seed, strict=s.strict_data, in_chans=s.in_chans
     )
     task_args = {**task_args, **splits.task_args}
-    network, args = make_network(s, splits, task_args)
+    network, args = make_network(s, splits, task_args, resumed)
     config = data_config_of(network, splits.in_chans, s.img_size)
     learner = make_learner(s, splits, network, config, task_args)
     loaders = None if assumed else _loaders(s, task_class, splits, config, task_args)
