@@ -35,8 +35,8 @@ import transcnn
 from transcnn.attention import grid_attention as plain_grids
 from transcnn.compare.engines import randomise
 from transcnn.fast import accelerate_training, record_training
-from transcnn.kernels.gpu.graphs import RecordedInference
-from transcnn.kernels.gpu.grids import grid_attention
+from transcnn.fast.cuda_graphs import CapturedInference
+from transcnn.fast.triton.local_attention import grid_attention
 from transcnn.report.plots import BLUE, ORANGE, draw_bars, new_figure, style
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -211,7 +211,7 @@ def _compiled(model: nn.Module) -> nn.Module:
 
 def _forward(model: nn.Module, x: torch.Tensor, graph: bool = False) -> Callable[[], Any]:
     model = model.cuda().eval().to(memory_format=LAST)  # pyright: ignore
-    model = RecordedInference(model) if graph else model
+    model = CapturedInference(model) if graph else model
 
     def run() -> Any:
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 import transcnn
 from transcnn.attention import LocalStep
-from transcnn.blocks import StridedConv2d
-from transcnn.depthwise import DepthwiseConv2d
+from transcnn.layers import DepthwiseConv2d, StridedConv2d
 
 
 def plain(model: nn.Module | str = "transcnn_tiny") -> nn.Module:

@@ -21,7 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from transcnn.compare.engines import build, prepare, prepare_training
-from transcnn.kernels.native import calls
+from transcnn.fast.cpu import call as cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = {"inference fp32": 8, "inference bf16": 8, "training bf16": 16}
@@ -30,13 +30,13 @@ PASSES = 5
 
 def show_kernels() -> None:
     """Have the profiler see our kernels, too."""
-    call = calls.call
+    call = cpu.call
 
     def seen(name: str, *arguments: object, **options: object) -> None:
         with record_function(f"transcnn::{name}"):
             call(name, *arguments, **options)  # pyright: ignore
 
-    calls.call = seen  # pyright: ignore
+    cpu.call = seen  # pyright: ignore
 
 
 def measure(case: str, threads: int) -> list[tuple[str, float]]:

@@ -24,8 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import reference
 import transcnn
 from transcnn.backbone import TransCNN
-from transcnn.blocks import Block, DualDownsample, StridedConv2d
+from transcnn.blocks import Block, DualDownsample
 from transcnn.fast import optimize
+from transcnn.layers import StridedConv2d
 from transcnn.variants import VARIANTS
 
 HATNET = dict(design="hatnet", norm_layer="groupnorm1")

@@ -12,10 +12,11 @@ import transcnn
 from transcnn.attention import attend as training_attend
 from transcnn.errors import UserError
 from transcnn.fast import fold_batchnorms, optimize
-from transcnn.kernels import attend as kernel
-from transcnn.kernels import parts
-from transcnn.kernels.blocks import FastBlock, FastDualDownsample, FastHMHSA, FastResidual, FastStem
-from transcnn.kernels.native import calls
+from transcnn.fast.cpu import build
+from transcnn.fast.inference import attend as kernel
+from transcnn.fast.inference import tiles
+from transcnn.fast.inference.attention import FastHMHSA
+from transcnn.fast.inference.blocks import FastBlock, FastDualDownsample, FastInvertedResidual, FastStem
 
 SIZES = [(64, 64), (97, 131), (33, 40)]
 NETWORKS = {
@@ -66,16 +67,16 @@ def test_equal_at_every_size(kind):
 @pytest.mark.parametrize("kind", ["transcnn", "hatnet", "three levels", "large kernels"])
 @pytest.mark.parametrize("cache", [1, 10_000, 40_000])  # bytes: a few rows, more rows, one image at a time
 @torch.no_grad()
-def test_work_in_parts_changes_nothing(kind, cache, monkeypatch):
+def test_computing_in_tiles_changes_nothing(kind, cache, monkeypatch):
     model = network(**NETWORKS.get(kind, dict(kernel_sizes=(7, 5, 5, 3))))
     fast, x = optimize(model), torch.randn(3, 3, 113, 70)
     whole = fast(x)
     block = next(module for module in fast.modules() if isinstance(module, FastBlock))
-    residual = next(module for module in block.modules() if isinstance(module, FastResidual))
+    residual = next(module for module in block.modules() if isinstance(module, FastInvertedResidual))
     sizes: dict[str, list[int]] = {"qkv": [], "q": [], "hidden": []}
     for name, module in (("qkv", block.attn.local[0].qkv), ("q", block.attn.q), ("hidden", residual.expand)):
         module.register_forward_hook(lambda module, inputs, output, name=name: sizes[name].append(output.nbytes))
-    monkeypatch.setattr(parts, "CACHE", cache)
+    monkeypatch.setattr(tiles, "CACHE", cache)
     assert error(fast(x), model(x)) <= 1e-5
     assert error(fast(x), whole) <= 1e-6
     assert all(len(calls) >= 2 * 3 for calls in sizes.values())  # two passes, each image by itself at least
@@ -93,21 +94,21 @@ def test_steps_that_merge_nothing_between_them():
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 7), (2, 64, 64), (1, 512, 512), (2, 100, 3001), (1, 3000, 40)])
-@pytest.mark.parametrize(("channels", "unit", "reach"), [(64, 1, 0), (192, 8, 0), (512, 1, 1), (2048, 1, 3)])
-def test_parts_cover_all_once_and_keep_what_is_computed_twice_small(shape, channels, unit, reach):
+@pytest.mark.parametrize(("channels", "multiple", "halo"), [(64, 1, 0), (192, 8, 0), (512, 1, 1), (2048, 1, 3)])
+def test_tiles_cover_all_once_with_a_small_overlap(shape, channels, multiple, halo):
     batch, height, width = shape
     seen = torch.zeros(*shape, 1)
     computed = []
 
-    def count(part):
-        images, rows, columns = (side.stop - side.start for side in part)
-        assert part[1].start % unit == 0
-        assert images * rows * columns <= max(2**23 / (4 * channels), unit * width, (8 * reach) ** 2)
-        computed.append(images * min(rows + 2 * reach, height) * min(columns + 2 * reach, width))
-        seen[part] += 1
-        return seen[part].clone()
+    def count(tile):
+        images, rows, columns = (side.stop - side.start for side in tile)
+        assert tile[1].start % multiple == 0
+        assert images * rows * columns <= max(2**23 / (4 * channels), multiple * width, (8 * halo) ** 2)
+        computed.append(images * min(rows + 2 * halo, height) * min(columns + 2 * halo, width))
+        seen[tile] += 1
+        return seen[tile].clone()
 
-    assert (parts.in_parts(count, seen, channels, unit, reach) == 1).all()
+    assert (tiles.in_tiles(count, seen, channels, multiple, halo) == 1).all()
     assert sum(computed) <= 1.6 * batch * height * width  # (8 + 2)² / 8² where a tile is as small as it may get
 
 
@@ -197,7 +198,7 @@ def published() -> dict[str, nn.Module]:
 def test_autocast_is_off_inside(name, dtype, native, published, monkeypatch):
     """Under autocast some tensors that kernels were given had another dtype: wrong answers, or memory overwritten."""
     if not native:
-        monkeypatch.setattr(calls, "supports", lambda dtype: False)
+        monkeypatch.setattr(build, "supports", lambda dtype: False)
     model = published[name]
     fast = optimize(model, dtype)
     x = torch.randn(2, 3, *((32, 32) if name == "transcnn_nano" else (64, 64)))
@@ -234,23 +235,23 @@ def test_gradients_are_refused(kind):
         fast.forward_features,
         lambda x: inner(x.new_zeros(1, channels(inner), 5, 5) * x.sum()),
     ):
-        with pytest.raises(UserError, match="only infers"):
+        with pytest.raises(UserError, match="inference-only"):
             ask(x.clone().requires_grad_())
-        with torch.autograd.forward_ad.dual_level(), pytest.raises(UserError, match="only infers"):
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(UserError, match="inference-only"):
             ask(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
     for refuse in (fast.train, fast.requires_grad_, inner.train, inner.requires_grad_):
-        with pytest.raises(UserError, match="only infers"):
+        with pytest.raises(UserError, match="inference-only"):
             refuse()
     for p in fast.parameters():
         p.requires_grad = True
-    with pytest.raises(UserError, match="only infers"):
+    with pytest.raises(UserError, match="inference-only"):
         fast(x)
     assert torch.equal(fast.requires_grad_(False).train(False)(x), expected)
 
 
 def test_errors():
     fast = optimize(network())
-    with pytest.raises(UserError, match="only infers"):
+    with pytest.raises(UserError, match="inference-only"):
         fast.train()
     with pytest.raises(UserError, match=r"dtype must be one of .*bf16.* got 'int8'"):
         optimize(network(), "int8")
@@ -304,7 +305,7 @@ def test_folded_layers_keep_their_bias(kind, hook):
 
 
 @torch.no_grad()
-def test_a_model_that_cannot_be_traced_is_folded_in_parts():
+def test_the_children_of_a_model_that_cannot_be_traced_are_folded():
     class Untraceable(nn.Module):
         def __init__(self):
             super().__init__()
@@ -323,7 +324,7 @@ def test_a_model_that_cannot_be_traced_is_folded_in_parts():
 @pytest.mark.parametrize("scores", [1, 40, 300, 2**22])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_in_chunks(scores, masked, monkeypatch):
-    monkeypatch.setattr(kernel, "SCORES", scores)
+    monkeypatch.setattr(kernel, "MAX_SCORES", scores)
     q, k, v = (torch.randn(3, 2, n, 8) for n in (11, 6, 6))
     mask = (torch.rand(3, 1, 1, 6) > 0.4).index_fill(3, torch.tensor(0), True) if masked else None
     exact = F.scaled_dot_product_attention(q, k, v, mask, scale=1.0)

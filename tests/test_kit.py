@@ -88,6 +88,13 @@ def test_core_alone_builds_every_model() -> None:
     assert result.stdout.strip() == "(1, 10)"
 
 
+def test_subpackages_are_there_after_the_import() -> None:
+    result = run_python(
+        "import transcnn\nprint(transcnn.fast.optimize.__name__, transcnn.explain.attention_maps.__name__)"
+    )
+    assert result.stdout.split() == ["optimize", "attention_maps"], result.stderr
+
+
 def test_missing_extra_is_named() -> None:
     commands = [["train"], ["eval", "run"], ["predict", "run", "a.png"]]
     result = run_python(HIDE + f"from transcnn.cli import main\nprint([main(command) for command in {commands}])")
@@ -121,9 +128,9 @@ ARROWS = {
     "attention": set(),
     "checkpoints.published": {"errors"},
     "levels": {"errors"},
-    "depthwise": set(),
-    "blocks": {"attention", "depthwise"},
-    "backbone": {"attention", "blocks"},
+    "layers": set(),
+    "blocks": {"attention", "layers"},
+    "backbone": {"attention", "blocks", "layers"},
     "text": set(),
     "report.plots": {"errors", "text"},
     "report.classify": {"report", "report.plots", "errors", "text"},

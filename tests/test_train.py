@@ -23,8 +23,8 @@ from transcnn.cli import main
 from transcnn.commands.train import train
 from transcnn.distributed import runtime
 from transcnn.errors import UserError
-from transcnn.kernels.gpu.graphs import RecordedTraining
-from transcnn.kernels.steps import KernelHMHSA
+from transcnn.fast.cuda_graphs import CapturedTraining
+from transcnn.fast.training.attention import KernelHMHSA
 from transcnn.settings import Augment, Ema, Optim
 from transcnn.tasks import get_task
 from transcnn.tasks.classify import Classify
@@ -373,7 +373,7 @@ def test_networks_train_with_kernels_of_our_own_and_recorded_where_asked(device)
     task._trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))  # pyright: ignore
     task.configure_model()
     assert any(isinstance(module, KernelHMHSA) for module in task.model.modules())
-    assert isinstance(task._recorded, RecordedTraining if device == "cuda" else NoneType)
+    assert isinstance(task._recorded, CapturedTraining if device == "cuda" else NoneType)
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(task.eval()(x), task.model(x))
     assert set(task.state_dict()) == {f"model.{name}" for name in task.model.state_dict()}

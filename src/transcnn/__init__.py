@@ -53,10 +53,13 @@ _HOMES = {
     "plugged_parameters": "plugging.plug",
     "unplug": "plugging.plug",
 }
+_MODULES = ("explain", "export", "fast")  # there after ``import transcnn``, imported when first used
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for from where it lives."""
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,7 +1,7 @@
 """Hierarchical multi-head self-attention (H-MHSA), straight from the paper's formulas.
 
 Paper: Y. Liu et al., "Transformer in Convolutional Neural Networks", arXiv 2106.03180, section 3.2. This file
-needs torch alone and favours being read over being fast; ``fast.py`` computes the same function faster.
+needs torch alone and favours being read over being fast; :mod:`transcnn.fast` computes the same function faster.
 
 Attention over all N = H·W positions of a feature map costs O(N²). H-MHSA computes it step by step: inside small
 grids, then, each small patch of positions merged into one token, inside grids of tokens, and so on; at the end

@@ -21,7 +21,8 @@ from timm.layers import ClassifierHead, calculate_drop_path_rates, get_act_layer
 from torch import Tensor, nn
 
 from .attention import HMHSA
-from .blocks import Block, ConvDownsample, DualDownsample, InvertedResidual, Stage, StridedConv2d
+from .blocks import Block, ConvDownsample, DualDownsample, InvertedResidual, Stage
+from .layers import StridedConv2d
 
 __all__ = ["NORM_LAYERS", "TransCNN"]
 

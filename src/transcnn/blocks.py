@@ -9,16 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.fx
-import torch.nn.functional as F
 from timm.layers import DropPath
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from .attention import HMHSA
-from .depthwise import DepthwiseConv2d
+from .layers import DepthwiseConv2d, StridedConv2d
 
-__all__ = ["Block", "ConvDownsample", "DualDownsample", "InvertedResidual", "Stage", "StridedConv2d", "strided_conv2d"]
+__all__ = ["Block", "ConvDownsample", "DualDownsample", "InvertedResidual", "Stage"]
 
 
 class InvertedResidual(nn.Module):
@@ -89,37 +87,8 @@ def _as_buffers(module: nn.Module) -> nn.Module:
     return module
 
 
-class StridedConv2d(nn.Conv2d):
-    """A 3x3 convolution that is right in bfloat16 on narrow maps, too, (B, C, H, W) -> (B, C', ⌈H/s⌉, ⌈W/s⌉)."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 2, **dd: Any) -> None:
-        super().__init__(in_channels, out_channels, 3, stride=stride, padding=1, **dd)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', ⌈H/s⌉, ⌈W/s⌉)."""
-        shape = (self.kernel_size, self.padding, self.dilation, self.groups, self.padding_mode)
-        if shape != ((3, 3), (1, 1), (1, 1), 1, "zeros"):
-            return super().forward(input)
-        return strided_conv2d(input, self.weight, self.bias, self.stride)
-
-
-def strided_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...]) -> Tensor:
-    """A 3x3 convolution with one row and column of zeros around the map.
-
-    Where a stride of 2 leaves one column, PyTorch's processor kernels for bfloat16 are wrong: from five rows on the
-    answer is whatever lay in memory, often NaN, and so are columns of the weight gradient. More columns of zeros, as
-    the padding's, give a second one, which is cut off again.
-    """
-    if stride[1] == 2 and not torch.compiler.is_exporting() and x.shape[-1] <= 2:  # files take any size
-        return F.conv2d(F.pad(x, (0, 3 - x.shape[-1])), weight, bias, stride, 1)[..., :1]
-    return F.conv2d(x, weight, bias, stride, 1)
-
-
-torch.fx.wrap("strided_conv2d")  # its branch on the size can't be traced
-
-
 class ConvDownsample(nn.Module):
-    """HAT-Net's halving: conv3x3/2, norm; (B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
+    """HAT-Net's downsampling: conv3x3/2, norm; (B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
 
     def __init__(self, in_chs: int, out_chs: int, *, norm_layer: Callable[[int], nn.Module], **dd: Any) -> None:
         super().__init__()
@@ -132,7 +101,7 @@ class ConvDownsample(nn.Module):
 
 
 class DualDownsample(nn.Module):
-    """TransCNN's halving, a convolution and a pooling branch summed; (B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
+    """TransCNN's downsampling, a convolution and a pooling branch summed; (B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 The sanitizer's library has to be there before anything else, so the kernels' own tests run in a process of their own::
 
     export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
-    TRANSCNN_NATIVE_DEBUG=1 ASAN_OPTIONS=detect_leaks=0 python -m pytest tests/test_native.py
+    TRANSCNN_NATIVE_DEBUG=1 ASAN_OPTIONS=detect_leaks=0 python -m pytest tests/test_cpu_inference.py
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TESTS = ["tests/test_native.py", "tests/test_native_training.py", "tests/test_fast.py"]
+TESTS = ["tests/test_cpu_inference.py", "tests/test_cpu_training.py", "tests/test_fast.py"]
 # A kernel told that a map has one row more than it has.
 OVERRUN = """
 import torch
-from transcnn.kernels.native import calls, training
-calls.check = lambda *arguments: None
+from transcnn.fast.cpu import call as cpu
+cpu.check = lambda *arguments: None
 x, sums = torch.zeros(1, 4, 4, 16), torch.zeros(1, 2, 16, dtype=torch.double)
-calls.call("moments", x.dtype, ("x", x, x.dtype, ()), ("sums", sums, sums.dtype, ()), 20, 16, threads=1)
+cpu.call("channel_sums", x.dtype, ("x", x, x.dtype, ()), ("sums", sums, sums.dtype, ()), 20, 16, threads=1)
 """
 
 

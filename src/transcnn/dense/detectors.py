@@ -18,8 +18,8 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, clip_boxes_to_image
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from ..blocks import StridedConv2d
 from ..errors import UserError
+from ..layers import StridedConv2d
 from .pyramid import Pyramid, build_pyramid
 
 __all__ = ["DETECTORS", "Detector", "build"]

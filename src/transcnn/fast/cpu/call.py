@@ -1,0 +1,108 @@
+"""Calls into the compiled library. Every tensor is checked first: kernels read and write raw memory."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor, nn
+
+from . import build
+
+__all__ = [
+    "FP32",
+    "KERNEL_SIZES",
+    "MAX_HEAD_DIM",
+    "PANEL",
+    "Checked",
+    "call",
+    "check",
+    "check_memory",
+    "heads_fit",
+    "optional",
+    "require",
+    "round_up",
+]
+
+PANEL = 32  # columns of a packed matrix that lie together
+MAX_HEAD_DIM = 256
+KERNEL_SIZES = (3, 5, 7)  # of a depthwise convolution
+FP32 = torch.float32
+Checked = tuple[str, Tensor, torch.dtype, tuple[int, ...]]  # name, tensor, and the dtype and shape that it must have
+
+
+def call(name: str, dtype: torch.dtype, *arguments: Checked | int | None, threads: int | None = None) -> None:
+    """Call a kernel.
+
+    Args:
+        name: The kernel's name, without the suffix for its dtype.
+        dtype: What it computes in.
+        arguments: Integers and addresses, None for a tensor that the kernel can do without, or (name, tensor, dtype,
+            shape), where dtype and shape are what the kernel takes the memory for.
+        threads: How many it uses; None for as many as PyTorch.
+
+    Raises:
+        ValueError: A tensor has another dtype or shape, is empty, isn't contiguous or isn't a plain one on the CPU; or
+            there is no such kernel on this CPU.
+    """
+    library = build.library()
+    if library is None or not build.supports(dtype):
+        raise ValueError(f"there is no kernel {name!r} for {dtype} on this CPU")
+    kernel = getattr(library, f"{name}_{'fp32' if dtype == FP32 else 'bf16'}")
+    kernel(*(_argument(name, x) for x in arguments), ctypes.c_long(threads or torch.get_num_threads()))
+
+
+def _argument(kernel: str, x: Checked | int | None) -> ctypes.c_void_p | ctypes.c_long:
+    if isinstance(x, int):
+        return ctypes.c_long(x)
+    if x is None:
+        return ctypes.c_void_p(None)
+    check(kernel, *x)
+    return ctypes.c_void_p(x[1].data_ptr())
+
+
+def check(kernel: str, name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor whose memory isn't that of a contiguous one of this dtype and shape."""
+    check_memory(kernel, name, x, dtype, shape)
+    if not x.is_contiguous():
+        raise ValueError(f"kernel {kernel!r}: {name} must be contiguous, got strides {x.stride()} of {shape}")
+
+
+def check_memory(kernel: str, name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """The same for a tensor with any strides."""
+    if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided or not x.is_cpu or x.is_neg():
+        raise ValueError(f"kernel {kernel!r}: {name} must be a plain tensor on the CPU, got {_describe(x)}")
+    if x.dtype != dtype or x.shape != shape or not x.numel():
+        raise ValueError(f"kernel {kernel!r}: {name} must be {dtype} {shape}, got {_describe(x)}")
+
+
+def require(condition: bool, kernel: str, *sizes: int) -> None:
+    """Refuse sizes that a kernel isn't made for."""
+    if not condition:
+        raise ValueError(f"kernel {kernel!r} can't be called with these sizes: {', '.join(map(str, sizes))}")
+
+
+def optional(name: str, x: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> Checked | None:
+    """An argument of :func:`call` that may be missing."""
+    return None if x is None else (name, x, dtype, shape)
+
+
+def heads_fit(channels: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether attention kernels take heads of this size."""
+    return 0 < head_dim <= MAX_HEAD_DIM and channels % head_dim == head_dim % multiple_of(dtype) == 0
+
+
+def multiple_of(dtype: torch.dtype) -> int:
+    """What the number of channels must be a multiple of in kernels with matrix products."""
+    return 16 if dtype == FP32 else 32
+
+
+def round_up(n: int, multiple: int = PANEL) -> int:
+    """The next multiple."""
+    return -(-n // multiple) * multiple
+
+
+def _describe(x: object) -> str:
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    return f"{type(x).__name__} {x.dtype} {tuple(x.shape)} on {x.device}, {x.layout}"

@@ -1,0 +1,253 @@
+"""The C++ kernels for inference as functions of tensors. :func:`..dispatch.fits_cpu` says what they can compute."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import call as cpu
+from .call import FP32, KERNEL_SIZES, PANEL, Checked, heads_fit, multiple_of, optional, require, round_up
+
+__all__ = [
+    "Packed",
+    "downsample",
+    "global_attention",
+    "inverted_residual",
+    "local_attention",
+    "pack_inverted_residual",
+    "pack_pointwise",
+    "pack_stem",
+    "stem",
+]
+
+Affine = tuple[Tensor, Tensor]  # weight and bias
+
+
+class _Level(ctypes.Structure):
+    _fields_ = (("map", ctypes.c_void_p), ("ratio", ctypes.c_long))
+
+
+class _Images(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("sizes", ctypes.c_long * 4), ("strides", ctypes.c_long * 4))
+
+
+class Packed:
+    """A module's weights in the layout that a kernel reads, packed at the first call and again whenever they changed.
+
+    Changes are seen by the tensors' version counters, which ``tensor.data.mul_()`` and its like evade.
+    """
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make, self._cached = make, None
+
+    def __call__(self, *weights: Tensor | None) -> Any:
+        """What ``make(*weights)`` gives."""
+        cached = self._cached
+        if cached is None or not all(map(_unchanged, cached[0], weights)):
+            # References to the tensors keep their memory from being used by others, with the same address.
+            versions = [None if w is None else (w.detach(), w._version) for w in weights]
+            cached = self._cached = versions, self._make(*weights)
+        return cached[1]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Packed, (self._make,)  # a copy packs its own
+
+
+def _unchanged(cached: tuple[Tensor, int] | None, weight: Tensor | None) -> bool:
+    if cached is None or weight is None:
+        return cached is weight
+    tensor, version = cached
+    return weight.data_ptr() == tensor.data_ptr() and weight.dtype == tensor.dtype and weight._version == version
+
+
+def pack_pointwise(weight: Tensor, bias: Tensor) -> Affine:
+    """Weights (N, K) in transposed panels of 32 rows, zeros beyond N, in bf16 with pairs along K; the bias in fp32."""
+    n, k = weight.shape
+    weight = F.pad(weight, (0, 0, 0, -n % PANEL))
+    pair = _pair(weight.dtype)
+    return weight.view(-1, PANEL, k // pair, pair).transpose(1, 2).contiguous(), bias.float()
+
+
+def pack_inverted_residual(
+    expand: Tensor,
+    expand_bias: Tensor,
+    depthwise: Tensor,
+    depthwise_bias: Tensor | None,
+    project: Tensor,
+    project_bias: Tensor,
+) -> tuple[Affine, Affine, Affine]:
+    """The weights of an inverted residual as :func:`inverted_residual` takes them."""
+    depthwise_bias = expand_bias * 0 if depthwise_bias is None else depthwise_bias
+    padding = -len(expand) % PANEL
+    expand, project = F.pad(expand, (0, 0, 0, padding)), F.pad(project, (0, padding))
+    depthwise = F.pad(depthwise.float().squeeze(1).permute(1, 2, 0), (0, padding)).contiguous()  # (k, k, hidden)
+    return (
+        pack_pointwise(expand, F.pad(expand_bias, (0, padding))),
+        (depthwise, F.pad(depthwise_bias.float(), (0, padding))),
+        pack_pointwise(project, project_bias),
+    )
+
+
+def inverted_residual(
+    x: Tensor, residual: Tensor | None, expand: Affine, depthwise: Affine, project: Affine, out: Tensor | None = None
+) -> Tensor:
+    """Expansion, SiLU, depthwise convolution, SiLU, projection, plus residual; (B, H, W, C) -> (B, H, W, C').
+
+    The result is written to ``out`` where given, which may be ``x`` or ``residual``.
+    """
+    x = x.contiguous()
+    batch, height, width, channels = x.shape
+    size, _, hidden = depthwise[0].shape
+    if out is None:
+        out = x.new_empty(batch, height, width, len(project[1]))
+    residual = None if residual is None else residual.to(x.dtype).contiguous()
+    outputs, dtype = out.shape[3], x.dtype
+    shape, multiple = (batch, height, width, outputs), multiple_of(dtype)
+    fits = size in KERNEL_SIZES and channels % multiple == outputs % multiple == 0
+    require(fits, "inverted_residual", channels, outputs, size)
+    cpu.call(
+        "inverted_residual",
+        dtype,
+        ("x", x, dtype, (batch, height, width, channels)),
+        optional("residual", residual, dtype, shape),
+        ("out", out, dtype, shape),
+        *_matrix("expand", expand, dtype, hidden, channels),
+        ("depthwise", depthwise[0], FP32, (size, size, hidden)),
+        ("depthwise bias", depthwise[1], FP32, (hidden,)),
+        *_matrix("project", project, dtype, outputs, hidden),
+        *(batch, height, width, channels, hidden, outputs, size),
+    )
+    return out
+
+
+def pack_stem(first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor) -> tuple[Affine, Affine]:
+    """The weights of two 3x3 convolutions as :func:`stem` takes them."""
+    rows = second.permute(0, 2, 3, 1).flatten(1)  # (C", 9·C')
+    if rows.dtype == torch.bfloat16:
+        rows = F.pad(rows, (0, -rows.shape[1] % PANEL))
+    return (first.float().flatten(1).t().contiguous(), first_bias.float()), pack_pointwise(rows, second_bias)
+
+
+def stem(x: Tensor, first: Affine, second: Affine, strides: tuple[int, int]) -> Tensor:
+    """3x3 convolution, SiLU, 3x3 convolution, with these strides (1 or 2); (B, C, H, W) -> (B, H', W', C')."""
+    batch, channels, height, width = x.shape
+    for stride in strides:
+        height, width = -(-height // stride), -(-width // stride)
+    weight, bias = second
+    hidden, outputs, dtype = len(first[1]), len(bias), x.dtype
+    depth = 9 * hidden if dtype == FP32 else round_up(9 * hidden)
+    require(set(strides) <= {1, 2} and hidden % 16 == outputs % 16 == 0, "stem", hidden, outputs, *strides)
+    cpu.check_memory("stem", "x", x, dtype, tuple(x.shape))
+    out = x.new_empty(batch, height, width, outputs)
+    images = _Images(x.data_ptr(), (ctypes.c_long * 4)(*x.shape), (ctypes.c_long * 4)(*x.stride()))
+    cpu.call(
+        "stem",
+        dtype,
+        ctypes.addressof(images),
+        ("out", out, dtype, (batch, height, width, outputs)),
+        ("first", first[0], FP32, (9 * channels, hidden)),
+        ("first bias", first[1], FP32, (hidden,)),
+        *_matrix("second", (weight, bias), dtype, outputs, depth),
+        *(hidden, outputs, depth, *strides),
+    )
+    return out
+
+
+def downsample(x: Tensor, y: Tensor, matrix: Affine) -> Tensor:
+    """SiLU(y + matrix·MaxPool2d(2, ceil_mode=True)(x)), (B, H, W, C) -> (B, ⌈H/2⌉, ⌈W/2⌉, C'), written over y."""
+    x, y = x.contiguous(), y.contiguous()
+    batch, height, width, channels = x.shape
+    outputs, dtype = y.shape[-1], x.dtype
+    require(channels % multiple_of(dtype) == outputs % 16 == 0, "downsample", channels, outputs)
+    cpu.call(
+        "downsample",
+        dtype,
+        ("x", x, dtype, (batch, height, width, channels)),
+        ("y", y, dtype, (batch, (height + 1) // 2, (width + 1) // 2, outputs)),
+        *_matrix("matrix", matrix, dtype, outputs, channels),
+        *(batch, height, width, channels, outputs),
+    )
+    return y
+
+
+def local_attention(x: Tensor, normed: Tensor, qkv: Affine, scale: Tensor | None, head_dim: int, size: int) -> Tensor:
+    """x, times ``scale`` (C) where given, plus the attention of ``normed`` inside each grid, all (B, H, W, C)."""
+    x, normed = x.contiguous(), normed.to(x.dtype).contiguous()
+    out = torch.empty_like(x)
+    batch, height, width, channels = x.shape
+    dtype, shape = x.dtype, (batch, height, width, channels)
+    require(heads_fit(channels, head_dim, dtype) and size >= 1, "local_attention", channels, head_dim, size)
+    cpu.call(
+        "local_attention",
+        dtype,
+        ("x", x, dtype, shape),
+        ("normed", normed, dtype, shape),
+        ("out", out, dtype, shape),
+        *_matrix("qkv", qkv, dtype, 3 * channels, channels),
+        optional("scale", scale, FP32, (channels,)),
+        *(batch, height, width, channels, head_dim, size),
+    )
+    return out
+
+
+def global_attention(
+    a1: Tensor,
+    residual: Tensor | None,
+    q: Affine,
+    kv: Tensor,
+    proj: Affine,
+    further: Sequence[tuple[Tensor, int]],
+    head_dim: int,
+) -> Tensor:
+    """The global step of H-MHSA, the sum of all levels and the last projection, plus ``residual`` where given.
+
+    Args:
+        a1: A₁ (B, H, W, C), which the result is written over.
+        residual: (B, H, W, C), added to the result.
+        q, proj: Packed weights of the projections.
+        kv: K and V of the merged tokens, (B, M, 2C).
+        further: A₂, A₃, ..., each (B, ⌈H/r⌉, ⌈W/r⌉, C) with its r.
+        head_dim: Channels of a head.
+    """
+    a1, kv = a1.contiguous(), kv.contiguous()
+    batch, height, width, channels = a1.shape
+    dtype, shape, tokens = a1.dtype, (batch, height, width, channels), kv.shape[1]
+    residual = None if residual is None else residual.to(dtype).contiguous()
+    levels = [(a.contiguous(), ratio) for a, ratio in further]
+    fits = heads_fit(channels, head_dim, dtype) and tokens >= 1 and all(ratio >= 1 for _, ratio in levels)
+    require(fits, "global_attention", channels, head_dim, tokens, *(ratio for _, ratio in levels))
+    for a, ratio in levels:
+        cpu.check("global_attention", "level", a, dtype, (batch, -(-height // ratio), -(-width // ratio), channels))
+    pointers = (_Level * len(levels))(*(_Level(a.data_ptr(), ratio) for a, ratio in levels))
+    packed = batch * channels // head_dim * round_up(tokens) * (head_dim + round_up(head_dim))  # K and V
+    cpu.call(
+        "global_attention",
+        dtype,
+        ("a1", a1, dtype, shape),
+        optional("residual", residual, dtype, shape),
+        *_matrix("q", q, dtype, channels, channels),
+        ("kv", kv, dtype, (batch, tokens, 2 * channels)),
+        *_matrix("proj", proj, dtype, channels, channels),
+        ctypes.addressof(pointers),
+        len(levels),
+        ("packed", a1.new_empty(packed), dtype, (packed,)),
+        *(batch, height, width, channels, head_dim, tokens),
+    )
+    return a1
+
+
+def _matrix(name: str, packed: Affine, dtype: torch.dtype, outputs: int, inputs: int) -> tuple[Checked, Checked]:
+    """What :func:`pack_pointwise` makes of weights (outputs, inputs), to be checked."""
+    pair = _pair(dtype)
+    panels = (round_up(outputs) // PANEL, inputs // pair, PANEL, pair)
+    return (name, packed[0], dtype, panels), (f"{name} bias", packed[1], FP32, (outputs,))
+
+
+def _pair(dtype: torch.dtype) -> int:
+    """How many numbers of a row lie together in a panel: 32 bits of them."""
+    return 1 if dtype == FP32 else 2

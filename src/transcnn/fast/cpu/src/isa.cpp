@@ -1,0 +1,18 @@
+// Which dtypes the CPU's instruction set supports; asks Linux for permission to use AMX.
+
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+// Bit 0: fp32, bit 1: bf16.
+extern "C" long isa_support() {
+#if defined(__AMX_BF16__)
+    const long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 ? 3 : 1;
+#elif defined(__AVX512BF16__)
+    return 3;
+#else
+    return 1;
+#endif
+}

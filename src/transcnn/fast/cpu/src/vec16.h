@@ -1,0 +1,214 @@
+// Vectors of sixteen floats, loads and stores as fp32 or bf16, exp and SiLU; scratch memory of a thread.
+//
+// GCC compiles them to what the CPU has: one register of AVX-512, two of AVX2, four of NEON.
+
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
+constexpr long LANES = 16;
+
+typedef float Vec16 __attribute__((vector_size(64)));
+typedef int32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+template <class To, class From>
+inline To as(const From& from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+inline Vec16 all(float x) { return Vec16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+
+inline Vec16 load(const float* p) {
+    Vec16 x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+
+inline Bits bits(const bf16* p) {
+    Halves x;
+    std::memcpy(&x, p, sizeof x);
+    return __builtin_convertvector(x, Bits);
+}
+
+inline Vec16 load(const bf16* p) { return as<Vec16>(bits(p) << 16); }
+
+inline float number(float x) { return x; }
+inline float number(bf16 x) { return as<float>(int32_t(x.bits) << 16); }
+
+inline void store(float* p, Vec16 x) { std::memcpy(p, &x, sizeof x); }
+
+// Rounds to nearest even; NaN stays NaN.
+inline Halves rounded(Vec16 x) {
+#ifdef __AVX512BF16__
+    return as<Halves>(_mm512_cvtneps_pbh(as<__m512>(x)));
+#else
+    Bits bits = as<Bits>(x);
+    Bits nearest = bits + 0x7fff + ((bits >> 16) & 1);
+    return __builtin_convertvector((x == x ? nearest : bits | 0x400000) >> 16, Halves);
+#endif
+}
+
+inline void store(bf16* p, Vec16 x) {
+    Halves halves = rounded(x);
+    std::memcpy(p, &halves, sizeof halves);
+}
+
+// x > y ? x : y and x < y ? x : y: y where either is NaN. GCC 12 compiles the latter forms to a comparison and a blend.
+inline Vec16 larger(Vec16 x, Vec16 y) {
+#if defined(__AVX512F__)
+    return as<Vec16>(_mm512_max_ps(as<__m512>(x), as<__m512>(y)));
+#else
+    return x > y ? x : y;
+#endif
+}
+
+inline Vec16 smaller(Vec16 x, Vec16 y) {
+#if defined(__AVX512F__)
+    return as<Vec16>(_mm512_min_ps(as<__m512>(x), as<__m512>(y)));
+#else
+    return x < y ? x : y;
+#endif
+}
+
+// Splits x, clamped to [-87, 88], into n·ln 2 + r. Adding and subtracting ``shift`` rounds n; the result, n + shift, has n in
+// its lowest bits.
+inline Vec16 split(Vec16 x, float shift, Vec16& r) {
+    x = larger(all(-87.0f), smaller(all(88.0f), x));
+    Vec16 shifted = x * 1.44269504f + shift;
+    Vec16 n = shifted - shift;
+    r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    return shifted;
+}
+
+// eˣ on [-87, 88] and constant beyond, within 2 ulp in fp32 or, where T is bf16, with a relative error of 2e-6.
+#if defined(__AVX512F__)
+
+// x = (n + j/16)·ln 2 + r with |r| below 0.022: eˣ = 2ⁿ·2^(j/16)·eʳ, and the sixteen values of 2^(j/16) fit one register.
+template <class T>
+inline Vec16 exponential(Vec16 x) {
+    const Vec16 sixteenths = {1.0f, 1.0442737824f, 1.0905077327f, 1.1387886348f, 1.1892071150f, 1.2418578121f,
+                            1.2968395547f, 1.3542555469f, 1.4142135624f, 1.4768261459f, 1.5422108254f, 1.6104903320f,
+                            1.6817928305f, 1.7562521604f, 1.8340080864f, 1.9152065614f};
+    Vec16 r, shifted = split(x, 786432.0f, r);  // 1.5·2¹⁹: rounds to sixteenths
+    Vec16 p = sizeof(T) == 2 ? r * 0.5f + 1.0f : (r * 0.16666667f + 0.5f) * r + 1.0f;
+    __m512i places = as<__m512i>(shifted);
+    Vec16 base = as<Vec16>(_mm512_permutexvar_ps(places, as<__m512>(sixteenths)));
+    p = (base * r) * p + base;
+    return as<Vec16>(as<Bits>(p) + ((as<Bits>(shifted) >> 4) << 23));
+}
+
+inline Vec16 inverse(Vec16 x) {
+    Vec16 y = as<Vec16>(_mm512_rcp14_ps(as<__m512>(x)));
+    return y * (2.0f - x * y);
+}
+
+#else
+
+// x = n·ln 2 + r with |r| below 0.35: eˣ = 2ⁿ·eʳ.
+template <class T>
+inline Vec16 exponential(Vec16 x) {
+    Vec16 r, shifted = split(x, 12582912.0f, r);  // 1.5·2²³: rounds to integers
+    Vec16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    return as<Vec16>(as<Bits>(p) + (as<Bits>(shifted) << 23));
+}
+
+inline Vec16 inverse(Vec16 x) { return 1.0f / x; }
+
+#endif
+
+template <class T>
+inline Vec16 silu(Vec16 x) {
+    return x * inverse(exponential<T>(-x) + 1.0f);
+}
+
+// Reduces the sixteen lanes of x to one value.
+template <class F>
+inline float folded(Vec16 x, F f) {
+    const Bits places = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int away = LANES / 2; away; away /= 2) x = f(x, __builtin_shuffle(x, places ^ away));
+    return x[0];
+}
+
+inline float largest(Vec16 x) { return folded(x, larger); }
+
+inline float total(Vec16 x) {
+    return folded(x, [](Vec16 one, Vec16 other) { return one + other; });
+}
+
+constexpr long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
+
+// Scratch memory of one thread, which lives as long as the thread and is reused by each work item.
+//
+// With the address sanitizer, the gaps between the arrays taken from it are poisoned.
+class Scratch {
+  public:
+    ~Scratch() { release(); }
+    void begin(size_t bytes) {
+        bytes += ARRAYS * GAP;
+        if (bytes > size) {
+            release();
+            size = round_up(bytes, 1 << 21);
+            memory = static_cast<char*>(std::aligned_alloc(1 << 21, size));
+            if (!memory) std::abort();
+        }
+        used = 0;
+#if defined(__SANITIZE_ADDRESS__)
+        __asan_poison_memory_region(memory, size);
+#endif
+    }
+    template <class T>
+    T* take(long count) {
+        char* p = memory + used;
+        used += round_up(count * sizeof(T), 64) + GAP;
+        if (used > size) std::abort();
+#if defined(__SANITIZE_ADDRESS__)
+        __asan_unpoison_memory_region(p, count * sizeof(T));
+#endif
+        return reinterpret_cast<T*>(p);
+    }
+
+  private:
+#if defined(__SANITIZE_ADDRESS__)
+    static constexpr size_t GAP = 64, ARRAYS = 16;
+#else
+    static constexpr size_t GAP = 0, ARRAYS = 0;
+#endif
+    void release() {
+#if defined(__SANITIZE_ADDRESS__)
+        if (memory) __asan_unpoison_memory_region(memory, size);
+#endif
+        std::free(memory);
+    }
+
+    char* memory = nullptr;
+    size_t size = 0, used = 0;
+};
+
+inline Scratch& scratch() {
+    static thread_local Scratch own;
+    return own;
+}

@@ -1,0 +1,202 @@
+"""The C++ kernels for training as functions of tensors: attention, and BN-SiLU-DWConv-BN-SiLU of an inverted residual.
+
+All maps are (B, H, W, C) and contiguous; a BatchNorm is ``x * scale + shift`` with both (C) in fp32. Sums over
+positions are returned for each thread, (threads, 2, C) in double precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import call as cpu
+from .call import FP32, KERNEL_SIZES, Checked, heads_fit, require
+
+__all__ = [
+    "bn_backward",
+    "bn_silu",
+    "bn_silu_backward_sums",
+    "bn_silu_dwconv_backward",
+    "bn_silu_dwconv_forward",
+    "channel_sums",
+    "global_backward",
+    "global_forward",
+    "grid_backward",
+    "grid_forward",
+]
+
+
+def grid_forward(qkv: Tensor, head_dim: int, size: int) -> Tensor:
+    """Attention inside each size×size grid, (B, H, W, 3C) -> (B, H, W, C)."""
+    shape = _grid_shape(qkv, head_dim, size)
+    out = qkv.new_empty(shape)
+    cpu.call("grid_forward", qkv.dtype, _map("qkv", qkv), _map("out", out), *shape, head_dim, size)
+    return out
+
+
+def grid_backward(qkv: Tensor, grad: Tensor, head_dim: int, size: int) -> Tensor:
+    """The gradient of ``qkv`` from that of the result (B, H, W, C)."""
+    shape, out = _grid_shape(qkv, head_dim, size), torch.empty_like(qkv)
+    of_grad = ("grad", grad, qkv.dtype, shape)
+    cpu.call("grid_backward", qkv.dtype, _map("qkv", qkv), of_grad, _map("out", out), *shape, head_dim, size)
+    return out
+
+
+def _grid_shape(qkv: Tensor, head_dim: int, size: int) -> tuple[int, int, int, int]:
+    batch, height, width, three = qkv.shape
+    require(three % 3 == 0 and heads_fit(three // 3, head_dim, qkv.dtype) and size >= 1, "grid", three, head_dim, size)
+    return batch, height, width, three // 3
+
+
+def global_forward(q: Tensor, kv: Tensor, head_dim: int) -> Tensor:
+    """Attention to merged tokens, (B, N, C) and (B, M, 2C) -> (B, N, C)."""
+    sizes, out = _global_sizes(q, kv, head_dim), torch.empty_like(q)
+    cpu.call("global_forward", q.dtype, *_queries_and_tokens(q, kv), _map("out", out), *sizes)
+    return out
+
+
+def global_backward(q: Tensor, kv: Tensor, grad: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """The gradients of ``q`` and ``kv`` from that of the result (B, N, C)."""
+    sizes, of_q, of_kv = _global_sizes(q, kv, head_dim), torch.empty_like(q), torch.empty_like(kv)
+    of_grad = ("grad", grad, q.dtype, tuple(q.shape))
+    out = _map("dq", of_q), _map("dkv", of_kv)
+    cpu.call("global_backward", q.dtype, *_queries_and_tokens(q, kv), of_grad, *out, *sizes)
+    return of_q, of_kv
+
+
+def _queries_and_tokens(q: Tensor, kv: Tensor) -> tuple[Checked, Checked]:
+    return _map("q", q), ("kv", kv, q.dtype, (len(q), kv.shape[1], 2 * q.shape[2]))
+
+
+def _global_sizes(q: Tensor, kv: Tensor, head_dim: int) -> tuple[int, int, int, int, int]:
+    batch, positions, channels = q.shape
+    tokens = kv.shape[1]
+    require(heads_fit(channels, head_dim, q.dtype) and tokens >= 1, "global", channels, head_dim, tokens)
+    return batch, positions, tokens, channels, head_dim
+
+
+def channel_sums(x: Tensor) -> Tensor:
+    """Sums of x and of its square."""
+    sums = _sums(x)
+    cpu.call("channel_sums", x.dtype, _map("x", x), _of_sums(sums, x), *_positions(x), threads=len(sums))
+    return sums
+
+
+def bn_silu(x: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
+    """SiLU of the normalised map; ``norm`` is scale and shift."""
+    out = torch.empty_like(x)
+    scale, shift = _by_channel(x, ("scale", "shift"), norm)
+    cpu.call("bn_silu", x.dtype, _map("x", x), scale, shift, _map("out", out), *_positions(x))
+    return out
+
+
+def bn_silu_dwconv_forward(x: Tensor, norm: tuple[Tensor, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Norm, SiLU and depthwise convolution with weights (k², C) in fp32; also sums of the result and of its square."""
+    out, sums, size = torch.empty_like(x), _sums(x), _size(weight)
+    cpu.call(
+        "bn_silu_dwconv_forward",
+        x.dtype,
+        _map("x", x),
+        *_by_channel(x, ("scale", "shift"), norm),
+        ("weight", weight, FP32, (size**2, x.shape[3])),
+        _map("out", out),
+        _of_sums(sums, x),
+        *(*x.shape, size),
+        threads=len(sums),
+    )
+    return out, sums
+
+
+def bn_silu_backward_sums(m: Tensor, ds: Tensor, norm: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Sums of dz and of dz·(m - mean), with dz = ds·SiLU'(m·scale + shift); ``norm`` is scale, shift and mean."""
+    sums = _sums(m)
+    tensors = _map("m", m), ("ds", ds, m.dtype, tuple(m.shape))
+    cpu.call(
+        "bn_silu_backward_sums",
+        m.dtype,
+        *tensors,
+        *_by_channel(m, ("scale", "shift", "mean"), norm),
+        _of_sums(sums, m),
+        *_positions(m),
+        threads=len(sums),
+    )
+    return sums
+
+
+def bn_silu_dwconv_backward(
+    m: Tensor,
+    ds: Tensor,
+    norm2: Sequence[Tensor],
+    x: Tensor,
+    norm1: Sequence[Tensor],
+    flipped: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass of all but the first norm.
+
+    Args:
+        m: What the convolution gave.
+        ds: The gradient of the last activation.
+        norm2: Scale and shift of the second norm, and the three factors that make the gradient of ``m``.
+        x: What the first norm takes.
+        norm1: Its scale, shift and mean.
+        flipped: The convolution's weights (k², C), the last first.
+
+    Returns:
+        The gradient of the first norm's output (B, H, W, C), that of the weights for each thread (threads, k², C),
+        and sums of the former as :func:`bn_silu_backward_sums` gives them.
+    """
+    out, sums, size = torch.empty_like(x), _sums(x), _size(flipped)
+    dweight = torch.zeros(len(sums), *flipped.shape)
+    cpu.call(
+        "bn_silu_dwconv_backward",
+        x.dtype,
+        ("m", m, x.dtype, tuple(x.shape)),
+        ("ds", ds, x.dtype, tuple(x.shape)),
+        *_by_channel(x, ("scale2", "shift2", "by dz", "by m", "rest"), norm2),
+        _map("x", x),
+        *_by_channel(x, ("scale1", "shift1", "mean1"), norm1),
+        ("flipped", flipped, FP32, (size**2, x.shape[3])),
+        _map("out", out),
+        ("dweight", dweight, FP32, (len(sums), size**2, x.shape[3])),
+        _of_sums(sums, x),
+        *(*x.shape, size),
+        threads=len(sums),
+    )
+    return out, dweight, sums
+
+
+def bn_backward(dz: Tensor, x: Tensor, factors: Sequence[Tensor]) -> None:
+    """dz·a + x·b + c for the three factors, written over ``dz``."""
+    tensors = _map("dz", dz), ("x", x, dz.dtype, tuple(dz.shape))
+    cpu.call("bn_backward", dz.dtype, *tensors, *_by_channel(dz, ("by dz", "by x", "rest"), factors), *_positions(dz))
+
+
+def _map(name: str, x: Tensor) -> Checked:
+    """A tensor that gives the sizes for the others."""
+    return name, x, x.dtype, tuple(x.shape)
+
+
+def _by_channel(x: Tensor, names: tuple[str, ...], tensors: Sequence[Tensor]) -> list[Checked]:
+    return [(name, tensor, FP32, (x.shape[3],)) for name, tensor in zip(names, tensors, strict=True)]
+
+
+def _positions(x: Tensor) -> tuple[int, int]:
+    channels = x.shape[3]
+    require(channels % 16 == 0, "training", channels)
+    return x.shape[:3].numel(), channels
+
+
+def _size(weight: Tensor) -> int:
+    size = round(len(weight) ** 0.5)
+    require(size in KERNEL_SIZES and weight.shape[1] % 16 == 0, "bn_silu_dwconv", *weight.shape)
+    return size
+
+
+def _sums(x: Tensor) -> Tensor:
+    return torch.zeros(torch.get_num_threads(), 2, x.shape[3], dtype=torch.double)
+
+
+def _of_sums(sums: Tensor, x: Tensor) -> Checked:
+    return "sums", sums, torch.double, (len(sums), 2, x.shape[3])

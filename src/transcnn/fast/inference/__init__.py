@@ -1,0 +1,1 @@
+"""Layers and blocks for inference: channels-last, norms folded, activations fused."""

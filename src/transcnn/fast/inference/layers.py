@@ -1,0 +1,241 @@
+"""Layers for inference: on channels-last (NHWC) tensors, norms folded, activations fused.
+
+A map (B, C, H, W) whose memory is channels-last is, without a copy, a (B, H, W, C) tensor, on which a 1x1 convolution
+is one matrix product. Every layer here takes and returns (B, H, W, C). They equal the modules that they are made from
+up to rounding.
+
+Folding. In evaluation a BatchNorm is ``a·x + b`` with fixed a and b for each channel, so it folds into the
+convolution before it, or into a 1x1 convolution after it. GridNorm follows a sum, ``a·(X + Attn) + b``: as the rows
+of a softmax sum to one, scaling and shifting V does to Attn what ``a·Attn + b`` would, and ``a·X + Attn'`` remains,
+one multiply-add. The 1/√d of attention is folded into the rows of Q.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...layers import strided_conv2d
+from ..cpu import inference as cpu
+from ..dispatch import HALF_DTYPES, autotune, eager_cpu, fits_cpu, fits_triton, to_nchw, to_nhwc
+from ..training.layers import KernelBatchNorm2d
+from .entry import InferenceOnly, entry
+
+__all__ = ["NHWC", "Pointwise", "SpatialConv", "affine", "constant", "fuse", "gemm_fits"]
+
+Affine = tuple[Tensor, Tensor]  # scale and shift of each channel, in double precision
+
+
+def constant(tensor: Tensor, like: Tensor) -> nn.Parameter:
+    """A parameter of the dtype of ``like`` that requires no gradient."""
+    with torch.inference_mode(False):  # whose tensors have no version counter
+        return nn.Parameter(tensor.to(like.dtype, copy=True).contiguous(), requires_grad=False)
+
+
+def affine(norm: nn.Module) -> Affine | None:
+    """The scale and shift that a BatchNorm applies in evaluation; None for any other layer."""
+    if type(norm).forward not in (nn.BatchNorm2d.forward, KernelBatchNorm2d.forward):
+        return None
+    assert isinstance(norm, nn.BatchNorm2d)
+    if norm.running_mean is None or norm.running_var is None:  # it normalises by the batch's own statistics
+        return None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    return scale.detach(), shift.detach()
+
+
+class Pointwise(InferenceOnly):
+    """A 1x1 convolution with the norms before and after it folded in, (..., C) -> (..., C').
+
+    ``silu`` fuses that activation, ``forward(x, residual)`` adds to the result.
+    """
+
+    def __init__(self, conv: nn.Conv2d, before: Affine | None = None, after: Affine | None = None) -> None:
+        super().__init__()
+        weight = conv.weight.detach().double().flatten(1)  # (C', C)
+        bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach().double()
+        if before is not None:
+            bias = bias + weight @ before[1]
+            weight = weight * before[0]
+        if after is not None:
+            weight = weight * after[0][:, None]
+            bias = bias * after[0] + after[1]
+        self.weight = constant(weight, conv.weight)
+        self.bias = constant(bias, conv.weight)
+        self.silu = False
+        self._pack = cpu.Packed(cpu.pack_pointwise)
+
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias in the layout of the C++ kernels."""
+        return self._pack(self.weight, self.bias)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(..., C) -> (..., C'), plus ``residual`` (..., C') where given."""
+        if _onednn(x):
+            op = torch.ops.mkldnn._linear_pointwise
+            if residual is not None:
+                return op.binary(x, residual, self.weight, self.bias, "add")
+            return op(x, self.weight, self.bias, "swish" if self.silu else "none", [], "")
+        if (
+            (self.silu or residual is not None)
+            and x.dtype == self.weight.dtype
+            and x.dtype in HALF_DTYPES
+            and fits_triton(x)
+        ):
+            return self._on_gpu(x, residual)
+        y = F.linear(x, self.weight, self.bias)
+        if self.silu:
+            y = F.silu(y, inplace=True)
+        return y if residual is None else y.add_(residual)
+
+    def _on_gpu(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        from ..triton.linear import linear, plain_linear
+
+        arguments = (x, self.weight, self.bias, residual, self.silu)
+        rows = (x.numel() // x.shape[-1]).bit_length()  # autotuned for powers of two, not for every size of image
+        key = ("linear", rows, *self.weight.shape, x.dtype, residual is None, self.silu)
+        functions = (linear, plain_linear)
+        return functions[autotune(key, lambda: [partial(f, *arguments) for f in functions])](*arguments)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, silu={self.silu}"
+
+
+class SpatialConv(InferenceOnly):
+    """Any other convolution, with the norm after it folded in, (B, H, W, C) -> (B, H', W', C')."""
+
+    def __init__(self, conv: nn.Conv2d, after: Affine | None = None) -> None:
+        super().__init__()
+        weight = conv.weight.detach().double()
+        bias = None if conv.bias is None else conv.bias.detach().double()
+        if after is not None:
+            weight = weight * after[0][:, None, None, None]
+            bias = after[1] if bias is None else bias * after[0] + after[1]
+        self.weight = constant(weight, conv.weight)
+        self.weight.data = self.weight.data.to(memory_format=torch.channels_last)
+        self.bias = None if bias is None else constant(bias, conv.weight)
+        self.options = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        self.silu = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H', W', C')."""
+        if (self.silu or self.bias is not None) and x.dtype == self.weight.dtype and fits_triton(x):
+            return self._on_gpu(x.contiguous())
+        y = self._convolve(x, self.bias)
+        y = F.silu(y, inplace=True) if self.silu else y
+        return y.permute(0, 2, 3, 1).contiguous()
+
+    def _convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        stride, *others = self.options
+        if tuple(self.weight.shape[2:]) == (3, 3) and others == [(1, 1), (1, 1), 1]:
+            return strided_conv2d(x.permute(0, 3, 1, 2), self.weight, bias, stride)
+        return F.conv2d(x.permute(0, 3, 1, 2), self.weight, bias, *self.options)  # pyright: ignore
+
+    def _on_gpu(self, x: Tensor) -> Tensor:
+        """The same with bias and SiLU in one pass, for which PyTorch's operations need two."""
+        from ..triton.norms import affine_silu
+
+        y = self._convolve(x, None).permute(0, 2, 3, 1).contiguous()
+        return affine_silu(y, None, self.bias, self.silu, out=y)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, options={self.options}, silu={self.silu}"
+
+
+class _NCHWModule(InferenceOnly):
+    """Any module that takes (B, C, H, W), on (B, H, W, C) -> (B, H', W', C')."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H', W', C')."""
+        return self.module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+
+
+class _GroupNorm1(InferenceOnly):
+    """GroupNorm with one group, (B, H, W, C) -> (B, H, W, C)."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        x = x.contiguous()
+        return F.group_norm(x.permute(0, 3, 1, 2), 1, self.weight, self.bias, self.eps).permute(0, 2, 3, 1)
+
+
+def fuse(layers: Iterable[nn.Module]) -> nn.Sequential:
+    """Norms, convolutions and activations on (B, C, H, W), as layers on (B, H, W, C) with all folded that can be."""
+    row = [layer for layer in _flatten(layers) if not isinstance(layer, nn.Identity | nn.Dropout)]
+    fused: list[nn.Module] = []
+    i, before = 0, None
+    while i < len(row):
+        layer = row[i]
+        following = row[i + 1] if i + 1 < len(row) else None
+        scale = affine(layer)
+        if scale is not None and before is None and isinstance(following, nn.Conv2d) and _pointwise(following):
+            before = scale
+        elif isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros":
+            after = None if following is None else affine(following)
+            i += after is not None
+            fused.append(Pointwise(layer, before, after) if _pointwise(layer) else SpatialConv(layer, after))
+            before = None
+            if i + 1 < len(row) and isinstance(row[i + 1], nn.SiLU):
+                fused[-1].silu = True  # pyright: ignore
+                i += 1
+        elif isinstance(layer, nn.GroupNorm) and layer.num_groups == 1:
+            fused.append(_GroupNorm1(layer))
+        else:
+            fused.append(_NCHWModule(layer))
+        i += 1
+    return nn.Sequential(*fused)
+
+
+class NHWC(InferenceOnly):
+    """Layers on (B, H, W, C) where others take and return maps, (B, C, H, W) -> (B, C', H', W')."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.layers = fuse(layers)
+
+    @entry
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        return to_nchw(self.layers(to_nhwc(x)))
+
+
+def gemm_fits(first: Pointwise, x: Tensor, *channels: int) -> bool:
+    """Whether a C++ kernel runs on this input of ``first``; inputs that don't match fail as in PyTorch."""
+    matches = x.dtype == first.weight.dtype and x.shape[3] == first.weight.shape[1]
+    return matches and fits_cpu(x, *channels)
+
+
+def _flatten(layers: Iterable[nn.Module]) -> Iterable[nn.Module]:
+    for layer in layers:
+        if isinstance(layer, nn.Sequential):
+            yield from _flatten(layer)
+        else:
+            yield layer
+
+
+def _pointwise(conv: nn.Conv2d) -> bool:
+    padded = conv.padding not in ((0, 0), 0, "valid")
+    return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and not padded
+
+
+def _onednn(x: Tensor) -> bool:
+    """Whether oneDNN's matrix product with fused bias, sum and activation can run."""
+    if not eager_cpu(x) or x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)

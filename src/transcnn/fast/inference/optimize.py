@@ -1,0 +1,133 @@
+"""A copy of a network that computes the same, faster."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...attention import HMHSA
+from ...backbone import TransCNN
+from ...blocks import Block, ConvDownsample, DualDownsample
+from ...errors import UserError
+from ..cuda_graphs import CapturedInference
+from ..dispatch import hooked
+from .attention import FastHMHSA
+from .blocks import FastBlock, FastDualDownsample, FastStem
+from .entry import inference_only
+from .folding import fold_batchnorms
+from .layers import NHWC
+
+__all__ = ["optimize"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NAMES = {
+    "32": torch.float32,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def optimize(
+    model: nn.Module,
+    dtype: torch.dtype | str | None = None,
+    compile: bool = False,
+    example: Any = None,
+    graphs: bool = False,
+) -> nn.Module:
+    """A copy of ``model`` that computes the same, faster, for inference alone; ``model`` itself stays as it is.
+
+    For TransCNN and HAT-Net, any network that contains :class:`transcnn.HMHSA` (plugged CNNs, networks for dense
+    prediction), and, with a smaller gain, any other CNN. BatchNorms are folded into the convolutions before and after
+    them and GridNorm into V; maps are channels-last throughout, so that 1x1 convolutions are matrix products and
+    cutting into grids is one copy; bias, activation and residual are fused into the product where oneDNN can. On a
+    CPU with g++ installed, attention and inverted residuals run by C++ kernels, compiled at the first call (once for
+    each kind of CPU: :mod:`transcnn.fast.cpu.build`). On a GPU the attention inside grids, and bias, activation and
+    residual, run by Triton kernels where autotuning finds those faster. Outputs equal the model's up to rounding, at
+    every input size. Autocast is off inside: the network computes in ``dtype``.
+
+    Args:
+        model: A network; the copy is in evaluation mode.
+        dtype: What to compute in: ``torch.float32``, ``torch.bfloat16``, ``torch.float16`` or "fp32", "bf16", "fp16";
+            None keeps the model's. Inputs are cast to it, outputs back to what the input was.
+        compile: Also run it through ``torch.compile`` with frozen weights: a minute at the first call of each size. It
+            compiles PyTorch's operations instead of the kernels above, so on a CPU it is for other CNNs.
+        example: An input (or a tuple of inputs) to warm up with; later ones may have other sizes.
+        graphs: On a GPU, capture the launches as a CUDA graph when a size is seen for the second time and replay them
+            from then on: several times as fast where batches are small, for the memory of a pass for each size. The
+            network is then ``.module`` of what is returned.
+
+    Returns:
+        The copy, which is inference-only: it can't be trained, no gradient flows through it, and its state dict isn't
+        the model's.
+
+    Raises:
+        UserError: ``dtype`` is none of those above.
+    """
+    kind = _NAMES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and kind not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(_NAMES)} or None, got {dtype!r}")
+    fast = copy.deepcopy(model).eval()
+    for parameter in fast.parameters():
+        parameter.requires_grad_(False)
+    fast = _replace(fast)
+    fold_batchnorms(fast)
+    fast = fast.to(memory_format=torch.channels_last)  # pyright: ignore
+    parts = _computing(fast)
+    for part in parts:
+        if kind is not None:
+            _cast(part, kind)
+        inference_only(part)
+    inference_only(fast, cast=parts == [fast])
+    if compile:
+        fast.compile(options={"freezing": True})
+    fast = CapturedInference(fast) if graphs else fast
+    if example is not None:
+        with torch.no_grad():
+            for _ in range(3 if graphs else 1):
+                fast(*example) if isinstance(example, tuple) else fast(example)
+    return fast
+
+
+def _replace(module: nn.Module) -> nn.Module:
+    """``module`` with every module that has a faster form replaced by it; modules with hooks below stay as they are."""
+    if not any(map(hooked, module.modules())):
+        if isinstance(module, Block):
+            parts = (module.irb.conv1, module.irb.conv2, module.irb.conv3)
+            return FastBlock(module.attn, parts)
+        if isinstance(module, HMHSA) and type(module).forward is HMHSA.forward:
+            return FastHMHSA(module)
+        if isinstance(module, DualDownsample):
+            return FastDualDownsample(
+                (module.conv, module.norm1), module.pool, (module.residual, module.norm2), module.act
+            )
+        if isinstance(module, ConvDownsample):
+            return NHWC((module.conv, module.norm))
+    for name, child in module.named_children():
+        if isinstance(module, TransCNN) and name == "stem":
+            setattr(module, name, FastStem([child]))
+        else:
+            setattr(module, name, _replace(child))
+    return module
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast weights and buffers, but not those of BatchNorms, whose statistics need more precision."""
+    for module in model.modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(dtype)
+
+
+def _computing(model: nn.Module) -> list[nn.Module]:
+    """The modules that compute in the dtype asked for.
+
+    Of torchvision's detectors that is the backbone alone, for boxes need more precision than bf16 has.
+    """
+    detectors = [m for m in model.modules() if isinstance(getattr(m, "backbone", None), nn.Module)]
+    return [m.backbone for m in detectors if hasattr(m, "transform")] or [model]  # pyright: ignore

@@ -1,0 +1,1 @@
+"""Layers that train with kernels of this package, with the parameters of those that they replace."""

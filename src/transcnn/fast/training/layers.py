@@ -1,0 +1,58 @@
+"""PyTorch's layers that train with Triton kernels on a GPU; elsewhere they run as PyTorch's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..dispatch import fits_triton
+
+__all__ = ["KernelBatchNorm2d", "KernelPointwise", "is_pointwise", "uses_triton"]
+
+MIN_NUMEL = 2**23  # of a map; below, launching these kernels takes longer than they save
+
+
+class KernelBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm whose statistics and gradients take one pass over the map each, (B, C, H, W) -> (B, C, H, W)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        supported = self.training and self.affine and self.momentum is not None and torch.is_grad_enabled()
+        if not (supported and input.ndim == 4 and input.shape[1] == self.num_features and uses_triton(input)):
+            return super().forward(input)
+        from ..triton.autograd import batch_norm
+
+        return batch_norm(input, self)
+
+
+class KernelPointwise(nn.Conv2d):
+    """A 1x1 convolution with the bias in the product's epilogue, (B, C, H, W) -> (B, C', H, W)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H, W)."""
+        x, weight, bias = input, self.weight, self.bias
+        supported = torch.is_grad_enabled() and input.ndim == 4 and input.shape[1] == self.in_channels
+        if not supported or bias is None or not _pointwise(self):
+            return super().forward(input)
+        if torch.is_autocast_enabled(input.device.type):
+            dtype = torch.get_autocast_dtype(input.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        if not (x.dtype == weight.dtype and uses_triton(x)):
+            return super().forward(input)
+        from ..triton.autograd import pointwise
+
+        return pointwise(x, weight, bias)
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether :class:`KernelPointwise` can take the place of this module."""
+    return type(module) is nn.Conv2d and _pointwise(module) and module.bias is not None
+
+
+def _pointwise(conv: nn.Conv2d) -> bool:
+    return (conv.kernel_size, conv.stride, conv.groups, conv.padding) == ((1, 1), (1, 1), 1, (0, 0))
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether Triton kernels train on this map (B, C, H, W): channels-last, and not too small."""
+    return fits_triton(x) and x.numel() >= MIN_NUMEL and x.is_contiguous(memory_format=torch.channels_last)

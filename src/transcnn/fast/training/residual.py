@@ -1,0 +1,158 @@
+"""An inverted residual in training, with the five layers between its 1x1 convolutions fused into one operation.
+
+Those are BatchNorm, SiLU, a depthwise convolution, BatchNorm and SiLU. One by one they read and write the hidden map,
+several times as wide as the block's input, a dozen times each way, and save five copies of it for the backward pass.
+Here two are saved, and everything else is recomputed where it is needed, on a CPU by ``cpu/src/bn_silu_dwconv.cpp``,
+on a GPU by ``triton/autograd.py``. With z = γ·(x - μ)/σ + β, n positions, S = Σ dz and Q = Σ dz·(x - μ),
+
+    dβ = S,   dγ = Q/σ,   dx = γ/σ·(dz - S/n - (x - μ)·Q/(n·σ²))
+
+HAT-Net has no norms there; ``None`` stands for each of them then.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ...blocks import InvertedResidual
+from ...layers import DepthwiseConv2d, is_depthwise
+from ..cpu import training as cpu
+from ..cpu.call import KERNEL_SIZES
+from ..dispatch import fits_cpu, hooked
+from .layers import KernelBatchNorm2d, uses_triton
+
+__all__ = ["KernelInvertedResidual"]
+
+
+class KernelInvertedResidual(InvertedResidual):
+    """:class:`transcnn.blocks.InvertedResidual` that trains with kernels of this package where they fit."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        if not (self.training and torch.is_grad_enabled() and self._matches_pattern()):
+            return super().forward(x)
+        before, (norm1, act1, conv, norm2, act2) = self._layers()
+        e = before(x)
+        if uses_triton(e):
+            from ..triton.autograd import bn_silu_dwconv
+
+            s = bn_silu_dwconv(e, norm1, conv, norm2)
+        elif _fits_training(e):
+            s = _bn_silu_dwconv(e, norm1, conv, norm2)
+        else:
+            s = act1(e if norm1 is None else norm1(e))
+            s = act2(conv(s) if norm2 is None else norm2(conv(s)))
+        return self.conv3(s)
+
+    def _layers(self) -> tuple[nn.Sequential, tuple[Any, ...]]:
+        """What comes before the five fused layers, and those."""
+        if len(self.conv2) == 3:  # TransCNN
+            return self.conv1[:1], (*self.conv1[1:], *self.conv2)
+        return self.conv1[:2], (None, self.conv1[2], self.conv2[0], None, self.conv2[1])
+
+    def _matches_pattern(self) -> bool:
+        """Whether the layers are those that the kernels compute."""
+        _, (norm1, act1, conv, norm2, act2) = self._layers()
+        matches = all(
+            norm is None or (type(norm) in (nn.BatchNorm2d, KernelBatchNorm2d) and norm.training and norm.affine)
+            for norm in (norm1, norm2)
+        )
+        matches = matches and all(type(act) is nn.SiLU for act in (act1, act2))
+        matches = matches and type(conv) is DepthwiseConv2d and is_depthwise(conv) and conv.bias is None
+        return matches and conv.kernel_size[0] in KERNEL_SIZES and not any(map(hooked, self.modules()))
+
+
+def _fits_training(e: Tensor) -> bool:
+    batch, channels, height, width = e.shape
+    return (
+        fits_cpu(e, channels, gemm=False)
+        and batch * height * width > 1
+        and e.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _bn_silu_dwconv(e: Tensor, norm1: nn.BatchNorm2d | None, conv: nn.Conv2d, norm2: nn.BatchNorm2d | None) -> Tensor:
+    weights1, weights2 = ((None, None) if norm is None else (norm.weight, norm.bias) for norm in (norm1, norm2))
+    return _BNSiLUDWConv.apply(e, *weights1, conv.weight, *weights2, norm1, norm2)  # pyright: ignore
+
+
+class _Statistics(NamedTuple):
+    """Of a BatchNorm, (C) each, in fp32."""
+
+    mean: Tensor
+    inverse: Tensor  # 1/σ
+    scale: Tensor  # a BatchNorm is x * scale + shift
+    shift: Tensor
+
+
+class _BNSiLUDWConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, e: Tensor, *arguments: Any) -> Tensor:  # γ₁, β₁, weight, γ₂, β₂, both norms
+        weight1, bias1, weight, weight2, bias2, norm1, norm2 = arguments
+        x = e.permute(0, 2, 3, 1)
+        kernel = weight.detach().float().flatten(1).t().contiguous()  # (k², C)
+
+        sums = None if norm1 is None else cpu.channel_sums(x)
+        first = _statistics(norm1, weight1, bias1, sums, x)
+        m, sums = cpu.bn_silu_dwconv_forward(x, (first.scale, first.shift), kernel)
+        second = _statistics(norm2, weight2, bias2, sums, x)
+        s = cpu.bn_silu(m, (second.scale, second.shift))
+        ctx.save_for_backward(x, m, kernel, *first, *second)
+        ctx.dtypes = [None if argument is None else argument.dtype for argument in arguments[:5]]
+        return s.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        x, m, kernel, *rest = ctx.saved_tensors
+        first, second = _Statistics(*rest[:4]), _Statistics(*rest[4:])
+        channels, positions, size = x.shape[3], x.shape[:3].numel(), round(len(kernel) ** 0.5)
+        ds = grads[0].permute(0, 2, 3, 1).to(x.dtype).contiguous()
+
+        sums = torch.zeros(1, 2, channels, dtype=torch.double)  # where there is no norm
+        if ctx.dtypes[3] is not None:
+            sums = cpu.bn_silu_backward_sums(m, ds, (second.scale, second.shift, second.mean))
+        factors, weight2, bias2 = _norm_backward(second, sums, positions)
+        norm1, norm2 = (first.scale, first.shift, first.mean), (second.scale, second.shift, *factors)
+        dx, dkernel, sums = cpu.bn_silu_dwconv_backward(m, ds, norm2, x, norm1, kernel.flip(0).contiguous())
+        factors, weight1, bias1 = _norm_backward(first, sums, positions)
+        if ctx.dtypes[0] is not None:
+            cpu.bn_backward(dx, x, factors)
+        weight = dkernel.sum(0).t().reshape(channels, 1, size, size)
+        found = (weight1, bias1, weight, weight2, bias2)
+        found = [dtype and grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True)]
+        return dx.permute(0, 3, 1, 2), *found, None, None
+
+
+def _statistics(
+    norm: nn.BatchNorm2d | None, weight: Tensor, bias: Tensor, sums: Tensor | None, x: Tensor
+) -> _Statistics:
+    """BatchNorm's statistics from sums of x and of its square; updates its running statistics."""
+    if norm is None or sums is None:
+        zero = torch.zeros(x.shape[3])
+        return _Statistics(zero, zero + 1, zero + 1, zero)
+    positions = x.shape[:3].numel()
+    mean, square = sums.sum(0) / positions
+    variance = (square - mean**2).clamp_min(0)
+    if norm.track_running_stats and norm.running_mean is not None and norm.running_var is not None:
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked.add_(1)
+        momentum = 1 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+        norm.running_var.lerp_((variance * positions / (positions - 1)).to(norm.running_var.dtype), momentum)
+    inverse = (variance + norm.eps).rsqrt()
+    scale = weight.detach().double() * inverse
+    return _Statistics(*(t.float() for t in (mean, inverse, scale, bias.detach().double() - mean * scale)))
+
+
+def _norm_backward(norm: _Statistics, sums: Tensor, positions: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """The factors of dx = a·dz + b·x + c, and the gradients of γ and β."""
+    of_sum, of_products = sums.sum(0)
+    mean, inverse, scale, _ = (t.double() for t in norm)
+    by_x = -scale * inverse**2 * of_products / positions
+    rest = -scale * of_sum / positions - by_x * mean
+    return (norm.scale, by_x.float(), rest.float()), of_products * inverse, of_sum

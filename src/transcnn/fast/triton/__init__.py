@@ -1,0 +1,1 @@
+"""Triton kernels for GPUs. Nothing imports them where Triton isn't installed (:mod:`..dispatch`)."""
