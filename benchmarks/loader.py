@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from transcnn.commands.pack import pack
 from transcnn.data.loading.loader import make_loader
-from transcnn.data.packing import pack
 from transcnn.data.sets.image_dataset import ImageDataset
 from transcnn.data.sources.opening import open_source
 from transcnn.data.transforms.classify import train_transform

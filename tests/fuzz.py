@@ -85,7 +85,7 @@ def read_tar(content: bytes, folder: Path) -> None:
 
 
 def read_packed(manifest: bytes, index: bytes | None, folder: Path) -> None:
-    from transcnn.data.packing import pack
+    from transcnn.commands.pack import pack
     from transcnn.data.sources.packed import open_packed
 
     source = Path(tempfile.gettempdir()) / "transcnn-fuzz-packed"

@@ -25,11 +25,11 @@ from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from transcnn import cli
+from transcnn.commands.pack import pack
 from transcnn.commands.train import train
 from transcnn.data import packing as pack_module
 from transcnn.data.loading.loader import make_loader
 from transcnn.data.loading.sampler import EpochSampler
-from transcnn.data.packing import pack
 from transcnn.data.sets.classify import open_set, open_splits
 from transcnn.data.sources import remote
 from transcnn.data.sources.packed import open_packed

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = [
     "HMHSA",
+    "Loaded",
     "TransCNN",
     "attention_maps",
     "attention_rollout",
     "create_model",
     "from_pretrained",
     "list_models",
+    "load",
     "load_checkpoint",
     "load_host",
     "optimize",
@@ -23,13 +25,23 @@ __all__ = [
     "plug_like",
     "plug_spec",
     "plugged_parameters",
+    "push_to_hub",
+    "save_pretrained",
     "unplug",
 ]
 
 if TYPE_CHECKING:
+    from . import commands as commands
+    from . import errors as errors
+    from . import explain as explain
+    from . import export as export
+    from . import fast as fast
+    from . import settings as settings
     from .attention import HMHSA
     from .backbone import TransCNN
     from .checkpoints.folders import from_pretrained
+    from .checkpoints.hub import push_to_hub, save_pretrained
+    from .checkpoints.loading import Loaded, load
     from .checkpoints.published import load_checkpoint
     from .explain import attention_maps, attention_rollout
     from .fast import optimize
@@ -38,12 +50,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "HMHSA": "attention",
+    "Loaded": "checkpoints.loading",
     "TransCNN": "backbone",
     "attention_maps": "explain",
     "attention_rollout": "explain",
     "create_model": "variants",
     "from_pretrained": "checkpoints.folders",
     "list_models": "variants",
+    "load": "checkpoints.loading",
     "load_checkpoint": "checkpoints.published",
     "load_host": "plugging.plug",
     "optimize": "fast",
@@ -51,9 +65,18 @@ _HOMES = {
     "plug_like": "plugging.plug",
     "plug_spec": "plugging.plug",
     "plugged_parameters": "plugging.plug",
+    "push_to_hub": "checkpoints.hub",
+    "save_pretrained": "checkpoints.hub",
     "unplug": "plugging.plug",
 }
-_MODULES = ("explain", "export", "fast")  # there after ``import transcnn``, imported when first used
+_MODULES = (
+    "commands",
+    "errors",
+    "explain",
+    "export",
+    "fast",
+    "settings",
+)  # with public names, imported when first used
 
 
 def __getattr__(name: str) -> Any:

@@ -37,7 +37,7 @@ COMMANDS = {
     "compare": ("transcnn.commands.compare:compare", "networks side by side: speed, memory, size"),
     "plug": ("transcnn.commands.plug:plug", "where H-MHSA can go in a CNN, and what it costs there"),
     "export": ("transcnn.commands.export:export", "write a trained network as a file for other engines"),
-    "pack": ("transcnn.data.packing:pack", "write data as shards with a manifest and checksums"),
+    "pack": ("transcnn.commands.pack:pack", "write data as shards with a manifest and checksums"),
     "demo": ("transcnn.commands.demo:demo", "a page in the browser: answers, and where any spot looks"),
 }
 

@@ -6,7 +6,7 @@ import signal
 
 from harness import BUSY, Command, assert_equal_weights
 
-from transcnn.data.packing import pack
+from transcnn.commands.pack import pack
 
 
 def test_a_run_on_shards_goes_on_in_the_middle_of_an_epoch(undisturbed, images, tmp_path):
