@@ -1,9 +1,11 @@
 # Two commands are all a newcomer needs; each makes .venv first if need be, and a second call installs nothing again.
 #
 #   make demo      train on the embedded digits (under 4 minutes on two cores), print the test accuracy
-#   make test      run the whole test suite with the coverage of src
+#   make test      run the test suite (some minutes on two cores)
+#   make coverage  the same with the coverage of src, which takes half as long again
 #   make bench     fail if the fast path isn't well ahead of the plain one on this machine (half a minute)
-#   make faults    the long tests of killed, starved and restarted runs; writes results/faults.csv
+#   make faults    the long tests: those of killed, starved and restarted runs, which write results/faults.csv, and
+#                  all others that are marked slow, which make test leaves out
 #   make lint      format, lint and types; changes nothing
 #   make format    put the format right
 #   make install   .venv with every extra, nothing else
@@ -23,8 +25,11 @@ PINS := pyproject.toml constraints.txt
 EVERYTHING := $(VENV)/.installed-all
 # Two processes, each with one thread, are faster on two cores than one process with two threads.
 WORKERS ?= 2
+# Each process takes files in order, so that most fixtures of a file or a session are made once; who is done helps.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PARALLEL := $(PYTEST) -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test bench lint format install build figures docs screenshots clean
+.PHONY: help demo test coverage bench faults lint format install build figures docs screenshots clean
 .DEFAULT_GOAL := help
 
 help:
@@ -60,13 +65,18 @@ demo: $(VENV)/.installed-train
 	$(BIN)/transcnn train --config recipes/digits.yaml
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+	$(PARALLEL)
+
+# Python's tracing makes the exporters, pure Python that walks through graphs, almost twice as slow.
+coverage: $(VENV)/.installed-dev
+	$(PARALLEL) --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/ratio.py
 
 faults: $(VENV)/.installed-dev
-	TRANSCNN_FAULTS=results/faults.csv OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m 'slow or not slow'
+	TRANSCNN_FAULTS=results/faults.csv $(PYTEST) tests/faults -m 'slow or not slow'
+	$(PARALLEL) tests --ignore tests/faults -m slow
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -247,9 +247,14 @@ def to_export():
     return make(dtype=torch.float32, norm="group", grid_sizes=(4, 2), pool_ratios=(3, 2))
 
 
-def test_exported_for_any_size(to_export):
+@pytest.fixture(scope="module")
+def program(to_export):
+    """One trace for both tests below: it takes most of the time."""
     dynamic = (dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),)
-    program = torch.export.export(to_export, (torch.randn(2, 8, 24, 36),), dynamic_shapes=dynamic)
+    return torch.export.export(to_export, (torch.randn(2, 8, 24, 36),), dynamic_shapes=dynamic)
+
+
+def test_exported_for_any_size(to_export, program):
     # The guards only say which sizes share the example's memory layout: the graph itself is right for all.
     exported = program.module(check_guards=False)
     with torch.no_grad():
@@ -258,18 +263,11 @@ def test_exported_for_any_size(to_export):
             assert relative_error(exported(x), to_export(x)) <= 1e-6, (batch, height, width)
 
 
-def test_onnx_for_any_size(to_export, tmp_path):
+def test_onnx_for_any_size(to_export, program, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     path = tmp_path / "hmhsa.onnx"
-    torch.onnx.export(
-        to_export,
-        (torch.randn(2, 8, 24, 36),),
-        path,
-        dynamo=True,
-        dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
-        external_data=False,
-        verbose=False,
-    )
+    names = ({0: "batch", 2: "height", 3: "width"},)
+    torch.onnx.export(program, (), path, dynamo=True, dynamic_shapes=names, external_data=False, verbose=False)
     session = onnxruntime.InferenceSession(path)
     assert session.get_inputs()[0].shape == ["batch", 8, "height", "width"]
     for batch, height, width in ODD_SIZES:

@@ -230,7 +230,7 @@ def test_readme_commands_parse(line: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.skipif(not Path("/usr/bin/make").exists(), reason="needs make")
-@pytest.mark.parametrize("target", ["demo", "test", "lint", "install"])
+@pytest.mark.parametrize("target", ["demo", "test", "coverage", "faults", "lint", "install"])
 def test_makefile_knows(target: str) -> None:
     result = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

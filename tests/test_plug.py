@@ -290,8 +290,8 @@ def test_copies_stand_alone(duplicate: object, host: str) -> None:
     assert len(list(plugged(model))) == 3
 
 
-def small_densenet() -> nn.Module:
-    return timm.models.DenseNet(growth_rate=8, block_config=(2, 2, 2, 2), num_classes=5)
+def small_densenet(blocks: tuple[int, ...] = (2, 2, 2, 2)) -> nn.Module:
+    return timm.models.DenseNet(growth_rate=8, block_config=blocks, num_classes=5)
 
 
 def test_state_dict_round_trip(small: tuple[nn.Module, torch.Tensor]) -> None:
@@ -365,11 +365,11 @@ def test_compiles_with_inductor(small: tuple[nn.Module, torch.Tensor]) -> None:
     torch.testing.assert_close(outputs(torch.compile(model), image), outputs(model, image), rtol=1e-3, atol=1e-4)
 
 
-# One each of: branches run by Sequentials, by hooks, and held inside a dense block.
+# One each of: branches run by Sequentials, by hooks, and held inside a dense block. Few: tracing takes its time.
 ONNX_HOSTS = {
-    "test_resnet": partial(timm.create_model, "test_resnet", num_classes=5),
-    "test_convnext": partial(timm.create_model, "test_convnext", num_classes=5),
-    "densenet": small_densenet,
+    "test_resnet": (partial(timm.create_model, "test_resnet", num_classes=5), ["layer3", "layer4"]),
+    "test_convnext": (partial(timm.create_model, "test_convnext", num_classes=5), ["stages.2", "stages.3"]),
+    "densenet": (partial(small_densenet, blocks=(2, 2)), ["features.denseblock1"]),
 }
 
 
@@ -378,8 +378,9 @@ ONNX_HOSTS = {
 def test_onnx_with_dynamic_sizes(host: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    model = ONNX_HOSTS[host]().eval()
-    wake(plug(model))
+    make_host, at = ONNX_HOSTS[host]
+    model = make_host().eval()
+    wake(plug(model, at))
     shapes = ({0: "batch", 2: "height", 3: "width"},)
     program = torch.onnx.export(
         model, (torch.randn(2, 3, 96, 64),), dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False
