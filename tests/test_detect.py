@@ -14,12 +14,13 @@ from PIL import Image, ImageDraw
 
 from transcnn.checkpoints.loading import load, save_weights
 from transcnn.commands.evaluate import evaluate
-from transcnn.commands.predict import predict
+from transcnn.commands.predict import _check_min_score, predict
 from transcnn.commands.train import train
 from transcnn.data.sets.detect import open_set, open_splits
 from transcnn.data.transforms.detect import DetectTransform
 from transcnn.dense.detectors import DETECTORS, build
 from transcnn.errors import UserError
+from transcnn.report.overlay import OutputFolder, detection_row, image_ids, segmentation_row
 from transcnn.settings import Augment, Detect, Ema, Optim
 from transcnn.tasks.detect import Detect as DetectTask
 from transcnn.tasks.detect import _f1
@@ -345,3 +346,86 @@ def test_images_like_dots_and_ribbons_are_looked_at(run, tmp_path, capsys):
     save_weights(tmp_path / "blind.safetensors", loaded.model, strict)
     assert predict(str(tmp_path / "blind.safetensors"), files, out=str(tmp_path / "none"))[0]["boxes"] == []
     assert "nothing found" in capsys.readouterr().out
+
+
+# --- what predict writes --------------------------------------------------------------------------------------------
+
+
+def test_image_ids_are_each_files_own():
+    assert image_ids(["a/0001.jpg", "b/7.png"]) == {"a/0001.jpg": 1, "b/7.png": 7}
+    assert image_ids(["a/x.jpg", "a/y.jpg"]) == {"a/x.jpg": "x", "a/y.jpg": "y"}
+    for files in (["a/001.jpg", "b/001.jpg", "b/1.png"], ["a/x.jpg", "b/x.jpg"], ["1.jpg", "01.jpg"], ["²", "2"]):
+        assert len(set(image_ids(files).values())) == len(files)
+
+
+def one_box(count: int = 1) -> dict[str, np.ndarray]:
+    boxes = np.array([[1.0, 1, 9, 9]] * count).reshape(-1, 4)
+    return {"boxes": boxes, "labels": np.zeros(count, int), "scores": np.linspace(0.9, 0.3, count)}
+
+
+def test_a_call_that_finds_nothing_leaves_no_old_predictions(tmp_path):
+    for count in (2, 0):
+        out = OutputFolder(tmp_path / "out", ["x.png"], coco=True)
+        detection_row(Image.new("RGB", (20, 20)), one_box(count), "x.png", ["a"], {}, out)
+        out.finish()
+        assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == count
+    OutputFolder(tmp_path / "none").finish()  # a segmenter's
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_least_score_for_predictions(tmp_path):
+    out = OutputFolder(tmp_path, ["x.png"], coco=True, min_score=0.6)
+    row = detection_row(Image.new("RGB", (20, 20)), one_box(3), "x.png", ["a"], {}, out)
+    assert [box["score"] for box in row["boxes"]] == [0.9, 0.6]
+    out.finish()
+    assert len(json.loads((tmp_path / "predictions.json").read_text())) == 2
+    for wrong in (0.01, 1.5, float("nan")):
+        with pytest.raises(UserError, match=r"min_score must be from 0\.05"):
+            _check_min_score(wrong, "detect", {"min_score": 0.05})
+    with pytest.raises(UserError, match="min_score is for detectors"):
+        _check_min_score(0.5, "classify", None)
+
+
+def test_no_input_and_no_other_output_is_written_over(tmp_path):
+    """Originals in the folder of the outputs, and names whose outputs would be one file."""
+    names = ["a.png", "b.jpg", "b_overlay.jpg", "B.jpeg", "c.tif", "c_overlay.png", "predictions.json"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"original")
+    files = [str(tmp_path / name) for name in names[:5]]
+    out = OutputFolder(tmp_path, files, coco=True)
+    written = []
+    for file in files:
+        row = detection_row(Image.new("RGB", (20, 20)), one_box(), file, ["a"], {}, out)
+        mask = segmentation_row(
+            Image.new("RGB", (20, 20)), np.zeros((20, 20), int), file, ["a"], {"label_ids": [0]}, out, 1
+        )
+        written += [row["overlay"], mask["mask"], mask["overlay"]]
+    out.finish()
+    assert len(set(written)) == len(written)
+    assert all((tmp_path / name).read_bytes() == b"original" for name in names)
+    assert (tmp_path / "predictions-2.json").is_file()
+
+
+def test_outputs_of_an_earlier_call_are_replaced_elsewhere(tmp_path):
+    for _ in range(2):
+        out = OutputFolder(tmp_path / "out", [str(tmp_path / "x.png")])
+        row = detection_row(Image.new("RGB", (20, 20)), one_box(), str(tmp_path / "x.png"), ["a"], {}, out)
+        assert Path(row["overlay"]).name == "x_overlay.png"
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+@pytest.mark.parametrize(("max_found", "wanted"), [(300, 100.0), (100, 100 * 67 / 101)])
+def test_map_counts_as_many_boxes_as_the_detector_may_find(max_found, wanted):
+    """150 boxes found exactly; COCO's own limit is 100 an image."""
+    task = DetectTask(torch.nn.Identity(), ["a"], {}, task_args={"detector": "retinanet", "max_found": max_found})
+    corner = torch.stack(torch.meshgrid(torch.arange(15), torch.arange(10), indexing="ij"), -1).reshape(-1, 2) * 20.0
+    boxes = torch.cat([corner, corner + 10], 1)[: max(max_found, 150)]
+    labels = torch.zeros(150, dtype=torch.long)
+    found = {
+        "boxes": boxes[:max_found],
+        "labels": labels[:max_found],
+        "scores": torch.linspace(0.9, 0.5, 150)[:max_found],
+    }
+    truth = {"boxes": boxes, "labels": labels}
+    task._metric[0].update([found], [truth])
+    assert 100 * float(task._metric[0].compute()["map"]) == pytest.approx(wanted, abs=0.1)

@@ -379,6 +379,28 @@ def test_networks_train_with_kernels_of_our_own_and_recorded_where_asked(device)
     assert set(task.state_dict()) == {f"model.{name}" for name in task.model.state_dict()}
 
 
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_one_image_is_mixed_with_itself(mixup, cutmix):
+    """A process with one image had an empty batch, and a loss that is not a number."""
+    task = Classify(torch.nn.Flatten(), ["a", "b", "c"], {}, augment=Augment(mixup=mixup, cutmix=cutmix, smoothing=0.3))
+    image, label = torch.rand(1, 3, 1, 1), torch.tensor([1])
+    images, target = task._mixed(image, label)
+    assert torch.allclose(images, image)
+    assert torch.allclose(target, torch.tensor([[0.1, 0.8, 0.1]]))
+    loss = task.loss((image, label))
+    assert torch.isfinite(loss)
+    assert len(task._mixed(torch.rand(5, 3, 4, 4), torch.arange(5) % 3)[0]) == 4
+
+
+def test_a_batch_of_one_before_a_batchnorm_is_told_in_one_line():
+    network = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Flatten())
+    task = Classify(network, ["a", "b", "c"], {})
+    with pytest.raises(UserError, match="--batch_size 2") as caught:
+        task.training_step((torch.rand(1, 3, 1, 1), torch.tensor([1])), 0)
+    assert "\n" not in str(caught.value)
+    assert torch.isfinite(task.training_step((torch.rand(2, 3, 1, 1), torch.tensor([1, 0])), 0))
+
+
 def test_wrong_answers_and_scores_add_up():
     task = learner()
     task.trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=lambda x, reduce_op: x))  # pyright: ignore

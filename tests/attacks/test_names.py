@@ -248,7 +248,7 @@ def test_tables_of_eval(task: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_command_line_reads_and_tells_names(tmp_path: Path) -> None:
-    """Files of such names are predicted by a process, as table, CSV and JSON, on a terminal without UTF-8."""
+    """Files of such names are predicted; a terminal without UTF-8 is given what it can show."""
     from transcnn.commands.predict import predict
 
     names = [name for name in NASTY if name and "/" not in name and "\x00" not in name and name != "\ud800"]

@@ -104,6 +104,8 @@ def evaluate(
             accelerator=accelerator,
             bar=not quiet,
         )
+    if not int(scores["images"]):
+        raise UserError(f"nothing can be scored on {data or 'digits'}: no image of the split has a label that counts")
     metrics = {
         **learner.summary(scores),
         **views,

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -23,6 +23,9 @@ from ..data.paths import find_images
 from ..errors import UserError
 from ..text import csv_cell, json_text, rich_text
 from ..weights import PACKAGED
+
+if TYPE_CHECKING:
+    from ..report.overlay import OutputFolder
 
 __all__ = ["predict"]
 
@@ -36,6 +39,7 @@ def predict(
     csv: str | None = None,
     batch_size: int = 32,
     img_size: int | None = None,
+    min_score: float | None = None,
     precision: Literal["auto", "32", "bf16", "16"] = "32",
     accelerator: str = "auto",
     out: str = "predictions",
@@ -52,6 +56,7 @@ def predict(
         csv: Also write a CSV file here: file, error, label and score of each rank.
         batch_size: Images at a time.
         img_size: Another size than the network was trained at.
+        min_score: To detect: leave out detections of a lower score; without it, what the network was trained to keep.
         precision: Arithmetic; 32 is exact, auto is bf16 where the processor has it.
         accelerator: cpu, gpu, or auto.
         out: Folder for the images of a network that segments or detects: label maps and overlays; boxes also as
@@ -73,7 +78,7 @@ def predict(
         checkpoint, images = PACKAGED, [checkpoint, *(images or ())]
     files = find_images(images or ())
     if checkpoint.lower().endswith(".onnx"):
-        rows = list(_predict_onnx(checkpoint, files, top_k, batch_size, img_size, accelerator, out))
+        rows = list(_predict_onnx(checkpoint, files, top_k, batch_size, img_size, min_score, accelerator, out))
     else:
         from ..checkpoints.loading import load
         from ..distributed.runtime import quiet_libraries
@@ -85,7 +90,7 @@ def predict(
             print(f"The network that comes with the package tells ten things apart: {names}.", file=sys.stderr)
         if img_size is not None:
             loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
-        rows = list(_predict(loaded, files, top_k, batch_size, precision, accelerator, out))
+        rows = list(_predict(loaded, files, top_k, batch_size, min_score, precision, accelerator, out))
     if csv:
         from ..checkpoints.files import atomic_write
 
@@ -93,8 +98,20 @@ def predict(
     if json:
         print(json_text(rows, indent=2))
     elif not quiet:
-        _print_table(rows)
+        _print_table(rows, top_k)
     return rows
+
+
+def _check_min_score(min_score: float | None, task: str, task_args: dict[str, Any] | None) -> None:
+    if min_score is None:
+        return
+    if task != "detect":
+        raise UserError(f"min_score is for detectors; this network is for the task {task}")
+    kept = float((task_args or {}).get("min_score", 0.0))
+    if not kept <= min_score <= 1:
+        raise UserError(
+            f"min_score must be from {kept:g}, below which this network keeps nothing, to 1, got {min_score}"
+        )
 
 
 def _means_images(name: str, alone: bool) -> bool:
@@ -109,9 +126,16 @@ def _means_images(name: str, alone: bool) -> bool:
 
 
 def _predict(
-    loaded: Any, files: list[str], top_k: int, batch_size: int, precision: str, accelerator: str, out: str
+    loaded: Any,
+    files: list[str],
+    top_k: int,
+    batch_size: int,
+    min_score: float | None,
+    precision: str,
+    accelerator: str,
+    out: str,
 ) -> Iterator[dict[str, Any]]:
-    """One row for each file, in order, by a network as ``runs.load`` gives it."""
+    """One row for each file, in order, by a network as ``checkpoints.loading.load`` gives it."""
     import torch
 
     from ..distributed.runtime import choose_precision
@@ -120,7 +144,9 @@ def _predict(
 
     task = get_task(loaded.task)
     transform = task.image_transform(loaded.preprocessing, loaded.info.get("task_args"))
-    folder = OutputFolder(Path(out)) if task.writes_images else None
+    _check_min_score(min_score, loaded.task, loaded.info.get("task_args"))
+    detect = loaded.task == "detect"
+    folder = OutputFolder(Path(out), files, coco=detect, min_score=min_score) if task.writes_images else None
     device = torch.device("cuda" if torch.cuda.is_available() and accelerator != "cpu" else "cpu")
     loaded.model.to(device)
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(choose_precision(precision, accelerator))
@@ -135,16 +161,26 @@ def _predict(
 
 
 def _predict_onnx(
-    file: str, files: list[str], top_k: int, batch_size: int, img_size: int | None, accelerator: str, out: str
+    file: str,
+    files: list[str],
+    top_k: int,
+    batch_size: int,
+    img_size: int | None,
+    min_score: float | None,
+    accelerator: str,
+    out: str,
 ) -> Iterator[dict[str, Any]]:
     """The same by an exported file."""
     from ..onnx.predict import OnnxModel, answers, to_input
+    from ..report.overlay import OutputFolder
 
     model = OnnxModel(file, accelerator=accelerator)
     if img_size is not None:
         model.resize_to(img_size)
+    _check_min_score(min_score, model.task, model.info.get("task_args"))
     if model.task != "classify":
-        yield from _predict_dense(model, files, top_k, out)
+        folder = OutputFolder(Path(out), files, coco=model.task == "detect", min_score=min_score)
+        yield from _predict_dense(model, files, top_k, folder)
         return
 
     def answer(images: list[np.ndarray]) -> list[dict[str, Any]]:
@@ -153,14 +189,14 @@ def _predict_onnx(
     yield from _in_batches(files, batch_size, lambda image, _: to_input(image, model.data_config), answer)
 
 
-def _predict_dense(model: Any, files: list[str], top_k: int, out: str) -> Iterator[dict[str, Any]]:
+def _predict_dense(model: Any, files: list[str], top_k: int, folder: OutputFolder) -> Iterator[dict[str, Any]]:
     """The same by a file that segments or detects, one image at a time."""
     from ..onnx.dense import class_map, detections
-    from ..report.overlay import OutputFolder, detection_row, segmentation_row
+    from ..report.overlay import detection_row, segmentation_row
 
     if model.fixed:
         raise UserError(f"images to {model.task} have many sizes, the file takes one alone; export it without --static")
-    folder, names, args = OutputFolder(Path(out)), model.class_names, model.info["task_args"]
+    names, args = model.class_names, model.info["task_args"]
 
     def row_of(image: Image.Image, file: str) -> dict[str, Any]:
         if model.task == "segment":
@@ -217,7 +253,7 @@ def _ranked(row: dict[str, Any]) -> list[tuple[str, float]]:
     return [(entry["label"], entry["score"] if "score" in entry else entry["share"]) for entry in found]
 
 
-def _print_table(rows: list[dict[str, Any]]) -> None:
+def _print_table(rows: list[dict[str, Any]], most: int = 5) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -225,7 +261,10 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     table.add_column("file", overflow="fold")
     table.add_column("predictions, most confident first")
     for row in rows:
-        text = rich_text("  ".join(f"{label} {100 * score:.1f} %" for label, score in _ranked(row)) or "nothing found")
+        ranked = _ranked(row)
+        words = [f"{label} {100 * score:.1f} %" for label, score in ranked[:most]]
+        words += [f"and {len(ranked) - most} more"] if len(ranked) > most else []
+        text = rich_text("  ".join(words) or "nothing found")
         if "error" in row:
             text = rich_text(f"can't be read: {row['error']}", "red")
         table.add_row(rich_text(row["file"]), text)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import colorsys
+import itertools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..checkpoints.files import atomic_write
 from ..text import json_text, printable
 
 __all__ = [
@@ -19,6 +22,7 @@ __all__ = [
     "boxes_as_rows",
     "detection_row",
     "draw_detections",
+    "image_ids",
     "label_png",
     "largest",
     "legend",
@@ -129,42 +133,87 @@ def draw_detections(
 
 
 class OutputFolder:
-    """Where masks and overlays go, each under a name of its own: a.png, then a-2.png for another folder's a.jpg."""
+    """Where masks and overlays go: a.png, then a-2.png for another folder's a.jpg; no input is written over.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: Made when something is written.
+        inputs: The files that are predicted. Where one of them lies in ``folder``, nothing that exists is replaced.
+        coco: Write detections in COCO's format, too.
+        min_score: Detections of a lower score are left out.
+    """
+
+    def __init__(
+        self, folder: Path, inputs: Sequence[str] = (), *, coco: bool = False, min_score: float | None = None
+    ) -> None:
         self.folder = folder
+        self.inputs = {os.path.realpath(file) for file in inputs}
+        self.replace = os.path.realpath(folder) not in {os.path.dirname(file) for file in self.inputs}
         self.taken: set[str] = set()
-        self.coco: list[dict[str, Any]] = []  # detections of all images, in COCO's format for results
+        self.coco = coco
+        self.min_score = min_score
+        self.detections: dict[str, list[dict[str, Any]]] = {}  # of each image, in the order of the images
 
     def stem_for(self, file: str) -> Path:
         """The path, without ending, for what belongs to ``file``."""
-        stem = name = Path(file).stem or "image"
-        for i in range(2, 1_000_000):
-            if name.casefold() not in self.taken:
-                break
-            name = f"{stem}-{i}"
-        self.taken.add(name.casefold())
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return self.folder / name
+        return self._free(Path(file).stem or "image", (".png", "_overlay.png"))
+
+    def save(self, image: Image.Image, path: str) -> None:
+        """Write an image as PNG, whole or not at all."""
+        atomic_write(Path(path), lambda temporary: image.save(temporary, format="PNG"))
 
     def add_coco(self, file: str, found: Mapping[str, np.ndarray], label_ids: Sequence[int]) -> None:
-        """Take in an image's detections; its id is its name where that is a number, as COCO's are, else the name."""
-        stem = Path(file).stem
+        """Take in an image's detections."""
+        rows = self.detections.setdefault(file, [])
         for i, (x1, y1, x2, y2) in enumerate(found["boxes"].astype(float).round(2).tolist()):
-            row: dict[str, Any] = {"image_id": int(stem) if stem.isdecimal() else stem, "file_name": file}
-            row |= {
+            row: dict[str, Any] = {
+                "file_name": file,
                 "category_id": int(label_ids[int(found["labels"][i])]),
                 "score": round(float(found["scores"][i]), 6),
+                "bbox": [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)],
             }
-            row["bbox"] = [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)]
             if "masks" in found:
                 row["segmentation"] = run_lengths(found["masks"][i, 0] > 0.5)
-            self.coco.append(row)
+            rows.append(row)
 
     def finish(self) -> None:
-        """Write ``predictions.json`` where there are detections in COCO's format."""
-        if self.coco:
-            (self.folder / "predictions.json").write_text(json_text(self.coco, indent=1), encoding="utf-8")
+        """Write ``predictions.json``, where detections were asked for; without any it is an empty list."""
+        if not self.coco:
+            return
+        ids = image_ids(list(self.detections))
+        rows = [{"image_id": ids[file], **row} for file, found in self.detections.items() for row in found]
+        text = json_text(rows, indent=1) + "\n"
+        path = self._free("predictions", (".json",)).with_suffix(".json")
+        atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    def _free(self, stem: str, endings: Sequence[str]) -> Path:
+        """A path without ending that is no input's and no other output's with any of the endings."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
+        name = next(name for name in names if self._is_free(name, endings))
+        self.taken |= {f"{name}{ending}".casefold() for ending in endings}
+        return self.folder / name
+
+    def _is_free(self, name: str, endings: Sequence[str]) -> bool:
+        for ending in endings:
+            path = self.folder / f"{name}{ending}"
+            if path.name.casefold() in self.taken or os.path.realpath(path) in self.inputs:
+                return False
+            if not self.replace and path.exists():
+                return False
+        return True
+
+
+def image_ids(files: Sequence[str]) -> dict[str, int | str]:
+    """Of each file the id that COCO's results have: its name where that is a number, as COCO's are, else the name.
+
+    Where two files would have the same one, they are numbered from 1.
+    """
+    stems = [Path(file).stem for file in files]
+    numbers = all(stem.isdecimal() and stem.isascii() for stem in stems)
+    ids: list[int | str] = [int(stem) for stem in stems] if numbers else list(stems)
+    if len(set(ids)) < len(ids):
+        ids = list(range(1, len(files) + 1))
+    return dict(zip(files, ids, strict=True))
 
 
 def largest(labels: np.ndarray, names: Sequence[str], top_k: int) -> list[dict[str, Any]]:
@@ -201,10 +250,10 @@ def segmentation_row(
         "mask": f"{stem}.png",
         "overlay": f"{stem}_overlay.png",
     }
-    label_png(labels, args["label_ids"], colours).save(row["mask"])
+    out.save(label_png(labels, args["label_ids"], colours), row["mask"])
     shown: list[int] = np.unique(labels).tolist()
     blended = blend(image, labels, colours)
-    legend(blended, [names[i] for i in shown], [colours[i] for i in shown]).save(row["overlay"])
+    out.save(legend(blended, [names[i] for i in shown], [colours[i] for i in shown]), row["overlay"])
     return row
 
 
@@ -238,8 +287,11 @@ def detection_row(
         args: ``label_ids`` of the data.
         out: Where they go, and where detections gather in COCO's format.
     """
+    if out.min_score is not None:
+        found = {name: value[found["scores"] >= out.min_score] for name, value in found.items()}
     row: dict[str, Any] = {"boxes": boxes_as_rows(found, names), "overlay": f"{out.stem_for(file)}_overlay.png"}
-    draw_detections(image, found, names, palette(len(names)), SHOWN_SCORE).save(row["overlay"])
+    drawn_from = SHOWN_SCORE if out.min_score is None else out.min_score
+    out.save(draw_detections(image, found, names, palette(len(names)), drawn_from), row["overlay"])
     out.add_coco(file, found, args.get("label_ids") or list(range(1, len(names) + 1)))
     return row
 

@@ -210,7 +210,15 @@ class Task(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One batch's loss; ``last_loss`` keeps it for the epoch's mean."""
-        loss = self.loss(batch)
+        try:
+            loss = self.loss(batch)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                "BatchNorm can't learn from a single value per channel: this network's last maps have one position and "
+                "the batch has one image; give --batch_size 2 or more (of each process), or larger images"
+            ) from error
         self.last_loss = loss.detach()
         return loss
 

@@ -128,12 +128,19 @@ class Classify(Task):
         images, labels = batch
         images = self._resized(images)
         if self.mixup is not None:
-            if len(images) % 2:  # images are mixed in pairs
-                images, labels = images[:-1], labels[:-1]
-            images, labels = self.mixup(images, labels)
+            images, labels = self._mixed(images, labels)
         logits = self(images).float()
         loss = self.train_loss(logits, labels)
         return loss if self.teacher is None else self.teacher.loss(loss, logits, images)
+
+    def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images are mixed in pairs: of an odd number the last one is left out, a single one is mixed with itself."""
+        assert self.mixup is not None
+        if len(images) == 1:
+            images, labels = self.mixup(torch.cat([images, images]), torch.cat([labels, labels]))
+            return images[:1], labels[:1]
+        even = len(images) // 2 * 2
+        return self.mixup(images[:even], labels[:even])
 
     def _resized(self, images: Tensor) -> Tensor:
         """Training images at the side that the present epoch has (``Augment.sizes``)."""
@@ -192,7 +199,7 @@ class Classify(Task):
             result["top5"] = totals[1].item() / images * 100
         wrong = gather_lists(self._wrong)
         result |= {"loss": totals[0].item() / images}
-        result |= {"images": torch.tensor(images), "confusion": confusion, "wrong": _most_confident(wrong)}
+        result |= {"images": confusion.sum(), "confusion": confusion, "wrong": _most_confident(wrong)}
         self._forget()
         return result
 

@@ -209,7 +209,12 @@ class Detect(DenseTask):
     def _forget(self) -> None:
         kinds: Any = ("bbox", "segm") if self.masks else "bbox"
         metric = MeanAveragePrecision(
-            iou_type=kinds, class_metrics=True, backend="faster_coco_eval", sync_on_compute=False
+            iou_type=kinds,
+            class_metrics=True,
+            backend="faster_coco_eval",
+            sync_on_compute=False,
+            # COCO's 100 detections an image, or all that this detector may find.
+            max_detection_thresholds=[1, 10, max(100, int(self.task_args.get("max_found", 100)))],
         )
         metric.warn_on_many_detections = False
         self._metric = (metric,)  # in a tuple: it stays on the CPU and out of checkpoints
