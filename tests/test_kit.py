@@ -132,8 +132,10 @@ ARROWS = {
     "blocks": {"attention", "layers"},
     "backbone": {"attention", "blocks", "layers"},
     "text": set(),
-    "report.plots": {"errors", "text"},
-    "report.classify": {"report", "report.plots", "errors", "text"},
+    "report.fonts": set(),
+    "report.plots": {"report.fonts", "errors", "text"},
+    "report.page": {"text", "plain"},
+    "report.classify": {"report.page", "report.plots", "errors", "text"},
 }
 
 

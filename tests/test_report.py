@@ -15,6 +15,7 @@ from PIL import Image
 from transcnn.errors import UserError
 from transcnn.report.classify import class_table, confused_pairs, read_history, write_report
 from transcnn.report.plots import Wrong, plot_classes, plot_confusion, plot_history, plot_wrong, style
+from transcnn.text import printable
 
 CONFUSION = np.array([[8, 2, 0], [0, 5, 0], [0, 0, 0]])
 NAMES = ["ash", "birch", "cedar"]
@@ -122,10 +123,13 @@ def test_report_of_any_size(tmp_path: Path, classes: int) -> None:
     assert set(content.files) == drawn
     for file in content.files:
         assert (page.parent / file).stat().st_size > 0
-    assert {"0.1235", "7", "val & more"} <= set(content.cells)
-    assert {row["class"] for row in class_table(confusion, names)[:50]} <= set(content.cells)
+    assert {"0.1 %", "val & more"} <= set(content.cells)
+    assert "7 images" in page.read_text()
+    assert {printable(row["class"]) for row in class_table(confusion, names)[:50]} <= set(content.cells)
     with open(page.parent / "classes.csv", newline="", encoding="utf-8") as file:
-        assert sorted(row["class"] for row in csv.DictReader(file)) == sorted(names), "names are whole in the table"
+        assert sorted(row["class"] for row in csv.DictReader(file)) == sorted(map(printable, names)), (
+            "names are whole in the table"
+        )
 
 
 def test_nothing_trained_and_nothing_wrong(tmp_path: Path) -> None:
@@ -199,7 +203,7 @@ def test_wrong_answers_in_any_mode(mode: str) -> None:
     assert figure is not None
     (shown,) = figure.axes[0].images
     assert shown.get_array().shape[:2] == (4, 5)
-    assert [text.get_text() for text in figure.texts][1:] == ["is ash", "predicted as birch", "50%  a.png"]
+    assert [text.get_text() for text in figure.texts][1:] == ["is ash", "predicted as birch", "50 %  a.png"]
 
 
 @pytest.mark.parametrize(
@@ -228,6 +232,6 @@ def test_the_most_confident_thirty_are_shown() -> None:
         figure = plot_wrong(wrong(40), NAMES)
     assert figure is not None
     assert len(figure.axes) == 30
-    scores = [int(text.get_text().split("%")[0]) for text in figure.texts[3::3]]
+    scores = [int(text.get_text().split(" %")[0]) for text in figure.texts[3::3]]
     assert scores == sorted(scores, reverse=True)
     assert scores[0] == 98

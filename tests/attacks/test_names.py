@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from transcnn.commands import predict as predict_command
-from transcnn.report.classify import html_table, write_report, write_rows
+from transcnn.report.classify import write_report
 from transcnn.report.overlay import OutputFolder, draw_detections, legend, palette
+from transcnn.report.page import html_table, write_rows
 from transcnn.report.plots import plot_classes, style
 from transcnn.text import csv_cell, html, json_text, markdown, printable, rich_text
 
@@ -133,7 +134,7 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         self.tags.append(tag)
-        assert not attrs
+        assert not attrs or attrs == [("class", "wide")]
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -144,7 +145,7 @@ def test_html() -> None:
     assert harmless(page)
     parser = Tags()
     parser.feed(page)
-    assert set(parser.tags) == {"table", "tr", "th", "td"}
+    assert set(parser.tags) == {"div", "table", "tr", "th", "td"}
     assert parser.tags.count("td") == len(NAMES)
     assert all(printable(name) in parser.text for name in NAMES)
     assert '"' not in html('"onmouseover="alert(1)')
@@ -213,11 +214,10 @@ def test_predictions_of_all_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[
     predict_command._write_csv(tmp_path / "p.csv", rows, 1)
     with (tmp_path / "p.csv").open(newline="", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == len(rows)
-    out = OutputFolder(tmp_path / "out")
+    out = OutputFolder(tmp_path / "out", coco=True)
     found = {"boxes": np.array([[1.0, 1, 5, 5]]), "labels": np.array([0]), "scores": np.array([0.9])}
     for name in NASTY:
         out.add_coco(name, found, [1])
-    out.folder.mkdir()
     out.finish()
     kept = json.loads((out.folder / "predictions.json").read_text(encoding="utf-8"))
     assert [row["file_name"] for row in kept] == NASTY

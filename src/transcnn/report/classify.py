@@ -1,4 +1,4 @@
-"""The report of a run: figures, tables and a page that ties them together, from plain arrays."""
+"""The report of a classifier: figures, tables and a page that ties them together, from plain arrays."""
 
 from __future__ import annotations
 
@@ -11,24 +11,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError, require
-from ..text import csv_cell, html
-from .plots import Wrong, plot_classes, plot_confusion, plot_history, plot_pairs, plot_wrong, style
+from .page import MAX_ROWS, facts_of, heading, html_page, html_table, percent, skipped_files, write_rows
+from .plots import Wrong, plot_classes, plot_confusion, plot_history, plot_images, plot_pairs, plot_wrong, style
 
-__all__ = [
-    "Wrong",
-    "class_table",
-    "confused_pairs",
-    "facts_of",
-    "html_page",
-    "html_table",
-    "read_history",
-    "skipped_part",
-    "write_report",
-    "write_rows",
-]
+__all__ = ["Wrong", "class_table", "confused_pairs", "read_history", "write_report"]
 
 MAX_MATRIX = 100  # more classes than that: no matrix, the most confused pairs instead
-MAX_ROWS = 50  # of the page's table of classes
 
 
 def write_report(
@@ -38,8 +26,9 @@ def write_report(
     class_names: Sequence[str],
     wrong: Sequence[tuple[Any, ...]],
     metrics: Mapping[str, Any],
+    correct: Sequence[tuple[Any, ...]] = (),
 ) -> Path:
-    """Write ``run_dir/report``: learning curves, confusion matrix, classes, wrong predictions and ``index.html``.
+    """Write ``run_dir/report``: learning curves, confusion matrix, classes, predictions and ``index.html``.
 
     Args:
         run_dir: The run's directory.
@@ -49,6 +38,7 @@ def write_report(
         wrong: Wrong predictions to show, each an image, truth, prediction, score and name (:class:`Wrong`), most
             confident first.
         metrics: What was measured; single values head the page.
+        correct: Correct predictions to show, as ``wrong``.
 
     Returns:
         The path of ``index.html``.
@@ -68,19 +58,28 @@ def write_report(
         "confusion.png": lambda: plot_confusion(confusion, class_names) if few else plot_pairs(pairs),
         "classes.png": lambda: plot_classes(classes),
         "wrong.png": lambda: plot_wrong(wrong, class_names),
+        "correct.png": lambda: plot_images(
+            [(image, [str(class_names[truth]), percent(score)]) for image, truth, _, score, _ in correct],
+            "Correct predictions",
+        ),
     }
-    for file, draw in figures.items():
-        with style():
-            figure = draw()
-            if figure is None:  # nothing to show; no older figure may stand for it
-                (folder / file).unlink(missing_ok=True)
-            else:
-                figure.savefig(folder / file)
+    save_figures(folder, figures, class_names)
     write_rows(folder / "classes.csv", classes, ["class", "images", "right", "accuracy", "precision", "taken_for"])
     write_rows(folder / "confused.csv", pairs, ["truth", "prediction", "images", "share"])
     page = folder / "index.html"
     page.write_text(_page(folder, metrics, classes, pairs), encoding="utf-8")
     return page
+
+
+def save_figures(folder: Path, figures: Mapping[str, Any], texts: Sequence[str]) -> None:
+    """Draw figures (file name -> function) with fonts for ``texts``; a file without a figure is removed."""
+    for file, draw in figures.items():
+        with style(texts):
+            figure = draw()
+            if figure is None:  # nothing to show; no older figure may stand for it
+                (folder / file).unlink(missing_ok=True)
+            else:
+                figure.savefig(folder / file)
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -149,26 +148,13 @@ def read_history(history: str | Path | Mapping[str, Sequence[float]]) -> dict[st
 
 # --- the page -------------------------------------------------------------------------------------------------------
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Report</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #111 }}
-img {{ max-width: 100% }}
-table {{ border-collapse: collapse }}
-td, th {{ padding: .2rem 1.5rem .2rem 0; text-align: left; border-bottom: 1px solid #ddd }}
-td {{ font-variant-numeric: tabular-nums }}
-h2 {{ margin-top: 2.5rem }}
-@media print {{ h2 {{ break-after: avoid }} img, tr {{ break-inside: avoid }} }}
-</style></head>
-<body>
-{body}
-</body></html>
-"""
 _ALTERNATIVES = {
+    "augmented.png": "Training images as the network sees them",
     "curves.png": "Loss, accuracy and learning rate over the epochs",
     "confusion.png": "Which class was predicted as which",
     "classes.png": "Accuracy of each class",
     "wrong.png": "Images with a wrong prediction",
+    "correct.png": "Images with a correct prediction",
 }
 
 
@@ -178,14 +164,17 @@ def _page(folder: Path, metrics: Mapping[str, Any], classes: list[dict[str, Any]
     def figure(file: str, otherwise: str = "") -> str:
         return f'<p><img src="{file}" alt="{_ALTERNATIVES[file]}"></p>' if (folder / file).exists() else otherwise
 
-    mixed = [[pair["truth"], pair["prediction"], pair["images"], f"{pair['share']:.1%}"] for pair in pairs[:10]]
+    mixed = [[pair["truth"], pair["prediction"], pair["images"], percent(pair["share"])] for pair in pairs[:10]]
     lowest = [
-        [row["class"], row["images"], _percent(row["accuracy"]), _percent(row["precision"]), row["taken_for"]]
+        [row["class"], row["images"], percent(row["accuracy"]), percent(row["precision"]), row["taken_for"]]
         for row in classes[:MAX_ROWS]
     ]
-    parts = ["<h1>Report of the run</h1>", html_table([], facts_of(metrics))]
+    title, top = heading(folder.parent, metrics)
+    parts = [top, html_table([], facts_of(metrics))]
     if (folder / "curves.png").exists():
         parts += ["<h2>Learning</h2>", figure("curves.png")]
+    if (folder / "augmented.png").exists():
+        parts += ["<h2>Training images</h2>", figure("augmented.png")]
     parts += ["<h2>Confusion</h2>", figure("confusion.png")]
     if mixed:
         parts += [
@@ -202,67 +191,14 @@ def _page(folder: Path, metrics: Mapping[str, Any], classes: list[dict[str, Any]
         f"<p>{'All' if len(lowest) == len(classes) else f'The lowest {len(lowest)} of'} {len(classes)} classes; "
         'as a file: <a href="classes.csv">classes.csv</a></p>',
         "<h2>Wrong predictions</h2>",
-        "<p>Below each image: what it is, what it was predicted as, the score of that prediction and the file.</p>"
+        "<p>Below each image: its class, the predicted class, the probability of that prediction and the file.</p>"
         if (folder / "wrong.png").exists()
         else "",
         figure("wrong.png", "<p>None to show.</p>"),
-        skipped_part(folder.parent),
     ]
-    return html_page(parts)
-
-
-def skipped_part(run_dir: Path) -> str:
-    """The part of a page about files that could not be read; nothing where there were none."""
-    try:
-        with (run_dir / "skipped.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))[1:]
-    except FileNotFoundError:
-        return ""
-    link = f'<p>{len(rows)} files were left out; as a file: <a href="../skipped.csv">skipped.csv</a></p>'
-    return "\n".join(["<h2>Files that could not be read</h2>", html_table(["File", "Reason"], rows[:MAX_ROWS]), link])
-
-
-def html_page(parts: Sequence[str]) -> str:
-    """A page of these parts of HTML, one below the other."""
-    return _PAGE.format(body="\n".join(part for part in parts if part))
-
-
-def facts_of(metrics: Mapping[str, Any]) -> list[list[str]]:
-    """Name and value of each single figure, as a page tells them."""
-    return [
-        [key.replace("_", " ").replace("/", " "), _fact(value)]
-        for key, value in metrics.items()
-        if isinstance(value, str | int | float)
-    ]
-
-
-def html_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """An HTML table; nothing without rows."""
-
-    def line(tag: str, cells: Sequence[Any]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    lines = [line("th", head)] if head else []
-    return "\n".join(["<table>", *lines, *(line("td", row) for row in rows), "</table>"]) if rows else ""
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> None:
-    """Rows as a CSV file; numbers have six places."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fields)
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(
-                {key: round(value, 6) if isinstance(value, float) else csv_cell(value) for key, value in row.items()}
-            )
-
-
-def _fact(value: str | float) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
+    if (folder / "correct.png").exists():
+        parts += ["<h2>Correct predictions</h2>", "<p>The most confident one of each class.</p>", figure("correct.png")]
+    return html_page([*parts, skipped_files(folder.parent)], title)
 
 
 def _check_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> np.ndarray:

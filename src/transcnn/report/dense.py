@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from ..text import printable
-from .classify import facts_of, html_page, html_table, read_history, skipped_part, write_rows
-from .plots import new_figure, plot_bars, plot_confusion, plot_history, style
+from .classify import read_history, save_figures
+from .page import MAX_ROWS, facts_of, heading, html_page, html_table, percent, skipped_files, write_rows
+from .plots import new_figure, plot_bars, plot_confusion, plot_history
 
 __all__ = ["best_median_worst", "class_iou", "write_dense_report", "write_segment_report"]
 
@@ -103,39 +104,38 @@ def write_dense_report(
     history = Path(run_dir) / "metrics.csv"
     field = measure.lower()
     ranked = sorted(rows, key=lambda row: (row[field] is None, row[field] or 0.0))
-    ends = ["does not occur" if row[field] is None else f"{row[field]:.1%}" for row in ranked]
+    ends = ["does not occur" if row[field] is None else percent(row[field]) for row in ranked]
     names, scores = [row["class"] for row in ranked], [row[field] or 0.0 for row in ranked]
     draw: dict[str, Any] = {
         "curves.png": lambda: plot_history(read_history(history) if history.exists() else {}),
-        "classes.png": lambda: plot_bars(names[:50], scores[:50], ends[:50], measure, f"{measure} of each class"),
+        "classes.png": lambda: plot_bars(
+            names[:MAX_ROWS], scores[:MAX_ROWS], ends[:MAX_ROWS], measure, f"{measure} of each class"
+        ),
         **extra,
         "predictions.png": lambda: plot_predictions(examples, key),
     }
-    for file, make in draw.items():
-        with style():
-            figure = make()
-            if figure is None:
-                (folder / file).unlink(missing_ok=True)
-            else:
-                figure.savefig(folder / file)
+    save_figures(folder, draw, [*names, *(name for _, name, _ in examples)])
     write_rows(folder / "classes.csv", ranked, list(ranked[0]))
     titles = {
         "curves.png": "Learning",
+        "augmented.png": "Training images",
+        "precision_recall.png": "Precision and recall",
         "classes.png": "Classes",
         "confusion.png": "Which was predicted as which",
         "predictions.png": "Predictions: best, median, worst",
     }
-    parts = ["<h1>Report of the run</h1>", html_table([], facts_of(metrics))]
-    for file in draw:
+    title_of_page, top = heading(Path(run_dir), metrics)
+    parts = [top, html_table([], facts_of(metrics))]
+    for file in ("curves.png", "augmented.png", *(file for file in draw if file != "curves.png")):
         if (folder / file).exists():
             title = titles.get(file, file)
             parts += [f"<h2>{title}</h2>", f'<p><img src="{file}" alt="{title}"></p>']
         if file == "classes.png":
             head = list(ranked[0])
-            cells = [[_cell(row[name]) for name in head] for row in ranked[:50]]
+            cells = [[_cell(row[name]) for name in head] for row in ranked[:MAX_ROWS]]
             parts += [html_table([name.capitalize() for name in head], cells)]
     page = folder / "index.html"
-    page.write_text(html_page([*parts, skipped_part(Path(run_dir))]), encoding="utf-8")
+    page.write_text(html_page([*parts, skipped_files(Path(run_dir))], title_of_page), encoding="utf-8")
     return page
 
 
@@ -164,6 +164,10 @@ def plot_predictions(examples: Sequence[Example], key: Sequence[tuple[str, Seque
 
 
 def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.1%}" if isinstance(value, float) else str(value)
+    return (
+        percent(value)
+        if value is None or isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else value
+    )

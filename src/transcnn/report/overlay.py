@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..checkpoints.files import atomic_write
 from ..text import json_text, printable
+from .fonts import image_font
 
 __all__ = [
     "SHOWN_SCORE",
@@ -57,8 +58,8 @@ def blend(image: Image.Image, labels: np.ndarray, colours: Colours, strength: fl
 def legend(image: Image.Image, names: Sequence[str], colours: Colours) -> Image.Image:
     """The image with the names below it, a patch of its colour before each."""
     size = max(11, min(28, image.width // 40))
-    font, gap = ImageFont.load_default(size), size // 2
     names = [printable(name) for name in names]
+    font, gap = image_font(size, names), size // 2
     corners: list[tuple[int, int]] = []
     x = y = gap
     for name in names:
@@ -116,7 +117,7 @@ def draw_detections(
             drawn = blend(drawn, np.where(mask, int(found["labels"][i]), -1), colours, 0.45)
     draw = ImageDraw.Draw(drawn)
     size = max(10, min(24, image.width // 45))
-    font = ImageFont.load_default(size)
+    font = image_font(size, names)
     for i in reversed(list(chosen)):
         label = int(found["labels"][i])
         x1, y1, x2, y2 = (float(value) for value in found["boxes"][i])

@@ -11,7 +11,7 @@ import re
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ..text import printable
+from .fonts import font_families
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +37,9 @@ __all__ = [
     "plot_classes",
     "plot_confusion",
     "plot_history",
+    "plot_images",
     "plot_pairs",
+    "plot_precision_recall",
     "plot_wrong",
     "style",
 ]
@@ -51,6 +54,7 @@ LINES: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 MAX_BARS = 50  # more classes than that: the lowest ones and how all are spread
 MAX_WRONG = 30
+MAX_CURVES = 16  # classes with a line of their own
 
 
 class Wrong(NamedTuple):
@@ -64,15 +68,12 @@ class Wrong(NamedTuple):
 
 
 @contextmanager
-def style() -> Iterator[None]:
-    """How all figures look; names are taken literally (no formulas), in any script that a font is there for."""
+def style(texts: Iterable[str] = ()) -> Iterator[None]:
+    """How all figures look; names are taken literally (no formulas), in fonts that have the letters of ``texts``."""
     import matplotlib
-    from matplotlib.font_manager import fontManager
 
-    there = {font.name for font in fontManager.ttflist}
-    further = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans Arabic", "Noto Sans Devanagari", "WenQuanYi Zen Hei")
     settings: dict[Any, Any] = {
-        "font.family": ["DejaVu Sans", *(font for font in further if font in there)],
+        "font.family": font_families(texts),
         "font.size": 9.5,
         "axes.titlesize": 11,
         "axes.spines.top": False,
@@ -167,7 +168,7 @@ def plot_confusion(confusion: np.ndarray, class_names: Sequence[str], what: str 
     axes.grid(which="minor", color="#d8d8d8", linewidth=0.4)
     axes.tick_params(which="both", length=0)
     bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 4 / side), ticks=[0, 1, 5, 20, 50, 100], pad=0.02)
-    bar.set_label("per cent of the true class")
+    bar.set_label("% of the true class (each row adds up to 100 %)")
     if count <= 25:
         for (row, column), images in np.ndenumerate(confusion):
             text = str(images) if what == "images" else f"{share[row, column]:.1f}"  # pixels are too many to count
@@ -188,7 +189,7 @@ def plot_pairs(pairs: Sequence[Mapping[str, Any]], most: int = 25) -> Figure | N
     figure = new_figure(8.5, 0.28 * len(pairs) + 1.2)
     axes = figure.add_subplot()
     names = [f"{_short(pair['truth'], 26)} → {_short(pair['prediction'], 26)}" for pair in pairs]
-    ends = [f"{pair['images']} ({pair['share']:.0%})" for pair in pairs]
+    ends = [f"{pair['images']:,} ({100 * pair['share']:.0f} %)" for pair in pairs]
     draw_bars(axes, names, [pair["images"] for pair in pairs], ends)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set(
@@ -206,10 +207,11 @@ def plot_classes(rows: Sequence[Mapping[str, Any]]) -> Figure:
     figure = new_figure(11.0 if many else 7.5, 0.27 * len(shown) + 1.2)
     axes = figure.add_subplot(1, 2, 1) if many else figure.add_subplot()
     ends = [
-        f"{row['accuracy']:.1%}  ({row['right']} of {row['images']})" if row["images"] else "no images" for row in shown
+        f"{100 * row['accuracy']:.1f} %  ({row['right']:,} of {row['images']:,})" if row["images"] else "no images"
+        for row in shown
     ]
     draw_bars(axes, [_short(row["class"], 30) for row in shown], [row["accuracy"] or 0.0 for row in shown], ends)
-    axes.set(xlim=(0, 1.4), xlabel="Accuracy", title="The 30 lowest classes" if many else "Accuracy of each class")
+    axes.set(xlim=(0, 1), xlabel="Accuracy", title="The 30 lowest classes" if many else "Accuracy of each class")
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     if many:
@@ -217,7 +219,9 @@ def plot_classes(rows: Sequence[Mapping[str, Any]]) -> Figure:
         values = np.array([row["accuracy"] for row in rows if row["accuracy"] is not None])
         spread.hist(values, bins=np.linspace(0, 1, 21).tolist(), color=BLUE, edgecolor="white")
         if len(values):
-            spread.axvline(values.mean(), color=ORANGE, linestyle="--", linewidth=2, label=f"mean {values.mean():.1%}")
+            spread.axvline(
+                values.mean(), color=ORANGE, linestyle="--", linewidth=2, label=f"mean {100 * values.mean():.1f} %"
+            )
             spread.legend(frameon=False, loc="upper left")
         spread.set(xlim=(0, 1), xlabel="Accuracy", ylabel="Classes", title=f"All {len(rows)} classes")
         spread.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
@@ -232,7 +236,7 @@ def plot_bars(names: Sequence[str], values: Sequence[float], ends: Sequence[str]
     figure = new_figure(7.5, 0.27 * len(names) + 1.2)
     axes = figure.add_subplot()
     draw_bars(axes, [_short(name, 30) for name in names], values, ends)
-    axes.set(xlim=(0, 1.25), xlabel=what, title=title)
+    axes.set(xlim=(0, 1), xlabel=what, title=title)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     return figure
@@ -253,33 +257,75 @@ def draw_bars(
 
 def plot_wrong(wrong: Sequence[tuple[Any, ...]], class_names: Sequence[str]) -> Figure | None:
     """A sheet of up to 30 wrong predictions, most confident first, with truth and score; None without any."""
-    if not wrong:
-        return None
     shown = sorted((Wrong(*entry) for entry in wrong), key=lambda entry: -entry.score)[:MAX_WRONG]
-    columns = min(6, len(shown))
-    rows = math.ceil(len(shown) / columns)
+    cells = [
+        (
+            entry.image,
+            [
+                f"is {_short(_name(entry.truth, class_names), 21)}",
+                f"predicted as {_short(_name(entry.prediction, class_names), 15)}",
+                f"{100 * entry.score:.0f} %  {_short(Path(entry.name).name, 22)}",
+            ],
+        )
+        for entry in shown
+    ]
+    return plot_images(cells, "Wrong predictions, most confident first")
+
+
+def plot_images(cells: Sequence[tuple[Any, Sequence[str]]], title: str) -> Figure | None:
+    """A sheet of images, each with up to three lines below it, the first one bold; None without any."""
+    if not cells:
+        return None
+    columns = min(6, len(cells))
+    lines = max(len(words) for _, words in cells)
     # Laid out by hand: captions have a fixed height, and cells keep their size however few there are.
-    width, height, top = max(columns * 1.8, 3.6), rows * 2.4 + 0.5, 0.5
+    cell = 1.92 + 0.16 * lines
+    width, height, top = max(columns * 1.8, 3.6), math.ceil(len(cells) / columns) * cell + 0.5, 0.5
     figure = new_figure(width, height, layout="none")
-    figure.text(0.5, 1 - 0.3 / height, "Wrong predictions, most confident first", ha="center", va="center", fontsize=12)
-    for i, entry in enumerate(shown):
-        left, low = (i % columns) * 1.8 + (width - columns * 1.8) / 2, height - top - (i // columns + 1) * 2.4
-        axes = figure.add_axes((left / width + 0.1 / width, (low + 0.7) / height, 1.6 / width, 1.6 / height))
-        pixels = _pixels(entry.image)
+    figure.text(0.5, 1 - 0.3 / height, title, ha="center", va="center", fontsize=12)
+    for i, (image, words) in enumerate(cells):
+        left, low = (i % columns) * 1.8 + (width - columns * 1.8) / 2, height - top - (i // columns + 1) * cell
+        axes = figure.add_axes((left / width + 0.1 / width, (low + cell - 1.7) / height, 1.6 / width, 1.6 / height))
+        pixels = _pixels(image)
         axes.imshow(
             pixels, cmap="gray", vmin=0, vmax=255, interpolation="auto" if min(pixels.shape[:2]) > 96 else "nearest"
         )
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_visible(False)
-        lines = (
-            (f"is {_short(_name(entry.truth, class_names), 21)}", 0.58, "bold", "black"),
-            (f"predicted as {_short(_name(entry.prediction, class_names), 17)}", 0.42, "normal", "black"),
-            (f"{entry.score:.0%}  {_short(Path(entry.name).name, 22)}", 0.26, "normal", "#555555"),
+        for row, text in enumerate(words):
+            x, y = (left + 0.9) / width, (low + cell - 1.82 - 0.16 * row) / height
+            weight, colour = ("bold", "black") if row == 0 else ("normal", "black" if row == 1 else "#555555")
+            figure.text(x, y, _short(text, 26), ha="center", va="center", fontsize=7.5, weight=weight, color=colour)
+    return figure
+
+
+def plot_precision_recall(curves: Mapping[str, np.ndarray], title: str) -> Figure | None:
+    """Precision over recall, a line for each class, the mean of all thick; None without any.
+
+    Args:
+        curves: Of each class the precision at recalls evenly spaced from 0 to 1.
+    """
+    from matplotlib.ticker import PercentFormatter
+
+    if not curves:
+        return None
+    figure = new_figure(7.0, 4.2)
+    axes = figure.add_subplot()
+    values = np.stack(list(curves.values()))
+    recall = np.linspace(0, 1, values.shape[1])
+    colours = (BLUE, ORANGE, "#009e73", "#b0508a", "#6a51a3", "#a6761d", "#e7298a", "#1b9e77")
+    for i, (name, precision) in enumerate(list(curves.items())[:MAX_CURVES]):
+        axes.plot(
+            recall, precision, colours[i % 8], linestyle=DASHES[i // 8 % 4], linewidth=1.2, label=_short(name, 24)
         )
-        for text, offset, weight, colour in lines:
-            x, y = (left + 0.9) / width, (low + offset) / height
-            figure.text(x, y, text, ha="center", va="center", fontsize=7.5, weight=weight, color=colour)
+    if len(curves) > 1:
+        axes.plot(recall, values.mean(0), color="black", linewidth=2.4, label=f"mean of {len(curves)} classes")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="Recall", ylabel="Precision", title=title)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8.5)
     return figure
 
 

@@ -30,6 +30,8 @@ from .sliding import average
 
 __all__ = ["Classify"]
 
+Row = tuple[int, int, int, float]  # index in the split, true class, predicted class, its probability
+MAX_CORRECT = 12  # correct predictions kept for the report, of as many classes
 MAX_WRONG = 48  # wrong predictions kept for the report, most confident first
 
 
@@ -168,14 +170,10 @@ class Classify(Task):
         if self.confusion is not None:
             self.confusion.update(prediction, labels)
         wrong = (prediction != labels).cpu()
-        rows = zip(
-            indices[wrong].tolist(),
-            labels.cpu()[wrong].tolist(),
-            prediction.cpu()[wrong].tolist(),
-            probability.cpu()[wrong].tolist(),
-            strict=True,
-        )
-        self._wrong = _most_confident([*self._wrong, *rows])
+        columns = (indices, labels.cpu(), prediction.cpu(), probability.cpu())
+        rows = list(zip(*(column.tolist() for column in columns), strict=True))
+        self._wrong = _most_confident([*self._wrong, *(row for row, no in zip(rows, wrong, strict=True) if no)])
+        self._correct = _best_of_class([*self._correct, *(row for row, no in zip(rows, wrong, strict=True) if not no)])
 
     def _logits(self, images: Tensor) -> Tensor:
         """Logits (B, classes), of the mirrored images, too, where the task's settings say ``flip``."""
@@ -185,8 +183,8 @@ class Classify(Task):
     def scores(self) -> dict[str, Any]:
         """``top1``, ``top5`` (more than five classes only), ``loss``; ``confusion``, ``wrong`` and ``images``.
 
-        Each row of ``wrong`` is (index in the split, true class, predicted class, its probability). All is that of all
-        processes together.
+        Each row of ``wrong``, and of ``correct``, the most confident one of each class, is (index in the split, true
+        class, predicted class, its probability). All is that of all processes together.
         """
         if self.confusion is None:
             raise UserError("there must be at least two classes to score")
@@ -197,9 +195,10 @@ class Classify(Task):
         result: dict[str, Any] = {"top1": confusion.diagonal().sum().item() / images * 100}
         if len(self.class_names) > 5:
             result["top5"] = totals[1].item() / images * 100
-        wrong = gather_lists(self._wrong)
+        wrong, correct = gather_lists(self._wrong), gather_lists(self._correct)
         result |= {"loss": totals[0].item() / images}
         result |= {"images": confusion.sum(), "confusion": confusion, "wrong": _most_confident(wrong)}
+        result["correct"] = _best_of_class(correct)
         self._forget()
         return result
 
@@ -242,13 +241,15 @@ class Classify(Task):
         """Curves, confusion matrix, classes and the most confident wrong predictions."""
         history = folder / "metrics.csv"
         names = self.class_names
-        wrong = []
-        for index, truth, prediction, score in scores["wrong"]:
-            image, _, name = split.read(index)
-            wrong.append((image, names[truth], names[prediction], score, Path(name).name))
+        rows: dict[str, list[Any]] = {"wrong": [], "correct": []}
+        for kind, entries in rows.items():
+            for index, truth, prediction, score in scores[kind]:
+                image, _, name = split.read(index)
+                entries.append((image, truth, prediction, score, Path(name).name))
         confusion = scores["confusion"].numpy()
         shown = {key: value for key, value in metrics.items() if not isinstance(value, dict)}
-        write_report(folder, history if history.exists() else None, confusion, names, wrong, shown)
+        shown["input_size"] = self.data_config.get("input_size")
+        write_report(folder, history if history.exists() else None, confusion, names, metrics=shown, **rows)
 
     def _forget(self) -> None:
         if self.confusion is not None:
@@ -256,11 +257,20 @@ class Classify(Task):
         self._loss = torch.zeros((), dtype=torch.float64)
         self._top5 = torch.zeros((), dtype=torch.float64)
         self._seen = 0
-        self._wrong: list[tuple[int, int, int, float]] = []
+        self._wrong: list[Row] = []
+        self._correct: list[Row] = []
 
 
-def _most_confident(wrong: list[tuple[int, int, int, float]]) -> list[tuple[int, int, int, float]]:
-    return sorted(wrong, key=lambda row: (-row[3], row[0]))[:MAX_WRONG]
+def _most_confident(rows: list[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: (-row[3], row[0]))[:MAX_WRONG]
+
+
+def _best_of_class(rows: list[Row]) -> list[Row]:
+    """The most confident row of each of the first classes."""
+    best: dict[int, Row] = {}
+    for row in sorted(rows, key=lambda row: (row[1], -row[3], row[0])):
+        best.setdefault(row[1], row)
+    return list(best.values())[:MAX_CORRECT]
 
 
 def _hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:

@@ -18,8 +18,10 @@ from ..data.sets.detect import open_set, open_splits
 from ..data.transforms.detect import DetectTransform
 from ..distributed.processes import gather, gather_lists, world
 from ..errors import require
+from ..plugging.places import eval_mode
 from ..report.dense import best_median_worst, write_dense_report
 from ..report.overlay import SHOWN_SCORE, boxes_as_rows, detection_row, draw_detections, palette
+from ..report.plots import plot_precision_recall
 from ..settings import Augment
 from ..text import rich_text
 from .dense import DenseTask
@@ -137,6 +139,7 @@ class Detect(DenseTask):
             for name in own:
                 setattr(metric, name, [entry for states in gathered for entry in states[name]])
         images = len(metric.groundtruth_labels)  # pyright: ignore
+        boxes = torch.cat([torch.zeros(0, dtype=torch.long), *(x.cpu() for x in metric.groundtruth_labels)])  # pyright: ignore
         computed = metric.compute() if images else {}
         result: dict[str, Any] = {"map": 0.0, "map50": 0.0}
         for prefix, word in (("bbox_", ""), ("segm_", "mask_")) if self.masks else (("", ""),):
@@ -149,6 +152,11 @@ class Detect(DenseTask):
         for prefix, word in (("bbox_", "class_ap"), ("segm_", "class_mask_ap")) if self.masks else (("", "class_ap"),):
             each = computed.get(f"{prefix}map_per_class", torch.zeros(0)).reshape(-1).tolist()
             result[word] = {c: 100 * value for c, value in zip(classes, each, strict=False) if value >= 0}
+        # (IoU, recall, class, size, most detections), -1 where a class doesn't occur
+        precision = computed.get("bbox_precision" if self.masks else "precision", torch.zeros(1, 1, 0, 1, 1))
+        precision = precision[0, :, :, 0, -1].T.cpu().numpy()
+        result["curves"] = {c: row for c, row in zip(classes, precision, strict=False) if (row >= 0).all()}
+        result["class_boxes"] = torch.bincount(boxes, minlength=len(self.class_names)).tolist()
         result["ranking"] = gather_lists(self._ranking)
         self._forget()
         return result
@@ -189,28 +197,34 @@ class Detect(DenseTask):
         """Curves, classes, and the best, median and worst predictions beside the ground truth."""
         colours, names = palette(len(self.class_names)), self.class_names
         examples = []
-        self.model.eval()
         for title, index, score in best_median_worst(scores["ranking"]):
             image, _ = split.read(index)
             pixels, target = split.transform(*split.read(index), 0)
-            with torch.inference_mode():
+            with eval_mode(self.model), torch.inference_mode():
                 found = self.model([pixels.to(self.device)])[0]
             found = {name: value.cpu().numpy() for name, value in found.items()}
             truth = {name: value.numpy() for name, value in target.items() if name in ("boxes", "labels", "masks")}
-            drawn = [draw_detections(image, what, names, colours, SHOWN_SCORE, key=False) for what in (truth, found)]
+            drawn = [draw_detections(image, what, names, colours, SHOWN_SCORE) for what in (truth, found)]
             examples.append((f"{title}: F1 {score:.0%}", Path(split.name(index)).name, [image, *drawn]))
         rows = [
-            {"class": name, "ap": None if (value := metrics["class_ap"][name]) is None else value / 100}
-            for name in names
+            {
+                "class": name,
+                "ap": None if (value := metrics["class_ap"][name]) is None else value / 100,
+                "boxes": scores["class_boxes"][i],
+            }
+            for i, name in enumerate(names)
         ]
         key = list(zip(names, colours, strict=True))
-        write_dense_report(folder, "AP", rows, {}, examples, key, metrics)
+        curves = {names[i]: values for i, values in scores["curves"].items()}
+        figures = {"precision_recall.png": lambda: plot_precision_recall(curves, "Precision over recall at IoU 0.50")}
+        write_dense_report(folder, "AP", rows, figures, examples, key, metrics)
 
     def _forget(self) -> None:
         kinds: Any = ("bbox", "segm") if self.masks else "bbox"
         metric = MeanAveragePrecision(
             iou_type=kinds,
             class_metrics=True,
+            extended_summary=True,  # for the curves of precision and recall
             backend="faster_coco_eval",
             sync_on_compute=False,
             # COCO's 100 detections an image, or all that this detector may find.

@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..settings import Augment
 from ..tasks import get_task
 from ..tasks.base import Task
+from ..tasks.samples import write_samples
 from . import callbacks as cb
 from .building import make_learner, make_network
 from .checkpointing import KeepWeights
@@ -76,6 +77,7 @@ def _run(s: SimpleNamespace, resumed: Path | None, lr_factor: float | None) -> T
     trainer = _trainer(s, run_dir, [*averages, skip], keep, strategy)
     if trainer.is_global_zero:
         atomic_write(run_dir / "config.yaml", lambda path: path.write_text(as_yaml(s)))
+        write_samples(run_dir, learner, splits.train)
         if not s.quiet:
             _announce(s, splits, network, config, run_dir, trainer)
     _fit(trainer, learner, loaders, resumed)
