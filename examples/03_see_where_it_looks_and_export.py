@@ -42,13 +42,13 @@ for m in transcnn.attention_maps(loaded.model, image, query=(20, 40), stage=1):
     print(m.name, m.step, tuple(m.pixels.shape), f"sum {m.weights.sum().item():.4f}")
 
 # %% [markdown]
-# ## What speaks for a class, and how good such a map is
+# ## Class maps, and how good such a map is
 #
 # The class is the network's own first choice.
 
 # %%
 target = int(loaded.model(image[None]).argmax())
-print("the network says:", loaded.class_names[target])
+print("the network predicts:", loaded.class_names[target])
 values = grad_cam(loaded.model, image, target=target)
 scores = deletion_insertion(loaded.model, image, values)
 print(f"Grad-CAM {tuple(values.shape)}: deletion {scores.deletion:.3f}, insertion {scores.insertion:.3f}")

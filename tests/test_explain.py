@@ -438,7 +438,7 @@ def test_what_the_picture_says(checkpoint: Path, class_image: Any) -> None:
     figure = draw(explanation)
     words = "\n".join(text.get_text() for text in figure.texts)
     for expected in (
-        "transcnn_test says",
+        "transcnn_test predicts",
         "near, inside its grid",
         "grids of level 2",
         "far, the whole image",

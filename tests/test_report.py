@@ -203,7 +203,7 @@ def test_wrong_answers_in_any_mode(mode: str) -> None:
     assert figure is not None
     (shown,) = figure.axes[0].images
     assert shown.get_array().shape[:2] == (4, 5)
-    assert [text.get_text() for text in figure.texts][1:] == ["is ash", "predicted as birch", "50 %  a.png"]
+    assert [text.get_text() for text in figure.texts][1:] == ["is ash", "predicted as birch", "50 %, a.png"]
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,7 @@ def draw_look(picture: Image.Image, m: AttentionMap) -> Image.Image:
     In early stages, whose grids are small, the part around the spot's grid alone, enlarged.
     """
     pixels = np.asarray(picture)
-    # Each pixel of the picture takes the value of the map's pixel that it lies on.
-    rows, columns = (np.arange(n) * had // n for n, had in zip(pixels.shape[:2], m.size, strict=True))
-    values = m.pixels.double().numpy()[rows[:, None], columns]
-    image = Image.fromarray((255 * heat(pixels, values)).round().astype(np.uint8))
+    image = Image.fromarray((255 * heat(pixels, m.pixels.double().numpy())).round().astype(np.uint8))
     tall, wide = (n / had for n, had in zip(pixels.shape[:2], m.size, strict=True))
 
     marks = marks_of(m)

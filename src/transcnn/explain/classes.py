@@ -1,4 +1,4 @@
-"""What speaks for a class, and where: Grad-CAM, and gradients times attention; on any stage.
+"""Class maps, which show the evidence for a class: Grad-CAM, and gradients times attention; on any stage.
 
 Grad-CAM is a line of arithmetic once activations and gradients are there, and the records hold them. Its well-known
 library would bring 150 MB of OpenCV, which clashes with other builds of OpenCV, and clears the gradients that a
@@ -22,7 +22,7 @@ __all__ = ["check_target", "grad_cam", "gradient_attention"]
 def grad_cam(
     model: nn.Module | Loaded, image: ImageLike, target: int | None = None, stage: int | None = None
 ) -> Tensor:
-    """Grad-CAM of a class at the end of a stage, (H, W), of sum 1 (or all 0: nothing there speaks for the class).
+    """Grad-CAM of a class at the end of a stage, (H, W), of sum 1 (or all 0: nothing there is evidence for the class).
 
     R. R. Selvaraju et al., "Grad-CAM", arXiv 1610.02391: the stage's channels, each weighted by the mean gradient of
     the class's logit with respect to it, summed; what is below 0 is cut off; then interpolated to the image's size.

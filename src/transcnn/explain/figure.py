@@ -29,7 +29,7 @@ class Explanation:
     """All that the figure shows.
 
     Attributes:
-        image: What the network saw, uint8 (H, W) or (H, W, 3).
+        image: What the network saw, uint8 (h, w) or (h, w, 3), at any resolution.
         query: Row and column of the pixel asked about.
         stages: The maps of one block of each stage, local ones first.
         top: The likeliest classes with their probabilities, the likeliest first.
@@ -66,10 +66,10 @@ def draw(e: Explanation) -> Figure:
     _draw_image(page.panel(lefts[0], top + 0.3), e)
     page.caption(lefts[0], top, "The image", "Blue square: the spot that the\nmaps below are asked about.")
     _draw_answers(page.panel(lefts[1] + 0.08, top + 0.3, PANEL - 0.16), e)
-    page.caption(lefts[1], top, "The answer", "The likeliest classes.")
+    page.caption(lefts[1], top, "The prediction", "The likeliest classes.")
     name = f"“{_cut(e.class_name, 13)}”"
     about = (
-        (f"What speaks for {name}", "Grad-CAM: the parts of the image that\nraise the score of this class.", e.cam),
+        (f"Evidence for {name}", "Grad-CAM: the parts of the image that\nraise the score of this class.", e.cam),
         (
             "What attention uses for it",
             "Gradient × attention: what attention\ntook from here raised that score.",
@@ -164,8 +164,8 @@ def _first_step(pixels: int, count: int) -> int:
 
 
 def _draw_image(axes: Axes, e: Explanation) -> None:
-    _show(axes, e.image)
-    side = max(1.0, max(e.image.shape[:2]) / 40)
+    _show(axes, e.image, e.cam.shape)
+    side = max(1.0, max(e.cam.shape) / 40)
     top, left = e.query[0] + 0.5 - side / 2, e.query[1] + 0.5 - side / 2
     _frame(axes, (top, left, top + side, left + side), MARK, 2.2)
 
@@ -176,19 +176,19 @@ def _draw_answers(axes: Axes, e: Explanation) -> None:
     colours = [ORANGE if name == e.class_name else BLUE for name in names]
     axes.barh(places, shares, color=colours, height=0.36)
     for place, name, share in zip(places, names, shares, strict=True):
-        axes.text(0, place - 0.3, f"{_cut(name, 24)}  {share:.1%}", va="bottom", ha="left", fontsize=9.5)
+        axes.text(0, place - 0.3, f"{_cut(name, 24)}  {100 * share:.1f} %", va="bottom", ha="left", fontsize=9.5)
     axes.set(xlim=(0, 1), ylim=(4.45, -0.75))
     axes.axis("off")
     axes.axvline(0, color=GREY, linewidth=1)
 
 
 def _draw_heat(axes: Axes, image: np.ndarray, values: np.ndarray) -> None:
-    _show(axes, heat(image, values))
+    _show(axes, heat(image, values), values.shape)
 
 
 def _draw_map(axes: Axes, image: np.ndarray, m: AttentionMap) -> None:
     """One attention map over the image, with grid lines, the position's own grid, and the position."""
-    _show(axes, heat(image, m.pixels.double().numpy()))
+    _show(axes, heat(image, m.pixels.double().numpy()), m.size)
     marks = marks_of(m)
     for y in marks.rows:
         axes.axhline(y - 0.5, color="white", linewidth=0.7, alpha=0.7)
@@ -239,9 +239,14 @@ def marks_of(m: AttentionMap) -> Marks:
 
 
 def heat(image: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """A dim grey image with colours over it, the brighter the larger, from 0 to the largest value; (H, W, 3)."""
+    """A dim grey image with colours over it, the brighter the larger, from 0 to the largest value; (h, w, 3).
+
+    ``values`` may be of another size: each pixel of the image takes the value that it lies on.
+    """
     import matplotlib
 
+    rows, columns = (np.arange(n) * had // n for n, had in zip(image.shape[:2], values.shape, strict=True))
+    values = values[rows[:, None], columns]
     pixels = image.astype(float) / 255
     grey = pixels if pixels.ndim == 2 else pixels @ np.array([0.299, 0.587, 0.114])
     largest = values.max()
@@ -251,9 +256,11 @@ def heat(image: np.ndarray, values: np.ndarray) -> np.ndarray:
     return (1 - strength) * (0.12 + 0.5 * grey[..., None]) + strength * colours
 
 
-def _show(axes: Axes, image: np.ndarray) -> None:
+def _show(axes: Axes, image: np.ndarray, size: Sequence[int]) -> None:
+    """An image of any resolution over the network's ``size``, in whose pixels everything else is drawn."""
     small = max(image.shape[:2]) <= 96
-    axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest" if small else "auto")
+    extent = (-0.5, size[1] - 0.5, size[0] - 0.5, -0.5)
+    axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest" if small else "auto", extent=extent)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)

@@ -7,15 +7,19 @@ import math
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from ..checkpoints.loading import Loaded
+from ..data.images import to_channels
 from ..errors import UserError
 from .classes import grad_cam, gradient_attention
 from .maps import maps_of
 from .record import record
 
 __all__ = ["explain_image", "find_class"]
+
+MAX_SIDE = 800  # pixels of the photograph in each panel
 
 
 def explain_image(
@@ -52,15 +56,15 @@ def explain_image(
     best = shares.topk(min(5, len(shares)))
     names = loaded.class_names
     return Explanation(
-        image=_shown(pixels),
+        image=_shown(image, pixels, loaded.preprocessing["crop_pct"]),
         query=place,
         stages=[maps_of(r, place, size, "mean" if head is None else head) for r in last_blocks.values()],
         top=[(names[i], share) for share, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)],
         class_name=names[target],
         cam=cam.numpy(),
         taken=gradient_attention(loaded.model, x, target).numpy(),
-        title=f"{loaded.info.get('model', type(loaded.model).__name__)} says: {names[best.indices[0]]}, "
-        f"{best.values[0]:.1%}",
+        title=f"{loaded.info.get('model', type(loaded.model).__name__)} predicts {names[best.indices[0]]}, "
+        f"{100 * best.values[0]:.1f} %",
         note=f"Attention of the last block of each stage, {'mean over heads' if head is None else f'head {head}'}. "
         "Colours go from 0 to each panel's largest value; "
         "an even share is what each cell would get if all were looked at alike.",
@@ -81,18 +85,27 @@ def find_class(wanted: str, class_names: list[str]) -> int:
     raise UserError(f"no class is named {wanted!r}; {more}: {some}")
 
 
-def _in_crop(query: tuple[int, int], image: tuple[int, int], size: tuple[int, int], crop_pct: float) -> tuple[int, int]:
-    """A pixel of the image as one of what the network sees: resized by the short side, then the middle cut out."""
+def _crop_box(image: tuple[int, int], size: tuple[int, int], crop_pct: float) -> list[tuple[float, float]]:
+    """(start, end) in rows and in columns of what the network sees: resized by the short side, the middle cut out."""
     scale = max(int(n / crop_pct) / had for n, had in zip(size, image, strict=True))
-    place = []
-    for q, had, n in zip(query, image, size, strict=True):
+    box = []
+    for had, n in zip(image, size, strict=True):
         kept = min(had, 8 * min(image))  # of very long images the ends are cut off first
         resized = int(scale * kept + 1e-6)
-        place.append(math.floor((q - (had - kept) // 2 + 0.5) * resized / kept) - round((resized - n) / 2))
+        first = round((resized - n) / 2)
+        box.append(((had - kept) // 2 + first * kept / resized, (had - kept) // 2 + (first + n) * kept / resized))
+    return box
+
+
+def _in_crop(query: tuple[int, int], image: tuple[int, int], size: tuple[int, int], crop_pct: float) -> tuple[int, int]:
+    """A pixel of the image as one of what the network sees: resized by the short side, then the middle cut out."""
+    box = _crop_box(image, size, crop_pct)
+    place = [
+        math.floor((q + 0.5 - start) * n / (end - start)) for q, n, (start, end) in zip(query, size, box, strict=True)
+    ]
     if not all(0 <= p < n for p, n in zip(place, size, strict=True)):
-        half = [min(n / scale, had) / 2 for n, had in zip(size, image, strict=True)]
         (top, bottom), (left, right) = (
-            (round(had / 2 - h), round(had / 2 + h) - 1) for h, had in zip(half, image, strict=True)
+            (max(0, round(start)), min(had, round(end)) - 1) for (start, end), had in zip(box, image, strict=True)
         )
         raise UserError(
             f"the network sees the middle of this image only, rows {top} to {bottom} and columns {left} to {right}; "
@@ -101,7 +114,18 @@ def _in_crop(query: tuple[int, int], image: tuple[int, int], size: tuple[int, in
     return place[0], place[1]
 
 
-def _shown(pixels: Tensor) -> np.ndarray:
-    """uint8 (C, H, W) as an image to show: grey, or its first three channels."""
+def _shown(image: Image.Image, pixels: Tensor, crop_pct: float) -> np.ndarray:
+    """What the network sees of an image, at the image's own resolution (at most ``MAX_SIDE``), uint8 (H, W[, 3]).
+
+    ``pixels`` is the network's input, uint8 (C, H, W), which is shown where it has more pixels or other channels.
+    """
+    channels, *size = pixels.shape
+    (top, bottom), (left, right) = _crop_box((image.height, image.width), (size[0], size[1]), crop_pct)
+    scale = min(1.0, MAX_SIDE / max(bottom - top, right - left))
+    if channels in (1, 3) and max(bottom - top, right - left) > max(size):
+        shown = to_channels(image, channels)
+        wide = (round((right - left) * scale), round((bottom - top) * scale))
+        box = (max(0.0, left), max(0.0, top), min(image.width, right), min(image.height, bottom))
+        return np.asarray(shown.resize(wide, Image.Resampling.LANCZOS, box))
     array = pixels.permute(1, 2, 0).numpy()
-    return array[..., :3] if array.shape[2] >= 3 else array[..., 0]
+    return array[..., :3] if channels >= 3 else array[..., 0]

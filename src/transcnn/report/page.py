@@ -66,7 +66,8 @@ def heading(run_dir: Path, metrics: Mapping[str, Any]) -> tuple[str, str]:
     title = f"{model} on {data}" if data else f"{model}"
     about = [TITLES.get(str(metrics.get("task")), "")]
     if "images" in metrics:
-        split = f"{metrics['split']} split, " if "split" in metrics else ""
+        split = {"val": "validation", "train": "training"}.get(str(metrics.get("split")), metrics.get("split"))
+        split = f"{split} split, " if split else ""
         about.append(f"{split}{metrics['images']:,} images")
     if size := metrics.get("input_size"):
         channels, height, width = size

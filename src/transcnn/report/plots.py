@@ -6,6 +6,7 @@ style and lightness differ as well. Class names that are too long are cut in the
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import unicodedata
@@ -84,9 +85,15 @@ def style(texts: Iterable[str] = ()) -> Iterator[None]:
         "savefig.dpi": 150,
         "figure.facecolor": "white",
     }
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        yield
+    log = logging.getLogger("matplotlib.font_manager")  # speaks of each font that has no bold letters
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with matplotlib.rc_context(settings), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def new_figure(width: float, height: float, layout: str = "constrained") -> Figure:
@@ -162,7 +169,7 @@ def plot_confusion(confusion: np.ndarray, class_names: Sequence[str], what: str 
     ticks = range(count)
     axes.set_xticks(ticks, labels, fontsize=font, rotation=90 if upright else 0)
     axes.set_yticks(ticks, labels, fontsize=font)
-    axes.set(xlabel="Prediction", ylabel="Truth", title=f"{confusion.trace():,} of {confusion.sum():,} {what} right")
+    axes.set(xlabel="Prediction", ylabel="Truth", title=f"{confusion.trace():,} of {confusion.sum():,} {what} correct")
     axes.set_xticks(np.arange(count + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(count + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="#d8d8d8", linewidth=0.4)
@@ -264,7 +271,7 @@ def plot_wrong(wrong: Sequence[tuple[Any, ...]], class_names: Sequence[str]) -> 
             [
                 f"is {_short(_name(entry.truth, class_names), 21)}",
                 f"predicted as {_short(_name(entry.prediction, class_names), 15)}",
-                f"{100 * entry.score:.0f} %  {_short(Path(entry.name).name, 22)}",
+                f"{100 * entry.score:.0f} %, {_short(Path(entry.name).name, 20)}",
             ],
         )
         for entry in shown
