@@ -83,7 +83,7 @@ def test_a_look_shows_the_attention_maps_of_the_spot(viewer: Viewer, photo: Imag
         assert len(looks) == stage.local_levels + 1
         for look, picture in zip(looks, wanted, strict=True):
             np.testing.assert_array_equal(np.asarray(look.picture), np.asarray(picture))
-        assert looks[-1].title == "Far: the whole picture"
+        assert looks[-1].title == "Far: the whole image"
 
 
 def test_spots_stages_and_heads_differ(viewer: Viewer, photo: Image.Image) -> None:

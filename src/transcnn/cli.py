@@ -33,12 +33,12 @@ COMMANDS = {
     "train": ("transcnn.commands.train:train", "train a network on images"),
     "eval": ("transcnn.commands.evaluate:evaluate", "score a trained network on a data set"),
     "predict": ("transcnn.commands.predict:predict", "name what images show"),
-    "explain": ("transcnn.commands.explain:explain", "draw where a network looks in an image"),
+    "explain": ("transcnn.commands.explain:explain", "plot where a network looks in an image"),
     "compare": ("transcnn.commands.compare:compare", "networks side by side: speed, memory, size"),
     "plug": ("transcnn.commands.plug:plug", "where H-MHSA can go in a CNN, and what it costs there"),
     "export": ("transcnn.commands.export:export", "write a trained network as a file for other engines"),
     "pack": ("transcnn.commands.pack:pack", "write data as shards with a manifest and checksums"),
-    "demo": ("transcnn.commands.demo:demo", "a page in the browser: answers, and where any spot looks"),
+    "demo": ("transcnn.commands.demo:demo", "a page in the browser: predictions, and where any spot looks"),
 }
 
 

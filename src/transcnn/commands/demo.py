@@ -31,7 +31,7 @@ def demo(
     open: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Serve a page in the browser: give it a picture, see what the network answers and where any spot looks.
+    """Serve a page in the browser: give it an image, see what the network predicts and where any spot looks.
 
     Only this machine can reach it unless --host says otherwise, and nothing leaves it: no analytics, no fonts or
     scripts from elsewhere. Uploads are deleted after an hour, and all when the command ends (Ctrl-C).

@@ -1,4 +1,4 @@
-"""Attention maps, spots, masks and boxes drawn over a picture, fast enough for every click."""
+"""Attention maps, spots, masks and boxes drawn over an image, fast enough for every click."""
 
 from __future__ import annotations
 

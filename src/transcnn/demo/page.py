@@ -1,4 +1,4 @@
-"""The page itself: what stands where, and what happens at each click. What is said about pictures is the viewer's."""
+"""The page itself: what stands where, and what happens at each click. What is shown about images is the viewer's."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ CSS = """
 .gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
 #message { border-left: 4px solid #d55e00; padding: 0.2rem 1rem; background: #d55e0018; }
 #examples { max-width: calc(100vw - 64px); }
+#examples .grid-wrap { max-height: none !important; overflow: visible !important; padding-bottom: 0.5rem; }
 #look .caption { font-size: 0.9em; min-height: 3em; }
 """
 FAULT = "Something went wrong with this image. Try another one."
@@ -59,10 +60,10 @@ def build_page(viewer: Viewer, examples: Sequence[str] = (), keep_files: int = 3
         with gr.Row():
             with gr.Column(min_width=320):
                 picture = gr.Image(
-                    label="Picture",
+                    label="Image",
                     type="filepath",
                     sources=["upload", "webcam", "clipboard"],
-                    placeholder="Drop a picture here\n- or -\nclick to choose or take one",
+                    placeholder="Drop an image here\n- or -\nclick to choose or take one",
                     buttons=[],
                     height=420,
                     elem_id="picture",
@@ -95,7 +96,7 @@ def build_page(viewer: Viewer, examples: Sequence[str] = (), keep_files: int = 3
             try:
                 image = read_image(file)
             except BrokenImage as error:
-                words = f"**This file can't be shown:** {markdown(error)}. Try another picture."
+                words = f"**This file can't be shown:** {markdown(error)}. Try another image."
                 return [None, None, gr.Markdown(words, visible=True), None, *(look.empty() if look else ())]
             seen = viewer.visit(image)
             said = viewer.answer(image)
@@ -117,7 +118,7 @@ def build_page(viewer: Viewer, examples: Sequence[str] = (), keep_files: int = 3
         picture.clear(cleared, None, outputs, **_quiet())
         if gallery is not None:
             gallery.select(plainly(chosen), controls, outputs, **_quiet())
-        gr.Markdown("Your pictures stay on the machine that serves this page, and are deleted there after an hour.")
+        gr.Markdown("Your images stay on the machine that serves this page, and are deleted there after an hour.")
     return page
 
 
@@ -128,7 +129,7 @@ class _Look:
         self.viewer = viewer
         self.levels = max(stage.local_levels for stage in viewer.stages) + 1
         gr.Markdown(
-            "## Where does it look?\nClick anywhere on the picture. Brighter: the marked spot takes more from there."
+            "## Where does it look?\nClick anywhere on the image. Brighter: the marked spot takes more from there."
         )
         with gr.Row():
             first = viewer.stages[0]
@@ -152,7 +153,7 @@ class _Look:
         with gr.Row(elem_id="look"):
             for level in range(self.levels):
                 far = level == self.levels - 1
-                name = "Far: the whole picture" if far else "Near: its own grid"
+                name = "Far: the whole image" if far else "Near: its own grid"
                 with gr.Column(min_width=300):
                     image = gr.Image(
                         label=name,
@@ -207,8 +208,8 @@ def _introduction(viewer: Viewer) -> str:
 
 def _answer_box(viewer: Viewer) -> Any:
     if viewer.loaded.task == "classify":
-        return gr.Label(label="Answer", num_top_classes=5, elem_id="answer")
-    return gr.Image(label="Answer", interactive=False, buttons=["fullscreen"], height=420, elem_id="answer")
+        return gr.Label(label="Prediction", num_top_classes=5, elem_id="answer")
+    return gr.Image(label="Prediction", interactive=False, buttons=["fullscreen"], height=420, elem_id="answer")
 
 
 def _said(answer: dict[str, Any]) -> Any:
@@ -232,7 +233,7 @@ def _gallery(examples: Sequence[str]) -> gr.Gallery | None:
         label="Examples",
         show_label=False,
         columns=4,
-        height=120,
+        height="auto",
         allow_preview=False,
         interactive=False,
         buttons=[],

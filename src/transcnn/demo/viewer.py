@@ -1,4 +1,4 @@
-"""What the page tells about a picture: the network's answer, and where any spot of the picture looks."""
+"""What the page shows about an image: the network's prediction, and where any spot of the image looks."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Viewer:
         return Visit(picture, self._whole(image), middle)
 
     def answer(self, image: Image.Image, top_k: int = 5) -> dict[str, Any]:
-        """What ``transcnn predict`` says about this picture; ``picture`` is what it draws, where the task draws."""
+        """What ``transcnn predict`` returns for this image; ``picture`` is the overlay, where the task has one."""
         given = self.task.model_input(self.transform, image, "picture.png")
         with tempfile.TemporaryDirectory(prefix="transcnn-demo-") as folder:
             out = OutputFolder(Path(folder)) if self.task.writes_images else None
@@ -153,5 +153,5 @@ def to_other(place: Sequence[int], size: Sequence[int], other: Sequence[int]) ->
 
 def _title(m: AttentionMap, levels: int) -> str:
     if m.grid_size is None:
-        return "Far: the whole picture"
+        return "Far: the whole image"
     return "Near: inside its grid" if m.level == 1 else f"Farther: grids of level {m.level} of {levels}"
