@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,25 +195,25 @@ def test_uploads_at_once_are_bounded(tmp_path: Path) -> None:
 
 
 def test_what_is_stored_is_bounded(tmp_path: Path) -> None:
-    """The oldest files go, those of the examples stay; in all, in number and in age."""
-    examples = tmp_path / "examples"
-    examples.mkdir()
-    (examples / "0.png").write_bytes(bytes(9000))
-    now = time.time()
+    """The oldest files go, the examples stay, however old; in all, in number and in age."""
+    example = tmp_path / "examples" / "0.png"
+    example.parent.mkdir()
+    example.write_bytes(bytes(9000))
+    os.utime(example, (0, 0))
     for number in range(4):
-        file = tmp_path / f"{number}"
-        file.write_bytes(bytes(900))
-        os.utime(file, (now - 10 * number, now - 10 * number))
-    sweep(tmp_path, LIMITS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "examples"]
-    os.utime(tmp_path / "0", (now - 500, now - 500))
-    sweep(tmp_path, LIMITS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "examples"]
+        (tmp_path / f"{number}").write_bytes(bytes(900))
+        time.sleep(0.02)
+    os.utime(tmp_path / "3", (0, 0))  # a copy of an old file is new
+    sweep(tmp_path, LIMITS, {example})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3", "examples"]
     for number in range(20):
         (tmp_path / f"small-{number}").write_bytes(b"")
-    sweep(tmp_path, LIMITS)
+    sweep(tmp_path, LIMITS, {example})
     assert len(list(tmp_path.iterdir())) == LIMITS.stored_files + 1
-    assert (examples / "0.png").exists()
+    time.sleep(0.05)
+    sweep(tmp_path, replace(LIMITS, keep_seconds=0.01), {example})
+    assert [path.name for path in tmp_path.iterdir()] == ["examples"]
+    assert example.exists()
 
 
 def test_an_upload_that_fails_inside_leaves_the_guard_usable(tmp_path: Path) -> None:
@@ -331,6 +332,8 @@ def test_the_real_page_is_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert answer("POST", "/gradio_api/upload", form % bytes(100_000), **kind)[0] == 413
         stored = list(tmp_path.rglob("a.png"))
         assert len(stored) == 1
+        shown = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "a.png"]
+        assert len(shown) >= 4  # the examples stay, which the next visitor clicks
     assert list(tmp_path.iterdir()) == []
 
 

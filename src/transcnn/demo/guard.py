@@ -11,7 +11,8 @@ import ipaddress
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from urllib.parse import urlsplit
 
 from ..errors import UserError
 
-__all__ = ["Guard", "Limits", "Names", "WithoutCors", "check_address", "sweep"]
+__all__ = ["Guard", "Limits", "Names", "WithoutCors", "check_address", "stored_files", "sweep"]
 
 # Parts of gradio that this page doesn't use: fetching for others, editing by a model, records of runs.
 UNUSED = ("proxy=", "vibe-", "undo-vibe", "dev/", "monitoring", "profiling", "run-history", "runs", "process_recording")
@@ -99,8 +100,8 @@ class Names:
 class Guard:
     """ASGI middleware: refuses requests for other hosts, from other pages, and uploads beyond their bounds."""
 
-    def __init__(self, app: Any, names: Names, limits: Limits, folder: Path) -> None:
-        self.app, self.names, self.limits, self.folder = app, names, limits, folder
+    def __init__(self, app: Any, names: Names, limits: Limits, folder: Path, kept: Collection[Path] = ()) -> None:
+        self.app, self.names, self.limits, self.folder, self.kept = app, names, limits, folder, kept
         self.running = 0  # uploads now
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -187,7 +188,7 @@ class Guard:
                 raise
         finally:
             self.running -= 1
-            await asyncio.to_thread(sweep, self.folder, self.limits)
+            await asyncio.to_thread(sweep, self.folder, self.limits, self.kept)
         if over[0] and not answered:
             await _answer(send, *over)
 
@@ -216,19 +217,20 @@ class WithoutCors:
             await self.app(scope, receive, without)
 
 
-def sweep(folder: Path, limits: Limits) -> None:
-    """Delete files that are older than they may be, and the oldest ones above the bounds."""
+def stored_files(folder: Path) -> list[Path]:
+    """All files below a folder."""
+    return [Path(directory) / name for directory, _, names in os.walk(folder) for name in names]
+
+
+def sweep(folder: Path, limits: Limits, kept: Collection[Path] = ()) -> None:
+    """Delete files that are older than they may be, and the oldest ones above the bounds, but for those of ``kept``."""
     files = []
-    for directory, _, names in os.walk(folder):
-        if Path(directory).name == "examples":
+    for path in stored_files(folder):
+        if path in kept:
             continue
-        for name in names:
-            path = Path(directory) / name
-            try:
-                status = path.lstat()
-            except OSError:
-                continue  # deleted meanwhile
-            files.append((status.st_mtime, status.st_size, path))
+        with suppress(OSError):  # deleted meanwhile
+            status = path.lstat()
+            files.append((status.st_ctime, status.st_size, path))  # a copy may have its original's mtime
     files.sort(key=lambda row: -row[0])
     total, oldest = 0, time.time() - limits.keep_seconds
     for number, (written, size, path) in enumerate(files, 1):

@@ -26,6 +26,8 @@ CSS = """
 #message { border-left: 4px solid #d55e00; padding: 0.2rem 1rem; background: #d55e0018; }
 #examples { max-width: calc(100vw - 64px); }
 #examples .grid-wrap { max-height: none !important; overflow: visible !important; padding-bottom: 0.5rem; }
+#examples, #examples * { min-height: 0 !important; }
+#examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
 #look .caption { font-size: 0.9em; min-height: 3em; }
 """
 FAULT = "Something went wrong with this image. Try another one."

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..data.images import is_image_name
 from ..errors import UserError
-from .guard import Guard, Limits, Names, WithoutCors, check_address
+from .guard import Guard, Limits, Names, WithoutCors, check_address, stored_files
 
 __all__ = ["serve"]
 
@@ -71,7 +71,8 @@ def serve(
                 run_dir = None  # others can reach the page: they see no data that nobody has named
             shown = find_examples(loaded, examples, Path(folder) / "examples", run_dir)
             page = build_page(Viewer(loaded, device), shown, keep_files=round(limits.keep_seconds))
-            guard = {"names": names, "limits": limits, "folder": Path(folder)}
+            kept: set[Path] = set()  # the examples and gradio's copies of them: they stay
+            guard = {"names": names, "limits": limits, "folder": Path(folder), "kept": kept}
             fonts = ["system-ui", "sans-serif"]
             _, address, _ = page.launch(
                 server_name=host,
@@ -98,6 +99,7 @@ def serve(
                 },
             )
             page.app.middleware_stack = WithoutCors(page.app.middleware_stack or page.app.build_middleware_stack())
+            kept.update(stored_files(Path(folder)))
             yield address.rstrip("/")
         except OSError as error:
             if "port" not in str(error):
