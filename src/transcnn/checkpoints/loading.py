@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from timm.data import ImageNetInfo, resolve_data_config
+from timm.data import resolve_data_config
 from torch import nn
 
+from ..data.names import imagenet_names
 from ..dense.build import build_network
 from ..errors import UserError
 from ..plugging.build import build_model
@@ -31,7 +32,7 @@ from .folders import CONFIG, from_pretrained
 from .header import check_stored
 from .published import load_checkpoint
 
-__all__ = ["Loaded", "data_config_of", "load", "save_weights"]
+__all__ = ["Loaded", "class_names_of", "data_config_of", "load", "save_weights"]
 
 
 @dataclass
@@ -156,7 +157,4 @@ def class_names_of(model: nn.Module) -> list[str]:
     names: list[str] = list((getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ())
     if len(names) == classes:
         return names
-    if classes == 1000:
-        info = ImageNetInfo()
-        return [str(info.index_to_description(i)).split(",")[0] for i in range(classes)]
-    return [str(i) for i in range(classes)]
+    return imagenet_names() if classes == 1000 else [str(i) for i in range(classes)]

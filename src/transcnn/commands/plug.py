@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from timm.data import ImageNetInfo
 from timm.models import is_model
 from torch import nn
 from torchvision.models import get_model
 from torchvision.models import list_models as torchvision_names
 
 from ..attention import HMHSA
-from ..checkpoints.loading import data_config_of, save_weights
+from ..checkpoints.loading import class_names_of, data_config_of, save_weights
 from ..errors import UserError
 from ..plugging.build import build_model
 from ..plugging.cost import count, seconds_per_call
@@ -137,10 +136,7 @@ def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...
 
 
 def _save(path: Path, name: str, model: nn.Module, in_chans: int) -> None:
-    classes = int(model.num_classes)  # pyright: ignore
-    names = [str(i) for i in range(classes)]
-    if classes == 1000:
-        names = [str(ImageNetInfo().index_to_description(i)).split(",")[0] for i in range(classes)]
+    names = class_names_of(model)
     info = {"model": name, "model_args": {"plug": plug_spec(model)}, "task": "classify", "class_names": names}
     save_weights(path, model, {**info, "data_config": data_config_of(model, in_chans)})
     print(f"saved {path}; train it with: transcnn train DATA --init_from {path}")

@@ -6,11 +6,12 @@ Everything that a folder of photographs holds sooner or later is dealt with here
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,8 +24,10 @@ __all__ = [
     "EXTENSIONS",
     "BrokenImage",
     "crop_extreme_aspect",
+    "folder_identity",
     "is_dir",
     "is_image_name",
+    "lies_beside",
     "list_images",
     "read_bytes",
     "read_ids",
@@ -36,7 +39,13 @@ __all__ = [
 # What Pillow may open. Formats that start other programs (EPS) or that nobody trains on are left out.
 FORMATS = "JPEG MPO PNG GIF BMP DIB TIFF WEBP AVIF PPM TGA ICO JPEG2000 QOI PCX"
 ENDINGS = "jpg jpeg jpe jfif mpo png apng gif bmp dib tif tiff webp avif ppm pgm pbm pnm tga ico jp2 j2k qoi pcx"
+# Images, too, so that nobody misses them in silence: HEIC is read where pillow-heif is installed, the others never.
+ENDINGS += " heic heif jxl jpeg2000 psd svg exr hdr dng cr2 cr3 nef arw raf orf rw2"
 EXTENSIONS = frozenset(f".{ending}" for ending in ENDINGS.split())
+# What lies beside images; files of other endings in a folder of images are listed as left out.
+BESIDE = "txt json jsonl xml csv tsv md rst yml yaml toml ini db cls log html htm py ipynb mat npy npz pt pth onnx url"
+BESIDE += " safetensors zip tar gz tgz pdf lnk"
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # by number of channels
 
 
@@ -149,40 +158,54 @@ def is_image_name(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
-def list_images(folder: str | os.PathLike[str], within: str | os.PathLike[str] | None = None) -> Iterator[str]:
+def lies_beside(name: str) -> bool:
+    """Whether a file's name says that it is none of the images, but belongs beside them (notes, labels, archives)."""
+    return name.startswith(".") or os.path.splitext(name)[1][1:].lower() in BESIDE.split()
+
+
+def list_images(
+    folder: str | os.PathLike[str],
+    outside: Iterable[str | os.PathLike[str]] = (),
+    others: list[str] | None = None,
+) -> Iterator[str]:
     """The image files below a folder by name, sorted folder by folder, as paths; hidden ones are left out.
 
-    Links to folders are followed, but into no folder that is being listed already, nor into ``within``, the folder
-    of the whole data set: so loops end, and no class gets another's images.
+    Links to folders are followed, each folder is listed once, and those of ``outside`` (the folder of the whole data
+    set, the other classes) never: so links in circles end, and no class gets another's images. To ``others`` the paths
+    of files are added whose names say neither that they are images nor something that usually lies beside images.
 
     Yields:
         Also what only looks like an image (a dangling link, a folder named x.jpg): reading it says what is wrong.
     """
-    yield from _list(os.fspath(folder), () if within is None else (_identity(within),))
+    listed = {folder_identity(path) for path in outside}
+    waiting = [os.fspath(folder)]
+    while waiting:
+        path = waiting.pop()
+        if path != os.fspath(folder) and not os.access(path, os.R_OK | os.X_OK):
+            continue
+        identity = folder_identity(path)
+        if identity in listed:
+            continue
+        listed.add(identity)
+        folders: list[str] = []
+        files: list[str] = []
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if is_image_name(entry.name):
+                    files.append(entry.name)
+                elif is_dir(entry):
+                    folders.append(entry.name)
+                elif others is not None and not lies_beside(entry.name):
+                    others.append(entry.path)
+        for name in sorted(files):
+            yield os.path.join(path, name)
+        waiting += [os.path.join(path, name) for name in sorted(folders, reverse=True)]
 
 
-def _list(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    above = (*above, _identity(folder))
-    folders: list[str] = []
-    files: list[str] = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if is_image_name(entry.name):
-                files.append(entry.name)
-            elif is_dir(entry):
-                folders.append(entry.name)
-    for name in sorted(files):
-        yield os.path.join(folder, name)
-    del files
-    for name in sorted(folders):
-        path = os.path.join(folder, name)
-        if _identity(path) not in above and os.access(path, os.R_OK | os.X_OK):
-            yield from _list(path, above)
-
-
-def _identity(folder: str | os.PathLike[str]) -> tuple[int, int]:
+def folder_identity(folder: str | os.PathLike[str]) -> tuple[int, int]:
+    """What is equal for all paths of one folder."""
     status = os.stat(folder)
     return status.st_dev, status.st_ino
 
@@ -225,7 +248,11 @@ def _decode(file: BinaryIO, finish: Callable[[Image.Image], Image.Image] | None 
             # Pillow only warns up to twice its limit; the check below refuses what it warns of. Its other warnings
             # are about damaged metadata, which doesn't concern us.
             warnings.simplefilter("ignore")
-            image = Image.open(file, formats=[name for name in FORMATS.split() if name in Image.OPEN])
+            formats = FORMATS.split()
+            if _is_heif(file):
+                _register_heif()
+                formats.append("HEIF")
+            image = Image.open(file, formats=[name for name in formats if name in Image.OPEN])
             if limit and image.width * image.height > limit:
                 raise BrokenImage(_too_large(image.size, limit))
             image.load()
@@ -240,6 +267,22 @@ def _decode(file: BinaryIO, finish: Callable[[Image.Image], Image.Image] | None 
         raise BrokenImage(f"{error}".split(", could")[0]) from error
     except Exception as error:  # decoders raise nearly anything on damaged data
         raise BrokenImage(f"damaged: {error or type(error).__name__}") from error
+
+
+def _is_heif(file: BinaryIO) -> bool:
+    start = file.tell()
+    head = file.read(12)
+    file.seek(start)
+    return head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS
+
+
+def _register_heif() -> None:
+    """Let Pillow read HEIC; raises BrokenImage where the library for it is missing."""
+    try:
+        heif = importlib.import_module("pillow_heif")
+    except ImportError as error:
+        raise BrokenImage("HEIC images are read where pillow-heif is installed (pip install pillow-heif)") from error
+    heif.register_heif_opener()
 
 
 def _too_large(size: tuple[int, int], limit: int) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-__all__ = ["distinct_names", "normalise"]
+from timm.data import ImageNetInfo
+
+__all__ = ["distinct_names", "imagenet_names", "match_names", "normalise"]
 
 
 def normalise(name: str) -> str:
@@ -29,3 +32,25 @@ def distinct_names(names: Iterable[str]) -> list[str]:
                 name += "'"
         distinct.append(name)
     return distinct
+
+
+def imagenet_names() -> list[str]:
+    """The names of ImageNet's 1,000 classes, in the order of published weights; its two cranes are told apart."""
+    info = ImageNetInfo()
+    return distinct_names(str(info.index_to_description(i)).split(",")[0] for i in range(1000))
+
+
+def match_names(names: Sequence[str], model_names: Sequence[str]) -> tuple[list[int], list[str]]:
+    """For each class of some data its index among a model's classes; and the names that the model doesn't know.
+
+    By name; WordNet's ids (``n01440764``) stand for ImageNet's names, and numbers for the classes of a model whose own
+    names are no numbers.
+    """
+    names, known = distinct_names(names), {name: i for i, name in enumerate(distinct_names(model_names))}
+    if any(name not in known for name in names):
+        if all(re.fullmatch(r"n\d{8}", name) for name in names) and list(known) == imagenet_names():
+            known = {name: i for i, name in enumerate(ImageNetInfo().label_names())}
+        elif all(name.isdecimal() for name in names) and not any(name.isdecimal() for name in known):
+            known = {str(i): i for i in range(len(known))}
+    unknown = [name for name in names if name not in known]
+    return [known[name] for name in names if name in known], unknown

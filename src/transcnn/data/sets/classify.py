@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
+from ..names import distinct_names, match_names
 from ..sources.opening import open_source
 from ..sources.source import Source, SourceSplits, abbreviate, check_fraction, split_stratified
 from .fault_tolerant import channels_of
@@ -135,7 +136,7 @@ def open_set(
     chosen.replace = False
     chosen.split = split
     if class_names is not None:
-        _relabel(chosen, list(class_names), str(what))
+        _relabel(chosen, class_names, str(what))
     return chosen
 
 
@@ -171,19 +172,12 @@ def _make_set(source: Source, indices: np.ndarray | None, strict: bool, *, repla
     return made
 
 
-def _relabel(chosen: ImageDataset, class_names: list[str], what: str) -> None:
-    """Give labels the meaning that ``class_names`` has, by name; numbered classes go by number."""
-    if chosen.class_names == class_names:
-        return
-    unnamed = chosen.class_names == [str(i) for i in range(len(chosen.class_names))]
-    unknown = [name for name in chosen.class_names if name not in class_names]
-    if unknown and not (unnamed and len(chosen.class_names) <= len(class_names)):
+def _relabel(chosen: ImageDataset, class_names: Sequence[str], what: str) -> None:
+    """Make labels indices into ``class_names``; raises UserError for classes that are not among them."""
+    order, unknown = match_names(chosen.class_names, class_names)
+    if unknown:
         raise UserError(
             f"{what!r} has {len(chosen.class_names)} classes, of which the model does not know {abbreviate(unknown)}; "
             f"it knows {len(class_names)}: {abbreviate(class_names)}"
         )
-    if unknown:
-        order = np.arange(len(chosen.class_names))
-    else:
-        order = np.array([class_names.index(name) for name in chosen.class_names])
-    chosen.labels, chosen.class_names = order[chosen.labels], class_names
+    chosen.labels, chosen.class_names = np.array(order)[chosen.labels], distinct_names(class_names)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ...errors import UserError
-from ..images import BrokenImage
+from ..images import BrokenImage, folder_identity
 from .source import first_line
 
 __all__ = ["Files", "open_files"]
@@ -55,10 +55,14 @@ class FolderFiles:
     def names(self, folder: str = "") -> list[str]:
         """All files below ``folder``, sorted; hidden ones are left out."""
         found = []
+        listed: set[tuple[int, int]] = set()
         for path, folders, files in os.walk(self.root / folder, followlinks=True):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            if len(Path(path).relative_to(self.root).parts) > 8:  # a link that leads back
+            identity = folder_identity(path)
+            if identity in listed:  # a link that leads back, or to a folder that came already
                 folders.clear()
+                continue
+            listed.add(identity)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
             here = Path(path).relative_to(self.root)
             found += [(here / name).as_posix() for name in files if not name.startswith(".")]
         return sorted(found)

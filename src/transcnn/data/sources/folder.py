@@ -14,6 +14,7 @@ from PIL import Image
 from ...errors import UserError
 from ...text import printable
 from ..images import is_dir, is_image_name, list_images, read_bytes, read_image
+from ..names import normalise
 from .source import SPLITS, Source, SourceSplits, abbreviate
 
 __all__ = ["open_folder", "split_folder"]
@@ -95,8 +96,14 @@ def _class_folders(root: Path, class_names: Sequence[str] | None = None) -> Sour
     Class folders that differ only in case are kept apart, as the file system does, and logged.
     """
     paths = PathList(root)
-    counts = {label: paths.add(_list_class(root, label)) for label in _subfolders(root)}
-    by_name = {printable(label): count for label, count in counts.items()}
+    others: list[str] = []
+    labels = _subfolders(root)
+    outside = [root, *(root / label for label in labels)]
+    counts = {
+        label: paths.add(_list_class(root / label, [*outside[: i + 1], *outside[i + 2 :]], others))
+        for i, label in enumerate(labels)
+    }
+    by_name = {normalise(printable(label)): count for label, count in counts.items()}
     if len(by_name) < len(counts):
         raise UserError(f"{str(root)!r} holds class folders of equal names: {abbreviate(list(counts))}")
     counts = by_name
@@ -111,14 +118,15 @@ def _class_folders(root: Path, class_names: Sequence[str] | None = None) -> Sour
             f"{str(root)!r} holds classes that training has not: {abbreviate(unknown)}; allowed: {abbreviate(classes)}"
         )
     labels = np.repeat([classes.index(label) for label in found], [counts[label] for label in found])
-    return Source(labels.astype(np.int64), classes, paths.load, paths.name, raw=paths.raw)
+    broken = [(printable(path[len(paths.root) + 1 :]), "not an image by its name") for path in others]
+    return Source(labels.astype(np.int64), classes, paths.load, paths.name, broken, raw=paths.raw)
 
 
-def _list_class(root: Path, label: str) -> Iterable[str]:
+def _list_class(folder: Path, outside: Sequence[Path], others: list[str]) -> Iterable[str]:
     try:
-        yield from list_images(root / label, root)
+        yield from list_images(folder, outside, others)
     except OSError as error:
-        logger.warning("%s is left out: %s", root / label, error.strerror)
+        logger.warning("%s is left out: %s", folder, error.strerror)
 
 
 def _warn_of_names(root: Path, counts: dict[str, int]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ..images import BrokenImage, is_image_name
+from ..images import BrokenImage, is_image_name, lies_beside
 from .files import Files, open_files
 from .source import SPLITS, first_reasons
 
@@ -65,7 +65,10 @@ def find_pairs(data: str | None) -> PairedFiles:
         found_as = _parse_path(name)
         if found_as is not None:
             kind, split, stem = found_as
-            (images if kind == "image" else labels)[split, stem] = name
+            if kind == "other":
+                found.unmatched.setdefault(split, []).append((name, "not an image by its name"))
+            else:
+                (images if kind == "image" else labels)[split, stem] = name
     for key, name in sorted(images.items()):
         if key in labels:
             pair = Pair(name, partial(files.read, name), partial(files.read, labels[key]))
@@ -84,7 +87,7 @@ def find_pairs(data: str | None) -> PairedFiles:
 
 
 def _parse_path(name: str) -> tuple[str, str, str] | None:
-    """("image" or "label", split, stem) of a file by its path; None for what is neither."""
+    """("image", "label" or "other", split, stem) of a file by its path; None for what lies elsewhere, or beside."""
     words = name.split("/")
     kind = split = ""
     while len(words) > 1:
@@ -97,8 +100,10 @@ def _parse_path(name: str) -> tuple[str, str, str] | None:
         else:
             break
         words.pop(0)
-    if not kind or not is_image_name(words[-1]):
+    if not kind or (not is_image_name(words[-1]) and lies_beside(words[-1])):
         return None
+    if not is_image_name(words[-1]):
+        kind = "other"
     return kind, split, os.path.splitext("/".join(words))[0]
 
 

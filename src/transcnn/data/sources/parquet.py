@@ -12,14 +12,24 @@ from PIL import Image
 
 from ...errors import UserError, require
 from ..images import BrokenImage, read_bytes, read_image
-from .source import SPLITS, Source, SourceSplits, abbreviate, first_line, read_class_names, split_of_name
+from ..names import normalise
+from .source import (
+    SPLITS,
+    Source,
+    SourceSplits,
+    abbreviate,
+    first_line,
+    merge_splits,
+    number_classes,
+    read_class_names,
+    split_of_name,
+)
 
 __all__ = [
     "ImageColumn",
     "feature_names",
     "find_columns",
     "label_values",
-    "merge_splits",
     "open_parquet",
     "split_of_path",
 ]
@@ -44,25 +54,6 @@ def split_of_path(name: str) -> str:
     """Which split a file is of: train-00000.parquet, train/0000.parquet and data/train-00000.parquet are of train."""
     folder, _, file = name.rpartition("/")
     return split_of_name(file, split_of_name(folder.rpartition("/")[2]))
-
-
-def merge_splits(sources: dict[str, Source | None], name: str, what: str) -> SourceSplits:
-    """The splits together, with the classes of the first that has any.
-
-    Raises:
-        UserError: ``what`` has no labels, or a split of it other classes.
-    """
-    first = next((source for source in sources.values() if source is not None), None)
-    if first is None:
-        raise UserError(f"nothing in {what!r} has a label (all are below 0)")
-    for split in ("val", "test"):
-        source = sources.get(split)
-        if source is not None and source.class_names != first.class_names:
-            if not set(source.class_names) <= set(first.class_names):
-                raise UserError(f"{split} of {what!r} has other classes than train: {abbreviate(source.class_names)}")
-            order = np.array([first.class_names.index(name) for name in source.class_names])
-            source.labels, source.class_names = order[source.labels], first.class_names
-    return SourceSplits.of(name, sources)
 
 
 def _parquet_split(files: list[Path], folder: Path, names: list[str] | None) -> Source | None:
@@ -143,7 +134,7 @@ def feature_names(schema: Any, label: str) -> list[str] | None:
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return list(features[label]["names"])
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         return None
 
 
@@ -153,8 +144,8 @@ def label_values(column: Any, names: list[str] | None, file: Path | str) -> tupl
         raise UserError(f"{str(file)!r} has {column.null_count} rows without a label")
     values = column.to_numpy() if column.num_chunks else np.zeros(0, np.int64)
     if values.dtype.kind in "OUS":  # names
-        text = values.astype(str)
-        class_names = names or sorted(set(text.tolist()))
+        text = np.array([normalise(name) for name in values.astype(str).tolist()], dtype=str)
+        class_names = [normalise(name) for name in names] if names else sorted(set(text.tolist()))
         missing = sorted(set(text.tolist()) - set(class_names))
         if missing:
             raise UserError(
@@ -164,10 +155,11 @@ def label_values(column: Any, names: list[str] | None, file: Path | str) -> tupl
         return np.array([index[name] for name in text.tolist()], dtype=np.int64), class_names
     if values.dtype.kind not in "iub":
         raise UserError(f"{str(file)!r} has labels of type {values.dtype}; allowed: whole numbers or names")
-    values = values.astype(np.int64)
-    class_names = names or [str(i) for i in range(values.max(initial=-1) + 1)]
-    if len(values) and (values.max() >= len(class_names) or (values.min() < 0 and not (values < 0).all())):
-        raise UserError(
-            f"{str(file)!r} has labels from {values.min()} to {values.max()}; allowed: 0 to {len(class_names) - 1}"
-        )
-    return values, class_names
+    if len(values) and values.min() < 0 and (values < 0).all():
+        return values.astype(np.int64), names or []
+    if names is None and len(values) and values.min() >= 0:
+        return number_classes(values, repr(str(file)))
+    if len(values) and (values.max() >= len(names or ()) or values.min() < 0):
+        allowed = f"0 to {len(names) - 1}" if names else "0 and above"
+        raise UserError(f"{str(file)!r} has labels from {values.min()} to {values.max()}; allowed: {allowed}")
+    return values.astype(np.int64), names or []

@@ -19,9 +19,9 @@ from PIL import Image
 
 from ...errors import UserError, require
 from ..images import read_image
-from .parquet import ImageColumn, feature_names, find_columns, label_values, merge_splits, split_of_path
+from .parquet import ImageColumn, feature_names, find_columns, label_values, split_of_path
 from .remote import Expected, RemoteFolder, translate_errors
-from .source import SPLITS, Source, SourceSplits, abbreviate, first_line, split_of_name, with_progress
+from .source import SPLITS, Source, SourceSplits, abbreviate, first_line, merge_splits, split_of_name, with_progress
 
 __all__ = ["open_remote_parquet"]
 

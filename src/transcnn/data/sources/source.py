@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ...errors import UserError
+from ..names import distinct_names
 
 __all__ = [
     "SPLITS",
@@ -23,10 +24,11 @@ __all__ = [
     "read_class_names",
     "split_of_name",
 ]
-__all__ += ["first_reasons", "split_stratified", "with_progress"]
+__all__ += ["first_reasons", "merge_splits", "number_classes", "split_stratified", "with_progress"]
 
 T = TypeVar("T")
 
+MAX_CLASSES = 1 << 17
 SPLITS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "eval"),
@@ -40,7 +42,7 @@ class Source:
 
     Attributes:
         labels: int64, one for each image.
-        class_names: In the order of the labels.
+        class_names: In the order of the labels, in Unicode's form NFC; equal ones get their index.
         load: Index -> decoded image; raises BrokenImage.
         name_of: Index -> the image's name, for reports.
         broken: (name, reason) of what was found but is no image at all.
@@ -55,6 +57,9 @@ class Source:
     broken: list[tuple[str, str]] = field(default_factory=list)
     raw: Callable[[int], bytes] | None = None
     groups: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        self.class_names = distinct_names(self.class_names)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,6 +79,42 @@ class SourceSplits:
     def of(cls, name: str, sources: Mapping[str, Source | None]) -> SourceSplits:
         """From sources by the names of the splits; a missing one is None."""
         return cls(name, sources.get("train"), sources.get("val"), sources.get("test"))
+
+
+def merge_splits(sources: Mapping[str, Source | None], name: str, what: str) -> SourceSplits:
+    """The splits together, with the classes of the first that has any.
+
+    Raises:
+        UserError: ``what`` has no labels, or a split of it other classes.
+    """
+    first = next((source for source in sources.values() if source is not None), None)
+    if first is None:
+        raise UserError(f"nothing in {what!r} has a label (all are below 0)")
+    for split in ("val", "test"):
+        source = sources.get(split)
+        if source is not None and source.class_names != first.class_names:
+            if not set(source.class_names) <= set(first.class_names):
+                raise UserError(f"{split} of {what!r} has other classes than train: {abbreviate(source.class_names)}")
+            order = np.array([first.class_names.index(name) for name in source.class_names])
+            source.labels, source.class_names = order[source.labels], first.class_names
+    return SourceSplits.of(name, sources)
+
+
+def number_classes(values: np.ndarray, what: str) -> tuple[np.ndarray, list[str]]:
+    """Labels that are numbers from 0 without names: int64 indices of classes, and the classes' names.
+
+    A number is its class's index, but for ids of a wide range (hashes, for instance): of these the distinct values
+    become the classes, named after them.
+
+    Raises:
+        UserError: ``what`` has more than ``MAX_CLASSES`` distinct values.
+    """
+    if int(values.max()) < max(1000, 10 * len(values)) and int(values.max()) < MAX_CLASSES:
+        return values.astype(np.int64), [str(i) for i in range(int(values.max()) + 1)]
+    distinct, indices = np.unique(values, return_inverse=True)
+    if len(distinct) > MAX_CLASSES:
+        raise UserError(f"{what} has {len(distinct):,} distinct labels; at most {MAX_CLASSES:,} classes can be learnt")
+    return indices.reshape(-1).astype(np.int64), [str(value) for value in distinct.tolist()]
 
 
 def split_stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

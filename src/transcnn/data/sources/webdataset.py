@@ -6,6 +6,7 @@ These are shards that others wrote; those of ``transcnn pack`` have an index as 
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,21 @@ from PIL import Image
 
 from ...errors import UserError, require
 from ..images import BrokenImage, is_image_name, read_image
-from .source import SPLITS, Source, SourceSplits, abbreviate, first_line, read_class_names, split_of_name
+from .source import (
+    SPLITS,
+    Source,
+    SourceSplits,
+    abbreviate,
+    first_line,
+    merge_splits,
+    number_classes,
+    read_class_names,
+    split_of_name,
+)
 
 __all__ = ["ShardContents", "open_shards", "read_shard"]
 
-MAX_CLASSES = 1 << 20  # a label above this is none
+MAX_SHARDS = 100_000  # files that a pattern may stand for
 
 
 class TarSamples:
@@ -98,12 +109,12 @@ def open_shards(pattern: str) -> SourceSplits:
         )
     names = read_class_names(Path(files[0]).parent)
     sources = {split: _shards_split(by_split[split], names) for split in SPLITS if split in by_split}
-    if names is None:  # numbers: as many classes as the split with the most
-        most = max((source.class_names for source in sources.values()), key=len)
+    most = max((source.class_names for source in sources.values()), key=len)
+    if most == [str(i) for i in range(len(most))]:  # numbers: as many classes as the split with the most
         for source in sources.values():
-            source.class_names = most
+            source.class_names = most if source.class_names == most[: len(source.class_names)] else source.class_names
     name = os.path.basename(os.path.dirname(os.path.abspath(files[0]))) or "shards"
-    return SourceSplits.of(name, sources)
+    return merge_splits(sources, name, pattern)
 
 
 def _expand(pattern: str) -> list[str]:
@@ -112,12 +123,25 @@ def _expand(pattern: str) -> list[str]:
     if os.path.isdir(pattern):
         files = sorted(str(path) for path in Path(pattern).glob("*.tar"))
     else:
+        _check_count(pattern)
         braces: Any = require("webdataset", "data")
         files = list(braces.shardlists.expand_urls(pattern))
     missing = [file for file in files if not os.path.isfile(file)]
     if missing or not files:
         raise UserError(f"no such shards: {abbreviate(missing) or pattern}")
     return files
+
+
+def _check_count(pattern: str) -> None:
+    """Refuse a pattern that stands for too many files, before it is expanded."""
+    count = 1
+    for low, high in re.findall(r"(\d+)\.\.(\d+)", pattern):
+        too_long = max(len(low), len(high)) > 12
+        count *= MAX_SHARDS + 1 if too_long else abs(int(high) - int(low)) + 1
+    for choices in re.findall(r"\{([^{}]*,[^{}]*)\}", pattern):
+        count *= choices.count(",") + 1
+    if count > MAX_SHARDS or pattern.count("{") > 100:
+        raise UserError(f"{pattern[:200]!r} stands for more than {MAX_SHARDS:,} files")
 
 
 def _shards_split(files: list[str], names: list[str] | None) -> Source:
@@ -128,7 +152,7 @@ def _shards_split(files: list[str], names: list[str] | None) -> Source:
         if contents.problem:
             broken.append((path, contents.problem))
         for stem, (offset, size) in contents.images.items():
-            if not 0 <= contents.classes.get(stem, -1) < MAX_CLASSES:
+            if contents.classes.get(stem, -1) < 0:
                 broken.append((f"{path}/{stem}", "no class beside it"))
                 continue
             members.offsets.append((number, offset, size))
@@ -136,8 +160,10 @@ def _shards_split(files: list[str], names: list[str] | None) -> Source:
             labels.append(contents.classes[stem])
     if not labels:
         raise UserError(f"no samples in {abbreviate(files)}; expected images with a .cls file each")
-    indices = np.array(labels, dtype=np.int64)
-    names = names or [str(i) for i in range(indices.max() + 1)]
-    if indices.max() >= len(names):
-        raise UserError(f"{abbreviate(files)} has labels up to {indices.max()}; allowed: 0 to {len(names) - 1}")
+    if names is None:
+        indices, names = number_classes(np.array(labels), abbreviate(files))
+    elif max(labels) >= len(names):
+        raise UserError(f"{abbreviate(files)} has labels up to {max(labels)}; allowed: 0 to {len(names) - 1}")
+    else:
+        indices = np.array(labels, dtype=np.int64)
     return Source(indices, names, members.load, members.name, broken, raw=members.raw)
