@@ -25,7 +25,7 @@ import reference
 import transcnn
 from transcnn.backbone import TransCNN
 from transcnn.blocks import Block, DualDownsample
-from transcnn.fast import optimize
+from transcnn.fast import accelerate_training, optimize
 from transcnn.layers import StridedConv2d
 from transcnn.variants import VARIANTS
 
@@ -566,16 +566,57 @@ def test_changed_levels_survive_local_dir(tmp_path):
 
 def test_segmentation_models_encoders():
     smp = pytest.importorskip("segmentation_models_pytorch")
-    x = images(2, 3, 64, 96)
+    x = images(2, 3, 128, 160)  # PAN takes no smaller ones
     for architecture, options in {
         "FPN": {},
         "Unet": {},
         "DPT": dict(encoder_depth=4, decoder_readout="ignore"),
+        "DeepLabV3": {},
+        "DeepLabV3Plus": {},
+        "PAN": {},
     }.items():
         model = smp.create_model(architecture, "tu-transcnn_test", encoder_weights=None, classes=2, **options).eval()
-        assert model(x).shape == (2, 2, 64, 96), architecture
-    with pytest.raises(ValueError, match=r"output_stride must be .*32.*got 16"):
-        smp.create_model("DeepLabV3Plus", "tu-transcnn_test", encoder_weights=None, classes=2)
+        assert model(x).shape == (2, 2, 128, 160), architecture
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_output_stride(design, output_stride):
+    """Stages are dilated instead of downsampled: their convolutions compute the same at every second position."""
+    settings = dict(design=design, norm_layer="batchnorm2d")  # GroupNorm's statistics are those of the whole map
+    usual, dilated = make(**settings), make(**settings, output_stride=output_stride)
+    x = images(2, 3, 100, 130)
+    reductions = [min(reduction, output_stride) for reduction in (4, 8, 16, 32)]
+    assert [info["reduction"] for info in dilated.feature_info] == reductions
+    maps = dilated.forward_intermediates(x, intermediates_only=True)
+    assert [tuple(m.shape[2:]) for m in maps] == [(-(-100 // r), -(-130 // r)) for r in reductions]  # pyright: ignore
+    features = timm.create_model("transcnn_test", features_only=True, output_stride=output_stride)
+    assert [tuple(m.shape[2:]) for m in features(x)] == [tuple(m.shape[2:]) for m in maps]  # pyright: ignore
+
+    step = 1  # from positions of the dilated map to those of the usual one
+    y = images(2, dilated.feature_info[0]["num_chs"], 25, 33)
+    for stage, other, reduction in zip(usual.stages, dilated.stages, (4, 8, 16, 32), strict=True):
+        a = stage.downsample(y[..., ::step, ::step])
+        b = other.downsample(y)
+        step = max(1, reduction // output_stride)
+        assert torch.allclose(a, b[..., ::step, ::step], atol=1e-6)
+        a, y = stage.blocks[0].irb(a), other.blocks[0].irb(b)
+        assert torch.allclose(a, y[..., ::step, ::step], atol=1e-6)
+
+
+def test_output_stride_when_optimized_and_trained():
+    model = make(output_stride=8)
+    x = images(1, 3, 64, 97)
+    with torch.no_grad():
+        assert torch.allclose(optimize(model)(x), model(x), rtol=1e-4, atol=1e-5)
+    plain, fast = make(output_stride=8).train(), accelerate_training(make(output_stride=8).train())
+    x = images(2, 3, 64, 96).contiguous(memory_format=torch.channels_last)
+    gradients = []
+    for network in (plain, fast):
+        network = network.to(memory_format=torch.channels_last)  # pyright: ignore
+        network(x).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))  # pyright: ignore
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-4)
 
 
 def test_img_size_of_training_scripts_is_accepted():
@@ -596,7 +637,7 @@ def test_a_layer_of_ones_own():
         (dict(stem_stride=3), r"stem_stride must be one of \(1, 2, 4\), got 3"),
         (dict(norm_layer="batch"), r"norm_layer must be one of .*'batchnorm2d'.* or a callable, got 'batch'"),
         (dict(act_layer="swosh"), r"act_layer must be timm's name .*, got 'swosh'"),
-        (dict(output_stride=16), r"output_stride must be .*32.*, got 16"),
+        (dict(output_stride=4), r"output_stride must be .*8, 16, 32.*, got 4"),
         (dict(depths=(1, 1)), r"depths must have one entry for each of the 4 stages of dims, got \(1, 1\)"),
         (dict(grid_sizes=8), r"grid_sizes must have one entry for each of the 4 stages of dims, got 8"),
         (dict(kernel_sizes=(3, 4, 3, 3)), r"kernel_sizes must be odd, got \(3, 4, 3, 3\)"),

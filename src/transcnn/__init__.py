@@ -76,7 +76,7 @@ _MODULES = (
     "export",
     "fast",
     "settings",
-)  # with public names, imported when first used
+)  # imported when first used
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ from timm.layers import ClassifierHead, calculate_drop_path_rates, get_act_layer
 from torch import Tensor, nn
 
 from .attention import HMHSA
-from .blocks import Block, ConvDownsample, DualDownsample, InvertedResidual, Stage
+from .blocks import Block, ConvDownsample, DualDownsample, InvertedResidual, Stage, dilate
 from .layers import StridedConv2d
 
 __all__ = ["NORM_LAYERS", "TransCNN"]
@@ -47,7 +47,8 @@ class TransCNN(nn.Module):
         in_chans: Channels of the images.
         global_pool: timm's pooling types: ``avg``, ``max``, ``avgmax``, ``catavgmax``, or ``""`` for none (which needs
             ``num_classes=0``).
-        output_stride: Only 32 (times ``stem_stride``/4); here because segmentation libraries ask for it.
+        output_stride: 32, 16 or 8: stages beyond that stride keep the size of their map and are dilated instead, as in
+            timm's CNNs. Grids and merged patches keep their number of positions.
         dims: Channels C of each stage.
         depths: Blocks in each stage.
         expansions: How much wider the inverted residual's hidden layer is.
@@ -175,8 +176,16 @@ class TransCNN(nn.Module):
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         self.feature_info = [
-            {"num_chs": dim, "reduction": stem_stride * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+            {
+                "num_chs": dim,
+                "reduction": min(stem_stride * 2**i, max(stem_stride, output_stride)),
+                "module": f"stages.{i}",
+            }
+            for i, dim in enumerate(dims)
         ]
+        for i, stage in enumerate(self.stages):
+            if (beyond := stem_stride * 2**i // output_stride) > 1 and i:
+                dilate(stage, beyond // 2)  # pyright: ignore
         self.apply(_init_weights)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -296,7 +305,7 @@ def _check_arguments(
     in_chans: int,
     **one_of: Any,
 ) -> None:
-    choices = {"design": ("transcnn", "hatnet"), "stem_stride": tuple(STEM_STRIDES), "output_stride": (32,)}
+    choices = {"design": ("transcnn", "hatnet"), "stem_stride": tuple(STEM_STRIDES), "output_stride": (8, 16, 32)}
     for name, value in one_of.items():
         if value not in choices[name]:
             raise ValueError(f"{name} must be one of {choices[name]}, got {value!r}")

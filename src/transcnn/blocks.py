@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .attention import HMHSA
 from .layers import DepthwiseConv2d, StridedConv2d
 
-__all__ = ["Block", "ConvDownsample", "DualDownsample", "InvertedResidual", "Stage"]
+__all__ = ["Block", "ConvDownsample", "DualDownsample", "InvertedResidual", "Stage", "dilate"]
 
 
 class InvertedResidual(nn.Module):
@@ -123,6 +123,24 @@ class DualDownsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
         return self.act(self.norm1(self.conv(x)) + self.norm2(self.residual(self.pool(x))))
+
+
+def dilate(stage: Stage, rate: int) -> None:
+    """Let a stage keep the size of the map that it gets, dilated so that its weights see the same pixels as before.
+
+    In place: its downsampling gets a stride of 1 and the dilation of the map before it (``rate``), its depthwise
+    convolutions twice that. At every second row and column its convolutions compute what they did with the stride.
+    """
+    down = stage.downsample
+    if isinstance(down, ConvDownsample | DualDownsample):
+        down.conv.stride, down.conv.dilation, down.conv.padding = (1, 1), (rate, rate), (rate, rate)
+    if isinstance(down, DualDownsample):
+        beyond = nn.ConstantPad2d((0, rate, 0, rate), -torch.inf)  # the largest of those that there are
+        down.pool = nn.Sequential(beyond, nn.MaxPool2d(2, stride=1, dilation=rate))
+    for block in stage.blocks:
+        conv = block.irb.conv2[0]  # pyright: ignore
+        conv.dilation = (2 * rate, 2 * rate)
+        conv.padding = (2 * rate * (conv.kernel_size[0] // 2),) * 2
 
 
 class Stage(nn.Module):
