@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from transcnn.checkpoints.loading import data_config_of, load, save_weights
 from transcnn.commands.evaluate import evaluate
+from transcnn.commands.explain import explain
 from transcnn.commands.models import models
 from transcnn.commands.predict import predict
 from transcnn.data.images import read_image
 from transcnn.data.paths import find_images
+from transcnn.dense.build import build_network
 from transcnn.errors import UserError
 from transcnn.plugging.build import build_model
 from transcnn.plugging.cost import describe
@@ -212,3 +215,77 @@ def test_eval_shows_a_bar_on_terminals_alone(run, class_folder, capfd, monkeypat
     assert "6/6" in shown[0]
     assert "images/s" in shown[0]
     assert shown[1:] == ["", ""]
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory) -> Path:
+    """Weights of a network, never trained, that tells three classes of pixels apart."""
+    args = {"decoder": "fpn", "decoder_channels": 64, "resize": None, "label_ids": [0, 1, 2], "colours": None}
+    network = build_network("segment", "transcnn_test", args, num_classes=3, in_chans=3)
+    info = {"model": "transcnn_test", "model_args": {}, "class_names": ["a", "b", "c"], "task": "segment"}
+    path = tmp_path_factory.mktemp("segmenter") / "weights.safetensors"
+    save_weights(path, network, {**info, "task_args": args, "data_config": data_config_of(network, 3, 32)})
+    return path
+
+
+def test_predict_never_writes_over_a_picture_of_the_users(segmenter, class_image, tmp_path):
+    folder = tmp_path / "photos"
+    (folder / "deeper").mkdir(parents=True)
+    names = ["a.png", "a.jpg", "a_overlay.jpg", "a-2.png", "deeper/a.png", "b.jpg", "B.png", "x" * 240 + ".png"]
+    for i, name in enumerate(names):
+        class_image(0, i).save(folder / name)
+    class_image(1, 99).save(folder / "b_overlay.png")  # not looked at, but the user's all the same
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    for out in (folder, folder / "deeper" / ".."):
+        rows = predict(str(segmenter), [str(folder / name) for name in names], out=str(out), quiet=True)
+        written = [Path(row[kind]) for row in rows for kind in ("mask", "overlay")]
+        assert len({path.resolve() for path in written}) == 2 * len(names)
+        assert len({str(path.resolve()).casefold() for path in written}) == 2 * len(names)
+        assert all(path.is_file() for path in written)
+        assert not {path.resolve() for path in written} & set(before)
+        assert {path: path.read_bytes() for path in before} == before
+    # What an earlier call wrote is written over; nothing but pictures is left behind.
+    assert len(list(folder.iterdir())) == len(before) - 1 + 1 + 2 * len(names)
+
+
+def test_predict_finds_out_at_once_that_a_file_cannot_be_written(run, segmenter, class_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("transcnn.commands.predict._in_batches", lambda *_: pytest.fail("work was done"))
+    image = str(class_folder / "class_0" / "000.png")
+    (tmp_path / "file").touch()
+    for csv_path, reason in (
+        (tmp_path / "nowhere" / "out.csv", "there is no folder"),
+        (tmp_path, "it is a folder"),
+        (image, "it is one of the inputs"),
+        ("/proc/out.csv", "can't write /proc/out.csv"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            predict(str(run), [image], csv=str(csv_path), accelerator="cpu", quiet=True)
+    for out in (tmp_path / "file", tmp_path / "file" / "below", "/proc/below"):
+        with pytest.raises(UserError, match="can't write to"):
+            predict(str(segmenter), [image], out=str(out), accelerator="cpu", quiet=True)
+    assert Path(image).stat().st_size > 0
+
+
+def test_eval_finds_out_at_once_that_its_figures_cannot_be_written(run, class_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("transcnn.commands.evaluate.measure", lambda *_, **__: pytest.fail("work was done"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="can't write to"):
+        evaluate(str(run), str(class_folder), out=str(tmp_path / "file"), accelerator="cpu", quiet=True)
+
+
+def test_explain_never_writes_over_its_image(run, class_folder):
+    image = class_folder / "class_0" / "000.png"
+    before = image.read_bytes()
+    with pytest.raises(UserError, match="it is one of the inputs"):
+        explain(str(run), str(image), out=str(image), quiet=True)
+    assert image.read_bytes() == before
+
+
+def test_weights_that_cannot_be_written_are_one_clear_line(tmp_path, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("transcnn.checkpoints.loading.save_file", full)
+    with pytest.raises(UserError, match=r"can't write .*weights\.safetensors: I/O error: No space left on device"):
+        save_weights(tmp_path / "weights.safetensors", torch.nn.Linear(2, 2), {})
+    assert not list(tmp_path.iterdir())

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from ..errors import UserError
 
-__all__ = ["atomic_write", "remove_stale_temporaries"]
+__all__ = ["atomic_write", "check_writable", "make_folder", "remove_stale_temporaries"]
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
@@ -28,11 +26,47 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
         temporary.chmod(0o666 & ~_umask())  # safetensors lets only its owner read what it writes
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"can't write {path}: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)  # there only if something failed
+
+
+def check_writable(path: Path, inputs: Iterable[str] = ()) -> None:
+    """See that a file can be written, before the work that it is for; ``inputs`` are files that it may not be.
+
+    Raises:
+        UserError: It is a folder or one of ``inputs``, its folder doesn't exist, or nothing can be written there.
+    """
+    if path.is_dir():
+        raise UserError(f"can't write {path}: it is a folder")
+    if path.exists() and path.resolve() in {Path(name).resolve() for name in inputs}:
+        raise UserError(f"can't write {path}: it is one of the inputs; give another name")
+    if not path.parent.is_dir():
+        raise UserError(f"can't write {path}: there is no folder {path.parent}")
+    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        probe.touch()
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+
+
+def make_folder(folder: Path, *names: str) -> None:
+    """Make a folder and see that files of these names can be written there, before the work that they are for.
+
+    Raises:
+        UserError: They can't.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"can't write to {folder}: {error.strerror or error}") from error
+    for name in names:
+        check_writable(folder / name)
 
 
 def remove_stale_temporaries(folder: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.data import resolve_data_config
 from torch import nn
@@ -73,7 +73,14 @@ def save_weights(path: Path, weights: nn.Module | Mapping[str, torch.Tensor], in
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     header = {key: json.dumps(value) for key, value in info.items()}
-    atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, metadata=header)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    atomic_write(path, write)
 
 
 def load(source: str | os.PathLike[str]) -> Loaded:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..checkpoints.files import make_folder
 from ..compare.engines import ENGINES, load_reference
 from ..compare.measuring import PAPER, REFERENCE, Case, measure, peak_memory, prepare_case, show_progress, title
 from ..compare.peers import MISSING
@@ -83,6 +84,8 @@ def compare(
             raise UserError(f"{name} must be 1 or more, got {value}")
     if reference:
         load_reference(reference)  # errors before anything takes time
+    if out:
+        make_folder(Path(out), "compare.csv", "compare.png")
     runs = []
     for case in cases:
         show_progress(f"preparing {title(case)}")
@@ -164,7 +167,6 @@ def _write(folder: Path, rows: list[dict[str, Any]], device: str) -> None:
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "compare.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*rows[0], *machine])
         writer.writeheader()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from ..checkpoints.files import make_folder
 from ..checkpoints.loading import load
-from ..distributed.processes import gather_lists, launch, rank
+from ..distributed.processes import first_decides, gather_lists, launch, rank
 from ..distributed.runtime import quiet_libraries
 from ..errors import UserError
 from ..tasks import get_task
@@ -95,6 +97,9 @@ def evaluate(
             seed=seed,
             strict=strict_data,
         )
+        target = Path(out) if out else Path(checkpoint) / "eval" if Path(checkpoint).is_dir() else None
+        if target is not None:
+            first_decides(partial(make_folder, target, "metrics.json"))
         learner, scores = measure(
             loaded,
             part,
@@ -116,12 +121,7 @@ def evaluate(
     broken = list(dict.fromkeys(gather_lists(part.broken)))
     if rank() > 0:
         return metrics
-    target = Path(out) if out else Path(checkpoint) / "eval" if Path(checkpoint).is_dir() else None
     if target is not None:
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"can't write to {target}: {error.strerror or error}") from error
         write_results(target, learner, scores, part, metrics, broken, report=report)
     if not quiet:
         learner.print_table(metrics)

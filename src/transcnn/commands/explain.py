@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoints.files import atomic_write
+from ..checkpoints.files import atomic_write, check_writable
 from ..checkpoints.loading import load
 from ..data.images import BrokenImage, read_image
 from ..errors import UserError, require
@@ -51,6 +51,7 @@ def explain(
     target = Path(out) if out else Path(f"{Path(image).stem}_explain.png")
     if target.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise UserError(f"out must end in .png, .pdf or .svg, got {target}")
+    check_writable(target, [image])
     with quiet_libraries():
         loaded = load(checkpoint)
     if img_size is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from ..checkpoints.files import make_folder
 from ..checkpoints.loading import load
 from ..errors import UserError
 from ..export.exporting import FORMATS, Exported, export_model
@@ -56,6 +57,7 @@ def export(
         raise UserError("int8 and calibrate go together: --int8 true --calibrate DATA")
     if int8 and format != "onnx":
         raise UserError(f"int8 is for the format onnx, which OpenVINO reads as well, got {format!r}")
+    make_folder(target.parent, target.name)
     checked: dict[str, Any] = {"static": static, "images": images, "tolerance": tolerance}
     result = export_model(loaded, target, format=format, calibrate=calibrate, max_loss=max_loss, **checked)
     if not quiet:

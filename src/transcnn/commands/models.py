@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from ..checkpoints.files import atomic_write, check_writable
 from ..plugging.cost import describe
 from ..variants import VARIANTS
 
@@ -24,6 +26,8 @@ def models(names: list[str] | None = None, *, img_size: int | None = None, csv: 
     from rich.console import Console
     from rich.table import Table
 
+    if csv:
+        check_writable(Path(csv))
     rows = [describe(name, img_size) for name in names or VARIANTS]
     table = Table(box=None, header_style="bold")
     for column in ("name", "parameters", "multiply-adds", "of which layers", "input", "top-1 (paper)"):
@@ -42,9 +46,6 @@ def models(names: list[str] | None = None, *, img_size: int | None = None, csv: 
 
 def _write_csv(path: str, rows: list[dict[str, Any]]) -> None:
     import csv
-    from pathlib import Path
-
-    from ..checkpoints.files import atomic_write
 
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8") as file:

@@ -12,6 +12,7 @@ from torchvision.models import get_model
 from torchvision.models import list_models as torchvision_names
 
 from ..attention import HMHSA
+from ..checkpoints.files import check_writable
 from ..checkpoints.loading import class_names_of, data_config_of, save_weights
 from ..errors import UserError
 from ..plugging.build import build_model
@@ -57,6 +58,8 @@ def plug(
     """
     if out and (name.startswith("torchvision/") or not is_model(name)):
         raise UserError(f"--out needs a network of this package or of timm, which transcnn train can make; got {name}")
+    if out:
+        check_writable(Path(out))
     options: dict[str, Any] = dict(num_classes=num_classes, in_chans=in_chans, pretrained=pretrained)
     at = at or ("auto" if out else None)
     with torch.device("cpu" if at else "meta"):  # the table alone needs no numbers

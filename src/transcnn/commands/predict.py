@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image
 
+from ..checkpoints.files import atomic_write, check_writable
 from ..data.images import BrokenImage, is_image_name, list_images, read_image
 from ..data.paths import find_images
 from ..errors import UserError
@@ -77,6 +78,8 @@ def predict(
     if _means_images(checkpoint, alone=not images):
         checkpoint, images = PACKAGED, [checkpoint, *(images or ())]
     files = find_images(images or ())
+    if csv:
+        check_writable(Path(csv), files)
     if checkpoint.lower().endswith(".onnx"):
         rows = list(_predict_onnx(checkpoint, files, top_k, batch_size, img_size, min_score, accelerator, out))
     else:
@@ -92,8 +95,6 @@ def predict(
             loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
         rows = list(_predict(loaded, files, top_k, batch_size, min_score, precision, accelerator, out))
     if csv:
-        from ..checkpoints.files import atomic_write
-
         atomic_write(Path(csv), lambda path: _write_csv(path, rows, top_k))
     if json:
         print(json_text(rows, indent=2))
@@ -147,6 +148,8 @@ def _predict(
     _check_min_score(min_score, loaded.task, loaded.info.get("task_args"))
     detect = loaded.task == "detect"
     folder = OutputFolder(Path(out), files, coco=detect, min_score=min_score) if task.writes_images else None
+    if folder is not None:
+        folder.prepare()
     device = torch.device("cuda" if torch.cuda.is_available() and accelerator != "cpu" else "cpu")
     loaded.model.to(device)
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(choose_precision(precision, accelerator))
@@ -180,6 +183,7 @@ def _predict_onnx(
     _check_min_score(min_score, model.task, model.info.get("task_args"))
     if model.task != "classify":
         folder = OutputFolder(Path(out), files, coco=model.task == "detect", min_score=min_score)
+        folder.prepare()
         yield from _predict_dense(model, files, top_k, folder)
         return
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
-from ..checkpoints.files import atomic_write
+from ..checkpoints.files import atomic_write, make_folder
 from ..text import json_text, printable
 from .fonts import image_font
 
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 Colours = Sequence[Sequence[int]]
+SOFTWARE = "transcnn"  # the Software entry of images that were written here
 SHOWN_SCORE = 0.5  # detections from this score on are drawn, and count for an image's own score
 
 
@@ -134,11 +136,13 @@ def draw_detections(
 
 
 class OutputFolder:
-    """Where masks and overlays go: a.png, then a-2.png for another folder's a.jpg; no input is written over.
+    """Where masks and overlays go: a.png, then a-2.png for another folder's a.jpg.
+
+    No input is written over, and of other images only what an earlier call wrote (their ``Software`` entry says so).
 
     Args:
         folder: Made when something is written.
-        inputs: The files that are predicted. Where one of them lies in ``folder``, nothing that exists is replaced.
+        inputs: The files that are predicted. Where one of them lies in ``folder``, an existing predictions.json stays.
         coco: Write detections in COCO's format, too.
         min_score: Detections of a lower score are left out.
     """
@@ -156,11 +160,21 @@ class OutputFolder:
 
     def stem_for(self, file: str) -> Path:
         """The path, without ending, for what belongs to ``file``."""
-        return self._free(Path(file).stem or "image", (".png", "_overlay.png"))
+        return self._free(_shortened(Path(file).stem or "image"), (".png", "_overlay.png"))
+
+    def prepare(self) -> None:
+        """Make the folder and see that files can be written there, before any work is done.
+
+        Raises:
+            UserError: They can't.
+        """
+        make_folder(self.folder, ".probe")
 
     def save(self, image: Image.Image, path: str) -> None:
         """Write an image as PNG, whole or not at all."""
-        atomic_write(Path(path), lambda temporary: image.save(temporary, format="PNG"))
+        mark = PngInfo()
+        mark.add_text("Software", SOFTWARE)
+        atomic_write(Path(path), lambda temporary: image.save(temporary, format="PNG", pnginfo=mark))
 
     def add_coco(self, file: str, found: Mapping[str, np.ndarray], label_ids: Sequence[int]) -> None:
         """Take in an image's detections."""
@@ -199,9 +213,23 @@ class OutputFolder:
             path = self.folder / f"{name}{ending}"
             if path.name.casefold() in self.taken or os.path.realpath(path) in self.inputs:
                 return False
-            if not self.replace and path.exists():
+            if os.path.lexists(path) and not (_is_ours(path) if ending.endswith(".png") else self.replace):
                 return False
         return True
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether an image was written by an earlier call."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == SOFTWARE and not path.is_symlink()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+
+
+def _shortened(stem: str) -> str:
+    """At most 200 bytes of a name, so that endings and a temporary name still fit."""
+    return os.fsencode(stem)[:200].decode("utf-8", "ignore") if len(os.fsencode(stem)) > 200 else stem
 
 
 def image_ids(files: Sequence[str]) -> dict[str, int | str]:
