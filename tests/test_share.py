@@ -79,13 +79,14 @@ def run(tmp_path_factory) -> Path:
         },
     }
     save_weights(folder / "best.safetensors", model, info)
+    (folder / "config.yaml").write_text("data: cifar10\n")
     (folder / "metrics.json").write_text(json.dumps({"top1": 81.23456, "top5": 99.0, "images": 10000, "split": "test"}))
     return folder
 
 
 @pytest.fixture(scope="module")
 def folder(run, tmp_path_factory) -> Path:
-    return save_pretrained(run, tmp_path_factory.mktemp("shared") / "folder")
+    return save_pretrained(run, tmp_path_factory.mktemp("shared") / "folder", licence="apache-2.0")
 
 
 def test_timm_transformers_and_we_answer_the_same(folder, run):
@@ -137,6 +138,75 @@ def test_a_network_in_memory_with_one_channel(tmp_path):
     assert loaded.preprocessing["input_size"][0] == 1
     torch.testing.assert_close(logits(loaded.model, IMAGES[:, :1]), logits(model, IMAGES[:, :1]), rtol=0, atol=1e-5)
     assert model.stem[0].weight.is_contiguous(memory_format=torch.channels_last)  # the caller's is left alone
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_network_in_memory_stays_as_it_is(tmp_path, dtype, training):
+    model = lively(timm.create_model("transcnn_test", num_classes=3)).to(dtype).train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    cfg = dict(model.pretrained_cfg)
+    save_pretrained(model, tmp_path / "shared", class_names=NAMES)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training is training for module in model.modules())
+    assert model.pretrained_cfg == cfg
+    wanted = logits(model.double().eval(), IMAGES.double()).float()
+    torch.testing.assert_close(logits(from_pretrained(tmp_path / "shared")), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_card_claims_neither_scores_nor_a_licence_that_it_does_not_know(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "metrics.json").write_text('{"top1": 99.9}')  # of anything
+    (tmp_path / "config.yaml").write_text("data: cifar10\n")
+    loaded = load(run)
+    save_weights(tmp_path / "other.safetensors", loaded.model, {**loaded.info, "val_top1": 12.3})
+    model = timm.create_model("transcnn_nano", num_classes=3)  # its published weights have a licence
+    for source in (model, "other.safetensors", loaded.model, "./other.safetensors"):
+        folder = save_pretrained(source, tmp_path / "shared", class_names=NAMES)
+        card = ModelCard.load(folder / "README.md")
+        assert "99.9" not in card.text
+        assert card.data.license is None
+        assert "icence" not in card.text
+        config = json.loads((folder / "config.json").read_text())
+        assert "license" not in config["pretrained_cfg"]
+    assert "apache-2.0" in str(ModelCard.load(save_pretrained(model, "x", licence="apache-2.0") / "README.md"))
+    (tmp_path / "metrics.json").write_text("{")
+    save_weights(tmp_path / "best.safetensors", loaded.model, loaded.info)
+    with pytest.raises(UserError, match=r"can't read .*metrics.json: "):
+        save_pretrained(tmp_path, tmp_path / "y")
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(run, tmp_path, monkeypatch):
+    folder = save_pretrained(run, tmp_path / "shared")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match="class names for 3 outputs"):
+        save_pretrained(run, folder, class_names=["a"])
+
+    def full(*args, **kwargs):
+        Path(args[1], "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hub, "save_for_hf", full)
+    with pytest.raises(UserError, match=r"can't write to .*shared: No space left on device"):
+        save_pretrained(run, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_names_in_a_card_are_text_alone(tmp_path):
+    names = ["<img src=x onerror=alert(1)>", "[a](http://b)", "a|b\n\n# c"]
+    model = timm.create_model("transcnn_test", num_classes=3)
+    text = (save_pretrained(model, tmp_path / "shared", class_names=names) / "README.md").read_text()
+    for bad in ("<img", "](http", "\n# c"):
+        assert bad not in text
+    assert load(tmp_path / "shared").class_names == names
+
+
+def test_the_public_names():
+    import transcnn
+
+    for name in ("from_pretrained", "save_pretrained", "push_to_hub"):
+        assert callable(getattr(transcnn, name))
+        assert name in transcnn.__all__
 
 
 def test_a_plugged_cnn_comes_back_plugged(tmp_path):

@@ -67,6 +67,12 @@ def _check(info: dict[str, Any]) -> None:
             _is_finite(value) or isinstance(value, float)
         ):
             raise ValueError(f"{short(key)} must be a number, got {short(value)}")
+    settings = info.get("settings") or {}
+    if not isinstance(settings.get("data") or "", str):
+        raise ValueError(f"settings: data must be a text, got {short(settings['data'])}")
+    fraction, seed = settings.get("val_fraction", 0.1), settings.get("seed", 0)
+    if not _is_finite(fraction) or not 0 <= fraction < 1 or not _is_int(seed):
+        raise ValueError(f"settings: val_fraction {short(fraction)} and seed {short(seed)} can't be meant")
     for key in ("data", "version"):
         if not isinstance(info.get(key) or "", str):
             raise ValueError(f"{key} must be a text, got {short(info[key])}")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,14 +25,16 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UserError
+from ..plugging.cost import count
 from ..plugging.plug import plug_spec
+from ..text import markdown, printable
 from .files import atomic_write
-from .folders import CONFIG
+from .folders import CONFIG, WEIGHTS
 from .loading import Loaded, data_config_of, load
 
 __all__ = ["model_card", "push_to_hub", "save_pretrained"]
@@ -51,42 +54,56 @@ def save_pretrained(
     *,
     class_names: Sequence[str] | None = None,
     data_config: dict[str, Any] | None = None,
-    licence: str = "apache-2.0",
+    licence: str | None = None,
 ) -> Path:
-    """Write a classifier as a folder that timm, transformers and :func:`from_pretrained` load.
+    """Write a classifier as a folder that timm, transformers and :func:`transcnn.from_pretrained` load.
 
     Args:
-        source: A network, or anything that :func:`transcnn.checkpoints.loading.load` takes: a run directory, a
-            checkpoint, a name. From a run directory the card takes its data, recipe and scores.
-        folder: Made if need be; files of these names in it are replaced.
+        source: A network, which stays as it is, or anything that :func:`transcnn.checkpoints.loading.load` takes: a run
+            directory, a checkpoint, a name. From a run directory the card takes its data, recipe and scores.
+        folder: Made if need be; files of these names in it are replaced, all of them or none. Weights are float32.
         class_names: For a network: the names of its outputs in order; else those stored with it.
         data_config: For a network: how its images are made (timm's words); else that of its pretrained_cfg.
-        licence: Of the weights, for the card, as the hub writes it.
+        licence: Of the weights, for the card, as the hub writes it (``apache-2.0``); without it the card names none.
 
     Raises:
-        UserError: No such checkpoint, another task than classification, names that aren't as many as the outputs, or a
-            network that timm didn't make.
+        UserError: No such checkpoint, another task than classification, names that aren't as many as the outputs, a
+            network that timm didn't make, or a folder that can't be written.
     """
     loaded = _as_loaded(source, class_names, data_config)
+    loaded = replace(loaded, model=_to_share(loaded.model, licence))
+    spec = plug_spec(loaded.model)
+    card = str(model_card(loaded, licence=licence))
     folder = Path(folder)
-    model = copy.deepcopy(loaded.model).cpu().float()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
+            save_for_hf(
+                loaded.model,
+                temporary,
+                safe_serialization=True,
+                model_config={"label_names": loaded.class_names, **({"plug": spec} if spec else {})},
+                data_config={key: value for key, value in loaded.preprocessing.items() if key != "test_input_size"},
+            )
+            _mend_config(Path(temporary, CONFIG))
+            Path(temporary, CARD).write_text(card, encoding="utf-8")
+            for name in (WEIGHTS, CONFIG, CARD):
+                path = Path(temporary, name)
+                atomic_write(folder / name, lambda target, path=path: shutil.copyfile(path, target))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"can't write to {folder}: {getattr(error, 'strerror', None) or error}") from error
+    return folder
+
+
+def _to_share(model: nn.Module, licence: str | None) -> nn.Module:
+    """A copy for evaluation, of float32 on the CPU, that says nothing about weights that these were trained from."""
+    model = copy.deepcopy(model).cpu().float().eval()
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.contiguous()  # safetensors takes no other; channels_last training leaves others
-    spec = plug_spec(model)
-    try:
-        save_for_hf(
-            model,
-            os.fspath(folder),
-            safe_serialization=True,
-            model_config={"label_names": loaded.class_names, **({"plug": spec} if spec else {})},
-            data_config={key: value for key, value in loaded.preprocessing.items() if key != "test_input_size"},
-        )
-    except OSError as error:
-        raise UserError(f"can't write to {folder}: {error.strerror or error}") from error
-    _mend_config(folder / CONFIG)
-    card = str(model_card(loaded, licence=licence))
-    atomic_write(folder / CARD, lambda path: path.write_text(card, encoding="utf-8"))
-    return folder
+    cfg: Any = model.pretrained_cfg
+    own = {key: value for key, value in cfg.items() if key not in ("license", "description", "notes", "tag")}
+    model.pretrained_cfg = {**own, "license": licence} if licence else own
+    return model
 
 
 def push_to_hub(
@@ -130,26 +147,26 @@ def push_to_hub(
 def model_card(
     loaded: Loaded,
     *,
-    licence: str = "apache-2.0",
+    licence: str | None = None,
     metrics: dict[str, Any] | None = None,
     packaged: str | None = None,
     notes: str = "",
 ) -> ModelCard:
     """A card for the hub: data, recipe, measured scores, size, and how to use it; only what is known is said.
 
-    ``metrics`` are what ``transcnn eval`` gives; None takes the metrics.json beside the weights. ``packaged`` is timm's
-    name of weights that come with the package. ``notes`` are Markdown: what there is to know about the data, and what
-    the weights are not good for.
+    ``metrics`` are what ``transcnn eval`` gives; None takes those of the run whose directory the weights are in.
+    ``packaged`` is timm's name of weights that come with the package. ``notes`` are Markdown: what there is to know
+    about the data, and what the weights are not good for.
     """
     info, metrics = loaded.info, _metrics_of(loaded.source) if metrics is None else metrics
     name = packaged or _architecture(loaded)
-    hub_data, data = DATA_SETS.get(str(info.get("data")), (None, info.get("data")))
+    hub_data, data = DATA_SETS.get(str(info.get("data")), (None, markdown(info.get("data") or "")))
     scores = {key: metrics[key] for key in ("top1", "top5") if key in metrics}
     results = [
         EvalResult(
             task_type="image-classification",
             dataset_type=hub_data or "imagefolder",
-            dataset_name=str(data),
+            dataset_name=printable(info.get("data")) if hub_data is None else data,
             dataset_split=metrics.get("split"),
             metric_type="accuracy",
             metric_name={"top1": "top-1 accuracy", "top5": "top-5 accuracy"}[key],
@@ -168,7 +185,7 @@ def model_card(
     )
     parts = [f"# {name}", _about(loaded, name), _size(loaded), _training(info, data), _scores(info, metrics)]
     parts += [f"## Notes\n\n{notes}" if notes else "", _classes(loaded.class_names, None if packaged else 50)]
-    parts += [_usage(loaded, packaged), f"## Licence\n\n{licence}"]
+    parts += [_usage(loaded, packaged), f"## Licence\n\n{licence}" if licence else ""]
     return ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n")
 
 
@@ -222,11 +239,16 @@ def _architecture(loaded: Loaded) -> str:
 
 
 def _metrics_of(source: str) -> dict[str, Any]:
-    """The scores that lie beside a run's weights; none elsewhere."""
-    path = Path(source).parent / "metrics.json"
-    if not source or not path.is_file():
+    """The scores of a run's best weights, if ``source`` is a file of a run's directory; none elsewhere."""
+    run = Path(source).parent
+    path = run / "metrics.json"
+    if Path(source).name != "best.safetensors" or not (run / "config.yaml").is_file() or not path.is_file():
         return {}
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        return metrics if isinstance(metrics, dict) else {}
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"can't read {path}: {next(iter(str(error).splitlines()), type(error).__name__)}") from error
 
 
 def _about(loaded: Loaded, name: str) -> str:
@@ -243,13 +265,11 @@ def _about(loaded: Loaded, name: str) -> str:
 def _size(loaded: Loaded) -> str:
     """Parameters and multiply-adds, counted now."""
     channels, height, width = loaded.preprocessing["input_size"]
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        loaded.model(torch.zeros(1, channels, height, width))
-    parameters = sum(p.numel() for p in loaded.model.parameters())
+    dtype = next(loaded.model.parameters()).dtype
+    counts = count(loaded.model, torch.empty(1, channels, height, width, device="meta", dtype=dtype))
     return (
-        f"- parameters: {parameters:,}\n"
-        f"- multiply-adds: {counter.get_total_flops() / 2e6:,.1f} M for one image of {height}x{width}\n"
+        f"- parameters: {counts.params:,}\n"
+        f"- multiply-adds: {counts.macs / 1e6:,.1f} M for one image of {height}x{width}\n"
         f"- input: {channels} channels, trained at {height}x{width}; any other size works"
     )
 
@@ -259,20 +279,23 @@ def _training(info: dict[str, Any], data: str | None) -> str:
     settings = info.get("settings")
     if not settings:
         return ""
-    optim, augment = settings.get("optim") or {}, settings.get("augment") or {}
+    groups = (settings.get(name) for name in ("optim", "augment"))
+    optim, augment = (group if isinstance(group, dict) else {} for group in groups)
     idle = {"scale", "ratio"} if augment.get("policy") == "small" else set()  # what others don't switch on
     idle |= set() if augment.get("reprob") else {"remode"}
     idle |= set() if augment.get("mixup") or augment.get("cutmix") else {"mix_prob"}
     rows = {
         "data": data,
-        "epochs": settings.get("epochs"),
+        "epochs": markdown(settings.get("epochs", "")),
         "weights kept": f"those of epoch {info['epoch']}" if "epoch" in info else None,
-        "batch size": settings.get("batch_size"),
-        "learning rate": settings.get("lr"),
-        "optimizer": ", ".join(f"{key} {value}" for key, value in optim.items() if value is not None),
-        "augmentation": ", ".join(f"{key} {value}" for key, value in augment.items() if value and key not in idle),
-        "started from": _start(settings),
-        "seed": settings.get("seed"),
+        "batch size": markdown(settings.get("batch_size", "")),
+        "learning rate": markdown(settings.get("lr", "")),
+        "optimizer": ", ".join(f"{key} {markdown(value)}" for key, value in optim.items() if value is not None),
+        "augmentation": ", ".join(
+            f"{key} {markdown(value)}" for key, value in augment.items() if value and key not in idle
+        ),
+        "started from": markdown(_start(settings)),
+        "seed": markdown(settings.get("seed", "")),
     }
     lines = [f"| {key} | {value} |" for key, value in rows.items() if value not in (None, "")]
     return "\n".join(["## Training", "", "| | |", "|---|---|", *lines])
@@ -280,7 +303,7 @@ def _training(info: dict[str, Any], data: str | None) -> str:
 
 def _start(settings: dict[str, Any]) -> str:
     if settings.get("init_from"):
-        return Path(settings["init_from"]).name
+        return Path(str(settings["init_from"])).name
     return "published weights" if settings.get("pretrained") else "scratch"
 
 
@@ -299,7 +322,7 @@ def _scores(info: dict[str, Any], metrics: dict[str, Any]) -> str:
 def _classes(names: Sequence[str], shown: int | None) -> str:
     """The names, at most ``shown`` of them where a configuration beside the card holds the rest."""
     rest = "" if shown is None or len(names) <= shown else f", and {len(names) - shown} more in `config.json`"
-    return f"## Classes\n\n{', '.join(names[:shown])}{rest}"
+    return f"## Classes\n\n{', '.join(map(markdown, names[:shown]))}{rest}"
 
 
 def _usage(loaded: Loaded, packaged: str | None) -> str:

@@ -87,7 +87,7 @@ def evaluate(
         trained = loaded.info.get("settings") or {}
         if data is None and "data" in trained:
             data = trained["data"]
-            val_fraction, seed = trained["val_fraction"], trained["seed"]
+            val_fraction, seed = trained.get("val_fraction", val_fraction), trained.get("seed", seed)
         part = get_task(loaded.task).open_split(
             data,
             split,

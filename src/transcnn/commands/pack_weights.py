@@ -22,6 +22,7 @@ __all__ = ["pack"]
 LARGEST = 9_000_000  # bytes
 WEIGHTS = Path(__file__).parent.parent / "weights"
 KEPT = ("model", "model_args", "task", "class_names", "data_config", "data", "epoch", "val_top1", "settings")
+LICENCE = "apache-2.0"  # of this package
 PLACES = ("data", "out", "resume", "init_from")  # settings that name a machine's folders
 
 
@@ -56,7 +57,7 @@ def pack(
         if not after["top1"] >= before["top1"] - slack:
             raise UserError(f"16-bit weights are at {after['top1']} % instead of {before['top1']} %: not packed")
         loaded.info = info
-        card = str(model_card(loaded, metrics=after, packaged=name, notes=NOTES.get(name, "")))
+        card = str(model_card(loaded, licence=LICENCE, metrics=after, packaged=name, notes=NOTES.get(name, "")))
         os.replace(trial, target)
     finally:
         trial.unlink(missing_ok=True)
