@@ -8,7 +8,10 @@ DETECT = f"{DENSE} --batch_size 2 --short_side 64 --long_side 96 --fpn_channels 
 
 # (a pattern of "PAGE: LINE", what is appended to the command); the first that fits counts, flags given last win.
 SMALLER = [
-    (r"train photos --config recipes/folder_finetune", TINY + " --early_stop null --layer_decay null --pretrained false"),
+    (
+        r"train photos --config recipes/folder_finetune",
+        TINY + " --early_stop null --layer_decay null --pretrained false",
+    ),
     (r"train photos --model resnet18 --plug", "--img_size 64 --epochs 1 --limit_batches 1 --batch_size 2 --quiet true"),
     (r"train photos --img_size 1024", TINY + " --img_size 64 --model_args '{}'"),
     (r"train photos", TINY),

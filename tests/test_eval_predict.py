@@ -17,7 +17,7 @@ from transcnn.checkpoints.loading import data_config_of, load, save_weights
 from transcnn.commands.evaluate import evaluate
 from transcnn.commands.explain import explain
 from transcnn.commands.models import models
-from transcnn.commands.predict import predict
+from transcnn.commands.predict import FEW, predict
 from transcnn.data.images import read_image
 from transcnn.data.paths import find_images
 from transcnn.dense.build import build_network
@@ -146,6 +146,35 @@ def test_predict_is_the_network_and_batches_do_not_matter(run, class_folder):
     x = Classify.image_transform(loaded.preprocessing)(Image.open(one[0]["file"]), 0)
     best = loaded.model(x[None]).softmax(1).max()
     assert one[0]["top"][0]["score"] == pytest.approx(best.item(), abs=1e-5)
+
+
+def test_optimized_prediction_is_the_same(run, class_folder, class_image, tmp_path):
+    """In order, with what can't be read in its place, whatever the size of batches."""
+    for i in range(40):
+        class_image(i % 3, i, (30 + i, 50 - i)).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "17.png").write_bytes(b"no image")
+    plain = predict(str(run), [str(tmp_path)], optimize=False, quiet=True)
+    for batch_size in (7, 32):
+        fast = predict(str(run), [str(tmp_path)], batch_size=batch_size, quiet=True)
+        assert [row["file"] for row in fast] == [row["file"] for row in plain]
+        assert fast[17] == plain[17]
+        assert "error" in fast[17]
+        for a, b in zip(plain, fast, strict=True):
+            if "error" not in a:
+                assert [x["label"] for x in a["top"]] == [x["label"] for x in b["top"]]
+                assert [x["score"] for x in b["top"]] == pytest.approx([x["score"] for x in a["top"]], abs=1e-5)
+
+
+def test_what_can_not_be_optimized_runs_as_it_is(run, class_folder, monkeypatch, caplog):
+    def fails(*_):
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr("transcnn.fast.inference.optimize.optimize", fails)
+    with caplog.at_level("INFO", logger="transcnn"):
+        rows = predict(str(run), [str(class_folder)], quiet=True)
+    assert len(rows) >= FEW
+    assert all("error" not in row for row in rows)
+    assert "can't be optimized: no such thing" in caplog.text
 
 
 def test_predict_table_and_csv(run, class_folder, tmp_path, capsys):

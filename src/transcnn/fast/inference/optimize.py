@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from .entry import inference_only
 from .folding import fold_batchnorms
 from .layers import NHWC
 
-__all__ = ["optimize"]
+__all__ = ["optimize", "try_optimize"]
 
+_log = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = {
     "32": torch.float32,
@@ -91,6 +93,15 @@ def optimize(
             for _ in range(3 if graphs else 1):
                 fast(*example) if isinstance(example, tuple) else fast(example)
     return fast
+
+
+def try_optimize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module | None:
+    """:func:`optimize`, or None where that fails, which the log says (level INFO)."""
+    try:
+        return optimize(model, dtype)
+    except Exception as error:  # of any network that timm knows
+        _log.info("%s runs as it is, for it can't be optimized: %s", type(model).__name__, error)
+        return None
 
 
 def _replace(module: nn.Module) -> nn.Module:
