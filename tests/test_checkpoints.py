@@ -25,7 +25,8 @@ from torch import nn
 
 import reference
 import transcnn
-from transcnn.checkpoints.published import convert_state_dict, load_body
+from transcnn.checkpoints.loading import data_config_of, load, save_weights
+from transcnn.checkpoints.published import Classes, convert_state_dict, load_body
 from transcnn.errors import UserError
 
 DESIGNS = {"transcnn": {}, "hatnet": dict(design="hatnet", norm_layer="groupnorm1")}
@@ -399,3 +400,159 @@ def test_pretrained_addresses():
     }.items():
         url = timm.models.get_pretrained_cfg(name).url
         assert url == f"https://github.com/yun-liu/TransCNN/releases/download/{file}"
+
+
+# --- numbers that are none of a network's ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda w: (w * 100).to(torch.int8), r"stem.0.weight \(int8 instead of float32\)"),
+        (lambda w: w > 0, r"stem.0.weight \(bool instead of float32\)"),
+        (lambda w: w.to(torch.complex64), r"stem.0.weight \(complex64 instead of float32\)"),
+        (lambda w: torch.full_like(w, torch.nan), r"stem.0.weight \(not finite: NaN or infinity\)"),
+        (lambda w: w.clone().fill_(0).index_fill_(0, torch.tensor(0), torch.inf), "not finite"),
+        (lambda w: w.to("meta"), "without values"),
+    ],
+    ids=["int8", "bool", "complex", "nan", "inf", "meta"],
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_numbers_that_a_network_cannot_have(tmp_path, change, why, strict):
+    state = filled().state_dict()
+    state["stem.0.weight"] = change(state["stem.0.weight"])
+    torch.save(state, tmp_path / "weights.pth")
+    model = make()
+    before = answers(model)
+    with pytest.raises(UserError, match=f"does not fit this TransCNN: 1 not usable: .*{why}"):
+        transcnn.load_checkpoint(model, tmp_path / "weights.pth", strict=strict)
+    assert torch.equal(answers(model), before)
+    body = transcnn.create_model("transcnn_test", features_only=True)
+    with pytest.raises(UserError, match="not usable"):
+        load_body(body, tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floats_are_taken(tmp_path, dtype):
+    source = filled()
+    torch.save(source.to(dtype).state_dict(), tmp_path / "weights.pth")
+    model = transcnn.load_checkpoint(make(), tmp_path / "weights.pth")
+    assert model.stem[0].weight.dtype == torch.float32
+    assert torch.equal(answers(model), answers(source.float()))
+
+
+def test_compressed_archives_are_refused(tmp_path):
+    import zipfile
+
+    torch.save({"x": torch.zeros(10**6)}, tmp_path / "weights.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "weights.pth") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name))
+    with pytest.raises(UserError, match="compressed archive"):
+        transcnn.load_checkpoint(make(), tmp_path / "bomb.pth")
+
+
+# --- classes of other names -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "taken", "said"),
+    [
+        ("abc", "abc", {0: 0, 1: 1, 2: 2}, ""),
+        ("abc", "cab", {0: 2, 1: 0, 2: 1}, r"3 classes are taken by name \(c, a, b\)$"),
+        ("abc", "xbc", {1: 1, 2: 2}, r"2 classes are taken by name \(b, c\), those of x start anew"),
+        ("abc", "xyz", {}, "the last layer starts anew"),
+        ("abcde", "eb", {0: 4, 1: 1}, r"2 classes are taken by name \(e, b\)"),
+        ("ab", "abcd", {0: 0, 1: 1}, "those of c, d start anew"),
+        ("aab", "baa", {0: 2, 1: 0, 2: 1}, "3 classes are taken by name"),  # two of one name stay apart
+        ("ab", "aab", {0: 0, 2: 1}, "those of a start anew"),
+    ],
+)
+@pytest.mark.parametrize("name", ["transcnn_test", "resnet10t"])
+def test_the_last_layer_is_taken_by_the_classes_names(tmp_path, caplog, theirs, ours, taken, said, name):
+    source = timm.create_model(name, num_classes=len(theirs))
+    save_file(source.state_dict(), tmp_path / "x.safetensors")
+    model = timm.create_model(name, num_classes=len(ours))
+    fresh = {key: value.clone() for key, value in model.get_classifier().state_dict().items()}
+    transcnn.load_checkpoint(model, tmp_path / "x.safetensors", classes=Classes(list(theirs), list(ours)))
+    for key, value in model.get_classifier().state_dict().items():
+        old = source.get_classifier().state_dict()[key]
+        wanted = [old[taken[i]] if i in taken else fresh[key][i] for i in range(len(ours))]
+        assert torch.equal(value, torch.stack(wanted))
+    rest = [key for key in source.state_dict() if not key.startswith(("head.fc", "fc."))]
+    assert all(torch.equal(model.state_dict()[key], source.state_dict()[key]) for key in rest)
+    assert re.search(said, caplog.text.strip()) if said else not caplog.text
+
+
+def test_a_head_for_other_classes_can_be_an_error(tmp_path):
+    save_file(filled().state_dict(), tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"head.fc.weight \(another number of classes\)"):
+        transcnn.load_checkpoint(make(num_classes=3), tmp_path / "x.safetensors", new_head=False)
+
+
+# --- on the command line ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def authors(tmp_path_factory) -> Path:
+    """A file as the authors publish theirs: bare tensors under their names."""
+    path = tmp_path_factory.mktemp("authors") / "TransCNN-Test.pth"
+    torch.save(published(filled(num_classes=3)), path)
+    return path
+
+
+def test_published_files_on_the_command_line(authors, class_folder, tmp_path, monkeypatch):
+    from transcnn.commands.demo import demo
+    from transcnn.commands.evaluate import evaluate
+    from transcnn.commands.explain import explain
+    from transcnn.commands.export import export
+    from transcnn.commands.predict import predict
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transcnn.commands.export.export_model", lambda loaded, *_, **__: loaded)
+    image = str(next(class_folder.rglob("*.png")))
+    name = "transcnn_test"
+    loaded = load(authors, name)
+    assert torch.equal(answers(loaded.model), answers(filled(num_classes=3)))
+    assert loaded.class_names == ["0", "1", "2"]
+    rows = predict(str(authors), [image], model=name, quiet=True, accelerator="cpu")
+    assert [row["label"] for row in rows[0]["top"]] != []
+    names = [path.name for path in class_folder.iterdir()]
+    for old, new in zip(sorted(names), "012", strict=True):
+        (class_folder / old).rename(class_folder / new)
+    assert evaluate(str(authors), str(class_folder), model=name, quiet=True, accelerator="cpu")["images"] == 24
+    image = str(next(class_folder.rglob("*.png")))
+    assert Path(explain(str(authors), image, model=name, out="x.png", quiet=True)).is_file()
+    exported = export(str(authors), model=name, out="x.onnx", quiet=True)  # what comes after has its own tests
+    assert torch.equal(answers(exported.model), answers(loaded.model))
+    with pytest.raises(UserError, match="give its name"):
+        demo(str(authors), quiet=True)
+
+
+def test_what_model_cannot_mean(authors, tmp_path):
+    for call, match in (
+        (lambda: load(authors), "give its name, such as --model transcnn_tiny"),
+        (lambda: load(authors, "transcnn_tini"), "no model is named 'transcnn_tini'"),
+        (lambda: load(authors, "resnet10t"), "it holds no fc.weight"),
+        (lambda: load(authors, "transcnn_nano"), "does not fit this TransCNN"),
+        (lambda: load(authors, "hf-hub:x/y"), "named as timm lists it"),
+        (lambda: load(tmp_path, "transcnn_test"), "model is for a file"),
+        (lambda: load("transcnn_nano.cifar10", "transcnn_nano"), "model is for a file"),
+    ):
+        with pytest.raises(UserError, match=match):
+            call()
+    model = make(num_classes=2)
+    info = {"model": "transcnn_test", "class_names": ["a", "b"], "data_config": data_config_of(model, 3, 32)}
+    save_weights(tmp_path / "x.safetensors", model, info)
+    assert load(tmp_path / "x.safetensors", "transcnn_test").class_names == ["a", "b"]
+    with pytest.raises(UserError, match="is for 'transcnn_test', got model=transcnn_tiny"):
+        load(tmp_path / "x.safetensors", "transcnn_tiny")
+    save_weights(tmp_path / "y.safetensors", model, {**info, "class_names": ["a", "b", "c"]})
+    with pytest.raises(UserError, match="another number of classes"):  # not a random head
+        load(tmp_path / "y.safetensors")
+    save_weights(tmp_path / "z.safetensors", {k: v * torch.nan for k, v in model.state_dict().items()}, info)
+    with pytest.raises(UserError, match="not finite"):
+        load(tmp_path / "z.safetensors")

@@ -18,13 +18,14 @@ import torch
 import yaml
 from timm.optim import create_optimizer_v2
 
-from transcnn.checkpoints.loading import load, read_info
+from transcnn.checkpoints.loading import data_config_of, load, read_info, save_weights
 from transcnn.cli import main
 from transcnn.commands.train import train
 from transcnn.distributed import runtime
 from transcnn.errors import UserError
 from transcnn.fast.cuda_graphs import CapturedTraining
 from transcnn.fast.training.attention import KernelHMHSA
+from transcnn.plugging.build import build_model
 from transcnn.settings import Augment, Ema, Optim
 from transcnn.tasks import get_task
 from transcnn.tasks.classify import Classify
@@ -214,6 +215,24 @@ def test_any_timm_model_and_other_weights_to_start_from(folder, tmp_path):
     )
     after = load(second.run_dir).model.state_dict()
     assert all(torch.allclose(start[n], after[n]) for n in start if "running" not in n and "num_batches" not in n)
+
+
+@pytest.mark.parametrize("names", ["in another order", "one other", "all others"])
+def test_weights_for_other_classes_to_start_from(folder, tmp_path, caplog, names):
+    ours = sorted(path.name for path in Path(folder).iterdir())
+    theirs = {"in another order": ours[::-1], "one other": [ours[1], "x"], "all others": ["x", "y"]}[names]
+    torch.manual_seed(7)  # not the run's
+    network = build_model("transcnn_test", num_classes=2)
+    info = {"model": "transcnn_test", "class_names": theirs, "data_config": data_config_of(network, 3, 32)}
+    save_weights(tmp_path / "start.safetensors", network, info)
+    start: dict[str, Any] = {"init_from": str(tmp_path / "start.safetensors"), "ema": Ema(ema=False)}
+    run = train(folder, **QUICK, epochs=1, limit_batches=1, lr=1e-12, **start, out=str(tmp_path / "run")).run_dir
+    old, new = network.head.fc.weight, load(run).model.head.fc.weight
+    for i, name in enumerate(ours):
+        taken = [j for j, other in enumerate(theirs) if torch.allclose(old[j], new[i])]
+        assert taken == ([theirs.index(name)] if name in theirs else [])
+    said = {"in another order": "2 classes are taken by name", "one other": "start anew", "all others": "starts anew"}
+    assert said[names] in caplog.text
 
 
 def test_bf16_channels_last_and_checkpointing_train(folder, tmp_path):

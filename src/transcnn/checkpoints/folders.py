@@ -23,7 +23,7 @@ from .bounded import build_bounded, registered
 from .header import MAX_CLASSES, check_class_names, check_data_config, refused
 from .published import load_body, load_checkpoint
 
-__all__ = ["CONFIG", "WEIGHTS", "from_pretrained"]
+__all__ = ["CONFIG", "WEIGHTS", "from_pretrained", "stored_class_names"]
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -61,7 +61,7 @@ def from_pretrained(source: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     if kwargs.get("features_only"):
         load_body(model, weights)
     else:
-        load_checkpoint(model, weights)
+        load_checkpoint(model, weights, new_head="num_classes" in kwargs)
     return model.eval()
 
 
@@ -151,3 +151,8 @@ def _classes_of(config: dict[str, Any]) -> int:
     if isinstance(classes, bool) or not isinstance(classes, int) or not 0 <= classes <= MAX_CLASSES:
         raise ValueError(f"num_classes must be from 0 to {MAX_CLASSES:,}, got {short(classes)}")
     return classes
+
+
+def stored_class_names(folder: Path) -> list[str]:
+    """The names of the classes that a folder's weights tell apart; none if it doesn't say."""
+    return list(_read_config(folder)["label_names"] or ())

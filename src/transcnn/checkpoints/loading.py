@@ -26,11 +26,12 @@ from ..data.names import imagenet_names
 from ..dense.build import build_network
 from ..errors import UserError
 from ..plugging.build import build_model
+from .arguments import short
 from .bounded import build_bounded, registered
 from .files import atomic_write
 from .folders import CONFIG, from_pretrained
 from .header import check_stored
-from .published import load_checkpoint
+from .published import load_checkpoint, sizes_of, torch_load
 
 __all__ = ["Loaded", "class_names_of", "data_config_of", "load", "save_weights"]
 
@@ -83,15 +84,21 @@ def save_weights(path: Path, weights: nn.Module | Mapping[str, torch.Tensor], in
     atomic_write(path, write)
 
 
-def load(source: str | os.PathLike[str]) -> Loaded:
+def load(source: str | os.PathLike[str], model: str | None = None) -> Loaded:
     """The model that a run directory, a .safetensors or .ckpt of ours, or the name of published weights stands for.
 
     A folder that ``save_pretrained`` wrote is one as well, and ``hf-hub:USER/NAME``, a repository on the hub.
+
+    Args:
+        source: One of these.
+        model: The classifier that a file is for which doesn't say so itself, such as the authors' .pth files.
 
     Raises:
         UserError: There is no such thing, it is damaged, or its weights don't fit.
     """
     path = Path(source)
+    if path.is_dir() and model is not None:
+        raise UserError(f"model is for a file of weights that doesn't name its network; {path} does")
     if path.is_dir():
         if (path / CONFIG).is_file():
             return _load_pretrained(path)
@@ -100,8 +107,10 @@ def load(source: str | os.PathLike[str]) -> Loaded:
             raise UserError(f"{path} is no run directory: it holds neither best.safetensors nor last.ckpt")
         path = found[0]
     if path.is_file():
-        return _load_file(path)
+        return _load_file(path, model)
     name = os.fspath(source)
+    if model is not None:
+        raise UserError(f"model is for a file of weights that doesn't name its network; got no such file: {name}")
     scheme, _, rest = name.partition(":")
     if scheme in ("hf-hub", "local-dir"):
         return _load_pretrained(rest)
@@ -117,7 +126,7 @@ def read_info(path: Path) -> dict[str, Any]:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
             return {key: json.loads(value) for key, value in metadata.items() if key != "format"}
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch_load(path, mmap=True)
         info = checkpoint.get("transcnn", {}) if isinstance(checkpoint, dict) else {}
         return info if isinstance(info, dict) else {}
     except (json.JSONDecodeError, AttributeError):
@@ -127,12 +136,14 @@ def read_info(path: Path) -> dict[str, Any]:
         raise UserError(f"can't read {path}: {reason}") from error
 
 
-def _load_file(path: Path) -> Loaded:
+def _load_file(path: Path, model_name: str | None) -> Loaded:
     info = read_info(path)
     if not info.get("model"):
-        raise UserError(
-            f"{path} doesn't say which model it is for; from Python: transcnn.load_checkpoint(create_model(...), path)"
-        )
+        if model_name is None:
+            raise UserError(f"{path} doesn't say which model it is for; give its name, such as --model transcnn_tiny")
+        return _load_bare(path, model_name)
+    if model_name not in (None, info["model"]):
+        raise UserError(f"{path} is for {short(info['model'])}, got model={model_name}")
     check_stored(info, path)
     name = registered(info["model"], info.get("model_args") or {}, path)
     config = info["data_config"]
@@ -140,8 +151,18 @@ def _load_file(path: Path) -> Loaded:
     task = info.get("task", "classify")
     args = {"num_classes": len(names), "in_chans": config["input_size"][0], **(info.get("model_args") or {})}
     model = build_bounded(partial(build_network, task, name, info.get("task_args"), **args), path)
-    load_checkpoint(model, path)
+    load_checkpoint(model, path, new_head=False)
     return Loaded(model.eval(), task, names, config, str(path), info)
+
+
+def _load_bare(path: Path, name: str) -> Loaded:
+    """A classifier's weights that come without a header, as the authors publish theirs."""
+    with torch.device("meta"):
+        trial = build_model(name)
+    classes, in_chans = sizes_of(trial, path)
+    model = load_checkpoint(build_model(name, num_classes=classes, in_chans=in_chans), path, new_head=False).eval()
+    config = data_config_of(model, in_chans)
+    return Loaded(model, "classify", class_names_of(model), config, str(path), {"model": name})
 
 
 def _load_pretrained(source: str | os.PathLike[str]) -> Loaded:

@@ -11,8 +11,9 @@ import argparse
 import logging
 import pickle
 import re
+import zipfile
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 
-__all__ = ["convert_state_dict", "load_body", "load_checkpoint"]
+__all__ = ["Classes", "convert_state_dict", "load_body", "load_checkpoint", "sizes_of", "torch_load"]
 
 Model = TypeVar("Model", bound=nn.Module)
 _logger = logging.getLogger(__name__)
@@ -51,7 +52,17 @@ _RENAMES = [
 _LOCAL_LAYER = re.compile(r"^(stages\.\d+\.blocks\.\d+\.attn\.)(norm|qkv|grid_norm)(?=\.)")
 
 
-def load_checkpoint(model: Model, path: str | Path, *, strict: bool = True) -> Model:
+@dataclass(frozen=True)
+class Classes:
+    """What a file's last layer tells apart and what the model's is to: names, in the order of the outputs."""
+
+    theirs: Sequence[str]
+    ours: Sequence[str]
+
+
+def load_checkpoint(
+    model: Model, path: str | Path, *, strict: bool = True, new_head: bool = True, classes: Classes | None = None
+) -> Model:
     """Load a file's weights into ``model`` and return it; on an error the model stays as it was.
 
     The file may hold the published layout or ours, as ``.safetensors``, as what ``torch.save`` wrote, or as a
@@ -65,18 +76,25 @@ def load_checkpoint(model: Model, path: str | Path, *, strict: bool = True) -> M
         path: The file.
         strict: Whether each tensor must fit. If not, what fits is loaded, and a logged warning names what stays fresh
             and what was left out (for a network with more levels than the published one, say).
+        new_head: Whether a head for another number of classes may stay fresh; else it is an error.
+        classes: The classes of the file and of the model: where they differ, the last layer's outputs are taken by
+            name, and what has no namesake stays fresh; a logged warning says which. Without it, and for equal numbers,
+            they are taken as they stand.
 
     Raises:
-        UserError: No such file, one that can't be read or would run code, or tensors that are missing, unexpected or
-            of another shape (counted, the first ones named).
+        UserError: No such file, one that can't be read or would run code; or tensors that are missing, unexpected, of
+            another shape or kind of number, or not finite (counted, the first ones named).
     """
-    match = _match(model, path)
-    lists = {"missing": match.missing, "unexpected": match.unexpected, "of another shape": match.misshapen}
-    problems = "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in lists.items() if names)
-    if problems and (strict or not match.fitting):
+    match = _match(model, path, classes)
+    if not new_head and match.fresh:
+        match.misshapen += [f"{name} (another number of classes)" for name in match.fresh]
+    problems = match.problems()
+    if match.unusable or (problems and (strict or not match.fitting)):
         raise UserError(f"{path} does not fit this {type(model).__name__}: {problems}")
     model.load_state_dict(match.fitting, strict=False)
-    if match.fresh:
+    if match.by_name:
+        _logger.warning("%s is for other classes: %s", path, match.by_name)
+    elif match.fresh:
         _logger.warning("%s is for another number of classes: %s stay fresh", path, ", ".join(match.fresh))
     if problems:
         _logger.warning("%s fits in part, what is missing or of another shape stays fresh: %s", path, problems)
@@ -97,6 +115,8 @@ def load_body(body: nn.Module, path: str | Path) -> tuple[int, list[str]]:
         UserError: As :func:`load_checkpoint`; a tensor of ``body`` that is missing or of another shape.
     """
     match = _match(body, path)
+    if match.unusable:
+        raise UserError(f"{path} does not fit this {type(body).__name__}: {match.problems()}")
     lacks = [*match.missing, *match.misshapen]
     if lacks:
         known = len(match.fitting) + len(lacks)
@@ -106,6 +126,23 @@ def load_body(body: nn.Module, path: str | Path) -> tuple[int, list[str]]:
         )
     body.load_state_dict(match.fitting)
     return len(match.fitting), match.unexpected
+
+
+def sizes_of(model: nn.Module, path: str | Path) -> tuple[int, int]:
+    """Outputs and input channels that a file of weights is for; ``model`` is such a network of any sizes.
+
+    Raises:
+        UserError: As :func:`load_checkpoint`; a file without the network's first or last layer.
+    """
+    content = convert_state_dict(_read(Path(path)), model)
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    found = []
+    for layer, axis in ((_layers(cfg, "classifier", "head.fc")[0], 0), (_layers(cfg, "first_conv", "stem.0")[0], 1)):
+        weight = content.get(f"{layer}.weight")
+        if not isinstance(weight, Tensor) or weight.ndim <= axis:
+            raise UserError(f"{path} is no weights of {type(model).__name__}: it holds no {layer}.weight")
+        found.append(weight.shape[axis])
+    return found[0], found[1]
 
 
 def _first(names: list[str], most: int = 8) -> str:
@@ -121,13 +158,27 @@ class _Match:
     missing: list[str]
     unexpected: list[str]
     misshapen: list[str]
+    unusable: list[str]  # whatever the model is like
+    by_name: str  # what was taken of a last layer for other classes
+
+    def problems(self) -> str:
+        lists = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.misshapen}
+        lists |= {"not usable": self.unusable}
+        return "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in lists.items() if names)
 
 
-def _match(model: nn.Module, path: str | Path) -> _Match:
+def _match(model: nn.Module, path: str | Path, classes: Classes | None = None) -> _Match:
     content = convert_state_dict(_read(Path(path)), model)
     wanted = model.state_dict()
     found = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    fresh = _adapt(found, wanted, getattr(model, "pretrained_cfg", None) or {})
+    unusable = [
+        f"{name} {why}" for name, value in found.items() if name in wanted and (why := _why_not(value, wanted[name]))
+    ]
+    if unusable:
+        return _Match({}, [], [], [], [], unusable, "")
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    by_name = _match_classes(found, wanted, cfg, classes) if classes else ""
+    fresh = _adapt(found, wanted, cfg)
     fitting: dict[str, Tensor] = {}
     unexpected = [name for name, value in content.items() if not isinstance(value, Tensor) and name not in wanted]
     misshapen = []
@@ -139,7 +190,18 @@ def _match(model: nn.Module, path: str | Path) -> _Match:
         else:
             fitting[name] = value
     missing = [name for name in wanted if name not in found and name not in fresh]
-    return _Match(fitting, fresh, missing, unexpected, misshapen)
+    return _Match(fitting, fresh, missing, unexpected, misshapen, [], by_name)
+
+
+def _why_not(value: Tensor, wanted: Tensor) -> str:
+    """Why a file's tensor can't be copied, or would be cast to other numbers; "" for one that can."""
+    if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        return "(sparse, quantized, or without values)"
+    if value.is_floating_point() != wanted.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        return f"({str(value.dtype).removeprefix('torch.')} instead of {str(wanted.dtype).removeprefix('torch.')})"
+    if value.shape == wanted.shape and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        return "(not finite: NaN or infinity)"
+    return ""
 
 
 def convert_state_dict(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -191,29 +253,79 @@ def _unwrap(state_dict: dict[str, Any], own: Collection[str]) -> dict[str, Any]:
     }
 
 
+def _layers(cfg: dict[str, Any], key: str, default: str) -> list[str]:
+    """The layers that a network's pretrained_cfg names, such as its ``classifier``."""
+    names = cfg.get(key) or default
+    return [names] if isinstance(names, str) else list(names)
+
+
 def _adapt(found: dict[str, Any], wanted: dict[str, Tensor], cfg: dict[str, Any]) -> list[str]:
     """Fit the stem to the model's input channels and drop a head of other classes; the names that stay fresh."""
-
-    def layers(key: str, default: str) -> list[str]:
-        names = cfg.get(key) or default
-        return [names] if isinstance(names, str) else list(names)
-
-    for layer in layers("first_conv", "stem.0"):
+    for layer in _layers(cfg, "first_conv", "stem.0"):
         for name in (f"{layer}.weight", f"{layer.replace('.', '_')}.weight"):
             theirs, ours = found.get(name), wanted.get(name)
             if theirs is not None and ours is not None and theirs.ndim == ours.ndim == 4:
                 found[name] = adapt_input_conv(ours.shape[1], theirs, base_chans=theirs.shape[1])
 
     fresh = []
-    for layer in layers("classifier", "head.fc"):
+    for layer in _layers(cfg, "classifier", "head.fc"):
         weight = f"{layer}.weight"
         theirs, ours = found.get(weight), wanted.get(weight)
-        if theirs is None or (ours is not None and theirs.shape[0] == ours.shape[0]):
+        if theirs is None or (ours is not None and theirs.shape[:1] == ours.shape[:1]):
             continue
-        for name in (weight, f"{layer}.bias"):
-            found.pop(name, None)
-            fresh += [name] if name in wanted else []
+        fresh += _drop(found, wanted, layer)
     return fresh
+
+
+def _drop(found: dict[str, Any], wanted: dict[str, Tensor], layer: str) -> list[str]:
+    """Leave a layer out of a file's tensors; the model's own of these names."""
+    names = [f"{layer}.{kind}" for kind in ("weight", "bias")]
+    for name in names:
+        found.pop(name, None)
+    return [name for name in names if name in wanted]
+
+
+def _match_classes(found: dict[str, Any], wanted: dict[str, Tensor], cfg: dict[str, Any], classes: Classes) -> str:
+    """Put the file's outputs where the model has classes of the same names, in ``found``; what was done, in words.
+
+    Of classes of one name, the first is taken for the first, and so on. Layers with more than one output a class (those
+    of detectors) are taken whole or not at all.
+    """
+    theirs, ours = (_numbered(names) for names in (classes.theirs, classes.ours))
+    if list(theirs) == list(ours):
+        return ""
+    shared = [name for name in ours if name in theirs]
+    rows = torch.tensor([(ours[name], theirs[name]) for name in shared]).view(-1, 2)
+    taken = False
+    for layer in _layers(cfg, "classifier", "head.fc"):
+        names = [name for name in (f"{layer}.weight", f"{layer}.bias") if name in found and name in wanted]
+        plain = all(len(found[name]) == len(theirs) and len(wanted[name]) == len(ours) for name in names)
+        if not shared or not plain or any(found[name].shape[1:] != wanted[name].shape[1:] for name in names):
+            for name in names:
+                found[name] = wanted[name].detach().cpu()
+            continue
+        for name in names:
+            merged = wanted[name].detach().cpu().clone()
+            merged[rows[:, 0]] = found[name][rows[:, 1]].to(merged)
+            found[name] = merged
+            taken = True
+    if not taken:
+        return "the last layer starts anew"
+    new = [name for name, _ in ours if (name, _) not in theirs]
+    rest = f", those of {_first(new)} start anew" if new else ""
+    return (
+        f"the last layer's outputs of {len(shared)} classes are taken by name ({_first([n for n, _ in shared])}){rest}"
+    )
+
+
+def _numbered(names: Sequence[str]) -> dict[tuple[str, int], int]:
+    """The index of each name, which stands with how many of the same come before it."""
+    seen: Counter[str] = Counter()
+    found = {}
+    for i, name in enumerate(names):
+        found[name, seen[name]] = i
+        seen[name] += 1
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -224,16 +336,29 @@ def _read(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
-            # Training scripts of the time (DeiT's, which the authors follow) keep their arguments beside the weights.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch_load(path)
     except Exception as error:  # a broken file makes the readers raise almost anything
         asks = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and asks:
             raise UserError(f"{path} is refused: reading it would run code ({asks[1]}), weights need none") from error
-        says_why = isinstance(error, RuntimeError | OSError | SafetensorError) and str(error)
+        says_why = isinstance(error, RuntimeError | ValueError | OSError | SafetensorError) and str(error)
         reason = str(error).splitlines()[0] if says_why else "torch.save did not write it"
         raise UserError(f"{path} is no checkpoint that can be read: {reason}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UserError(f"{path} holds no weights by name, but a {type(content).__name__}")
     return content
+
+
+def torch_load(path: Path, *, mmap: bool = False) -> Any:
+    """What ``torch.save`` wrote, without running any code of it; raises whatever torch or zipfile raise.
+
+    Compressed archives are refused: torch writes none, and they may unpack to a thousand times their size.
+    """
+    zipped = zipfile.is_zipfile(path)
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is a compressed archive, as torch.save writes none")
+    # Training scripts of the time (DeiT's, which the authors follow) keep their arguments beside the weights.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)

@@ -21,6 +21,7 @@ __all__ = ["demo"]
 def demo(
     checkpoint: str = PACKAGED,
     *,
+    model: str | None = None,
     examples: list[str] | None = None,
     img_size: int | None = None,
     host: str = "127.0.0.1",
@@ -39,6 +40,7 @@ def demo(
     Args:
         checkpoint: A run's directory, a .safetensors or .ckpt of ours, or the name of a published model; without it
             the small network that comes with the package.
+        model: The network that a file of weights is for which doesn't say so, such as the authors' .pth files.
         examples: Images or folders to choose examples from; without it, some of the run's data, where the checkpoint is
             a run's directory and the page is for this machine alone.
         img_size: Another size than the network was trained at.
@@ -62,7 +64,7 @@ def demo(
     from ..distributed.runtime import quiet_libraries
 
     with quiet_libraries():
-        loaded = load(checkpoint)
+        loaded = load(checkpoint, model)
     if img_size is not None:
         loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
     largest = round(max_mb * 2**20)

@@ -27,6 +27,7 @@ def evaluate(
     checkpoint: str,
     data: str | None = None,
     *,
+    model: str | None = None,
     split: Literal["auto", "train", "val", "test", "all"] = "auto",
     batch_size: int = 128,
     img_size: int | None = None,
@@ -49,6 +50,7 @@ def evaluate(
     Args:
         checkpoint: A run's directory, a .safetensors or .ckpt of ours, or the name of a published model.
         data: As for transcnn train; without it, what the network was trained on.
+        model: The network that a file of weights is for which doesn't say so, such as the authors' .pth files.
         split: The part to score on; auto is the test part, else the validation part, else everything.
         batch_size: Images at a time, in each process.
         img_size: Another size than the network was trained at.
@@ -75,7 +77,7 @@ def evaluate(
     """
     with quiet_libraries():
         launch(accelerator, devices, num_nodes)
-        loaded = load(checkpoint)
+        loaded = load(checkpoint, model)
         if img_size is not None:
             loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
         views = {name: value for name, value in (("window", window), ("flip", flip)) if value}

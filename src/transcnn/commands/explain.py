@@ -18,6 +18,7 @@ def explain(
     checkpoint: str,
     image: str,
     *,
+    model: str | None = None,
     query: str | None = None,
     class_name: str | None = None,
     head: int | None = None,
@@ -30,6 +31,7 @@ def explain(
     Args:
         checkpoint: A run's directory, a .safetensors or .ckpt of ours, or the name of a published model.
         image: The image file.
+        model: The network that a file of weights is for which doesn't say so, such as the authors' .pth files.
         query: Row and column of the pixel to ask about, as 120,80; without it, the one where Grad-CAM is strongest.
         class_name: The class to explain, by name or number; without it, the likeliest.
         head: One attention head instead of the mean over all.
@@ -53,7 +55,7 @@ def explain(
         raise UserError(f"out must end in .png, .pdf or .svg, got {target}")
     check_writable(target, [image])
     with quiet_libraries():
-        loaded = load(checkpoint)
+        loaded = load(checkpoint, model)
     if img_size is not None:
         loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
     try:

@@ -16,6 +16,7 @@ __all__ = ["export"]
 def export(
     checkpoint: str,
     *,
+    model: str | None = None,
     format: Literal["onnx", "torch", "openvino"] = "onnx",
     out: str | None = None,
     static: int | None = None,
@@ -33,6 +34,7 @@ def export(
 
     Args:
         checkpoint: A run's directory, a .safetensors or .ckpt of ours, or the name of a published model.
+        model: The network that a file of weights is for which doesn't say so, such as the authors' .pth files.
         format: onnx for ONNX Runtime and most others, torch for torch.export's .pt2, openvino for its .xml and .bin.
         out: The file; without it model.onnx (.pt2, .xml) in the run's directory, else a name after the checkpoint.
         static: One side of image alone, which makes a simpler and faster graph; the batch stays free.
@@ -51,7 +53,7 @@ def export(
     """
     if format not in FORMATS:
         raise UserError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    loaded = load(checkpoint)
+    loaded = load(checkpoint, model)
     target = Path(out) if out else _default_target(checkpoint, FORMATS[format].suffix)
     if int8 != (calibrate is not None):
         raise UserError("int8 and calibrate go together: --int8 true --calibrate DATA")

@@ -39,6 +39,7 @@ def predict(
     checkpoint: str,
     images: list[str] | None = None,
     *,
+    model: str | None = None,
     top_k: int = 5,
     json: bool = False,
     csv: str | None = None,
@@ -57,6 +58,7 @@ def predict(
         checkpoint: A run's directory, a .safetensors or .ckpt of ours, the name of a published model, or an .onnx file
             of transcnn export, which needs no torch. Left out, the small network that comes with the package looks.
         images: Files, folders (with all below them) and patterns such as 'photos/*.jpg'.
+        model: The network that a file of weights is for which doesn't say so, such as the authors' .pth files.
         top_k: Classes to list for each image.
         json: Print a JSON list on standard output, one object an image, instead of the table.
         csv: Also write a CSV file here: file, error, label and score of each rank.
@@ -88,13 +90,15 @@ def predict(
     if csv:
         check_writable(Path(csv), files)
     if checkpoint.lower().endswith(".onnx"):
+        if model is not None:
+            raise UserError(f"model is for a file of weights that doesn't name its network; got {checkpoint}")
         rows = list(_predict_onnx(checkpoint, files, top_k, batch_size, img_size, min_score, accelerator, out))
     else:
         from ..checkpoints.loading import load
         from ..distributed.runtime import quiet_libraries
 
         with quiet_libraries():
-            loaded = load(checkpoint)
+            loaded = load(checkpoint, model)
         if checkpoint == PACKAGED and not quiet:
             names = ", ".join(loaded.class_names)
             print(f"The network that comes with the package tells ten things apart: {names}.", file=sys.stderr)

@@ -13,10 +13,10 @@ from timm.layers import convert_sync_batchnorm
 
 from ..checkpoints.arguments import check_model_args, check_plug
 from ..checkpoints.bounded import build_bounded, own_arguments, registered
-from ..checkpoints.folders import CONFIG, WEIGHTS
-from ..checkpoints.header import refused
+from ..checkpoints.folders import CONFIG, WEIGHTS, stored_class_names
+from ..checkpoints.header import check_class_names, refused
 from ..checkpoints.loading import data_config_of, load, read_info
-from ..checkpoints.published import load_body, load_checkpoint
+from ..checkpoints.published import Classes, load_body, load_checkpoint
 from ..data.sources.source import abbreviate
 from ..dense.build import build_network
 from ..distributed.processes import world
@@ -109,7 +109,7 @@ def _made_new(s: SimpleNamespace, splits: Any, task_args: dict[str, Any]) -> tup
     held = (info.get("model_args") or {}).get("plug")
     whole = host is network or _kind(info.get("task"), info.get("task_args")) == _kind(s.task, task_args)
     if start and not held:
-        _take(s, network if whole else host, start, whole)
+        _take(s, network if whole else host, start, whole, info.get("class_names") or [], splits.class_names)
     if where := s.plug or given or held:
         if isinstance(where, str):
             size = data_config_of(network, splits.in_chans, s.img_size)["input_size"]
@@ -118,7 +118,7 @@ def _made_new(s: SimpleNamespace, splits: Any, task_args: dict[str, Any]) -> tup
             plug_like(host, where)
         args["plug"] = plug_spec(host)
     if start and held:
-        _take(s, network if whole else host, start, whole)
+        _take(s, network if whole else host, start, whole, info.get("class_names") or [], splits.class_names)
     return network, args
 
 
@@ -127,10 +127,12 @@ def _drop_path(s: SimpleNamespace) -> dict[str, float]:
     return {"drop_path_rate": s.drop_path_rate} if s.drop_path_rate else {}
 
 
-def _take(s: SimpleNamespace, part: torch.nn.Module, weights: Path, whole: bool) -> None:
-    """Load a file's weights into the network, or into its backbone alone and say so."""
+def _take(
+    s: SimpleNamespace, part: torch.nn.Module, weights: Path, whole: bool, theirs: list[str], ours: list[str]
+) -> None:
+    """Load a file's weights into the network, or into its backbone alone and say so; ``theirs`` are its classes."""
     if whole:
-        load_checkpoint(part, weights)
+        load_checkpoint(part, weights, classes=Classes(theirs, ours) if theirs else None)
         return
     count, unused = load_body(part, weights)
     if not s.quiet:
@@ -139,13 +141,18 @@ def _take(s: SimpleNamespace, part: torch.nn.Module, weights: Path, whole: bool)
 
 
 def _info_of(weights: Path) -> dict[str, Any]:
-    """What a file of ours says of its network; nothing for files of others."""
+    """What a file of ours says of its network; of a folder's weights its classes; nothing for files of others."""
+    if weights.name == WEIGHTS and (weights.parent / CONFIG).is_file():
+        names = stored_class_names(weights.parent)
+        return {"class_names": names} if names else {}
     info = read_info(weights) if weights.suffix in (".safetensors", ".ckpt") and weights.is_file() else {}
     with refused(weights):
         check_plain(info, "the header")
         for key in ("model_args", "task_args"):
             if not isinstance(info.get(key) or {}, dict):
                 raise ValueError(f"{key} must be names with values")
+        if "class_names" in info:
+            check_class_names(info["class_names"])
         if held := (info.get("model_args") or {}).get("plug"):
             check_plug(held)
     return info
