@@ -15,18 +15,16 @@ and H-MHSA follow whole stages. None of it sees other data or more epochs than t
 from __future__ import annotations
 
 import argparse
-import csv
-import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
+from seeds import mean_and_spread, read_runs, train_or_resume, write_rows
 from timm.layers import create_attn
 from timm.models import create_model, register_model
 from torch import Tensor, nn
 
 from transcnn.commands.plug import cost
-from transcnn.commands.train import train
 from transcnn.plugging.plug import plug, plugged
 from transcnn.report.plots import BLUE, GREY, new_figure, style
 from transcnn.settings import Augment, Ema, Optim
@@ -125,15 +123,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/plug_cifar10.csv"))
     parser.add_argument("--figure", type=Path, help="where the plot goes [beside the table]")
     options = parser.parse_args()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     file = options.out.with_stem(options.out.stem + "_runs")
-    runs = read(file) if file.is_file() else []
+    runs = read_runs(file, ("seed", "epochs", "top1"))
     for seed in options.seeds:
         for variant in options.variants:
             if not any((r["variant"], r["seed"], r["epochs"]) == (variant, seed, options.epochs) for r in runs):
                 runs.append(run(options, variant, seed))
                 print(runs[-1], flush=True)
-                write(file, list(runs[0]), runs)
+                write_rows(file, runs)
                 write_table(options, runs)
     for row in write_table(options, runs):
         print(
@@ -144,7 +141,8 @@ def main() -> None:
 def run(options: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
     """Train one variant with one seed, or go on with it."""
     folder = options.runs / f"{variant}-e{options.epochs}-s{seed}"
-    metrics = train(
+    metrics = train_or_resume(
+        folder,
         options.data,
         model="resnet20_attention",
         model_args={"variant": variant},
@@ -152,15 +150,11 @@ def run(options: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
         batch_size=128,
         lr=options.lr,
         seed=seed,
-        resume=str(folder) if (folder / "last.ckpt").is_file() else None,
-        out=None if (folder / "last.ckpt").is_file() else str(folder),
         optim=Optim(opt="muon", weight_decay=0.05, warmup_epochs=0.5, clip_grad=None),
         augment=Augment(policy="small"),
         ema=Ema(ema=False),
-        channels_last=True,
         limit_batches=options.limit_batches,
-        quiet=True,
-    ).metrics
+    )
     return {"variant": variant, "seed": seed, "epochs": options.epochs, "top1": metrics["top1"]}
 
 
@@ -169,7 +163,7 @@ def write_table(options: argparse.Namespace, runs: list[dict[str, Any]]) -> list
     runs = [r for r in runs if r["epochs"] == options.epochs]
     variants = [v for v in VARIANTS if any(r["variant"] == v for r in runs)]
     table = [summary(variant, [r for r in runs if r["variant"] == variant]) for variant in variants]
-    write(options.out, COLUMNS, table)
+    write_rows(options.out, table, COLUMNS)
     with style():
         draw(options.figure or options.out.with_suffix(".png"), table)
     return table
@@ -178,7 +172,7 @@ def write_table(options: argparse.Namespace, runs: list[dict[str, Any]]) -> list
 def summary(variant: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """One line of the table; the spread is the standard deviation over the seeds, 0 for one."""
     figures = cost(create_model("resnet20_attention", variant=variant).eval(), (torch.zeros(1, 3, 32, 32),), 128)
-    accuracies = [each["top1"] for each in runs]
+    mean, spread = mean_and_spread([each["top1"] for each in runs])
     return {
         "variant": variant,
         "what": VARIANTS[variant],
@@ -187,24 +181,9 @@ def summary(variant: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "images_per_s": round(figures["images/s"]),
         "epochs": runs[0]["epochs"],
         "seeds": len(runs),
-        "top1_mean": round(statistics.mean(accuracies), 3),
-        "top1_spread": round(statistics.stdev(accuracies), 3) if len(accuracies) > 1 else 0.0,
+        "top1_mean": mean,
+        "top1_spread": spread,
     }
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    with path.open(newline="") as file:
-        rows = csv.DictReader(file)
-        return [
-            {**row, "seed": int(row["seed"]), "epochs": int(row["epochs"]), "top1": float(row["top1"])} for row in rows
-        ]
-
-
-def write(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def draw(path: Path, table: list[dict[str, Any]]) -> None:

@@ -45,7 +45,7 @@ NOT_RUN = [
     (r"^(imagenet|faults)\.md:", "ImageNet, or several machines or GPUs"),
     (r": (\.venv/bin/)?(pip|make|apt) |: make$|\.venv/bin/", "installs, or is what CI itself calls"),
     (
-        r": python (-m transcnn\.weights\.pack|benchmarks/)",
+        r": python (-m transcnn\.commands\.pack_weights|benchmarks/)",
         "measures for minutes; benchmarks are written to be repeated",
     ),
     (r": transcnn demo", "serves until it is stopped; tests/test_demo.py does that"),

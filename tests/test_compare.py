@@ -78,6 +78,19 @@ def test_a_reference_gets_the_same_weights(root, tmp_path):
     )
 
 
+def test_a_reference_may_register_its_networks_and_have_any_name(tmp_path):
+    file = tmp_path / "json.py"  # a module of that name is there already, and stays
+    file.write_text(
+        "from timm.models import create_model, register_model\n\n"
+        "@register_model\ndef reference_of_a_test(pretrained=False, **kwargs):\n"
+        "    return create_model('test_resnet', **kwargs)\n\n"
+        "def make():\n    return create_model('reference_of_a_test')\n"
+    )
+    before = sys.modules["json"]
+    assert load_reference(f"{file}:make").num_classes == 1000
+    assert sys.modules["json"] is before
+
+
 @torch.no_grad()
 def test_the_plain_network_equals_ours(root):
     from transcnn.compare.engines import load_reference, same_weights

@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import io
 import logging
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -87,10 +88,12 @@ def load_reference(spec: str) -> nn.Module:
     path, _, factory = spec.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
         raise UserError(f"reference must be FILE.py:FACTORY with an existing file, got {spec!r}")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    # A name that no other module has; and among sys.modules, where timm's registry and dataclasses look for it.
+    module_spec = importlib.util.spec_from_file_location(f"_transcnn_reference_{Path(path).stem}", path)
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module
     module_spec.loader.exec_module(module)
     if not callable(getattr(module, factory, None)):
         raise UserError(f"{path} has no function called {factory!r}")

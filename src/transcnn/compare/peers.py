@@ -71,8 +71,9 @@ def _localvit_t(size: int, **changes: Any) -> nn.Module:
     # vit-pytorch 1.26.14 has a norm over the last axis on maps (B, C, H, W), which fails; over the channels is meant.
     for layer in model.modules():
         net = getattr(layer, "net", None)
-        if isinstance(net, nn.Sequential) and isinstance(net[0], nn.LayerNorm) and isinstance(net[1], nn.Conv2d):
-            net[0] = LayerNorm2d(net[1].in_channels)
+        first = net[0] if isinstance(net, nn.Sequential) else None
+        if isinstance(net, nn.Sequential) and isinstance(first, nn.LayerNorm) and isinstance(net[1], nn.Conv2d):
+            net[0] = LayerNorm2d(first.normalized_shape[0])
     return model
 
 

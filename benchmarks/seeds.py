@@ -1,0 +1,48 @@
+"""What benchmarks that train networks with several seeds share: runs that go on, their CSV, mean and spread."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transcnn.commands.train import train
+
+__all__ = ["mean_and_spread", "read_runs", "train_or_resume", "write_rows"]
+
+
+def train_or_resume(folder: Path, data: str, **settings: Any) -> dict[str, Any]:
+    """The metrics of a run in ``folder``: trained now, or gone on with where it was cut off."""
+    started = (folder / "last.ckpt").is_file()
+    place = {"resume": str(folder)} if started else {"out": str(folder)}
+    return train(data, **settings, **place, channels_last=True, quiet=True).metrics
+
+
+def read_runs(path: Path, numbers: Iterable[str]) -> list[dict[str, Any]]:
+    """The rows of a CSV, the columns of ``numbers`` as numbers; none if there is no such file yet."""
+    if not path.is_file():
+        return []
+    numbers = set(numbers)
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{key: _number(value) if key in numbers else value for key, value in row.items()} for row in rows]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]], columns: list[str] | None = None) -> None:
+    """A CSV of ``rows``, with the columns of the first unless told otherwise; its folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns or list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation over the seeds, the latter 0 for one."""
+    return round(statistics.mean(values), 3), round(statistics.stdev(values), 3) if len(values) > 1 else 0.0
+
+
+def _number(value: str) -> int | float:
+    return float(value) if "." in value or "e" in value else int(value)

@@ -1,0 +1,164 @@
+"""The benchmarks that train: what they compare is what they say, and a small run writes its tables and plots."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from timm.models import create_model
+from torch import nn
+
+from transcnn import HMHSA
+from transcnn.attention import LocalStep
+from transcnn.compare.engines import load_reference
+
+VARIANTS = ("none", "local", "global", "swin", "full", "hmhsa2", "hmhsa3")
+SMALL = dict(host="transcnn_test", side=64, num_classes=3)
+
+
+@pytest.fixture(autouse=True)
+def scripts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``python benchmarks/NAME.py`` would find its neighbours."""
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def call(monkeypatch: pytest.MonkeyPatch, module: Any, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+    module.main()
+
+
+# --- attention.py -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_only_attention_is_exchanged(variant: str) -> None:
+    import attention_variants
+
+    assert tuple(attention_variants.VARIANTS) == VARIANTS
+    host, model = create_model("transcnn_test", num_classes=3), create_model("attention_host", variant=variant, **SMALL)
+    mine, its = ({n: p.shape for n, p in m.named_parameters() if ".attn." not in n} for m in (model, host))
+    assert mine == its
+    for size in (64, 50):  # a size that no grid divides, too
+        x = torch.randn(2, 3, size, size)
+        model(x).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert model.eval()(x).shape == (2, 3)
+
+
+def reach(variant: str) -> torch.Tensor:
+    """What each position of stage 1's first block takes something from, (H, W), seen from the top left corner."""
+    model = create_model("attention_host", variant=variant, **SMALL).eval()
+    block: Any = model.stages[0].blocks[0]
+    for parameter in block.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(1, 8, 16, 16, requires_grad=True)
+    block.attn(x)[0, :, 0, 0].sum().backward()
+    return x.grad.abs().sum((0, 1)) > 1e-9 if x.grad is not None else torch.zeros(16, 16, dtype=torch.bool)
+
+
+def test_each_variant_reaches_what_its_name_says() -> None:
+    seen = {variant: reach(variant) for variant in VARIANTS if variant != "none"}
+    for variant in ("local", "swin"):  # grids of 4 and nothing beyond
+        assert seen[variant].sum() == 16
+        assert seen[variant][:4, :4].all()
+    for variant in ("global", "full", "hmhsa2", "hmhsa3"):
+        assert seen[variant].all()
+
+
+def test_the_second_block_of_a_stage_has_shifted_windows() -> None:
+    model: Any = create_model("attention_host", variant="swin", side=128, host="transcnn_micro")
+    shifts = [[block.attn.swin.shift_size for block in stage.blocks] for stage in model.stages]
+    assert shifts == [[(0, 0)], [(0, 0), (4, 4)], [(0, 0), (2, 2)] * 2, [(0, 0), (0, 0)]]
+
+
+def test_levels_are_those_of_the_name() -> None:
+    def levels(variant: str) -> list[int]:
+        model = create_model("attention_host", variant=variant)
+        return [1 + len(m.grid_sizes) for m in model.modules() if isinstance(m, HMHSA)]
+
+    assert levels("full") == [1] * 6
+    assert levels("hmhsa2") == [2] * 4 + [1] * 2
+    assert levels("hmhsa3") == [3] * 4 + [1] * 2
+
+
+def test_a_small_run_of_attention_writes_its_tables(
+    make_class_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import attention
+
+    data, out = make_class_folder(classes=2, per_class=30, splits=("train", "test")), tmp_path / "small.csv"
+    quick = [data, "--limit_batches", 1, "--epochs", 1, "--host", "transcnn_test", "--batch", 2, "--seconds", 0]
+    quick += ["--runs", tmp_path / "runs", "--out", out]
+    call(monkeypatch, attention, *quick, "--variants", "swin", "--seeds", 0)
+    (run,) = rows_of(tmp_path / "small_runs.csv")
+    assert (run["variant"], run["seed"], run["epochs"]) == ("swin", "0", "1")
+    metrics = json.loads((tmp_path / "runs" / "swin-transcnn_test-32-1-0.01-0" / "metrics.json").read_text())
+    assert float(run["top1"]) == metrics["top1"]
+
+    trained = []
+
+    def fake(folder: Path, data: str, **settings: Any) -> dict[str, Any]:
+        trained.append((settings["model_args"]["variant"], settings["seed"]))
+        return {"top1": 50.0 + settings["seed"], "val_top1": 0.5, "train_seconds": 1.5}
+
+    monkeypatch.setattr(attention, "train_or_resume", fake)
+    call(monkeypatch, attention, *quick, "--variants", "none", "swin", "--seeds", 0, 1, 2)
+    assert trained == [("none", 0), ("none", 1), ("swin", 1), ("none", 2), ("swin", 2)]  # none again that is there
+    rows = {row["variant"]: row for row in rows_of(out)}
+    assert list(rows) == ["none", "swin"]
+    assert (rows["none"]["top1_mean"], rows["none"]["top1_spread"], rows["none"]["seeds"]) == ("51.0", "1.0", "3")
+    assert int(rows["none"]["params"]) < int(rows["swin"]["params"])
+    assert all(float(row["training_images_per_s"]) > 0 for row in rows.values())
+    assert out.with_suffix(".png").stat().st_size > 1000
+
+
+def test_tuning_goes_by_held_back_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    import attention
+
+    scores = {5e-3: 50.0, 1e-2: 60.0}
+
+    def fake(folder: Path, data: str, **settings: Any) -> dict[str, Any]:
+        return {"top1": 0.0, "val_top1": scores[settings["lr"]], "train_seconds": 1.0}
+
+    monkeypatch.setattr(attention, "train_or_resume", fake)
+    call(monkeypatch, attention, "data", "--tune", "--lrs", 5e-3, 1e-2, "--out", tmp_path / "a.csv")
+    assert "rate 0.01: 60.00 % of held-back images" in capsys.readouterr().out
+    rows = rows_of(tmp_path / "a_tuning.csv")
+    assert [row["variant"] for row in rows] == ["none", "hmhsa2"] * 2
+    assert "top1" not in rows[0]
+
+
+def test_one_large_image_is_measured_unless_it_would_take_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import attention
+
+    asked = []
+
+    def fake(models: list[str], **options: Any) -> list[dict[str, Any]]:
+        asked.append((options["reference"], options["sizes"]))
+        return [{"images_per_s": 4.0, "above_mb": 12.3}]
+
+    monkeypatch.setattr(attention, "compare", fake)
+    monkeypatch.setattr(attention, "speed", lambda options, variant: {"params": 1, "macs": 1})
+    quick = ["data", "--cost", "--sizes", 64, "--out", tmp_path / "a.csv", "--variants"]
+    call(monkeypatch, attention, *quick, "local")
+    call(monkeypatch, attention, *quick, "full", "--most_macs", 1)
+    local, full = rows_of(tmp_path / "a_cost.csv")
+    assert (local["seconds_64"], local["above_mb_64"]) == ("0.25", "12")
+    assert (full["seconds_64"], full["above_mb_64"]) == ("", "")
+    ((reference, sizes),) = asked
+    assert sizes == [64]
+    steps = [m for m in load_reference(reference).modules() if isinstance(m, LocalStep)]
+    assert len(steps) == 6  # transcnn_nano with the local step alone
