@@ -26,7 +26,8 @@ EVERYTHING := $(VENV)/.installed-all
 # Two processes, each with one thread, are faster on two cores than one process with two threads.
 WORKERS ?= 2
 # Each process takes files in order, so that most fixtures of a file or a session are made once; who is done helps.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Threads that wait for each other sleep meanwhile, as tests of several threads share cores with other processes.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 PARALLEL := $(PYTEST) -n $(WORKERS) --dist worksteal
 
 .PHONY: help demo test coverage bench faults lint format install build figures docs screenshots clean

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import io
+import json
+import multiprocessing
 import os
 import random
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,11 @@ hypothesis.settings.load_profile("default")
 
 # With pytest-xdist each core has a process of its own; OMP_NUM_THREADS, which PyTorch reads, may ask for fewer.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
+
+# Tests that need processes fork them from one server, which has imported what takes seconds.
+PRELOAD = "transcnn.cli transcnn.commands.train transcnn.tasks.detect transcnn.tasks.segment torchvision timm"
+PRELOAD += " segmentation_models_pytorch sklearn.datasets tensorboard"
+multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD.split())
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -71,6 +80,32 @@ def _no_network() -> Iterator[None]:
         patch.setattr(socket.socket, "connect", guard(socket.socket.connect))
         patch.setattr(socket.socket, "connect_ex", guard(socket.socket.connect_ex))
         yield
+
+
+@pytest.fixture(scope="session")
+def fresh_imports() -> dict[str, Any]:
+    """Names of the packages that a new interpreter has loaded after each of three imports, one after another.
+
+    Keys are what was imported: "torch, timm", "transcnn" and "transcnn.cli". Under "seconds" stands the processor time
+    of the second, under "rooms" what is found in the package after it.
+    """
+    code = """
+import json, sys, time
+def loaded():
+    return sorted({name.partition(".")[0] for name in sys.modules})
+import torch, timm
+found = {"torch, timm": loaded()}
+began = time.process_time()
+import transcnn
+found["seconds"] = time.process_time() - began
+found["transcnn"] = loaded()
+found["rooms"] = [transcnn.fast.optimize.__name__, transcnn.explain.attention_maps.__name__]
+import transcnn.cli
+found["transcnn.cli"] = loaded()
+print(json.dumps(found))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    return {key: set(value) if isinstance(value, list) else value for key, value in json.loads(done.stdout).items()}
 
 
 @pytest.fixture(scope="session")

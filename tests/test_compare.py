@@ -206,7 +206,7 @@ def test_errors(arguments, message):
 
 
 def test_names_and_arguments():
-    assert set(PAPER) <= set(timm.list_models()) | {"regnety_040"}
+    assert set(PAPER) <= set(timm.list_models()) | set(PEERS) | {"regnety_040"}
     assert all(name in PAPER for name in transcnn.list_models() if not name.endswith(("nano", "test")))
     assert build("transcnn_test:num_classes=7:act_layer=gelu", 32).num_classes == 7
     model = build("transcnn_test:grid_sizes=auto:pool_ratios=auto", 512)

@@ -83,7 +83,7 @@ def test_unequal_shares_give_the_scores_of_one_process(tmp_path):
     whole = score(SHARES["one"][0])
     assert 0 < whole["detect"]["mask_map"] < whole["detect"]["mask_map50"] <= 100 + 1e-6
     assert 0 < whole["segment"]["miou"] < 100
-    mp.start_processes(work, args=(str(tmp_path),), nprocs=2, start_method="spawn")  # pyright: ignore
+    mp.start_processes(work, args=(str(tmp_path),), nprocs=2, start_method="forkserver")  # pyright: ignore
     for name in ("three and one", "all and none"):
         for rank in (0, 1):
             there = torch.load(tmp_path / f"{name} {rank}.pt", weights_only=False)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from importlib.metadata import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -77,45 +78,41 @@ def ours(path: Path, top_level: bool = False) -> set[str]:
 # --- imports --------------------------------------------------------------------------------------------------------
 
 
-def test_core_alone_builds_every_model() -> None:
-    """With none of the extras installed, the package imports, and its networks run."""
-    result = run_python(
+COMMANDS_TRIED = [["train"], ["eval", "run"], ["predict", "run", "a.png"]]
+
+
+@pytest.fixture(scope="module")
+def without_extras() -> subprocess.CompletedProcess[str]:
+    """An interpreter without the extras: a network's output shape, and exit codes of commands that need an extra."""
+    return run_python(
         HIDE + "import torch, transcnn, timm\n"
         "model = timm.create_model('transcnn_test').eval()\n"
-        "print(tuple(model(torch.zeros(1, 3, 64, 64)).shape))"
+        "print(tuple(model(torch.zeros(1, 3, 64, 64)).shape))\n"
+        f"from transcnn.cli import main\nprint([main(command) for command in {COMMANDS_TRIED}])"
     )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "(1, 10)"
 
 
-def test_subpackages_are_there_after_the_import() -> None:
-    result = run_python(
-        "import transcnn\nprint(transcnn.fast.optimize.__name__, transcnn.explain.attention_maps.__name__)"
-    )
-    assert result.stdout.split() == ["optimize", "attention_maps"], result.stderr
+def test_core_alone_builds_every_model(without_extras: subprocess.CompletedProcess[str]) -> None:
+    """With none of the extras installed, the package imports, and its networks run."""
+    assert without_extras.returncode == 0, without_extras.stderr
+    assert without_extras.stdout.splitlines()[0] == "(1, 10)"
 
 
-def test_missing_extra_is_named() -> None:
-    commands = [["train"], ["eval", "run"], ["predict", "run", "a.png"]]
-    result = run_python(HIDE + f"from transcnn.cli import main\nprint([main(command) for command in {commands}])")
-    assert result.stdout.strip() == "[2, 2, 2]", result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == len(commands)
+def test_missing_extra_is_named(without_extras: subprocess.CompletedProcess[str]) -> None:
+    assert without_extras.stdout.splitlines()[1] == "[2, 2, 2]", without_extras.stderr
+    lines = without_extras.stderr.strip().splitlines()
+    assert len(lines) == len(COMMANDS_TRIED)
     assert all('pip install "transcnn[train]"' in line for line in lines)
 
 
-def test_import_is_quick() -> None:
+def test_subpackages_are_there_after_the_import(fresh_imports: dict[str, Any]) -> None:
+    assert fresh_imports["rooms"] == {"optimize", "attention_maps"}
+
+
+def test_import_is_quick(fresh_imports: dict[str, Any]) -> None:
     """Under one second of processor time beyond torch and timm, and nothing heavy comes along."""
-    result = run_python(
-        "import sys, time, torch, timm\n"
-        "began = time.process_time()\n"
-        "import transcnn\n"
-        "print(time.process_time() - began)\n"
-        f"print(*sorted({set(EXTRAS.split())!r} & set(sys.modules)))"
-    )
-    seconds, heavy = result.stdout.split("\n")[:2]
-    assert float(seconds) < 1
-    assert heavy == ""
+    assert fresh_imports["seconds"] < 1
+    assert set(EXTRAS.split()).isdisjoint(fresh_imports["transcnn"])
 
 
 def test_attention_needs_torch_alone() -> None:

@@ -257,7 +257,9 @@ def _ddp_process(rank: int, file: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_ddp_with_two_processes(tmp_path: object) -> None:
-    torch.multiprocessing.spawn(_ddp_process, (f"{tmp_path}/store",), nprocs=2)
+    torch.multiprocessing.start_processes(  # pyright: ignore
+        _ddp_process, (f"{tmp_path}/store",), nprocs=2, start_method="forkserver"
+    )
 
 
 # --- copies, formats, precision -------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ import torch
 from transcnn.checkpoints.loading import load
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["transcnn.cli", "transcnn.commands.train", "timm", "sklearn.datasets", "tensorboard"])
 
 # A network of which each update takes some hundredths of a second, and all that draws random numbers.
 QUICK = ["--model=transcnn_test", "--img_size=32", "--batch_size=4", "--precision=32", "--accelerator=cpu", "--lr=3e-3"]
