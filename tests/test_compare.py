@@ -207,7 +207,7 @@ def test_errors(arguments, message):
 
 def test_names_and_arguments():
     assert set(PAPER) <= set(timm.list_models()) | set(PEERS) | {"regnety_040"}
-    assert all(name in PAPER for name in transcnn.list_models() if not name.endswith(("nano", "test")))
+    assert all(name in PAPER for name in transcnn.list_models() if not name.endswith(("nano", "micro", "test")))
     assert build("transcnn_test:num_classes=7:act_layer=gelu", 32).num_classes == 7
     model = build("transcnn_test:grid_sizes=auto:pool_ratios=auto", 512)
     assert len(model.stages[0].blocks[0].attn.local) == 2
