@@ -6,12 +6,35 @@ up as a class or a module, whatever key it stands under.
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import math
-from typing import Any
+import re
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-__all__ = ["FORMER_NAMES", "MAX_CHARACTERS", "MAX_DEPTH", "check_plain", "load_plain", "with_new_names"]
+from .errors import UserError, require
+
+__all__ = [
+    "FORMER_NAMES",
+    "MAX_CHARACTERS",
+    "MAX_DEPTH",
+    "READING_ERRORS",
+    "Arguments",
+    "check_plain",
+    "dump_plain",
+    "load_plain",
+    "load_text",
+    "new_parser",
+    "one_line",
+    "with_new_names",
+]
+
+# What jsonargparse raises about values that it can't read.
+READING_ERRORS = (argparse.ArgumentError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+READING_ERRORS = (*READING_ERRORS, RecursionError, OSError)
 
 # Settings that were renamed: flags, recipes, runs and checkpoints may still use the old name.
 FORMER_NAMES = {"weights_back": "logit_adjustment"}
@@ -25,18 +48,57 @@ _TAGS = {None, "!", *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "fl
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
+if TYPE_CHECKING:
+    Arguments = dict[str, Any]
+else:
+
+    class Arguments(dict):
+        """Arguments for something of others, under names of theirs; plain values. To jsonargparse a type of its own."""
+
+
+def new_parser(**kwargs: Any) -> Any:
+    """An empty parser of jsonargparse that reads plain values and nothing else.
+
+    jsonargparse imports and calls what a value names as ``class_path``, be it in a dictionary or in place of a group of
+    settings. It has switches for that (for all parsers of the process): here no value can name anything to import.
+    """
+    jsonargparse = require("jsonargparse", "train")
+    jsonargparse.set_parsing_settings(import_path_denylist=["*"], instantiate_subclass_spec_in_any=False)
+    register = importlib.import_module("jsonargparse.typing").register_type
+    register(Arguments, serializer=dict, deserializer=_read_arguments)
+    jsonargparse.set_loader("plain", load_text, (yaml.YAMLError,))
+    return jsonargparse.ArgumentParser(parser_mode="plain", exit_on_error=False, **kwargs)
+
+
+def _read_arguments(value: Any) -> dict[str, Any]:
+    """A dictionary, or the text of one."""
+    if isinstance(value, str):
+        with suppress(yaml.YAMLError):
+            value = load_plain(value)
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"expected names with values, such as {{stem_stride: 1}}, got {value!r:.80}")
+    check_plain(value, "arguments")
+    return value
+
+
+def one_line(error: Exception) -> str:
+    """jsonargparse's message on one line, without the layers of its own parser."""
+    if denied := re.search(r"Importing '(.+?)' is not allowed", str(error)):
+        return f"settings are plain values, none can name a class: {denied[1]}"
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines).replace('Parser key "', 'argument "').replace("typing.", "")
+
+
 def load_plain(text: str) -> Any:
-    """What a YAML (or JSON) text says, as plain values; to be a loader of jsonargparse.
+    """What a YAML (or JSON) text says, as plain values.
 
     Raises:
         yaml.YAMLError: It isn't YAML, names a class of Python (a tag), repeats itself by aliases, is nested more than
             ``MAX_DEPTH`` deep or longer than ``MAX_CHARACTERS``.
     """
-    import jsonargparse  # not needed by commands that read no settings
-
     _check_events(text)
     try:
-        value = with_new_names(jsonargparse.get_loader("yaml")(text))
+        value = with_new_names(importlib.import_module("jsonargparse").get_loader("yaml")(text))
         check_plain(value, "a value")
     except (ValueError, TypeError, RecursionError, OverflowError) as error:  # of a number or key that Python can't hold
         raise yaml.YAMLError(str(error)) from error
@@ -44,6 +106,31 @@ def load_plain(text: str) -> Any:
         if string != text:
             _check_string(string)
     return value
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes strings that our reader, unlike YAML 1.1, takes for numbers: 1e3."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9._]+[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
+
+
+def dump_plain(values: dict[str, Any]) -> str:
+    """Plain values as YAML that :func:`load_plain` reads as the same values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def load_text(text: str) -> Any:
+    """What one value says (``1e-3``, ``true``, ``[1, 2]``, ``null``); text that isn't YAML is text."""
+    try:
+        value = load_plain(text)
+    except yaml.MarkedYAMLError:
+        return text
+    except yaml.YAMLError as error:
+        raise UserError(f"{text[:40]}{'...' * (len(text) > 40)}: {error}") from error
+    return text if value is None and text != "null" else value
 
 
 def check_plain(value: Any, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The settings of a training run that come in groups; ``train.py`` holds the rest as plain arguments.
+"""The settings of a training run: one frozen object, in groups, from the command line to whoever reads them.
 
 On the command line each has a flag of its own, with or without the group's name (``--optim.clip_grad 1``,
 ``--clip_grad 1``); in a recipe they stand under the group. Names are timm's.
@@ -6,13 +6,46 @@ On the command line each has a flag of its own, with or without the group's name
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+import functools
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, ParamSpec, TypeVar
 
-__all__ = ["Augment", "Detect", "Distill", "Ema", "Optim", "Segment"]
+from .plain import Arguments
+
+__all__ = [
+    "Augment",
+    "Detect",
+    "Distill",
+    "Ema",
+    "Optim",
+    "Segment",
+    "TrainSettings",
+    "as_plain",
+    "takes_settings",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# What ``transcnn train --help`` shows first, and the headings of what isn't in a group.
+HELP_GROUPS = {
+    "what most runs need": (
+        *("task", "model", "pretrained", "img_size", "epochs", "batch_size", "lr", "out", "resume", "config"),
+    ),
+    "data": ("val_fraction", "strict_data", "num_workers", "limit_batches", "in_chans"),
+    "network": ("init_from", "plug", "model_args", "drop_rate", "drop_path_rate"),
+    "run": ("seed", "eval_metric", "early_stop", "save_every", "nonfinite", "max_nonfinite", "dry_run", "quiet"),
+    "machine": (
+        *("accelerator", "devices", "num_nodes", "strategy", "precision"),
+        *("channels_last", "cuda_graphs", "grad_checkpointing"),
+    ),
+}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Optim:
     """How the weights are learnt, beyond ``lr``.
 
@@ -40,7 +73,7 @@ class Optim:
     layer_decay: float | None = None
     betas: tuple[float, float] | None = None
     momentum: float = 0.9
-    opt_args: dict[str, Any] | None = None
+    opt_args: Arguments | None = None
     sched: str = "cosine"
     milestones: list[int] | None = None
     decay_rate: float | None = None
@@ -52,7 +85,7 @@ class Optim:
     accumulate: int = 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class Augment:
     """How training images and labels are varied.
 
@@ -99,7 +132,7 @@ class Augment:
     size_ends: list[float] | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ema:
     """A moving average of the weights, which is what is scored and kept.
 
@@ -115,7 +148,7 @@ class Ema:
     ema_warmup: int = 10
 
 
-@dataclass
+@dataclass(frozen=True)
 class Distill:
     """Learning from another network's answers too, as DeiT does it (classification only).
 
@@ -133,7 +166,7 @@ class Distill:
     distill_tau: float = 3.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Segment:
     """Segmentation: the decoder, the loss, what counts, and how whole images are evaluated.
 
@@ -164,7 +197,7 @@ class Segment:
     flip: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class Detect:
     """Detection: the detector, the size of its images, and which detections are kept.
 
@@ -190,3 +223,159 @@ class Detect:
     rois: int = 512
     min_score: float = 0.05
     max_found: int = 100
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """All that a training run was asked for.
+
+    Args:
+        data: A folder of class folders (or of train/ with val/ or test/ that hold them), a Parquet file or a folder of
+            them, what transcnn pack wrote, the URL of either (https, s3, hf://datasets/OWNER/NAME, ...), torch/...,
+            hfds/..., wds/... as timm's readers know them; without it, the embedded handwritten digits.
+            To segment, a folder or tar of images/{train,val,test}/ and labels/{train,val,test}/; to detect,
+            of images/ and annotations/{train,val,test}.json in COCO's format, or of Pascal VOC's.
+        task: What is learnt.
+        model: A network of this package (see transcnn models) or any other of timm's.
+        epochs: Times that the training images are gone through.
+        batch_size: Images a step, of all processes together; each of N takes batch_size / N. (In timm and Lightning it
+            is the batch of one process.) So results don't depend on N, nor does what lr has to be.
+        lr: Learning rate (see lr_batch).
+        img_size: Side of the images that the network is given; without it, what the network was made for. To segment,
+            side of the crops that are learnt from; whole images are evaluated.
+        in_chans: Channels of the images, 1 to 4; without it 1 for grey images, else 3.
+        out: The run's directory, new or empty; without it runs/DATE-TIME-MODEL-DATA.
+        seed: Of the weights, the split, the order and the augmentation.
+        precision: auto is bf16 where the processor has it, else 32; 16 needs a GPU.
+        resume: A run's directory or last.ckpt: go on exactly where it stopped, with its settings. ``epochs`` may be
+            others than before; the schedule is then that of all of them.
+        init_from: Weights to start from: a run's directory, a checkpoint of ours or a published one. To segment or
+            detect, those of a classifier (or of another decoder) are taken for the backbone.
+        pretrained: Start from the model's published weights.
+        plug: Put H-MHSA after these modules of any CNN, with commas, patterns, or auto (see transcnn plug MODEL).
+        model_args: Further arguments of the model, such as {stem_stride: 1}.
+        drop_rate: Dropout before the last layer; without it the model's own.
+        drop_path_rate: Stochastic depth of the last block, growing from 0 at the first.
+        optim: How the weights are learnt.
+        augment: How training images are varied.
+        ema: The average of the weights that is scored and kept.
+        distill: Whose answers are learnt as well.
+        segment: What is peculiar to segmentation.
+        detect: What is peculiar to detection.
+        val_fraction: Share of the training images held back where the data has no validation part.
+        strict_data: Stop at the first image that can't be read, instead of leaving it out.
+        num_workers: Processes that read images; without it, one for each core but one, and none for images in memory.
+        eval_metric: The validation figure that chooses the best epoch; without it top1, miou or map. ``loss`` tells
+            epochs apart where a small validation part gives many the same score.
+        early_stop: Stop after this many epochs without a better one.
+        save_every: Write last.ckpt each this many updates, not only after each epoch.
+        nonfinite: What to do about max_nonfinite updates in a row whose gradients are not finite: go back to the last
+            checkpoint with half the learning rate (three times at most), or stop; nonfinite.json then holds the cause.
+        max_nonfinite: Fewer such updates in a row are left out, counted and noted in faults.log.
+        grad_checkpointing: Less memory for about a third more time.
+        channels_last: The memory format that is usually quicker.
+        cuda_graphs: On one GPU, record the launches of a step and play them back: up to three times as fast where
+            batches are small. For classify and segment.
+        accelerator: cpu, gpu, or auto.
+        devices: Processes on this machine, each with a device of its own. Under torchrun or Slurm theirs count.
+        num_nodes: Machines; the same command runs on each, with MASTER_ADDR, MASTER_PORT and NODE_RANK set.
+        strategy: What each of several processes holds: the whole network (ddp), or a part of its weights and of the
+            optimizer's state (fsdp); auto is fsdp for transcnn_large and larger ones on several GPUs.
+        dry_run: Build everything, take two steps on made-up data, and print what the run would take (memory, time,
+            disk) and where each setting came from. Data for classification needn't be there.
+        limit_batches: Only this many batches an epoch, for trying out.
+        quiet: Print nothing but errors.
+        origins: Where settings that aren't the defaults' came from, by name or ``group.name``: the command line, a
+            recipe, a call, the run that goes on. What is in it counts as given, also where it equals the default.
+    """
+
+    data: str | None = None
+    _: KW_ONLY
+    task: Literal["classify", "segment", "detect"] = "classify"
+    model: str = "transcnn_nano"
+    epochs: int = 50
+    batch_size: int = 64
+    lr: float = 1e-3
+    img_size: int | None = None
+    in_chans: int | None = None
+    out: str | None = None
+    seed: int = 0
+    precision: Literal["auto", "32", "bf16", "16"] = "auto"
+    resume: str | None = None
+    init_from: str | None = None
+    pretrained: bool = False
+    plug: str | None = None
+    model_args: Arguments | None = None
+    drop_rate: float | None = None
+    drop_path_rate: float = 0.0
+    optim: Optim = Optim()
+    augment: Augment = Augment()
+    ema: Ema = Ema()
+    distill: Distill = Distill()
+    segment: Segment = Segment()
+    detect: Detect = Detect()
+    val_fraction: float = 0.1
+    strict_data: bool = False
+    num_workers: int | None = None
+    eval_metric: str | None = None
+    early_stop: int | None = None
+    save_every: int | None = None
+    nonfinite: Literal["halve", "stop"] = "halve"
+    max_nonfinite: int = 10
+    grad_checkpointing: bool = False
+    channels_last: bool = True
+    cuda_graphs: bool = False
+    accelerator: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    dry_run: bool = False
+    limit_batches: int | None = None
+    quiet: bool = False
+    origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("data", "out", "resume", "init_from"):
+            if isinstance(value := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+
+    def value_of(self, name: str) -> Any:
+        """The value of a setting, by its name or ``group.name``."""
+        group, _, inner = name.partition(".")
+        return getattr(getattr(self, group), inner) if inner else getattr(self, group)
+
+    def origin_of(self, name: str) -> str:
+        """Where a setting came from (``default`` if nowhere else), by its name or ``group.name``."""
+        return self.origins.get(name) or self.origins.get(name.partition(".")[0]) or "default"
+
+
+def as_plain(settings: TrainSettings) -> dict[str, Any]:
+    """Settings as ``config.yaml`` and checkpoints hold them: numbers, strings, lists and dictionaries."""
+    return {item.name: _plain(getattr(settings, item.name)) for item in fields(settings) if item.name != "origins"}
+
+
+def takes_settings(make: Callable[P, TrainSettings]) -> Callable[[Callable[[TrainSettings], R]], Callable[P, R]]:
+    """Let a function of settings be called with their fields as arguments: ``train("photos", epochs=3)``."""
+
+    def decorate(function: Callable[[TrainSettings], R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            settings = make(*args, **kwargs)
+            if not settings.origins:
+                given = [*(item.name for item in fields(settings)[: len(args)]), *kwargs]
+                settings = replace(settings, origins=dict.fromkeys(given, "call"))
+            return function(settings)
+
+        call.settings_type = make  # pyright: ignore  (what the command line is made of)
+        call.__signature__ = inspect.signature(make)  # pyright: ignore
+        return call
+
+    return decorate
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import UserError
-from ..plain import check_plain, with_new_names
+from ..plain import check_plain
 from .arguments import check_task_args, short
 
-__all__ = ["check_class_names", "check_data_config", "check_settings", "check_stored", "refused"]
+__all__ = ["check_class_names", "check_data_config", "check_stored", "refused"]
 
 MAX_SIDE = 1 << 13  # pixels of an input
 MAX_CLASSES = 1 << 16
@@ -76,35 +76,6 @@ def _check(info: dict[str, Any]) -> None:
     for key in ("data", "version"):
         if not isinstance(info.get(key) or "", str):
             raise ValueError(f"{key} must be a text, got {short(info[key])}")
-
-
-def check_settings(saved: Any, defaults: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings that a run was stored with, those of ``defaults`` where it lacks some.
-
-    Raises:
-        UserError: They aren't names with plain values of the same types as the defaults.
-    """
-    with refused(path):
-        check_plain(saved, "settings")
-        return _fitted("settings", with_new_names(saved), defaults)
-
-
-def _fitted(group: str, saved: Any, defaults: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(saved, dict):
-        raise ValueError(f"{group} must be names with values, got {short(saved)}")
-    if unknown := [name for name in saved if name not in defaults]:
-        raise ValueError(f"{group}: there is no {short(unknown[0])}")
-    found = dict(defaults)
-    for name, value in saved.items():
-        default = defaults[name]
-        if isinstance(default, dict):
-            found[name] = _fitted(name, value, default)
-            continue
-        numbers = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
-        if default is not None and value is not None and type(value) is not type(default) and not numbers:
-            raise ValueError(f"{group}: {name} must be a {type(default).__name__}, got {short(value)}")
-        found[name] = value
-    return found
 
 
 def check_class_names(names: Any) -> None:

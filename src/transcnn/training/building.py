@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from ..errors import UserError
 from ..plain import check_plain
 from ..plugging.plug import plug as plug_in
 from ..plugging.plug import plug_like, plug_spec
-from ..settings import Augment, Distill, Optim
+from ..settings import TrainSettings
 from ..tasks import get_task
 from ..tasks.base import Task
 from ..tasks.distill import Teacher
@@ -33,10 +32,10 @@ __all__ = ["make_learner", "make_network"]
 
 
 def make_learner(
-    s: SimpleNamespace, splits: Any, network: torch.nn.Module, config: dict[str, Any], task_args: dict[str, Any]
+    s: TrainSettings, splits: Any, network: torch.nn.Module, config: dict[str, Any], task_args: dict[str, Any]
 ) -> Task:
     """The task around the network, with its optimizer's settings and its teacher."""
-    augment, optim = Augment(**s.augment), Optim(**s.optim)
+    augment, optim = s.augment, s.optim
     learner = get_task(s.task)(
         network,
         splits.class_names,
@@ -50,15 +49,15 @@ def make_learner(
         cuda_graphs=s.cuda_graphs,
         task_args=task_args,
     )
-    if s.distill["distill_from"]:
-        learner.learn_from(Teacher(Distill(**s.distill), splits.class_names, config))  # pyright: ignore
+    if s.distill.distill_from:
+        learner.learn_from(Teacher(s.distill, splits.class_names, config))  # pyright: ignore
     batches = min(max(1, len(splits.train) // s.batch_size), s.limit_batches or sys.maxsize)
     learner.updates_per_epoch = -(-batches // optim.accumulate)
     return learner
 
 
 def make_network(
-    s: SimpleNamespace, splits: Any, task_args: dict[str, Any], resumed: Path | None = None
+    s: TrainSettings, splits: Any, task_args: dict[str, Any], resumed: Path | None = None
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The network, and the arguments that make it again; of a run that goes on, that of its checkpoint's header."""
     if resumed:
@@ -74,7 +73,7 @@ def make_network(
 
 
 def _made_again(
-    s: SimpleNamespace, splits: Any, task_args: dict[str, Any], resumed: Path
+    s: TrainSettings, splits: Any, task_args: dict[str, Any], resumed: Path
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
     """Weights follow from the checkpoint, so nothing is downloaded nor read from where the run began."""
     args = read_info(resumed).get("model_args") or {}
@@ -84,7 +83,7 @@ def _made_again(
     return build_bounded(partial(build_network, s.task, name, task_args, **every), resumed), args
 
 
-def _made_new(s: SimpleNamespace, splits: Any, task_args: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
+def _made_new(s: TrainSettings, splits: Any, task_args: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
     args = dict(s.model_args or {})
     if s.drop_rate is not None:
         args["drop_rate"] = s.drop_rate
@@ -122,13 +121,13 @@ def _made_new(s: SimpleNamespace, splits: Any, task_args: dict[str, Any]) -> tup
     return network, args
 
 
-def _drop_path(s: SimpleNamespace) -> dict[str, float]:
+def _drop_path(s: TrainSettings) -> dict[str, float]:
     """Stochastic depth, which is for training alone: files don't hold it."""
     return {"drop_path_rate": s.drop_path_rate} if s.drop_path_rate else {}
 
 
 def _take(
-    s: SimpleNamespace, part: torch.nn.Module, weights: Path, whole: bool, theirs: list[str], ours: list[str]
+    s: TrainSettings, part: torch.nn.Module, weights: Path, whole: bool, theirs: list[str], ours: list[str]
 ) -> None:
     """Load a file's weights into the network, or into its backbone alone and say so; ``theirs`` are its classes."""
     if whole:

@@ -26,9 +26,9 @@ from ..distributed.processes import placement, rank, world
 from ..distributed.runtime import choose_precision
 from ..distributed.sharding import choose_strategy
 from ..plugging.cost import count
+from ..settings import TrainSettings, as_plain
 from ..tasks.base import Task
 from .callbacks import Ema
-from .origins import origin_of
 
 __all__ = ["assumed_splits", "dry_run"]
 
@@ -36,7 +36,7 @@ IMAGENET = 1_281_167  # training images of ImageNet-1K, which is what 1,000 clas
 CPU_IMAGES = 2  # a step on a CPU is tried with so many images: more take long, and memory that there may not be
 
 
-def assumed_splits(s: SimpleNamespace) -> SimpleNamespace | None:
+def assumed_splits(s: TrainSettings) -> SimpleNamespace | None:
     """In place of data for classification that isn't there: the model's own classes and channels; else None."""
     elsewhere = "://" in str(s.data) or str(s.data).split("/")[0] in ("torch", "hfds", "wds", "tfds")
     if s.task != "classify" or s.data is None or elsewhere or Path(s.data).exists():
@@ -86,7 +86,7 @@ class Probe(Callback):
         self.seconds = time.monotonic() - self._began
 
 
-def dry_run(s: SimpleNamespace, learner: Task, splits: Any, loaders: Any) -> dict[str, Any]:
+def dry_run(s: TrainSettings, learner: Task, splits: Any, loaders: Any) -> dict[str, Any]:
     """Take two steps and print parameters, multiply-adds, memory, speed, time, disk, and all settings.
 
     Returns:
@@ -98,17 +98,17 @@ def dry_run(s: SimpleNamespace, learner: Task, splits: Any, loaders: Any) -> dic
     return figures
 
 
-def _figures(s: SimpleNamespace, learner: Task, splits: Any, loaders: Any) -> dict[str, Any]:
+def _figures(s: TrainSettings, learner: Task, splits: Any, loaders: Any) -> dict[str, Any]:
     strategy = choose_strategy(s.strategy, learner.model, s.accelerator)
     precision: Any = choose_precision(s.precision, s.accelerator)
     probe = Probe()
-    average = [Ema(s.ema["ema_decay"], s.ema["ema_warmup"])] if s.ema["ema"] else []
+    average = [Ema(s.ema.ema_decay, s.ema.ema_warmup)] if s.ema.ema else []
     trainer = L.Trainer(
         **placement(s.accelerator, strategy),
         precision=precision,
         max_steps=2,
         callbacks=[*average, probe],
-        gradient_clip_val=s.optim["clip_grad"],
+        gradient_clip_val=s.optim.clip_grad,
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,
@@ -171,7 +171,7 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.exists())
 
 
-def _print(s: SimpleNamespace, learner: Task, splits: Any, figures: dict[str, Any]) -> None:
+def _print(s: TrainSettings, learner: Task, splits: Any, figures: dict[str, Any]) -> None:
     f = figures
     console = Console(highlight=False, soft_wrap=True)
     table = Table(box=None, show_header=False)
@@ -197,8 +197,8 @@ def _print(s: SimpleNamespace, learner: Task, splits: Any, figures: dict[str, An
     settings = Table(box=None, header_style="bold")
     for title in ("setting", "value", "from"):
         settings.add_column(title)
-    for name, value in _flat(vars(s)):
-        settings.add_row(name, str(value), origin_of(name))
+    for name, value in _flat(as_plain(s)):
+        settings.add_row(name, str(value), s.origin_of(name))
     console.print()
     console.print(settings)
 

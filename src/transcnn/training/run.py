@@ -7,7 +7,6 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -20,22 +19,23 @@ from ..distributed.processes import first_decides, gather_lists, lost_process, p
 from ..distributed.runtime import choose_precision, keep_freed_memory
 from ..distributed.sharding import choose_strategy
 from ..errors import UserError
-from ..settings import Augment
+from ..plain import dump_plain
+from ..settings import TrainSettings, as_plain
 from ..tasks import get_task
 from ..tasks.base import Task
 from ..tasks.samples import write_samples
 from . import callbacks as cb
 from .building import make_learner, make_network
+from .check import check
 from .checkpointing import KeepWeights
 from .dryrun import assumed_splits, dry_run
 from .evaluation import measure, write_results
 from .faults import SkipNonFinite
-from .given import as_yaml, check
 from .loading import LoaderWatch
 from .progress import TrainBar
 from .run_dir import new_run_dir
 
-__all__ = ["TrainResult"]
+__all__ = ["TrainResult", "run"]
 
 
 @dataclass
@@ -46,13 +46,13 @@ class TrainResult:
     metrics: dict[str, Any]
 
 
-def _run(s: SimpleNamespace, resumed: Path | None, lr_factor: float | None) -> TrainResult:
+def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None) -> TrainResult:
     """Build everything, fit, measure."""
     task_class = get_task(s.task)
     check(s, task_class.eval_metrics, world())
     keep_freed_memory()
     L.seed_everything(s.seed, verbose=False)
-    task_args = vars(s).get(task_class.group) or {}
+    task_args: dict[str, Any] = as_plain(s)[task_class.group] if task_class.group else {}
     assumed = assumed_splits(s) if s.dry_run else None
     splits = assumed or task_class.open_data(
         s.data, task_args, val_fraction=s.val_fraction, seed=s.seed, strict=s.strict_data, in_chans=s.in_chans
@@ -70,13 +70,13 @@ def _run(s: SimpleNamespace, resumed: Path | None, lr_factor: float | None) -> T
     here = resumed is not None and (s.out is None or Path(s.out).resolve() == resumed.parent.resolve())
     run_dir = resumed.parent if resumed and here else first_decides(lambda: new_run_dir(s.out, s.model, splits.name))
     metric = s.eval_metric or task_class.score
-    keep = KeepWeights(run_dir, info, vars(s), s.save_every, metric)
+    keep = KeepWeights(run_dir, info, as_plain(s), s.save_every, metric)
     skip = SkipNonFinite(run_dir, keep, s.max_nonfinite, s.nonfinite == "halve", lr_factor)
-    averages = [cb.Ema(s.ema["ema_decay"], s.ema["ema_warmup"])] if s.ema["ema"] else []
+    averages = [cb.Ema(s.ema.ema_decay, s.ema.ema_warmup)] if s.ema.ema else []
     strategy = choose_strategy(s.strategy, network, s.accelerator)
     trainer = _trainer(s, run_dir, [*averages, skip], keep, strategy)
     if trainer.is_global_zero:
-        atomic_write(run_dir / "config.yaml", lambda path: path.write_text(as_yaml(s)))
+        atomic_write(run_dir / "config.yaml", lambda path: path.write_text(dump_plain(as_plain(s)), encoding="utf-8"))
         write_samples(run_dir, learner, splits.train)
         if not s.quiet:
             _announce(s, splits, network, config, run_dir, trainer)
@@ -85,12 +85,12 @@ def _run(s: SimpleNamespace, resumed: Path | None, lr_factor: float | None) -> T
 
 
 def _loaders(
-    s: SimpleNamespace, task_class: type[Task], splits: Any, config: dict[str, Any], task_args: dict[str, Any]
+    s: TrainSettings, task_class: type[Task], splits: Any, config: dict[str, Any], task_args: dict[str, Any]
 ) -> L.LightningDataModule:
     return task_class.loaders(
         splits,
         config,
-        Augment(**s.augment),
+        s.augment,
         task_args,
         batch_size=s.batch_size // world(),
         num_workers=max(0, (os.cpu_count() or 1) // per_machine() - 1) if s.num_workers is None else s.num_workers,
@@ -113,7 +113,7 @@ def _fit(trainer: L.Trainer, learner: Task, loaders: Any, resumed: Path | None) 
 
 
 def _trainer(
-    s: SimpleNamespace,
+    s: TrainSettings,
     run_dir: Path,
     callbacks: list[Callback],
     keep: KeepWeights,
@@ -130,8 +130,8 @@ def _trainer(
         max_epochs=s.epochs,
         callbacks=[*callbacks, keep],
         logger=cb.Events(run_dir, name="", version=""),
-        gradient_clip_val=s.optim["clip_grad"],
-        accumulate_grad_batches=s.optim["accumulate"],
+        gradient_clip_val=s.optim.clip_grad,
+        accumulate_grad_batches=s.optim.accumulate,
         limit_train_batches=s.limit_batches,
         limit_val_batches=s.limit_batches,
         num_sanity_val_steps=0,
@@ -142,7 +142,7 @@ def _trainer(
 
 
 def _finish(
-    s: SimpleNamespace,
+    s: TrainSettings,
     task_class: type[Task],
     splits: Any,
     run_dir: Path,
@@ -175,7 +175,7 @@ def _finish(
 
 
 def _announce(
-    s: SimpleNamespace, splits: Any, network: torch.nn.Module, config: dict[str, Any], run_dir: Path, trainer: L.Trainer
+    s: TrainSettings, splits: Any, network: torch.nn.Module, config: dict[str, Any], run_dir: Path, trainer: L.Trainer
 ) -> None:
     parameters = sum(p.numel() for p in network.parameters())
     sizes = [f"{len(part):,} {name}" for name, part in (("train", splits.train), ("val", splits.val)) if part]

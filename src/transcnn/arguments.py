@@ -1,0 +1,432 @@
+"""A command's flags, help and values, made from its function: argparse reads the words, jsonargparse checks the types.
+
+A function's parameters before ``*`` are the command's positional arguments, all others are flags; its docstring is the
+help. A parameter that is a dataclass is a group: each of its fields has a flag, with or without the group's name
+(``--augment.mixup``, ``--mixup``), and in a recipe stands under the group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+import re
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from .errors import UserError, require
+from .plain import (
+    FORMER_NAMES,
+    MAX_CHARACTERS,
+    READING_ERRORS,
+    Arguments,
+    check_plain,
+    load_plain,
+    load_text,
+    new_parser,
+    one_line,
+    with_new_names,
+)
+from .settings import HELP_GROUPS, TrainSettings
+
+__all__ = ["Command", "describe_type", "read_settings"]
+
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One flag: its full name (``group.name`` in a group), type, default and help."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+    positional: bool = False
+
+    @property
+    def is_switch(self) -> bool:
+        return self.type is bool
+
+    @property
+    def is_list(self) -> bool:
+        return any(get_origin(kind) in (list, tuple) for kind in _members(self.type))
+
+    def value(self, words: str | list[str]) -> Any:
+        """What was typed, as what jsonargparse checks. Names are taken as they are, never parsed."""
+        kinds = _members(self.type)
+        if isinstance(words, list):
+            if str in kinds and len(words) == 1:
+                return words[0]
+            if list[str] in kinds:
+                return words
+            return load_text(words[0]) if len(words) == 1 else [load_text(word) for word in words]
+        if get_origin(self.type) is Literal:
+            return words
+        if str in kinds:
+            return None if words == "null" and type(None) in kinds else words
+        return load_text(words)
+
+
+class Command:
+    """A command of the command line.
+
+    Args:
+        name: What it is called as.
+        function: What it calls: a typed function, or one of settings (``settings.takes_settings``).
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name = name
+        self.function = function
+        self.source: Any = getattr(function, "settings_type", function)  # a function, or a dataclass of its arguments
+        self.groups: dict[str, Any] = {}  # name of a group: its dataclass
+        self.arguments: dict[str, Argument] = {}
+        docs = _help_of(self.source)
+        hints = get_type_hints(self.source)
+        for parameter in inspect.signature(self.source).parameters.values():
+            kind, default = hints[parameter.name], parameter.default
+            if parameter.name == "origins":  # no setting: where the others came from
+                continue
+            if is_dataclass(kind):
+                self.groups[parameter.name] = kind
+                inner_docs, inner_hints = _help_of(kind), get_type_hints(kind)
+                for item in fields(kind):
+                    full = f"{parameter.name}.{item.name}"
+                    value = getattr(default, item.name)
+                    self.arguments[full] = Argument(full, inner_hints[item.name], value, inner_docs[item.name])
+                continue
+            positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            text = docs.get(parameter.name, "")
+            self.arguments[parameter.name] = Argument(parameter.name, kind, default, text, positional)
+
+    # --- words ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def flags(self) -> dict[str, str]:
+        """Every spelling of every flag, with underscores, and the argument that it means."""
+        found = {f"--{name}": name for name in self.arguments}
+        for name in self.arguments:
+            short = f"--{name.rpartition('.')[2]}"
+            if short not in found or name == f"{short[2:]}.{short[2:]}":  # --ema means ema.ema
+                found[short] = name
+        found |= {f"--{name.removesuffix('_name')}": name for name in self.arguments if name == "class_name"}
+        former = {new: old for old, new in FORMER_NAMES.items()}
+        for flag, name in list(found.items()):
+            last = name.rpartition(".")[2]
+            if last in former:
+                found[flag.removesuffix(last) + former[last]] = name
+        return found
+
+    @cached_property
+    def parser(self) -> argparse.ArgumentParser:
+        """argparse's parser of the words; values stay text."""
+        text = inspect.getdoc(self.function) or ""
+        usage = " ".join(["transcnn", self.name, *(_usage(p) for p in self.positionals), "[--FLAG VALUE ...]"])
+        parser = argparse.ArgumentParser(
+            prog=f"transcnn {self.name}",
+            usage=usage,
+            description=re.split(r"\n(?:Args|Returns|Raises):\n", text)[0].strip(),
+            formatter_class=_HelpFormatter,
+            add_help=False,
+            allow_abbrev=False,
+            exit_on_error=False,
+            argument_default=argparse.SUPPRESS,
+        )
+        for title, names in self._help_groups().items():
+            group = parser.add_argument_group(title)
+            for name in names:
+                if name == "config":
+                    group.add_argument("--config", action="append", metavar="FILE", help="YAML file that sets any flag")
+                else:
+                    self._add(group, self.arguments[name])
+        return parser
+
+    @property
+    def positionals(self) -> list[Argument]:
+        """The arguments that words without a flag go to, in order."""
+        return [argument for argument in self.arguments.values() if argument.positional]
+
+    def _help_groups(self) -> dict[str, list[str]]:
+        """The headings of ``--help``, each with its arguments."""
+        result = {"arguments": [argument.name for argument in self.positionals]}
+        single = [name for name, argument in self.arguments.items() if not argument.positional and "." not in name]
+        result |= {title: list(names) for title, names in HELP_GROUPS.items()} if self.groups else {}
+        listed = {name for names in result.values() for name in names}
+        result["flags"] = [name for name in (*single, "config") if name not in listed]
+        for group, kind in self.groups.items():
+            summary = (inspect.getdoc(kind) or "").split("\n\n")[0].rstrip(".")
+            title = f"{group}: {summary[:1].lower()}{summary[1:]}"
+            result[title] = [name for name in self.arguments if name.startswith(f"{group}.")]
+        return {title: names for title, names in result.items() if names}
+
+    def _add(self, group: Any, argument: Argument) -> None:
+        shown = "--" + argument.name.rpartition(".")[2]
+        form = {"nargs": "+"} if argument.is_list else {}
+        title = argument.name.upper() if argument.positional else _metavar(argument)
+        action = group.add_argument(shown, dest=argument.name, metavar=title, help=_help_line(argument), **form)
+        action.positional = argument.positional
+        for flag, name in self.flags.items():  # other spellings are understood, not shown
+            if name == argument.name and flag != shown:
+                group._option_string_actions[flag] = group._option_string_actions[shown]
+
+    def read_words(self, argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+        """The recipes that words name, and the values that they give to arguments."""
+        cut = argv.index("--") if "--" in argv else len(argv)
+        try:
+            found, words = self.parser.parse_known_args(self._spell_out(argv[:cut]))
+        except argparse.ArgumentError as error:
+            raise UserError(f"{error.argument_name} needs a value") from error
+        given: dict[str, Any] = dict(vars(found))
+        words = [*words, *argv[cut + 1 :]]
+        for argument in self.positionals:
+            if words:
+                given[argument.name] = words if argument.is_list else words[0]
+                words = [] if argument.is_list else words[1:]
+        if words:
+            raise UserError(f"too many arguments: {' '.join(words)}")
+        recipes = given.pop("config", [])
+        return recipes, {name: self.arguments[name].value(words) for name, words in given.items()}
+
+    def _spell_out(self, argv: Sequence[str]) -> list[str]:
+        """Flags as argparse knows them: ``--img-size`` is ``--img_size``, a switch without a value gets one."""
+        result, i = [], 0
+        while i < len(argv):
+            token = argv[i]
+            i += 1
+            if not token.startswith("--"):
+                result.append(token)
+                continue
+            flag, equals, value = token.partition("=")
+            flag, negated = self._find(flag)
+            name = self.flags.get(flag)
+            if negated:
+                if equals:
+                    raise UserError(f"{token}: a negated flag takes no value")
+                result.append(f"{flag}=false")
+            elif equals or name is None or not self.arguments[name].is_switch:
+                result.append(flag + equals + value)
+            elif i < len(argv) and argv[i].lower() in ("true", "false"):
+                result.append(f"{flag}={argv[i].lower()}")
+                i += 1
+            else:
+                result.append(f"{flag}=true")
+        return result
+
+    def _find(self, flag: str) -> tuple[str, bool]:
+        """The parser's spelling of a flag, and whether it was negated with ``--no-``."""
+        spelled = "--" + flag[2:].replace("-", "_")
+        if spelled in self.flags or spelled == "--config":
+            return spelled, False
+        positive = "--" + spelled.removeprefix("--no_")
+        if positive != spelled and positive in self.flags:
+            if not self.arguments[self.flags[positive]].is_switch:
+                raise UserError(f"{flag}: {positive} takes a value, it can't be negated")
+            return positive, True
+        raise UserError(f"no such argument: {flag}{self._hint(spelled[2:], '--')}")
+
+    def _hint(self, name: str, dashes: str = "") -> str:
+        near = difflib.get_close_matches(name, [flag[2:] for flag in self.flags], n=1)
+        return f"; did you mean {dashes}{near[0]}?" if near else f"; transcnn {self.name} --help lists them"
+
+    # --- values -----------------------------------------------------------------------------------------------------
+
+    def parse(self, argv: Sequence[str]) -> dict[str, Any]:
+        """The function's arguments, as words and the recipes they name give them; words override recipes.
+
+        Functions of settings get ``origins`` as well: by full name, the recipe or the command line it came from.
+
+        Raises:
+            UserError: A word, a recipe or a value that can't be understood.
+        """
+        recipes, values = self.read_words(argv)
+        origins: dict[str, str] = {}
+        tree: dict[str, Any] = {}
+        for recipe in recipes:
+            for name, value in self._read_recipe(recipe).items():
+                _put(tree, name, value)
+                origins[name] = recipe
+        for name, value in values.items():
+            _put(tree, name, value)
+            origins[name] = COMMAND_LINE
+        arguments = self.check(tree)
+        return {**arguments, "origins": origins} if self.groups else arguments
+
+    def _read_recipe(self, file: str) -> dict[str, Any]:
+        """What a recipe sets, by full names."""
+        try:
+            with Path(file).open(encoding="utf-8") as stream:
+                values = load_plain(stream.read(MAX_CHARACTERS + 1))
+        except OSError as error:
+            raise UserError(f"can't read {file}: {error.strerror or error}") from error
+        except (yaml.YAMLError, UnicodeError) as error:
+            raise UserError(f"can't read {file}: {one_line(error)}") from error
+        if values is None:
+            return {}
+        if not isinstance(values, dict):
+            raise UserError(f"{file} must hold names with values, got {describe_value(values)}")
+        return self.flatten(values, file)
+
+    def flatten(self, values: Mapping[Any, Any], source: str) -> dict[str, Any]:
+        """Values in groups as values by full names."""
+        flat: dict[str, Any] = {}
+        for name, value in values.items():
+            if name not in self.groups:
+                flat[str(name)] = value
+            elif isinstance(value, Mapping):
+                flat |= {f"{name}.{inner}": item for inner, item in value.items()}
+            else:
+                raise UserError(f"{source}: {name} must be names with values, got {describe_value(value)}")
+        for name, value in flat.items():
+            if name not in self.arguments:
+                raise UserError(f"{source}: no such argument: {_short(name)}{self._hint(name)}")
+            if get_origin(self.arguments[name].type) is Literal and type(value) is int:  # precision: 16
+                flat[name] = str(value)
+        return flat
+
+    def check(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+        """Values (in groups) with the right types, and the defaults for what isn't there."""
+        for argument in self.arguments.values():
+            if argument.default is inspect.Parameter.empty and argument.name not in tree:
+                raise UserError(f"{argument.name.upper()} is missing: {argument.help.splitlines()[0]}")
+        try:
+            result = self._types.instantiate(self._types.parse_object(dict(tree), env=False)).as_dict()
+        except READING_ERRORS as error:
+            raise UserError(self._explain(error, tree)) from error
+        return result
+
+    @cached_property
+    def _types(self) -> Any:
+        """jsonargparse's parser, which checks the types."""
+        parser = new_parser()
+        if inspect.isclass(self.source):
+            parser.add_class_arguments(self.source, skip={"origins"})
+        else:
+            parser.add_function_arguments(self.source, as_positional=False, fail_untyped=True)
+        return parser
+
+    def _explain(self, error: Exception, tree: Mapping[str, Any]) -> str:
+        """What is wrong in words: jsonargparse says it in Python's types."""
+        text = one_line(error)
+        for name in re.findall(r'"([\w.]+)"', text):
+            if argument := self.arguments.get(name):
+                group, _, inner = name.rpartition(".")
+                value = tree.get(group, {}).get(inner) if group else tree.get(name)
+                return f"{name} must be {describe_type(argument.type)}, got {describe_value(value)}"
+        return f"the arguments can't be understood: {text}"
+
+
+def read_settings(values: Mapping[str, Any]) -> TrainSettings:
+    """A training run's settings from what ``as_plain`` made of them, with the defaults for what isn't there.
+
+    Raises:
+        UserError: A name or a value that can't be one of a setting.
+    """
+    command = _of_settings()
+    try:
+        check_plain(values, "settings")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    tree: dict[str, Any] = {}
+    for name, value in command.flatten(with_new_names(dict(values)), "settings").items():
+        _put(tree, name, value)
+    return TrainSettings(**command.check(tree))
+
+
+@cache
+def _of_settings() -> Command:
+    return Command("train", TrainSettings)
+
+
+def describe_type(kind: Any) -> str:
+    """A type in words: ``float | None`` is "a number or null"."""
+    words = [_describe(member) for member in _members(kind)]
+    return " or ".join(words)
+
+
+def describe_value(value: Any) -> str:
+    """A value as a person would write it, cut short."""
+    if isinstance(value, str):
+        return _short(value)
+    if value is None or isinstance(value, bool):
+        return str({None: "null", True: "true", False: "false"}[value])
+    return _short(str(value))
+
+
+def _describe(kind: Any) -> str:
+    names = {str: "a name", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    if kind in names:
+        return names[kind]
+    if kind is Arguments:
+        return "names with values, such as {stem_stride: 1}"
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) in (list, tuple):
+        several = {str: "names", int: "whole numbers", float: "numbers"}
+        count = {2: "two "}.get(len(get_args(kind)), "") if get_origin(kind) is tuple else ""
+        return f"a list of {count}{several.get(get_args(kind)[0], 'values')}"
+    return getattr(kind, "__name__", str(kind))
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """The types of a union; of any other, itself."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _put(tree: dict[str, Any], name: str, value: Any) -> None:
+    group, _, inner = name.rpartition(".")
+    (tree.setdefault(group, {}) if group else tree)[inner] = value
+
+
+def _help_of(source: Any) -> dict[str, str]:
+    """What the docstring of a function or a class says of each argument."""
+    parse = require("docstring_parser", "train").parse
+    return {item.arg_name: " ".join((item.description or "").split()) for item in parse(source.__doc__ or "").params}
+
+
+def _usage(argument: Argument) -> str:
+    word = argument.name.upper() + (" ..." if argument.is_list else "")
+    return word if argument.default is inspect.Parameter.empty else f"[{word}]"
+
+
+def _metavar(argument: Argument) -> str:
+    if argument.is_switch:
+        return ""
+    kinds = [kind for kind in _members(argument.type) if kind is not type(None)]
+    if get_origin(kinds[0]) is Literal:
+        return "{" + ",".join(map(str, get_args(kinds[0]))) + "}"
+    if not {str, list[str]}.isdisjoint(kinds):
+        return "NAME"
+    return {float: "X", Arguments: "{NAME: VALUE}"}.get(kinds[0], "N")
+
+
+def _help_line(argument: Argument) -> str:
+    text = argument.help.replace("``", "").replace("%", "%%")
+    if argument.default in (None, inspect.Parameter.empty, ()) or argument.default is False:
+        return text
+    default = "on" if argument.default is True else argument.default
+    return f"{text} (default: {default})".replace("(default: on)", f"(default: on; --no_{argument.name} turns it off)")
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """argparse's, with paragraphs kept in the description and room for long flags."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+    def _format_action_invocation(self, action: Any) -> str:
+        return action.metavar if getattr(action, "positional", False) else super()._format_action_invocation(action)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n\n".join(super(_HelpFormatter, self)._fill_text(part, width, indent) for part in text.split("\n\n"))

@@ -1,0 +1,83 @@
+"""The run that goes on: its checkpoint, and its settings with those that may be others now."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..arguments import read_settings
+from ..checkpoints.bounded import registered
+from ..checkpoints.files import remove_stale_temporaries
+from ..checkpoints.header import check_stored
+from ..checkpoints.loading import read_info
+from ..distributed.processes import attempt
+from ..errors import UserError
+from ..settings import TrainSettings
+from .checkpointing import LAST, PREVIOUS, newest_good, note
+from .run_dir import made_by_this_launch
+
+__all__ = ["find_resumed", "find_start", "resumed_settings"]
+
+# What a resumed run may have otherwise than the run it goes on with; all else decides what is learnt.
+FREE = {"data", "resume", "out", "epochs", "num_workers", "early_stop", "save_every", "accelerator", "quiet"}
+FREE |= {"nonfinite", "max_nonfinite", "cuda_graphs"}
+# And of these what the earlier run had says nothing: they are about here and now.
+PRESENT = {"resume", "out", "devices", "num_nodes", "strategy", "cuda_graphs"}
+
+
+def find_start(resume: str | None, out: str | None) -> Path | None:
+    """The checkpoint that a run begins from, if there is one.
+
+    It is what ``--resume`` names. Processes that torchrun has restarted go on from what their own run had written.
+    """
+    if resume:
+        return find_resumed(resume)
+    if not attempt() or out is None or not made_by_this_launch(Path(out)):
+        return None
+    return find_resumed(out) if any((Path(out) / name).is_file() for name in (LAST, PREVIOUS)) else None
+
+
+def find_resumed(resume: str) -> Path:
+    """The checkpoint that ``--resume`` means; of a run directory, the newest that is whole."""
+    path = Path(resume)
+    if path.is_file() and path.name != "last.ckpt":
+        return path
+    path, remark = newest_good(path.parent if path.is_file() else path)
+    remove_stale_temporaries(path.parent)
+    if remark:
+        note(path.parent, remark)
+        print(f"transcnn: {remark}", file=sys.stderr)
+    return path
+
+
+def resumed_settings(given: TrainSettings, checkpoint: Path) -> TrainSettings:
+    """The settings of the run that goes on; of the given ones only those of ``FREE`` can change them.
+
+    Given is what ``given.origins`` names, whatever its value.
+
+    Raises:
+        UserError: The checkpoint isn't one of a run, or another setting is given with another value.
+    """
+    info = read_info(checkpoint)
+    values = info.get("settings")
+    if not values:
+        raise UserError(f"{checkpoint} was not written by transcnn train; to start from its weights use --init_from")
+    check_stored(info, checkpoint)
+    registered(info.get("model"), info.get("model_args") or {}, checkpoint)
+    try:
+        saved = read_settings(values)
+    except UserError as error:
+        raise UserError(f"{checkpoint} is damaged: {error}") from error
+    changed = PRESENT | {name for name in given.origins if name in FREE}
+    for name in given.origins:
+        if name.partition(".")[0] not in changed and (now := given.value_of(name)) != (then := saved.value_of(name)):
+            raise UserError(f"a resumed run keeps its settings: {name} is {_short(then)} there, got {_short(now)}")
+    origins = {item.name: str(checkpoint) for item in fields(saved)} | {name: given.origin_of(name) for name in changed}
+    return replace(saved, origins=origins, **{name: getattr(given, name) for name in changed})
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 100 else f"{text[:100]}..."

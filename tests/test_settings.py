@@ -1,0 +1,200 @@
+"""A run's settings: one frozen object, the same from the command line, a recipe, Python and a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from transcnn import cli
+from transcnn.arguments import Command, describe_type, read_settings
+from transcnn.commands.train import train
+from transcnn.errors import UserError
+from transcnn.plain import Arguments, dump_plain
+from transcnn.settings import HELP_GROUPS, Distill, Optim, Segment, TrainSettings, as_plain, takes_settings
+from transcnn.training.resume import resumed_settings
+
+SAVED = TrainSettings("photos", model="transcnn_test", epochs=7, lr=0.5, optim=Optim(opt="sgd", betas=(0.8, 0.9)))
+
+
+def settings_of(*argv: str) -> TrainSettings:
+    return TrainSettings(**cli.parse("train", train, argv))
+
+
+def save(path: Path, settings: dict[str, Any]) -> None:
+    config = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.2] * 3, "interpolation": "bicubic"}
+    info = {"model": "transcnn_test", "class_names": ["a", "b"], "data_config": {**config, "crop_pct": 1.0}}
+    torch.save({"transcnn": {**info, "settings": settings}}, path)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    save(tmp_path / "last.ckpt", as_plain(SAVED))
+    return tmp_path / "last.ckpt"
+
+
+def test_settings_never_change():
+    for settings in (SAVED, SAVED.optim, SAVED.augment, SAVED.ema, SAVED.distill, SAVED.segment, SAVED.detect):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(settings, dataclasses.fields(settings)[0].name, 1)
+
+
+def test_python_gives_settings_as_keywords():
+    @takes_settings(TrainSettings)
+    def show(settings: TrainSettings) -> TrainSettings:
+        return settings
+
+    settings = show(Path("photos"), epochs=50, optim=Optim(clip_grad=2.0), out=Path("a") / "b")  # pyright: ignore
+    assert (settings.data, settings.out, settings.optim.clip_grad) == ("photos", "a/b", 2.0)
+    assert settings.origins == {"data": "call", "epochs": "call", "optim": "call", "out": "call"}
+    assert settings.origin_of("optim.clip_grad") == "call"
+    assert settings.origin_of("lr") == "default"
+    assert list(inspect.signature(train).parameters) == [item.name for item in dataclasses.fields(TrainSettings)]
+    with pytest.raises(TypeError, match="epoch"):
+        show("photos", epoch=3)  # pyright: ignore
+
+
+def test_where_a_setting_came_from_travels_with_it(tmp_path):
+    (tmp_path / "r.yaml").write_text("lr: 0.1\nepochs: 3\noptim: {momentum: 0.7}\n")
+    settings = settings_of("photos", "--config", str(tmp_path / "r.yaml"), "--epochs", "50", "--mixup", "0")
+    recipe = str(tmp_path / "r.yaml")
+    assert settings.origins == {
+        "lr": recipe,
+        "epochs": "command line",
+        "optim.momentum": recipe,
+        "augment.mixup": "command line",
+        "data": "command line",
+    }
+    assert settings.epochs == 50
+    assert settings_of().origins == {}
+
+
+def test_what_was_written_is_read_again(tmp_path):
+    for settings in (
+        SAVED,
+        TrainSettings(),
+        TrainSettings(model_args={"x": "0", "y": "null", "z": ["1e3", {"a": None}]}),
+        TrainSettings(optim=Optim(opt_args={"class_path": "os.system"}), segment=Segment(logit_adjustment=0.5)),
+    ):
+        assert read_settings(as_plain(settings)) == settings
+        (tmp_path / "config.yaml").write_text(dump_plain(as_plain(settings)))
+        assert settings_of("--config", str(tmp_path / "config.yaml")) == settings
+    for bad in ({"epochs": "many"}, {"optim": 3}, {"optim": {"new": 1}}, {"new": 1}, {"model_args": [1]}, {"lr": [1]}):
+        with pytest.raises(UserError) as caught:
+            read_settings(bad)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (["--lr", "1e-3"], "lr is 0.5 there, got 0.001"),  # the default
+        (["--opt", "adamw"], "optim.opt is sgd there, got adamw"),
+        (["--batch_size", "32"], "batch_size is 64 there, got 32"),
+        (["--no-ema"], "ema.ema is True there, got False"),
+        (["--model_args", "{x: 1}"], "model_args is None there"),
+    ],
+)
+def test_a_resumed_run_refuses_other_settings_also_the_defaults(checkpoint, argv, problem):
+    with pytest.raises(UserError, match=problem):
+        resumed_settings(settings_of("--resume", "x", *argv), checkpoint)
+
+
+def test_a_resumed_run_takes_what_may_be_otherwise_also_the_defaults(checkpoint):
+    settings = resumed_settings(settings_of("--resume", "x", "--epochs", "50", "--lr", "0.5", "--opt=sgd"), checkpoint)
+    assert (settings.epochs, settings.lr, settings.optim, settings.resume) == (50, 0.5, SAVED.optim, "x")
+    assert settings.origin_of("epochs") == "command line"
+    assert settings.origin_of("model") == str(checkpoint)
+    assert resumed_settings(settings_of("--resume", "x"), checkpoint) == dataclasses.replace(SAVED, resume="x")
+
+
+def test_a_run_of_an_earlier_version_goes_on(checkpoint):
+    values = as_plain(SAVED)
+    values["segment"]["weights_back"] = 0.75
+    del values["segment"]["logit_adjustment"], values["detect"], values["cuda_graphs"]
+    save(checkpoint, values)
+    settings = resumed_settings(settings_of("--resume", "x"), checkpoint)
+    assert settings.segment.logit_adjustment == 0.75
+    values["of_a_later_version"] = 1
+    save(checkpoint, values)
+    with pytest.raises(UserError, match="of_a_later_version"):
+        resumed_settings(settings_of("--resume", "x"), checkpoint)
+
+
+def test_former_names_are_understood_and_not_shown(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("segment: {weights_back: 0.5}\n")
+    assert settings_of("--config", str(tmp_path / "r.yaml")).segment.logit_adjustment == 0.5
+    assert settings_of("--weights_back", "0.25").segment.logit_adjustment == 0.25
+    assert settings_of("--segment.weights-back", "0.25").segment.logit_adjustment == 0.25
+    assert cli.main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "weights_back" not in shown
+    assert "--logit_adjustment" in shown
+
+
+def test_help_begins_with_what_most_runs_need(capsys):
+    command = Command("train", train)
+    listed = [name for names in HELP_GROUPS.values() for name in names]
+    assert sorted(listed) == sorted({*(n for n in command.arguments if "." not in n), "config"} - {"data"})
+    assert len(next(iter(HELP_GROUPS.values()))) == 10
+    assert cli.main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    headings = [line for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert headings[:3] == ["arguments:", "what most runs need:", "data:"]
+    assert [heading.partition(":")[0] for heading in headings[6:]] == list(command.groups)
+    assert all(f"--{name.rpartition('.')[2]}" in shown for name in command.arguments if name != "data")
+
+
+def test_types_are_told_in_words():
+    words = {
+        float | None: "a number or null",
+        tuple[float, float]: "a list of two numbers",
+        list[int] | None: "a list of whole numbers or null",
+        bool: "true or false",
+        str: "a name",
+        Arguments | None: "names with values, such as {stem_stride: 1} or null",
+    }
+    assert {kind: describe_type(kind) for kind in words} == words
+    for name in cli.COMMANDS:
+        command = Command(name, cli.load_command(name))
+        for argument in command.arguments.values():
+            told = describe_type(argument.type)
+            assert not any(mark in told for mark in ("<", "typing", "Literal", "Union", "None"))
+            assert argument.help, f"{name} --{argument.name} has no help"
+
+
+VALUES: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["class_path", "init_args", "dict_kwargs", "x"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@hypothesis_settings(max_examples=40)
+@given(VALUES)
+def test_whatever_free_arguments_hold_comes_out_as_it_went_in(value):
+    settings = TrainSettings(model_args={"x": value}, optim=Optim(opt_args={"y": value}))
+    assert read_settings(as_plain(settings)) == settings
+
+
+@hypothesis_settings(max_examples=40)
+@given(st.text(max_size=12), st.sampled_from(["out", "model", "plug", "augment.aa", "distill.distill_from"]))
+def test_names_are_taken_as_they_are(text, name):
+    value = None if text == "null" and name != "model" else text
+    assert settings_of(f"--{name}={text}").value_of(name) == value
+
+
+def test_settings_have_no_traceback_for_what_python_gets_wrong():
+    assert Distill().distill_from is None
+    with pytest.raises(UserError, match="epochs must be 1 or more, got 0"):
+        train("nowhere", epochs=0, quiet=True)
