@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import os
 import re
@@ -52,27 +53,39 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path, top_level: bool = False) -> set[str]:
-    """Dotted names that a module imports (of ``from a import b`` both a and a.b); ours begin with 'transcnn'."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = tree.body if top_level else ast.walk(tree)
+@functools.cache
+def imports(path: Path, package: Path = PACKAGE) -> frozenset[str]:
+    """Dotted names that a module imports, wherever in it, but for types alone; ours begin with 'transcnn'.
+
+    Of ``from a import b`` that is a.b where this is a module of ours, else both a and a.b.
+    """
     found: set[str] = set()
-    for node in nodes:
+    own = ["transcnn", *path.relative_to(package).parts[:-1]]
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            return
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                own = ["transcnn", *path.relative_to(PACKAGE).parts[:-1]]
                 base = ".".join([*own[: len(own) - node.level + 1], *base.split(".")]).rstrip(".")
-            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
-    return found
+            for alias in node.names:
+                file = package.joinpath(*base.split(".")[1:], alias.name)
+                module = base.startswith("transcnn") and (file.with_suffix(".py").is_file() or file.is_dir())
+                found.update({f"{base}.{alias.name}"} if module else {base, f"{base}.{alias.name}"})
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return frozenset(found)
 
 
-def ours(path: Path, top_level: bool = False) -> set[str]:
+def ours(path: Path) -> set[str]:
     """The modules of ours that a module imports, as :func:`name_of` names them."""
     names = {name_of(module) for module in MODULES} - {""}
-    return {name.removeprefix("transcnn.") for name in imports(path, top_level)} & names
+    return {name.removeprefix("transcnn.") for name in imports(path)} & names
 
 
 # --- imports --------------------------------------------------------------------------------------------------------
@@ -152,21 +165,111 @@ NEVER = {
 }
 
 
+def wrong_imports(name: str, known: set[str]) -> set[str]:
+    """What a module imports although its room may not."""
+    room = name.partition(".")[0]
+    barred = NEVER.get(room, set()) | (set() if room in ("cli", "commands") else {"commands"})
+    if name != "__main__":
+        barred = barred | {"cli"}
+    if room == "data":
+        barred = barred | {other.partition(".")[0] for other in known} - {"data", "errors", "settings", "text"}
+    return {other for other in known if other.partition(".")[0] in barred}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of a circle of imports, the first of them at its end again; none if there is no circle."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_arrows_point_one_way(path: Path) -> None:
     """cli → commands → training → tasks → data, dense, fast → the paper."""
-    name, known = name_of(path), ours(path)
-    assert "cli" not in known or name == "__main__"
-    assert not {other for other in known if other.startswith("commands.")} or name.startswith(("cli", "commands"))
-    if name.startswith("data"):
-        assert {other for other in known if not other.startswith("data")} <= {"errors", "settings", "text"}
-    assert not {other.partition(".")[0] for other in known} & NEVER.get(name.partition(".")[0], set())
+    assert wrong_imports(name_of(path), ours(path)) == set()
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:
-    graph = {name_of(path): ours(path, top_level=True) - {name_of(path)} for path in MODULES}
-    order = list(graphlib.TopologicalSorter(graph).static_order())
-    assert set(order) >= {"attention", "backbone", "errors"}
+    """Nor by way of imports inside functions."""
+    graph = {name_of(path): ours(path) - {name_of(path)} for path in MODULES}
+    assert graph.keys() >= {"attention", "backbone", "errors"}
+    assert circle(graph) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "imported", "wrong"),
+    [
+        ("tasks.classify", {"data.sets", "training.run"}, {"training.run"}),
+        ("checkpoints.loading", {"commands.train", "errors"}, {"commands.train"}),
+        ("checkpoints.loading", {"commands"}, {"commands"}),
+        ("explain.maps", {"commands.predict", "attention"}, {"commands.predict"}),
+        ("attention", {"cli"}, {"cli"}),
+        ("commands.train", {"cli", "commands.predict", "training.run"}, {"cli"}),
+        ("data.sources.tar", {"errors", "data.images", "fast"}, {"fast"}),
+        ("cli", {"commands.train", "errors"}, set()),
+        ("training.run", {"tasks.base", "data.sets"}, set()),
+    ],
+)
+def test_an_arrow_that_points_back_is_found(name: str, imported: set[str], wrong: set[str]) -> None:
+    assert wrong_imports(name, imported) == wrong
+
+
+def test_a_circle_is_found() -> None:
+    graph = {"cli": {"training"}, "training": {"tasks"}, "tasks": {"data"}, "data": {"errors"}, "errors": set()}
+    assert circle(graph) == []
+    graph["data"] = {"training", "errors"}
+    assert set(circle(graph)) == {"training", "tasks", "data"}
+
+
+def test_imports_are_seen_wherever_they_are(tmp_path: Path) -> None:
+    for name in ("data/__init__", "data/images", "tasks/__init__", "tasks/base", "errors"):
+        (tmp_path / f"{name}.py").parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text("")
+    module = tmp_path / "tasks" / "classify.py"
+    module.write_text(
+        "import torch.nn\nfrom typing import TYPE_CHECKING\nfrom ..data import images\nfrom . import base\n"
+        "if TYPE_CHECKING:\n    from ..training import run\ntry:\n    import timm\nexcept ImportError:\n    pass\n"
+        "def late():\n    from ..errors import UserError\n    class Inner:\n        from transcnn import cli\n"
+    )
+    found = {"torch.nn", "typing", "typing.TYPE_CHECKING", "transcnn.data.images", "transcnn.tasks.base", "timm"}
+    found |= {"transcnn.errors", "transcnn.errors.UserError", "transcnn", "transcnn.cli"}
+    assert imports(module, tmp_path) == found
+
+
+def extras_asked_for(source: str) -> set[str]:
+    """The extras that calls of ``require(module, extra)`` name."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "require":
+            found |= {argument.value for argument in node.args[1:2] if isinstance(argument, ast.Constant)}
+    return found
+
+
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+(_TABLE,) = re.findall(r"^\[project\.optional-dependencies\]\n(.*?)^\[", PYPROJECT, re.MULTILINE | re.DOTALL)
+EXTRAS_THERE = set(re.findall(r"^(\w+) = \[", _TABLE, re.MULTILINE))
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if "transcnn.errors.require" in imports(path)], ids=name_of)
+def test_an_extra_that_is_asked_for_exists(path: Path) -> None:
+    assert extras_asked_for(path.read_text(encoding="utf-8")) <= EXTRAS_THERE
+
+
+def test_an_extra_that_lacks_is_found() -> None:
+    source = 'a = require("onnxruntime", "onnx")\ndef late():\n    errors.require(name, "export").run()\n'
+    assert extras_asked_for(source) == {"onnx", "export"}
+    assert "onnx" not in EXTRAS_THERE
+    assert {"train", "export", "data", "dense", "demo"} <= EXTRAS_THERE
+
+
+def test_formats_need_extras_that_exist() -> None:
+    from transcnn.export.exporting import FORMATS
+
+    asked = {extra for kind in FORMATS.values() for _, extra in kind.needs}
+    assert "export" in asked
+    assert asked <= EXTRAS_THERE
 
 
 PUBLIC_TIMM = {

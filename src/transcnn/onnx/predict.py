@@ -43,7 +43,7 @@ class OnnxModel:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, accelerator: str = "auto", threads: int = 0) -> None:
-        ort = require("onnxruntime", "onnx")
+        ort = require("onnxruntime", "export")
         if not Path(path).is_file():
             raise UserError(f"no such file: {path}")
         options = ort.SessionOptions()
