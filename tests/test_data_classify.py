@@ -34,6 +34,7 @@ from transcnn.data.sources.opening import open_source
 from transcnn.data.sources.source import Source, split_stratified
 from transcnn.data.transforms.classify import channel_stats, eval_transform, train_transform
 from transcnn.errors import UserError
+from transcnn.tasks.classify import Classify
 
 
 def numbered(count: int, classes: int = 5) -> Source:
@@ -431,6 +432,81 @@ def test_evaluation_is_what_timm_does(class_image: Callable[..., Image.Image]) -
         theirs: Any = create_transform(size, interpolation="bicubic", crop_pct=crop_pct)
         ours = eval_transform(size, interpolation="bicubic", crop_pct=crop_pct)
         torch.testing.assert_close(ours(image), theirs(image), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "border", "squash"])
+@pytest.mark.parametrize("size", [(70, 50), (33, 90), (20, 20), (400, 31), (9, 190)])
+def test_every_crop_mode_is_timms_in_training_and_in_an_exported_file(
+    class_image: Callable[..., Image.Image], crop_mode: str, size: tuple[int, int]
+) -> None:
+    from timm.data import create_transform
+
+    from transcnn.onnx.predict import to_input
+
+    image = class_image(2, size=size)
+    cropped = max(size) > 8 * min(size) and crop_mode == "center"  # of those the ends are left out before
+    for target, crop_pct in (((32, 32), 0.9), ((32, 32), 1.0), ((40, 24), 0.9)):
+        config: dict[str, Any] = {"interpolation": "bicubic", "crop_pct": crop_pct, "crop_mode": crop_mode}
+        config |= {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+        ours = eval_transform(target, **config)(image)
+        theirs: Any = create_transform((3, *target), **config)
+        if not cropped:
+            torch.testing.assert_close(ours, theirs(image), rtol=0, atol=1e-5)
+        exported = torch.from_numpy(to_input(image, {**config, "input_size": [3, *target]}))
+        torch.testing.assert_close(exported, ours, rtol=0, atol=1e-4)
+
+
+def test_extreme_images_with_borders_keep_a_pixel() -> None:
+    for size in ((30000, 1), (1, 5000)):
+        assert eval_transform(32, crop_mode="border")(Image.new("RGB", size)).shape == (3, 32, 32)
+        assert eval_transform(32, crop_mode="squash")(Image.new("RGB", size)).shape == (3, 32, 32)
+    with pytest.raises(UserError, match="crop_mode must be one of center, border, squash, got 'corner'"):
+        eval_transform(32, crop_mode="corner")
+
+
+def test_the_data_set_decides_which_value_is_white_and_the_run_keeps_it(tmp_path: Path) -> None:
+    """12 bits in files of 16, of which an image with a single brighter value makes no exception."""
+    for label in ("a", "b"):
+        (tmp_path / "d" / label).mkdir(parents=True)
+        for i in range(6):
+            values = np.linspace(0, 4095, 64).round().astype(np.uint16).reshape(8, 8)
+            values[0, 0] = 4096 + i if label == "a" else 0
+            Image.fromarray(values).save(tmp_path / "d" / label / f"{i}.png")
+    splits = open_splits(str(tmp_path / "d"))
+    assert splits.pixel_range == (0.0, 4095.0)
+    for images in (splits.train, splits.val):
+        grey = np.asarray(images.read(0)[0])
+        np.testing.assert_array_equal(grey.ravel()[1:], np.linspace(0, 255, 64).round()[1:].astype(np.uint8))
+    images = open_set(str(tmp_path / "d"))
+    assert len(np.unique(np.asarray(images.read(0)[0]))) < 20  # nobody said so
+    Classify.split_loader(images, {**config_of(8), "pixel_range": list(splits.pixel_range)}, {}, batch_size=4)
+    assert len(np.unique(np.asarray(images.read(0)[0]))) > 60
+
+
+def config_of(side: int) -> dict[str, Any]:
+    config = {"input_size": [1, side, side], "mean": [0.5], "std": [0.25], "interpolation": "bicubic"}
+    return {**config, "crop_pct": 1.0, "crop_mode": "center"}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([0.0, 0.5, 1.02], np.float32), None),  # floats from 0 to 1, as the dtype says
+        (np.array([0.0, 100.0, 250.0], np.float32), (0.0, 255.0)),
+        (np.array([-1.0, 0.0, 1.0], np.float32), (-1.0, 1.0)),
+        (np.array([0, 100, 256], np.int32), (0.0, 255.0)),
+        (np.array([0, 100, 70000], np.int32), None),
+        (np.array([0, 100, 1 << 20], np.int32), (0.0, float(1 << 20))),
+        (np.array([0, 100, 40000], np.uint16), None),
+        (np.array([0, 100, 255], np.uint8), None),
+    ],
+)
+def test_pixel_ranges(tmp_path: Path, values: np.ndarray, expected: tuple[float, float] | None) -> None:
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        for i in range(3):
+            Image.fromarray(values[None]).save(tmp_path / label / f"{i}.tif")
+    assert open_splits(str(tmp_path)).pixel_range == expected
 
 
 def test_small_policy_shifts_and_flips() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -82,19 +83,52 @@ def test_sixteen_bit_grey_is_scaled() -> None:
     ("values", "expected"),
     [
         (np.array([[0.0, 0.5, 1.0]], np.float32), [0, 128, 255]),
-        (np.array([[0.0, 7.0, 200.0]], np.float32), [0, 7, 200]),
-        (np.array([[0.0, 257.0, 65535.0]], np.float32), [0, 1, 255]),
-        (np.array([[-2.0, 0.0, 2.0]], np.float32), [0, 128, 255]),
-        (np.array([[0.0, np.nan, 1.0]], np.float32), [0, 0, 255]),
+        (np.array([[0.0, 0.5, 1.02]], np.float32), [0, 128, 255]),  # one value beyond changes no other
+        (np.array([[-2.0, 0.25, 2.0]], np.float32), [0, 64, 255]),
+        (np.array([[np.nan, np.inf, -np.inf]], np.float32), [0, 255, 0]),
         (np.array([[0, 257, 65535]], np.int32), [0, 1, 255]),
-        (np.array([[0, 0, 0]], np.int32), [0, 0, 0]),
-        (np.array([[0, 1, 1]], np.int32), [0, 1, 1]),
+        (np.array([[0, 257, 256]], np.int32), [0, 1, 1]),
+        (np.array([[-5, 1 << 30, 32896]], np.int32), [0, 255, 128]),
     ],
 )
-def test_float_and_32_bit_grey(values: np.ndarray, expected: list[int]) -> None:
+def test_float_and_32_bit_grey_go_by_the_dtype(values: np.ndarray, expected: list[int]) -> None:
     read = read_image(encoded(Image.fromarray(values), "TIFF"))
     assert read.mode == "L"
     np.testing.assert_array_equal(np.asarray(read)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "pixel_range", "expected"),
+    [
+        (np.array([[0.0, 7.0, 200.0]], np.float32), (0, 255), [0, 7, 200]),
+        (np.array([[-2.0, 0.0, 2.0]], np.float32), (-2, 2), [0, 128, 255]),
+        (np.array([[0, 2048, 4095]], np.uint16), (0, 4095), [0, 128, 255]),
+        (np.array([[0, 1, 300]], np.int32), (0, 255), [0, 1, 255]),
+        (np.array([[0, 1, 200]], np.uint8), (0, 4095), [0, 1, 200]),  # of 8 bits: as it is
+    ],
+)
+def test_a_pixel_range_that_is_given(values: np.ndarray, pixel_range: tuple[float, float], expected: list[int]) -> None:
+    read = read_image(encoded(Image.fromarray(values), "TIFF"), pixel_range)
+    np.testing.assert_array_equal(np.asarray(read)[0], expected)
+
+
+def test_large_images_of_many_bits_take_little_memory() -> None:
+    file = encoded(Image.fromarray(np.zeros((2000, 2000), np.float32)), "TIFF")
+    tracemalloc.start()
+    read_image(file)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2000 * 2000 * 4 * 3
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("WEBP", "RGB"), ("QOI", "RGBA"), ("AVIF", "RGB"), ("GIF", "P")])
+def test_a_few_bytes_do_not_become_gigabytes(kind: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transcnn.data.images.BOMB_PIXELS", 1 << 16)
+    monkeypatch.setattr("transcnn.data.images.BOMB_RATIO", 50)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    with pytest.raises(BrokenImage, match=r"a decompression bomb: 900x900 pixels of \d+ bytes"):
+        read_image(encoded(Image.new(mode, (900, 900)), kind, **options))
+    read_image(encoded(Image.new(mode, (200, 200)), kind, **options))  # small enough, however well packed
 
 
 def test_palette_with_and_without_transparency() -> None:

@@ -459,7 +459,7 @@ def test_a_pixel_of_the_image_is_found_in_what_the_network_sees() -> None:
             pixels[query[0] - 3 : query[0] + 4, query[1] - 3 : query[1] + 4] = 255
             seen = transform.prepare(Image.fromarray(pixels))[0].double().numpy()
             middle = [(seen.sum(1 - i) * np.arange(64)).sum() / seen.sum() for i in range(2)]
-            place = _in_crop(query, (height, width), (64, 64), crop_pct)
+            place = _in_crop(query, (height, width), (64, 64), {"crop_pct": crop_pct})
             np.testing.assert_allclose(place, middle, atol=1)
 
 

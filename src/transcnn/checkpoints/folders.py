@@ -36,7 +36,7 @@ STANDARD = {
     "interpolation": "bicubic",
     "crop_pct": 0.875,
 }
-KEPT = (*STANDARD, "crop_mode", "fixed_input_size")
+KEPT = (*STANDARD, "crop_mode", "fixed_input_size", "pixel_range")
 
 
 def from_pretrained(source: str | os.PathLike[str], **kwargs: Any) -> nn.Module:

@@ -105,6 +105,11 @@ def check_data_config(config: Any) -> None:
         raise ValueError(f"there is no interpolation {short(config['interpolation'])}")
     if not _is_finite(config["crop_pct"]) or not 0.05 <= config["crop_pct"] <= 2:
         raise ValueError(f"crop_pct must be from 0.05 to 2, got {short(config['crop_pct'])}")
+    pixel_range = config.get("pixel_range", [0, 1])
+    if not isinstance(pixel_range, list) or len(pixel_range) != 2 or not all(_is_finite(v) for v in pixel_range):
+        raise ValueError(f"pixel_range must be two numbers, got {short(pixel_range)}")
+    if pixel_range[0] >= pixel_range[1]:
+        raise ValueError(f"pixel_range must be two numbers, the smaller first, got {short(pixel_range)}")
     if config.get("crop_mode", "center") not in CROP_MODES:
         raise ValueError(f"crop_mode must be one of {', '.join(CROP_MODES)}, got {short(config['crop_mode'])}")
 

@@ -59,7 +59,7 @@ def explain(
     if img_size is not None:
         loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
     try:
-        pixels = read_image(image)
+        pixels = read_image(image, loaded.preprocessing.get("pixel_range"))
     except BrokenImage as error:
         raise UserError(f"can't read {image}: {error}") from error
     place = None if query is None else _pixel(query, (pixels.height, pixels.width))

@@ -174,7 +174,10 @@ def _predict(
             return task.predict_batch(loaded, images, device, top_k, folder)
 
     each = 1 if task.writes_images else batch_size  # whole photographs take memory, and go one by one anyway
-    yield from _in_batches(files, each, lambda image, file: task.model_input(transform, image, file), answer)
+    pixel_range = loaded.preprocessing.get("pixel_range")
+    yield from _in_batches(
+        files, each, lambda image, file: task.model_input(transform, image, file), answer, pixel_range
+    )
     if folder is not None:
         folder.finish()
 
@@ -206,7 +209,8 @@ def _predict_onnx(
     def answer(images: list[np.ndarray]) -> list[dict[str, Any]]:
         return answers(model(np.stack(images)), model.class_names, top_k)
 
-    yield from _in_batches(files, batch_size, lambda image, _: to_input(image, model.data_config), answer)
+    pixel_range = model.data_config.get("pixel_range")
+    yield from _in_batches(files, batch_size, lambda image, _: to_input(image, model.data_config), answer, pixel_range)
 
 
 def _predict_dense(model: Any, files: list[str], top_k: int, folder: OutputFolder) -> Iterator[dict[str, Any]]:
@@ -225,7 +229,10 @@ def _predict_dense(model: Any, files: list[str], top_k: int, folder: OutputFolde
             )
         return detection_row(image, detections(model.outputs, image, model.info), file, names, args, folder)
 
-    yield from _in_batches(files, 1, lambda *given: given, lambda inputs: [row_of(*given) for given in inputs])
+    pixel_range = model.data_config.get("pixel_range")
+    yield from _in_batches(
+        files, 1, lambda *given: given, lambda inputs: [row_of(*given) for given in inputs], pixel_range
+    )
     folder.finish()
 
 
@@ -234,6 +241,7 @@ def _in_batches(
     batch_size: int,
     make_input: Callable[[Image.Image, str], Any],
     answer: Callable[[list[Any]], list[dict[str, Any]]],
+    pixel_range: list[float] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One row for each file, in order; those that can't be read get their error."""
     inputs: list[Any] = []
@@ -244,7 +252,9 @@ def _in_batches(
         for file, error in batch:
             yield {"file": file, **(_finite(next(answers)) if error is None else {"error": error})}
 
-    with closing(read_ahead(files, lambda file: make_input(read_image(file), file), 2 * batch_size)) as read:
+    with closing(
+        read_ahead(files, lambda file: make_input(read_image(file, pixel_range), file), 2 * batch_size)
+    ) as read:
         for file, found in read:
             broken = isinstance(found, BrokenImage)
             batch.append((file, str(found) if broken else None))

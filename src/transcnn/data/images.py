@@ -11,7 +11,7 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,7 +45,9 @@ EXTENSIONS = frozenset(f".{ending}" for ending in ENDINGS.split())
 # What lies beside images; files of other endings in a folder of images are listed as left out.
 BESIDE = "txt json jsonl xml csv tsv md rst yml yaml toml ini db cls log html htm py ipynb mat npy npz pt pth onnx url"
 BESIDE += " safetensors zip tar gz tgz pdf lnk"
+BOMB_PIXELS, BOMB_RATIO = 1 << 24, 10_000  # images of more pixels, and more a byte, are not decoded
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+MAX_ASPECT_RATIO = 8  # the ends of longer images are not looked at in classification
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # by number of channels
 
 
@@ -53,15 +55,19 @@ class BrokenImage(ValueError):
     """An image that can't be read; the message is the reason, without the file's name."""
 
 
-def read_image(source: str | os.PathLike[str] | bytes | BinaryIO) -> Image.Image:
+def read_image(
+    source: str | os.PathLike[str] | bytes | BinaryIO, pixel_range: Sequence[float] | None = None
+) -> Image.Image:
     """Read and decode one image, upright, 8 bits a channel, in mode L, LA, RGB or RGBA.
 
     The EXIF orientation is applied; of an animation the first frame is taken; a palette becomes colours (with alpha
-    if it has any); CMYK and other colour spaces become RGB; 16-bit grey is divided by 257; 32-bit and float grey is
-    scaled from 0..1 (float only), 0..255 or 0..65535 where its values fit one of these, else from its own range.
+    if it has any); CMYK and other colour spaces become RGB. Grey of more than 8 bits is scaled from ``pixel_range`` to
+    0..255, and the range of its values is kept in ``image.info["values"]``.
 
     Args:
         source: A path, the bytes of a file, or a binary file object (which stays open).
+        pixel_range: Values that are black and white in integer images of more than 8 bits and in float images. None
+            goes by the dtype: 0 to 65535 for integers, 0 to 1 for floats.
 
     Raises:
         BrokenImage: No such file, not a regular file, no permission, empty, no known image format, damaged or
@@ -69,15 +75,15 @@ def read_image(source: str | os.PathLike[str] | bytes | BinaryIO) -> Image.Image
     """
     if isinstance(source, str | os.PathLike):
         with _open_file(source) as file:
-            return _decode(file)
+            return _decode(file, pixel_range)
     if isinstance(source, bytes | bytearray | memoryview):
         if not len(source):
             raise BrokenImage("empty file")
-        return _decode(io.BytesIO(source))
-    return _decode(source)
+        return _decode(io.BytesIO(source), pixel_range)
+    return _decode(source, pixel_range)
 
 
-def read_oriented(source: bytes) -> tuple[Image.Image, int]:
+def read_oriented(source: bytes, pixel_range: Sequence[float] | None = None) -> tuple[Image.Image, int]:
     """As :func:`read_image`, from a file's bytes; also the EXIF orientation (1 to 8) that it was made upright by."""
     if not len(source):
         raise BrokenImage("empty file")
@@ -85,9 +91,9 @@ def read_oriented(source: bytes) -> tuple[Image.Image, int]:
 
     def finish(image: Image.Image) -> Image.Image:
         orientations.append(_orientation(image))
-        return _to_eight_bits(_upright(image))
+        return _to_eight_bits(_upright(image), pixel_range)
 
-    return _decode(io.BytesIO(source), finish), orientations[0]
+    return _decode(io.BytesIO(source), finish=finish), orientations[0]
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
@@ -109,7 +115,7 @@ def read_ids(source: bytes) -> tuple[np.ndarray, list[int] | None]:
     """
     if not len(source):
         raise BrokenImage("empty file")
-    image = _decode(io.BytesIO(source), lambda image: image)
+    image = _decode(io.BytesIO(source), finish=lambda image: image)
     if image.format in ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000"):
         raise BrokenImage(f"a label map must not be {image.format}, which changes class ids")
     if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
@@ -140,15 +146,15 @@ def to_channels(image: Image.Image, in_chans: int) -> Image.Image:
     return image.convert(mode)
 
 
-def crop_extreme_aspect(image: Image.Image) -> Image.Image:
-    """Crop the ends of an image whose aspect ratio is above 8: resized by its short side it would be huge.
+def crop_extreme_aspect(image: Image.Image, limit: int = MAX_ASPECT_RATIO) -> Image.Image:
+    """Crop the ends of an image whose aspect ratio is above ``limit``: resized by its short side it would be huge.
 
     What is cropped lies outside the centre crop of evaluation.
     """
     width, height = image.size
-    if max(width, height) <= 8 * min(width, height):
+    if max(width, height) <= limit * min(width, height):
         return image
-    keep_width, keep_height = min(width, 8 * height), min(height, 8 * width)
+    keep_width, keep_height = min(width, limit * height), min(height, limit * width)
     left, top = (width - keep_width) // 2, (height - keep_height) // 2
     return image.crop((left, top, left + keep_width, top + keep_height))
 
@@ -239,7 +245,11 @@ def _open_file(path: str | os.PathLike[str]) -> BinaryIO:
         raise BrokenImage(str(error)) from error  # a null byte in the name
 
 
-def _decode(file: BinaryIO, finish: Callable[[Image.Image], Image.Image] | None = None) -> Image.Image:
+def _decode(
+    file: BinaryIO,
+    pixel_range: Sequence[float] | None = None,
+    finish: Callable[[Image.Image], Image.Image] | None = None,
+) -> Image.Image:
     """Open and decode a file; ``finish`` (else: upright, 8 bits a channel) makes the result of what it holds."""
     Image.init()
     limit = Image.MAX_IMAGE_PIXELS
@@ -255,10 +265,12 @@ def _decode(file: BinaryIO, finish: Callable[[Image.Image], Image.Image] | None 
             image = Image.open(file, formats=[name for name in formats if name in Image.OPEN])
             if limit and image.width * image.height > limit:
                 raise BrokenImage(_too_large(image.size, limit))
+            if image.width * image.height > max(BOMB_PIXELS, BOMB_RATIO * _length(file)):
+                raise BrokenImage(f"a decompression bomb: {image.width}x{image.height} pixels of {_length(file)} bytes")
             image.load()
             if image.format == "PNG":
                 _check_png(file)
-            return finish(image) if finish else _to_eight_bits(_upright(image))
+            return finish(image) if finish else _to_eight_bits(_upright(image), pixel_range)
     except BrokenImage:
         raise
     except Image.UnidentifiedImageError as error:
@@ -267,6 +279,14 @@ def _decode(file: BinaryIO, finish: Callable[[Image.Image], Image.Image] | None 
         raise BrokenImage(f"{error}".split(", could")[0]) from error
     except Exception as error:  # decoders raise nearly anything on damaged data
         raise BrokenImage(f"damaged: {error or type(error).__name__}") from error
+
+
+def _length(file: BinaryIO) -> int:
+    """The size of an open file in bytes; its position stays."""
+    position = file.tell()
+    length = file.seek(0, os.SEEK_END)
+    file.seek(position)
+    return length
 
 
 def _is_heif(file: BinaryIO) -> bool:
@@ -311,7 +331,7 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
+def _to_eight_bits(image: Image.Image, pixel_range: Sequence[float] | None = None) -> Image.Image:
     if image.mode in MODES.values() and "transparency" not in image.info:
         return image
     if image.mode in ("P", "PA"):
@@ -323,19 +343,26 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     if image.mode in ("La", "RGBa"):  # premultiplied
         return image.convert(image.mode.upper())
     if image.mode[0] in "IF":
-        return Image.fromarray(_grey_to_eight_bits(np.asarray(image), sixteen=image.mode.startswith("I;16")))
+        return _grey_to_eight_bits(np.asarray(image), pixel_range)
     if image.mode in MODES.values():
         return image
     return image.convert("RGB")
 
 
-def _grey_to_eight_bits(values: np.ndarray, *, sixteen: bool) -> np.ndarray:
-    if sixteen:
-        return (values.astype(np.float32) / 257 + 0.5).astype(np.uint8)
-    tops = (255, 65535) if values.dtype.kind in "iu" else (1, 255, 65535)
-    values = np.nan_to_num(values.astype(np.float64))
-    low, high = values.min(), values.max()
-    fits = [top for top in tops if low >= 0 and high <= top]
-    if fits:
-        low, high = 0.0, float(fits[0])
-    return ((values - low) / max(high - low, 1e-12) * 255 + 0.5).clip(0, 255).astype(np.uint8)
+def _grey_to_eight_bits(values: np.ndarray, pixel_range: Sequence[float] | None) -> Image.Image:
+    """(H, W) of integers or floats -> mode L, some rows at a time, so that large images take little more memory."""
+    low, high = pixel_range or ((0, 65535) if values.dtype.kind in "iu" else (0, 1))
+    scale = np.float32(255 / max(high - low, 1e-12))
+    result = np.empty(values.shape, np.uint8)
+    least, most = np.inf, -np.inf
+    step = max(1, (1 << 20) // max(1, values.shape[1]))
+    for top in range(0, len(values), step):
+        rows = values[top : top + step]
+        if rows.dtype.kind == "f":
+            finite = np.isfinite(rows)
+            rows = np.where(finite, rows, np.where(rows == np.inf, high, low))
+        least, most = min(least, float(rows.min())), max(most, float(rows.max()))
+        result[top : top + step] = ((rows.astype(np.float32) - np.float32(low)) * scale + 0.5).clip(0, 255)
+    image = Image.fromarray(result)
+    image.info["values"] = (values.dtype.kind, least, most)
+    return image

@@ -96,7 +96,7 @@ def build_page(viewer: Viewer, examples: Sequence[str] = (), keep_files: int = 3
             if file is None:
                 return [None, None, gr.skip(), None, *(look.empty() if look else ())]
             try:
-                image = read_image(file)
+                image = read_image(file, viewer.pixel_range)
             except BrokenImage as error:
                 words = f"**This file can't be shown:** {markdown(error)}. Try another image."
                 return [None, None, gr.Markdown(words, visible=True), None, *(look.empty() if look else ())]

@@ -77,6 +77,7 @@ class Viewer:
         self.model = loaded.model.to(device).eval()
         self.device = torch.device(device)
         self.task = get_task(loaded.task)
+        self.pixel_range = loaded.preprocessing.get("pixel_range")
         self.transform = self.task.image_transform(loaded.preprocessing, loaded.info.get("task_args"))
         self.lock = threading.Lock()
         self.name = str(loaded.info.get("model") or type(loaded.model).__name__)

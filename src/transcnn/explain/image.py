@@ -48,7 +48,7 @@ def explain_image(
     target = int(shares.argmax()) if class_name is None else find_class(class_name, loaded.class_names)
     cam = grad_cam(loaded.model, x, target)
     if query is not None:
-        place = _in_crop(query, (image.height, image.width), size, loaded.preprocessing["crop_pct"])
+        place = _in_crop(query, (image.height, image.width), size, loaded.preprocessing)
     else:
         peak = int(cam.argmax()) if cam.any() else cam.numel() // 2 + size[1] // 2
         place = divmod(peak, size[1])
@@ -56,7 +56,7 @@ def explain_image(
     best = shares.topk(min(5, len(shares)))
     names = loaded.class_names
     return Explanation(
-        image=_shown(image, pixels, loaded.preprocessing["crop_pct"]),
+        image=_shown(image, pixels, loaded.preprocessing),
         query=place,
         stages=[maps_of(r, place, size, "mean" if head is None else head) for r in last_blocks.values()],
         top=[(names[i], share) for share, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)],
@@ -85,21 +85,26 @@ def find_class(wanted: str, class_names: list[str]) -> int:
     raise UserError(f"no class is named {wanted!r}; {more}: {some}")
 
 
-def _crop_box(image: tuple[int, int], size: tuple[int, int], crop_pct: float) -> list[tuple[float, float]]:
-    """(start, end) in rows and in columns of what the network sees: resized by the short side, the middle cut out."""
-    scale = max(int(n / crop_pct) / had for n, had in zip(size, image, strict=True))
+def _crop_box(image: tuple[int, int], size: tuple[int, int], config: dict[str, Any]) -> list[tuple[float, float]]:
+    """(start, end) in rows and in columns of what the network sees, as ``config`` says it is resized and cropped."""
+    mode, goal = config.get("crop_mode") or "center", [int(n / config["crop_pct"]) for n in size]
+    scales = [side / had for side, had in zip(goal, image, strict=True)]
+    if mode != "squash":
+        scales = [(max if mode == "center" else min)(scales)] * 2
     box = []
-    for had, n in zip(image, size, strict=True):
-        kept = min(had, 8 * min(image))  # of very long images the ends are cut off first
+    for had, n, scale in zip(image, size, scales, strict=True):
+        kept = min(had, 8 * min(image)) if mode == "center" else had  # of very long images the ends are cut off first
         resized = int(scale * kept + 1e-6)
         first = round((resized - n) / 2)
         box.append(((had - kept) // 2 + first * kept / resized, (had - kept) // 2 + (first + n) * kept / resized))
     return box
 
 
-def _in_crop(query: tuple[int, int], image: tuple[int, int], size: tuple[int, int], crop_pct: float) -> tuple[int, int]:
-    """A pixel of the image as one of what the network sees: resized by the short side, then the middle cut out."""
-    box = _crop_box(image, size, crop_pct)
+def _in_crop(
+    query: tuple[int, int], image: tuple[int, int], size: tuple[int, int], config: dict[str, Any]
+) -> tuple[int, int]:
+    """A pixel of the image as one of what the network sees, resized and cropped."""
+    box = _crop_box(image, size, config)
     place = [
         math.floor((q + 0.5 - start) * n / (end - start)) for q, n, (start, end) in zip(query, size, box, strict=True)
     ]
@@ -114,15 +119,16 @@ def _in_crop(query: tuple[int, int], image: tuple[int, int], size: tuple[int, in
     return place[0], place[1]
 
 
-def _shown(image: Image.Image, pixels: Tensor, crop_pct: float) -> np.ndarray:
+def _shown(image: Image.Image, pixels: Tensor, config: dict[str, Any]) -> np.ndarray:
     """What the network sees of an image, at the image's own resolution (at most ``MAX_SIDE``), uint8 (H, W[, 3]).
 
     ``pixels`` is the network's input, uint8 (C, H, W), which is shown where it has more pixels or other channels.
     """
     channels, *size = pixels.shape
-    (top, bottom), (left, right) = _crop_box((image.height, image.width), (size[0], size[1]), crop_pct)
+    (top, bottom), (left, right) = _crop_box((image.height, image.width), (size[0], size[1]), config)
     scale = min(1.0, MAX_SIDE / max(bottom - top, right - left))
-    if channels in (1, 3) and max(bottom - top, right - left) > max(size):
+    bordered = config.get("crop_mode") == "border"  # what lies outside of the image is the mean
+    if channels in (1, 3) and max(bottom - top, right - left) > max(size) and not bordered:
         shown = to_channels(image, channels)
         wide = (round((right - left) * scale), round((bottom - top) * scale))
         box = (max(0.0, left), max(0.0, top), min(image.width, right), min(image.height, bottom))

@@ -81,7 +81,8 @@ def as_input(model: nn.Module | Loaded, image: ImageLike) -> tuple[nn.Module, Te
     module = model.model if isinstance(model, Loaded) else model
     if isinstance(image, str | os.PathLike):
         try:
-            image = read_image(Path(image))
+            pixel_range = model.preprocessing.get("pixel_range") if isinstance(model, Loaded) else None
+            image = read_image(Path(image), pixel_range)
         except BrokenImage as error:
             raise UserError(f"can't read {os.fspath(image)}: {error}") from error
     if isinstance(image, Image.Image):

@@ -94,7 +94,11 @@ def comparisons(
     else:
         odd = (3, height * 3 // 4 + 1 | 1, width + 9 | 1)
         shapes = [(1, height, width), odd, (2, height * 3 // 2, width * 3 // 2)]
-    sources = [read_image(file) for file in files] if files else [_made_image(seed) for seed in range(3)]
+    sources = (
+        [read_image(file, config.get("pixel_range")) for file in files]
+        if files
+        else [_made_image(seed) for seed in range(3)]
+    )
     for count, *size in shapes:
         sized = {**config, "input_size": [channels, *size]}
         yield np.stack([to_input(sources[i % len(sources)], sized) for i in range(count)])

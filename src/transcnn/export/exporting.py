@@ -292,10 +292,15 @@ def _steps(task: str, config: dict[str, Any], args: dict[str, Any]) -> list[str]
             "masks are probabilities inside the box",
         ]
     tall, wide = (int(side / config["crop_pct"]) for side in (height, width))
+    resized = {
+        "center": f"resize ({config['interpolation']}) with the aspect kept until it just covers {tall}x{wide} (H x W)",
+        "border": f"resize ({config['interpolation']}) with the aspect kept until it just fits {tall}x{wide} (H x W)",
+        "squash": f"resize ({config['interpolation']}) to {tall}x{wide} (H x W), whatever the aspect",
+    }[config.get("crop_mode") or "center"]
     return [
         decode,
-        f"resize ({config['interpolation']}) with the aspect kept until it just covers {tall}x{wide} (H x W)",
-        f"cut out the middle {height}x{width}",
+        resized,
+        f"cut out the middle {height}x{width}" + (", filled up with the mean" * (config.get("crop_mode") == "border")),
         normalise,
         order,
         "softmax of the output over its second axis gives probabilities",

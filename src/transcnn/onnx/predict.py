@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.header import check_stored
-from ..data.images import crop_extreme_aspect, to_channels
+from ..data.images import MAX_ASPECT_RATIO, crop_extreme_aspect, to_channels
 from ..errors import UserError, require
 
 __all__ = ["OnnxModel", "answers", "to_input"]
@@ -88,20 +88,25 @@ class OnnxModel:
 
 
 def to_input(image: Image.Image, data_config: dict[str, Any]) -> np.ndarray:
-    """Make a network's input of an image: resize, cut out the middle, normalise, PIL -> float32 (C, H, W).
+    """Make a network's input of an image: resize, crop, normalise, PIL -> float32 (C, H, W).
 
     Args:
         image: As :func:`transcnn.data.images.read_image` gives it.
-        data_config: timm's words: ``input_size`` (C, H, W), ``mean``, ``std``, ``interpolation``, ``crop_pct``.
+        data_config: timm's words: ``input_size`` (C, H, W), ``mean``, ``std``, ``interpolation``, ``crop_pct``,
+            ``crop_mode``.
     """
     channels, height, width = data_config["input_size"]
     mean, std = (np.array(data_config[key], np.float32) for key in ("mean", "std"))
-    image = crop_extreme_aspect(to_channels(image, channels))
+    image, mode = to_channels(image, channels), data_config.get("crop_mode") or "center"
+    if mode == "center":
+        image = crop_extreme_aspect(image)
+    elif mode == "border":
+        image = crop_extreme_aspect(image, max(MAX_ASPECT_RATIO, height, width))
     resample = INTERPOLATIONS[data_config["interpolation"]]
-    image = image.resize(_scaled(image.size, (width, height), data_config["crop_pct"]), resample)
-    left, top = (round((have - want) / 2) for have, want in zip(image.size, (width, height), strict=True))
-    pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32)  # black where it is too small
-    pixels = np.atleast_3d(pixels).transpose(2, 0, 1)  # (C, H, W)
+    image = image.resize(_scaled(image.size, (width, height), data_config["crop_pct"], mode), resample)
+    pixels = np.atleast_3d(np.asarray(image, np.float32)).transpose(2, 0, 1)  # (C, h, w)
+    fill = [float(round(255 * value)) if mode == "border" else 0.0 for value in mean.tolist()]
+    pixels = _crop_or_pad(pixels, (height, width), fill)
     return (pixels - 255 * mean[:, None, None]) / (255 * std[:, None, None])
 
 
@@ -116,9 +121,30 @@ def answers(outputs: np.ndarray, class_names: list[str], top_k: int) -> list[dic
     ]
 
 
-def _scaled(size: tuple[int, int], wanted: tuple[int, int], crop_pct: float) -> tuple[int, int]:
-    """The (width, height) to resize to: what is then cut out is ``crop_pct`` of its shorter side, as in timm."""
+def _crop_or_pad(pixels: np.ndarray, size: tuple[int, int], fill: list[float]) -> np.ndarray:
+    """The centre of (C, h, w) at (height, width); where it is too small each channel has its value of ``fill``."""
+    for axis, want in ((1, size[0]), (2, size[1])):
+        have = pixels.shape[axis]
+        if have < want:
+            widths = [(0, 0), (0, 0), (0, 0)]
+            widths[axis] = ((want - have) // 2, (want - have + 1) // 2)
+            padded = [np.pad(channel, widths[1:], constant_values=v) for channel, v in zip(pixels, fill, strict=True)]
+            pixels = np.stack(padded)
+        else:
+            first = round((have - want) / 2)
+            pixels = pixels.take(range(first, first + want), axis=axis)
+    return pixels
+
+
+def _scaled(size: tuple[int, int], wanted: tuple[int, int], crop_pct: float, mode: str) -> tuple[int, int]:
+    """The (width, height) to resize to, as in timm: the target over ``crop_pct`` is just covered (``center``), covers
+    the image (``border``), or is what both sides become (``squash``)."""
     goal = [math.floor(side / crop_pct) for side in wanted]
+    if mode == "squash":
+        return goal[0], goal[1]
+    if mode == "border":
+        ratio = max(have / side for have, side in zip(size, goal, strict=True))
+        return round(size[0] / ratio), round(size[1] / ratio)
     if goal[0] == goal[1]:  # torchvision rounds the longer side down
         short, long = sorted(size)
         longer = int(goal[0] * long / short)

@@ -102,12 +102,12 @@ class Classify(Task):
         cls, split: ImageDataset, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any
     ) -> Any:
         """A loader of (images, labels) over one split."""
-        split.transform = cls.image_transform(data_config)
+        split.transform, split.pixel_range = cls.image_transform(data_config), data_config.get("pixel_range")
         return make_loader(split, **settings)
 
     @staticmethod
     def image_transform(data_config: dict[str, Any], task_args: dict[str, Any] | None = None) -> Transform:
-        """Resize, cut out the middle, normalise, as ``data_config`` says."""
+        """Resize, crop, normalise, as ``data_config`` says."""
         in_chans, *size = data_config["input_size"]
         return eval_transform(
             tuple(size),
@@ -116,6 +116,7 @@ class Classify(Task):
             std=data_config["std"],
             interpolation=data_config["interpolation"],
             crop_pct=data_config["crop_pct"],
+            crop_mode=data_config.get("crop_mode") or "center",
         )
 
     @staticmethod

@@ -42,6 +42,7 @@ class DenseTask(Task):
     ) -> Any:
         """A loader of whole images and their truth."""
         split.transform = cls.image_transform(data_config, task_args)
+        split.pixel_range = data_config.get("pixel_range")
         settings["batch_size"] = min(settings["batch_size"], MAX_BATCH)
         return make_loader(split, **settings)  # pyright: ignore
 

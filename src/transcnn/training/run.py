@@ -60,6 +60,8 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None) -> Trai
     task_args = {**task_args, **splits.task_args}
     network, args = make_network(s, splits, task_args, resumed)
     config = data_config_of(network, splits.in_chans, s.img_size)
+    if splits.pixel_range is not None:
+        config["pixel_range"] = list(splits.pixel_range)
     learner = make_learner(s, splits, network, config, task_args)
     loaders = None if assumed else _loaders(s, task_class, splits, config, task_args)
     if s.dry_run:

@@ -12,7 +12,7 @@ from ...errors import UserError
 from ..names import distinct_names, match_names
 from ..sources.opening import open_source
 from ..sources.source import Source, SourceSplits, abbreviate, check_fraction, split_stratified
-from .fault_tolerant import channels_of
+from .fault_tolerant import channels_of, set_pixel_range
 from .image_dataset import ImageDataset
 
 __all__ = ["ClassifySplits", "open_set", "open_splits"]
@@ -30,6 +30,7 @@ class ClassifySplits:
         class_names: In the order of the labels.
         name: A short name for run directories.
         in_chans: Channels of the images: as asked for, else 1 if a sample of them is all grey, else 3.
+        pixel_range: Values that are black and white in images of more than 8 bits, see ``images.read_image``.
     """
 
     train: ImageDataset
@@ -39,6 +40,7 @@ class ClassifySplits:
     name: str
     in_chans: int
     task_args: dict[str, Any] = field(default_factory=dict)  # nothing: labels are all that a classifier needs
+    pixel_range: Sequence[float] | None = None
 
     @property
     def broken(self) -> list[tuple[str, str]]:
@@ -91,7 +93,8 @@ def open_splits(
     if train is None or val is None:
         raise UserError(f"{what!r} has {len(splits.train)} images, too few to split off a validation split")
     channels = channels_of(train, in_chans)
-    return ClassifySplits(train, val, sets["test"], train.class_names, splits.name, channels)
+    pixel_range = set_pixel_range(sets)
+    return ClassifySplits(train, val, sets["test"], train.class_names, splits.name, channels, pixel_range=pixel_range)
 
 
 def open_set(

@@ -25,12 +25,13 @@ class DenseSource:
 
     Attributes:
         names: Of the images, for reports.
-        load: Index -> (decoded image, truth); raises BrokenImage. What a truth is, the task knows.
+        load: (Index, pixel_range of ``read_image``) -> (decoded image, truth); raises BrokenImage. What a truth is, the
+            task knows.
         broken: (name, reason) of what was found but makes no sample: an image without a label map, for instance.
     """
 
     names: list[str]
-    load: Callable[[int], tuple[Image.Image, Any]]
+    load: Callable[[int, Sequence[float] | None], tuple[Image.Image, Any]]
     broken: list[tuple[str, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -84,7 +85,7 @@ class DenseDataset(FaultTolerantDataset):
 
     def read(self, i: int) -> tuple[Image.Image, Any]:
         """The i-th image and its truth as they lie there; raises BrokenImage."""
-        return self.source.load(int(self.indices[i]))
+        return self.source.load(int(self.indices[i]), self.pixel_range)
 
     def __getitem__(self, i: int | Sample) -> tuple[Tensor, Any]:
         sample = i if isinstance(i, Sample) else Sample(range(len(self))[i], self.epoch)
@@ -130,6 +131,7 @@ class DenseSplits:
     name: str
     in_chans: int
     task_args: dict[str, Any] = field(default_factory=dict)
+    pixel_range: Sequence[float] | None = None
 
     @property
     def broken(self) -> list[tuple[str, str]]:

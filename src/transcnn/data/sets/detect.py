@@ -27,7 +27,7 @@ from ..sources.masks import decode_mask
 from ..sources.source import abbreviate, check_fraction, first_reasons
 from ..sources.voc import is_voc_file, read_voc
 from .dense_dataset import DenseDataset, DenseSource, DenseSplits, choose_split, make_splits
-from .fault_tolerant import channels_of
+from .fault_tolerant import channels_of, set_pixel_range
 
 __all__ = ["open_set", "open_splits"]
 
@@ -71,7 +71,7 @@ def open_splits(
     if not (settings or {}).get("anchor_size"):
         args["anchor_size"] = _anchor_size(train, settings or {})
     names = distinct_names(found.names[value] for value in ids)
-    return DenseSplits(train, val, sets["test"], names, found.files.name, channels, args)
+    return DenseSplits(train, val, sets["test"], names, found.files.name, channels, args, set_pixel_range(sets))
 
 
 def open_set(
@@ -116,11 +116,15 @@ def _make_set(
 
 
 def _load(
-    files: Files, items: list[AnnotatedImage], index: dict[int, int], i: int
+    files: Files,
+    items: list[AnnotatedImage],
+    index: dict[int, int],
+    i: int,
+    pixel_range: Sequence[float] | None = None,
 ) -> tuple[Image.Image, dict[str, Any]]:
     """An image and what is in it, boxes cut at its edges; masks as functions of nothing to (H, W) of bool."""
     item = items[i]
-    image, orientation = read_oriented(files.read(item.file))
+    image, orientation = read_oriented(files.read(item.file), pixel_range)
     alignment = align(item, image.size, orientation)
     boxes = alignment.boxes(np.array(item.boxes, np.float64).reshape(-1, 4)).astype(np.float32)
     boxes[:, 0::2] = boxes[:, 0::2].clip(0, image.width)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..images import BrokenImage
+from ..images import BrokenImage, read_image
 from ..rng import sample_seeds
 from ..sources.source import Source, with_progress
 from ..transforms.classify import Transform
@@ -76,7 +76,13 @@ class ImageDataset(FaultTolerantDataset):
         Raises:
             BrokenImage: It can't be read.
         """
-        return self.source.load(int(self.indices[i])), int(self.labels[i]), self.name(i)
+        return self._load(i), int(self.labels[i]), self.name(i)
+
+    def _load(self, i: int) -> Image.Image:
+        index = int(self.indices[i])
+        if self.pixel_range is None or self.source.raw is None:
+            return self.source.load(index)
+        return read_image(self.source.raw(index), self.pixel_range)
 
     def __getitem__(self, i: int | Sample) -> tuple[Tensor, int]:
         return self.__getitems__([i])[0]
@@ -143,7 +149,7 @@ class ImageDataset(FaultTolerantDataset):
         if self._cache is not None and self._cached_for == transform.prepare_key:
             return self._cache[i]
         try:
-            return transform.prepare(self.source.load(int(self.indices[i])), seed)
+            return transform.prepare(self._load(i), seed)
         except BrokenImage as error:
             self.note_broken(i, error)
             return None

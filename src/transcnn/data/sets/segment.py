@@ -25,7 +25,7 @@ from ..sources.label_maps import Pair, PairedFiles, find_pairs
 from ..sources.source import abbreviate, check_fraction
 from ..transforms.segment import IGNORE
 from .dense_dataset import DenseDataset, DenseSource, DenseSplits, choose_split, make_splits
-from .fault_tolerant import channels_of
+from .fault_tolerant import channels_of, set_pixel_range
 
 __all__ = ["class_shares", "open_set", "open_splits"]
 
@@ -108,7 +108,7 @@ def open_splits(
     args: dict[str, Any] = {"label_ids": ids.ids, "colours": colours}
     if settings.get("class_weights", "none") != "none":
         args["shares"] = class_shares(train, len(names)).tolist()
-    return DenseSplits(train, val, sets["test"], names, found.name, channels, args)
+    return DenseSplits(train, val, sets["test"], names, found.name, channels, args, set_pixel_range(sets))
 
 
 def open_set(
@@ -174,10 +174,12 @@ def _make_set(
     return made
 
 
-def _load(pairs: list[Pair], ids: Ids, i: int) -> tuple[Image.Image, np.ndarray]:
+def _load(
+    pairs: list[Pair], ids: Ids, i: int, pixel_range: Sequence[float] | None = None
+) -> tuple[Image.Image, np.ndarray]:
     """Image and label map (H, W) of int16 indices."""
     pair = pairs[i]
-    image, orientation = read_oriented(pair.image())
+    image, orientation = read_oriented(pair.image(), pixel_range)
     try:
         values, _ = read_ids(pair.label())
     except BrokenImage as error:

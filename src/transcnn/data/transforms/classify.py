@@ -28,7 +28,7 @@ from torchvision import transforms as tv
 from torchvision.transforms import functional as tvf
 
 from ...errors import UserError
-from ..images import crop_extreme_aspect, to_channels
+from ..images import MAX_ASPECT_RATIO, crop_extreme_aspect, to_channels
 from ..rng import CounterRNG, seeded
 
 __all__ = ["Transform", "eval_transform", "train_transform"]
@@ -36,6 +36,7 @@ __all__ = ["Transform", "eval_transform", "train_transform"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SMALL = 64  # images up to this side get the small policy, and no margin is cut off in evaluation
+CROP_MODES = ("center", "border", "squash")
 POLICIES = ("auto", "imagenet", "small", "none")
 
 
@@ -130,11 +131,13 @@ def eval_transform(
     std: Sequence[float] = IMAGENET_STD,
     interpolation: str = "bicubic",
     crop_pct: float | None = None,
+    crop_mode: str = "center",
 ) -> Transform:
-    """The transform for evaluation: the short side resized to ``img_size / crop_pct``, then a centre crop.
+    """The transform for evaluation, as timm's: a resize to ``img_size / crop_pct``, then a centre crop.
 
-    ``crop_pct`` None is 1 up to 64 pixels, and timm's 0.875 above. Nothing is random. Called with one PIL image the
-    result is a float (C, H, W) tensor, so this serves prediction as well.
+    ``crop_mode`` says what is resized: ``center`` the short side, ``border`` the long one (the rest is filled with the
+    mean), ``squash`` both. ``crop_pct`` None is 1 up to 64 pixels, and timm's 0.875 above. Nothing is random. Called
+    with one PIL image the result is a float (C, H, W) tensor, so this serves prediction as well.
     """
     size = _size(img_size)
     if crop_pct is None:
@@ -142,8 +145,10 @@ def eval_transform(
     if not 0 < crop_pct <= 1:
         raise UserError(f"crop_pct must be above 0 and at most 1, got {crop_pct}")
     finish = Finish(channel_stats(mean, in_chans), channel_stats(std, in_chans, alpha=0.5))
-    prepare, key = _resize(size, in_chans, interpolation, crop_pct)
-    return Transform(size, in_chans, prepare, finish, key=key)
+    prepare, key = _resize(size, in_chans, interpolation, crop_pct, crop_mode, finish.mean)
+    # What a crop of the centre doesn't look at needs no resizing; with borders the short side must keep a pixel.
+    max_aspect = {"center": MAX_ASPECT_RATIO, "border": max(MAX_ASPECT_RATIO, *size)}.get(crop_mode)
+    return Transform(size, in_chans, prepare, finish, key=key, max_aspect=max_aspect)
 
 
 class Transform:
@@ -167,6 +172,7 @@ class Transform:
         *,
         per_image: Callable[[Any], Any] | None = None,
         key: object = None,
+        max_aspect: int | None = MAX_ASPECT_RATIO,
     ) -> None:
         self.size = size
         self.in_chans = in_chans
@@ -177,10 +183,13 @@ class Transform:
         self._prepare = prepare
         self._per_image = per_image
         self._finish = finish
+        self._max_aspect = max_aspect
 
     def prepare(self, image: Image.Image, seed: int = 0) -> Tensor:
         """Any PIL image -> uint8 (C, H, W); ``seed`` matters only where not ``cacheable``."""
-        image = crop_extreme_aspect(to_channels(image, self.in_chans))
+        image = to_channels(image, self.in_chans)
+        if self._max_aspect is not None:
+            image = crop_extreme_aspect(image, self._max_aspect)
         if self.cacheable:
             return self._prepare(image)
         with seeded(seed):
@@ -288,15 +297,29 @@ def _noise(start: float, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _resize(
-    size: tuple[int, int], in_chans: int, interpolation: str, crop_pct: float
+    size: tuple[int, int],
+    in_chans: int,
+    interpolation: str,
+    crop_pct: float,
+    crop_mode: str = "center",
+    mean: tuple[float, ...] = IMAGENET_MEAN,
 ) -> tuple[Callable[[Any], Any], object]:
     """Resizing and the centre crop, and a key that is equal for equal ones."""
     if interpolation == "random":
         interpolation = "bicubic"
     if interpolation not in ("nearest", "bilinear", "bicubic", "lanczos"):
         raise UserError(f"interpolation must be nearest, bilinear, bicubic or lanczos, got {interpolation!r}")
-    resize: Any = create_transform((in_chans, *size), interpolation=interpolation, crop_pct=crop_pct, normalize=False)
-    return resize, (in_chans, size, interpolation, crop_pct)
+    if crop_mode not in CROP_MODES:
+        raise UserError(f"crop_mode must be one of {', '.join(CROP_MODES)}, got {crop_mode!r}")
+    resize: Any = create_transform(
+        (in_chans, *size),
+        interpolation=interpolation,
+        crop_pct=crop_pct,
+        crop_mode=crop_mode,
+        mean=mean,
+        normalize=False,
+    )
+    return resize, (in_chans, size, interpolation, crop_pct, crop_mode, mean if crop_mode == "border" else None)
 
 
 def _per_image(
