@@ -227,7 +227,7 @@ def _mend_config(path: Path) -> None:
     """Take ``num_classes`` out of ``model_args``: transformers fails there, and timm reads the one outside of it."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config.get("model_args", {}).pop("num_classes", None)
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    text = json_text(config, indent=2) + "\n"
     atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

@@ -56,6 +56,13 @@ class Loaded:
     source: str
     info: dict[str, Any] = field(default_factory=dict)
 
+    def resize_input(self, img_size: int | None) -> None:
+        """Have images resized to another side than the network was trained at; None leaves it."""
+        if img_size is not None:
+            if img_size < 1:
+                raise UserError(f"img_size must be 1 or more, got {img_size}")
+            self.preprocessing["input_size"] = [self.preprocessing["input_size"][0], img_size, img_size]
+
 
 def data_config_of(model: nn.Module, in_chans: int, img_size: int | None = None) -> dict[str, Any]:
     """How images become the model's input, in timm's words, with plain lists and numbers."""

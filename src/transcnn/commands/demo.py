@@ -65,8 +65,7 @@ def demo(
 
     with quiet_libraries():
         loaded = load(checkpoint, model)
-    if img_size is not None:
-        loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
+    loaded.resize_input(img_size)
     largest = round(max_mb * 2**20)
     served = serve(
         loaded,

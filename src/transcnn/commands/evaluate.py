@@ -78,8 +78,7 @@ def evaluate(
     with quiet_libraries():
         launch(accelerator, devices, num_nodes)
         loaded = load(checkpoint, model)
-        if img_size is not None:
-            loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
+        loaded.resize_input(img_size)
         views = {name: value for name, value in (("window", window), ("flip", flip)) if value}
         for name in views:
             if loaded.task not in VIEWS[name]:

@@ -56,8 +56,7 @@ def explain(
     check_writable(target, [image])
     with quiet_libraries():
         loaded = load(checkpoint, model)
-    if img_size is not None:
-        loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
+    loaded.resize_input(img_size)
     try:
         pixels = read_image(image, loaded.preprocessing.get("pixel_range"))
     except BrokenImage as error:

@@ -102,8 +102,7 @@ def predict(
         if checkpoint == PACKAGED and not quiet:
             names = ", ".join(loaded.class_names)
             print(f"The network that comes with the package tells ten things apart: {names}.", file=sys.stderr)
-        if img_size is not None:
-            loaded.preprocessing["input_size"] = [loaded.preprocessing["input_size"][0], img_size, img_size]
+        loaded.resize_input(img_size)
         rows = list(_predict(loaded, files, top_k, batch_size, min_score, precision, accelerator, optimize, out))
     if csv:
         atomic_write(Path(csv), lambda path: _write_csv(path, rows, top_k))
