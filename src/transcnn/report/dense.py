@@ -16,6 +16,7 @@ from .plots import new_figure, plot_bars, plot_confusion, plot_history
 
 __all__ = ["best_median_worst", "class_iou", "write_dense_report", "write_segment_report"]
 
+HEADS = {"iou": "IoU", "ap": "AP"}
 SHOWN = 3  # best, median and worst images each
 Example = tuple[str, str, list[Image.Image]]  # title, name, and the image, ground truth, prediction
 
@@ -133,7 +134,7 @@ def write_dense_report(
         if file == "classes.png":
             head = list(ranked[0])
             cells = [[_cell(row[name]) for name in head] for row in ranked[:MAX_ROWS]]
-            parts += [html_table([name.capitalize() for name in head], cells)]
+            parts += [html_table([HEADS.get(name, name.capitalize()) for name in head], cells)]
     page = folder / "index.html"
     page.write_text(html_page([*parts, skipped_files(Path(run_dir))], title_of_page), encoding="utf-8")
     return page
@@ -149,7 +150,7 @@ def plot_predictions(examples: Sequence[Example], key: Sequence[tuple[str, Seque
     figure = new_figure(3 * width + 0.3, sum(heights) + 0.42 * len(examples) + 0.28 * rows + 0.2)
     grid = figure.subplots(len(examples), 3, squeeze=False, gridspec_kw={"height_ratios": heights})
     for line, (title, name, images) in zip(grid, examples, strict=True):
-        for axes, image, caption in zip(line, images, (printable(name)[:38], "truth", title), strict=True):
+        for axes, image, caption in zip(line, images, (printable(name)[:38], "ground truth", title), strict=True):
             axes.imshow(image)
             axes.set_title(caption, fontsize=8.5)
             axes.set_axis_off()

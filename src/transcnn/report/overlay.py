@@ -100,6 +100,7 @@ def draw_detections(
     min_score: float,
     *,
     key: bool = True,
+    enlarge: int = 0,
 ) -> Image.Image:
     """The image with boxes (and masks), each with its name and score.
 
@@ -109,7 +110,14 @@ def draw_detections(
         names, colours: Of the classes.
         min_score: Detections below it are left out.
         key: Write names and scores at the boxes.
+        enlarge: Least long side of the result in pixels, so that there is room for names on small images.
     """
+    factor = max(1, enlarge // max(image.size))
+    if factor > 1:
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+        found = {**found, "boxes": found["boxes"] * factor}
+        if "masks" in found:
+            found["masks"] = found["masks"].repeat(factor, -1).repeat(factor, -2)
     drawn = image.convert("RGB")
     scores = found.get("scores")
     chosen = range(len(found["boxes"])) if scores is None else np.flatnonzero(scores >= min_score).tolist()
@@ -128,8 +136,9 @@ def draw_detections(
         draw.rectangle((x1, y1, x2, y2), outline=tuple(colours[label]), width=wide)
         if key:
             text = printable(names[label] if scores is None else f"{names[label]} {scores[i]:.2f}")
-            left, top = x1, max(0.0, y1 - size - 3)
-            draw.rectangle((left, top, left + font.getlength(text) + 4, top + size + 3), fill=tuple(colours[label]))
+            width = font.getlength(text) + 4
+            left, top = max(0.0, min(x1, image.width - width)), max(0.0, y1 - size - 3)
+            draw.rectangle((left, top, left + width, top + size + 3), fill=tuple(colours[label]))
             light = sum(colours[label]) > 380
             draw.text((left + 2, top + 1), text, fill="black" if light else "white", font=font)
     return drawn

@@ -204,7 +204,7 @@ class Detect(DenseTask):
                 found = self.model([pixels.to(self.device)])[0]
             found = {name: value.cpu().numpy() for name, value in found.items()}
             truth = {name: value.numpy() for name, value in target.items() if name in ("boxes", "labels", "masks")}
-            drawn = [draw_detections(image, what, names, colours, SHOWN_SCORE) for what in (truth, found)]
+            drawn = [draw_detections(image, what, names, colours, SHOWN_SCORE, enlarge=640) for what in (truth, found)]
             examples.append((f"{title}: F1 {score:.0%}", Path(split.name(index)).name, [image, *drawn]))
         rows = [
             {
