@@ -39,7 +39,7 @@ def _cell(learner: Task, image: Tensor, truth: Any) -> tuple[Image.Image, list[s
     names, config = learner.class_names, learner.data_config
     if learner.name == "detect":
         found = {key: value.numpy() for key, value in truth.items() if key in ("boxes", "labels", "masks")}
-        shown = draw_detections(_as_image(image), found, names, palette(len(names)), 0.0, enlarge=320)
+        shown = draw_detections(_as_image(image), found, names, palette(len(names)), 0.0, enlarge=160)
         count = len(found["boxes"])
         return shown, [f"{count} box{'es' if count != 1 else ''}"]
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
