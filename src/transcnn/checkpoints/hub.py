@@ -32,7 +32,7 @@ from torch import nn
 from ..errors import UserError
 from ..plugging.cost import count
 from ..plugging.plug import plug_spec
-from ..text import markdown, printable
+from ..text import json_text, markdown, printable
 from .files import atomic_write
 from .folders import CONFIG, WEIGHTS
 from .loading import Loaded, data_config_of, load
