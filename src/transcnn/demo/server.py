@@ -54,63 +54,81 @@ def serve(
     limits, names = limits or Limits(), Names.of(host, allowed_hosts)
 
     device = "cuda" if torch.cuda.is_available() and accelerator != "cpu" else "cpu"
+    if names.any_address or "localhost" not in names.own:
+        run_dir = None  # others can reach the page: they see no data that nobody has named
+    with _gradio_folder() as folder:
+        from .page import build_page
+        from .viewer import Viewer
+
+        shown = find_examples(loaded, examples, folder / "examples", run_dir)
+        page = build_page(Viewer(loaded, device), shown, keep_files=round(limits.keep_seconds))
+        kept: set[Path] = set()  # the examples and gradio's copies of them: they stay
+        try:
+            guard = {"names": names, "limits": limits, "folder": folder, "kept": kept}
+            address = _launch(page, host, port, limits, open, guard)
+            kept.update(stored_files(folder))
+            yield address
+        finally:
+            page.close(verbose=False)
+
+
+@contextmanager
+def _gradio_folder() -> Iterator[Path]:
+    """A temporary folder for all that gradio stores; it asks for it when a component is made."""
     before = os.environ.get("GRADIO_TEMP_DIR")
     with tempfile.TemporaryDirectory(prefix="transcnn-demo-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # gradio's own, about its own dependencies
-        os.environ["GRADIO_TEMP_DIR"] = folder  # gradio asks when a component is made
+        os.environ["GRADIO_TEMP_DIR"] = folder
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        page = None
         try:
-            import gradio as gr
-            from starlette.middleware import Middleware
-
-            from .page import CSS, build_page
-            from .viewer import Viewer
-
-            if names.any_address or not names.own & {"localhost"}:
-                run_dir = None  # others can reach the page: they see no data that nobody has named
-            shown = find_examples(loaded, examples, Path(folder) / "examples", run_dir)
-            page = build_page(Viewer(loaded, device), shown, keep_files=round(limits.keep_seconds))
-            kept: set[Path] = set()  # the examples and gradio's copies of them: they stay
-            guard = {"names": names, "limits": limits, "folder": Path(folder), "kept": kept}
-            fonts = ["system-ui", "sans-serif"]
-            _, address, _ = page.launch(
-                server_name=host,
-                server_port=port,
-                max_file_size=limits.file_bytes,
-                state_session_capacity=limits.sessions,
-                theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),
-                css=CSS,
-                footer_links=[],
-                inbrowser=open,
-                share=False,
-                quiet=True,
-                prevent_thread_lock=True,
-                show_error=False,
-                ssr_mode=False,
-                pwa=False,
-                mcp_server=False,
-                enable_monitoring=False,
-                app_kwargs={
-                    "middleware": [Middleware(Guard, **guard)],
-                    "docs_url": None,
-                    "redoc_url": None,
-                    "openapi_url": None,
-                },
-            )
-            page.app.middleware_stack = WithoutCors(page.app.middleware_stack or page.app.build_middleware_stack())
-            kept.update(stored_files(Path(folder)))
-            yield address.rstrip("/")
-        except OSError as error:
-            if "port" not in str(error):
-                raise
-            raise UserError(f"port {port or 7860} is taken at {host}; give another --port") from error
+            yield Path(folder)
         finally:
-            if page is not None:
-                page.close(verbose=False)
             os.environ.pop("GRADIO_TEMP_DIR")
             if before is not None:
                 os.environ["GRADIO_TEMP_DIR"] = before
+
+
+def _launch(page: Any, host: str, port: int | None, limits: Limits, open: bool, guard: dict[str, Any]) -> str:
+    """Start gradio's server behind the guard; its address."""
+    import gradio as gr
+    from starlette.middleware import Middleware
+
+    from .page import CSS
+
+    fonts = ["system-ui", "sans-serif"]
+    page.queue(max_size=limits.sessions)
+    try:
+        _, address, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            max_file_size=limits.file_bytes,
+            state_session_capacity=limits.sessions,
+            theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),
+            css=CSS,
+            footer_links=[],
+            inbrowser=open,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            show_error=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            app_kwargs={
+                "middleware": [Middleware(Guard, **guard)],
+                "docs_url": None,
+                "redoc_url": None,
+                "openapi_url": None,
+            },
+        )
+    except OSError as error:
+        if "port" not in str(error):
+            raise
+        raise UserError(f"port {port or 7860} is taken at {host}; give another --port") from error
+    # gradio puts its own middleware outside of all others, one that lets every other page in.
+    page.app.middleware_stack = WithoutCors(page.app.middleware_stack or page.app.build_middleware_stack())
+    return address.rstrip("/")
 
 
 def find_examples(loaded: Any, wanted: Sequence[str] | None, folder: Path, run_dir: Path | None = None) -> list[str]:
