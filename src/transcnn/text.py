@@ -40,7 +40,7 @@ def html(value: Any) -> str:
 
 def markdown(value: Any) -> str:
     """For Markdown, in a line or a table: no markup, link or HTML."""
-    text = re.sub(r"[\\`*\[\]|~$]", r"\\\g<0>", printable(value))
+    text = re.sub(r"[\\`*\[\]|~$]|(?<=\])\(", r"\\\g<0>", printable(value))
     text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # within a word it means nothing
     text = re.sub(r"^(\s*\d*)([-+#=.)])", r"\1\\\2", text)  # no list, heading or rule where a line begins so
     text = re.sub(r"(?<=://)|(?<=www\.)|@", "\u200b\\g<0>", text)  # no link of its own
