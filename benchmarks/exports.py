@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/exports.py PHOTO [PHOTO ...] [--networks NAME ...] [--out FILE.csv]
 
 Rows of networks that are measured anew take the place of those in the file. Differences are the largest over all
-outputs, relative to the largest output, for findings of a detector as shares of the image's side; milliseconds are for
+outputs, relative to the largest output, for detections of a detector as shares of the image's side; milliseconds are for
 one image, the median of five runs in turn. All but the packaged network have made-up weights with which every layer
 matters.
 """
@@ -116,7 +116,7 @@ def main() -> None:
             "torch_ms",
             "file_ms",
         ]
-        columns += ["findings", "mb", "threads", "processor", "note"]
+        columns += ["detections", "mb", "threads", "processor", "note"]
         with options.out.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()

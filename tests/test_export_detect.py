@@ -19,7 +19,7 @@ from transcnn.commands.predict import predict
 from transcnn.dense.detectors import DETECTORS, build
 from transcnn.errors import UserError
 from transcnn.export import export_model
-from transcnn.export.check import _of_findings, check
+from transcnn.export.check import _of_detections, check
 from transcnn.export.detect import DetectorGraph
 from transcnn.onnx.dense import bilinear, class_map, detections, window_starts
 from transcnn.onnx.predict import OnnxModel
@@ -109,12 +109,12 @@ def exported(run) -> Any:
 @pytest.mark.slow
 def test_onnx_finds_the_same_at_any_size(run, exported):
     assert all(row.relative <= 1e-5 for row in exported.rows)
-    assert sum(row.findings for row in exported.rows) > 10
+    assert sum(row.detections for row in exported.rows) > 10
     graph, model = DetectorGraph(load(run).model), OnnxModel(exported.file, accelerator="cpu", threads=1)
     shapes = ((1, 3, 64, 64), (2, 3, 33, 90), (3, 3, 128, 70))
     batches = [np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in shapes]
     rows = check(graph, lambda images: list(model.outputs(images).values()), iter(batches))
-    assert all(row.relative <= 1e-5 and row.findings for row in rows)
+    assert all(row.relative <= 1e-5 and row.detections for row in rows)
 
 
 @pytest.mark.slow
@@ -152,15 +152,15 @@ def test_predict_tells_the_same_from_the_file(run, exported, tmp_path):
     assert differing <= 20  # pixels on the very border of a mask
 
 
-def test_findings_are_compared_in_any_order():
+def test_detections_are_compared_in_any_order():
     rng = np.random.default_rng(0)
     found = [rng.uniform(0, 50, (6, 4)), rng.uniform(size=6), rng.integers(0, 2, 6), np.zeros(6, int)]
     order = rng.permutation(6)
-    assert _of_findings(found, [part[order] for part in found], 64) == (0.0, 0.0)
+    assert _of_detections(found, [part[order] for part in found], 64) == (0.0, 0.0)
     moved = [found[0] + 0.64, *found[1:]]
-    assert _of_findings(found, moved, 64)[0] == pytest.approx(0.01)
-    assert _of_findings(found, [part[:5] for part in found], 64)[0] == float("inf")
-    assert _of_findings(found, [found[0], found[1], 1 - found[2], found[3]], 64)[0] > 1e-3
+    assert _of_detections(found, moved, 64)[0] == pytest.approx(0.01)
+    assert _of_detections(found, [part[:5] for part in found], 64)[0] == float("inf")
+    assert _of_detections(found, [found[0], found[1], 1 - found[2], found[3]], 64)[0] > 1e-3
 
 
 @pytest.mark.parametrize("size", [(64, 96), (31, 47), (200, 10), (1, 1)])
@@ -241,7 +241,7 @@ def test_every_detector_goes_into_every_format(detector, format, tmp_path):
     loaded = Loaded(network, "detect", NAMES, config, "", {"model": "transcnn_test", "task_args": settings(detector)})
     suffix = {"onnx": ".onnx", "torch": ".pt2", "openvino": ".xml"}[format]
     result = export_model(loaded, tmp_path / f"model{suffix}", format=format, tolerance=1e-4)
-    assert sum(row.findings or 0 for row in result.rows) > 5
+    assert sum(row.detections or 0 for row in result.rows) > 5
 
 
 @pytest.mark.slow

@@ -94,6 +94,6 @@ def _print(result: Exported, format: str) -> None:
             f"8 bits: top-1 from {score['top1_before']:.2f} to {score['top1_after']:.2f} % of {score['test_images']:,} "
             f"images, {score['times_as_fast']:.2f} times as fast as 32-bit floats here"
         )
-    if all(row.findings == 0 for row in result.rows):
+    if all(row.detections == 0 for row in result.rows):
         print("nothing was found in these images, so they compare little; give --images of the kind it was trained on")
     print(f"written: {result.file} ({size / 1e6:.1f} MB) and {result.file.with_suffix('.json')}")

@@ -1,4 +1,4 @@
-"""Whether an exported file answers as the network does, and how fast each is."""
+"""Whether an exported file gives the network's outputs, and how fast each is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..data.images import read_image
 from ..errors import UserError
 from ..onnx.predict import to_input
 
-__all__ = ["Row", "Run", "check", "comparisons", "judge"]
+__all__ = ["Row", "Run", "check", "comparisons", "refuse_beyond"]
 
 Run = Callable[[np.ndarray], Any]  # images (B, C, H, W) to one array, or to a list of them
 
@@ -27,7 +27,7 @@ class Row:
     """One line of the comparison between the network and the file.
 
     ``difference`` is the largest between two outputs, ``relative`` the same over the largest output; times are
-    milliseconds an image, the median of five runs in turn (fewer of long ones). ``findings`` are a detector's.
+    milliseconds an image, the median of five runs in turn (fewer of long ones). ``detections`` are a detector's.
     """
 
     batch: int
@@ -37,11 +37,11 @@ class Row:
     relative: float
     torch_ms: float
     file_ms: float
-    findings: int | None = None
+    detections: int | None = None
 
 
 def check(model: nn.Module, run: Run, batches: Iterator[np.ndarray]) -> list[Row]:
-    """Compare the answers and the speed of a network and an engine, a row for each batch (B, C, H, W)."""
+    """Compare the outputs and the speed of a network and an engine, a row for each batch (B, C, H, W)."""
     rows = []
     for batch in batches:
         tensor = torch.from_numpy(batch)
@@ -56,19 +56,19 @@ def check(model: nn.Module, run: Run, batches: Iterator[np.ndarray]) -> list[Row
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise UserError(f"the file fails on images of shape {batch.shape}: {reason}") from error
         count, _, height, width = batch.shape
-        times = _race(lambda tensor=tensor: _answer(model, tensor), lambda batch=batch: run(batch))
+        times = _time_in_turn(lambda tensor=tensor: _answer(model, tensor), lambda batch=batch: run(batch))
         each = [1000 * seconds / count for seconds in times]
         if isinstance(wanted, tuple):
             wanted, found = [part.numpy() for part in wanted], [np.asarray(part) for part in found]
-            differences = _of_findings(wanted, found, max(height, width))
-            rows.append(Row(count, height, width, *differences, *each, findings=len(wanted[0])))
+            differences = _of_detections(wanted, found, max(height, width))
+            rows.append(Row(count, height, width, *differences, *each, detections=len(wanted[0])))
         else:
             rows.append(Row(count, height, width, *_of_arrays(wanted.numpy(), found, batch.shape), *each))
     return rows
 
 
-def judge(rows: list[Row], tolerance: float, out: Path) -> None:
-    """Raise UserError for a file whose answers differ by more than ``tolerance``."""
+def refuse_beyond(rows: list[Row], tolerance: float, out: Path) -> None:
+    """Raise UserError for a file whose outputs differ by more than ``tolerance``."""
     worst = max(rows, key=lambda row: row.relative)
     if not worst.relative <= tolerance:
         raise UserError(
@@ -107,18 +107,18 @@ def comparisons(
 def _of_arrays(wanted: np.ndarray, found: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float]:
     """The largest difference, and the same over the largest output."""
     if wanted.shape != found.shape:
-        raise UserError(f"the file answers {shape} with {found.shape} instead of {wanted.shape}")
+        raise UserError(f"for {shape} the file's output is {found.shape} instead of {wanted.shape}")
     if not np.isfinite(found).all():
         return float("inf"), float("inf")
     difference = float(np.abs(wanted - found).max())
     return difference, difference / max(float(np.abs(wanted).max()), 1e-12)
 
 
-def _of_findings(wanted: list[np.ndarray], found: list[np.ndarray], side: int) -> tuple[float, float]:
-    """The same of two lists of findings, each compared with the nearest of its image and class in the other.
+def _of_detections(wanted: list[np.ndarray], found: list[np.ndarray], side: int) -> tuple[float, float]:
+    """The same of two lists of detections, each compared with the nearest of its image and class in the other.
 
-    Equally sure findings may change places. A difference is that of scores, of probabilities in masks, or of boxes as
-    shares of the image's longer side; one in the number of findings counts as infinite.
+    Detections of equal scores may change places. A difference is that of scores, of probabilities in masks, or of boxes as
+    shares of the image's longer side; one in the number of detections counts as infinite.
     """
     if len(wanted[0]) != len(found[0]):
         return float("inf"), float("inf")
@@ -151,7 +151,7 @@ def _answer(model: nn.Module, images: torch.Tensor) -> Any:
         return model(images)
 
 
-def _race(*functions: Callable[[], Any]) -> list[float]:
+def _time_in_turn(*functions: Callable[[], Any]) -> list[float]:
     """The median seconds of each of five calls, in turn, so that other work slows all alike; long ones make fewer."""
     times: list[list[float]] = [[] for _ in functions]
     while len(times[0]) < 5 and sum(map(sum, times)) < 6:

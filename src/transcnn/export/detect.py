@@ -1,4 +1,4 @@
-"""A detector as one graph, for export: a batch of images in, a list of findings out, all sizes free.
+"""A detector as one graph, for export: a batch of images in, a list of detections out, all sizes free.
 
 torchvision's detectors go through lists of images, whose lengths and sizes a graph would take for constants. Here the
 same steps are taken by the detector's own layers on whole tensors. Suppression keeps images, levels and classes apart
@@ -26,7 +26,7 @@ LARGEST_SCALE = 4.135166556742356  # log(1000 / 16): growth of a box is cut off 
 
 
 class DetectorGraph(nn.Module):
-    """Images (B, C, H, W), resized and normalised, to findings of all of them, the surest first.
+    """Images (B, C, H, W), resized and normalised, to detections of all of them, most confident first.
 
     Answers ``boxes`` (N, 4) as x1, y1, x2, y2 in pixels of the input, ``scores`` (N,), ``labels`` (N,) from 0 on,
     ``image`` (N,), which says to which image each belongs, and for Mask R-CNN ``masks`` (N, 28, 28), probabilities
@@ -157,7 +157,7 @@ def _large(boxes: Tensor, side: float) -> Tensor:
 
 
 def _suppress(boxes: Tensor, scores: Tensor, group: Tensor, threshold: float) -> Tensor:
-    """Non-maximum suppression within each group; what stays, the surest first."""
+    """Non-maximum suppression within each group; what stays, most confident first."""
     apart = group.to(boxes.dtype) * (torch.cat([boxes.reshape(-1), boxes.new_zeros(1)]).max() + 1)
     return _counted(nms(boxes + apart[:, None], scores, threshold))
 

@@ -28,7 +28,7 @@ from .. import __version__
 from ..checkpoints.loading import Loaded
 from ..errors import UserError, require
 from ..plugging.plug import plug_spec
-from .check import Row, Run, check, comparisons, judge
+from .check import Row, Run, check, comparisons, refuse_beyond
 
 __all__ = ["Exported", "export_model"]
 
@@ -87,7 +87,7 @@ def export_model(
                         f"the format {format} can't hold {type(loaded.model).__name__}: {reason}"
                     ) from error
             rows = check(model, kind.open(file), comparisons(info["data_config"], static, images, side))
-            judge(rows, TOLERANCES[loaded.task] if tolerance is None else tolerance, out)
+            refuse_beyond(rows, TOLERANCES[loaded.task] if tolerance is None else tolerance, out)
             if calibrate is not None:
                 from .int8 import note, to_int8
 
@@ -288,7 +288,7 @@ def _steps(task: str, config: dict[str, Any], args: dict[str, Any]) -> list[str]
             f"resize (bilinear, no smoothing) by min({args['short_side']} / shorter side, {args['long_side']} / longer "
             "side), sides rounded down",
             order,
-            "boxes are x1, y1, x2, y2 in pixels of the input, the surest first; image says to which each belongs; "
+            "boxes are x1, y1, x2, y2 in pixels of the input, most confident first; image says to which each belongs; "
             "masks are probabilities inside the box",
         ]
     tall, wide = (int(side / config["crop_pct"]) for side in (height, width))
