@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/exports.py PHOTO [PHOTO ...] [--networks NAME ...] [--out FILE.csv]
 
 Rows of networks that are measured anew take the place of those in the file. Differences are the largest over all
-outputs, relative to the largest output, for detections of a detector as shares of the image's side; milliseconds are for
+outputs, relative to the largest output, for a detector's boxes as shares of the image's side; milliseconds are for
 one image, the median of five runs in turn. All but the packaged network have made-up weights with which every layer
 matters.
 """

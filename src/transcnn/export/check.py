@@ -117,8 +117,8 @@ def _of_arrays(wanted: np.ndarray, found: np.ndarray, shape: tuple[int, ...]) ->
 def _of_detections(wanted: list[np.ndarray], found: list[np.ndarray], side: int) -> tuple[float, float]:
     """The same of two lists of detections, each compared with the nearest of its image and class in the other.
 
-    Detections of equal scores may change places. A difference is that of scores, of probabilities in masks, or of boxes as
-    shares of the image's longer side; one in the number of detections counts as infinite.
+    Detections of equal scores may change places. A difference is that of scores, of probabilities in masks, or of boxes
+    as shares of the image's longer side; one in the number of detections counts as infinite.
     """
     if len(wanted[0]) != len(found[0]):
         return float("inf"), float("inf")
