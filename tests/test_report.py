@@ -14,7 +14,15 @@ from PIL import Image
 
 from transcnn.errors import UserError
 from transcnn.report.classify import class_table, confused_pairs, read_history, write_report
-from transcnn.report.plots import Wrong, plot_classes, plot_confusion, plot_history, plot_wrong, style
+from transcnn.report.plots import (
+    Wrong,
+    plot_classes,
+    plot_confusion,
+    plot_history,
+    plot_precision_recall,
+    plot_wrong,
+    style,
+)
 from transcnn.text import printable
 
 CONFUSION = np.array([[8, 2, 0], [0, 5, 0], [0, 0, 0]])
@@ -235,3 +243,66 @@ def test_the_most_confident_thirty_are_shown() -> None:
     scores = [int(text.get_text().split(" %")[0]) for text in figure.texts[3::3]]
     assert scores == sorted(scores, reverse=True)
     assert scores[0] == 98
+
+
+def test_letters_of_any_script_are_drawn_or_missed_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Fonts come from what is installed; what no font has is told once, not for every figure."""
+    from transcnn.report import fonts
+
+    assert fonts.font_families(["cat", "Straße", "кошка"]) == ["DejaVu Sans"]
+    letters = frozenset(map(ord, "猫\U0010ffff"))
+    fonts._told.clear()
+    files = fonts._files_for(letters)
+    assert "no installed font has" in caplog.text
+    assert any(ord("猫") in fonts._letters(file) for file in files) or "猫" in caplog.text
+    caplog.clear()
+    fonts._files_for(letters)
+    assert caplog.text == ""
+    assert fonts.image_font(12, ["cat"]).getlength("cat") > 0
+    assert fonts.image_font(12, ["猫 cat"]).getlength("猫 cat") > 0
+
+
+def test_the_heading_and_the_figures_of_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/bin/transcnn", "eval", "runs/a b", "<x>"])
+    (tmp_path / "config.yaml").write_text("model: transcnn_tiny\n")
+    metrics = {"task": "classify", "top1": 70.0, "loss": 0.51234, "images": 12345, "split": "val", "data": "photos"}
+    metrics |= {"train_seconds": 5400.0, "images_per_second": 1234.5, "input_size": [3, 64, 48], "epochs": 3}
+    text = write_report(tmp_path / "eval", None, CONFUSION, NAMES, [], metrics).read_text(encoding="utf-8")
+    for expected in (
+        "<title>transcnn_tiny on photos</title>",
+        "<h1>transcnn_tiny on photos</h1>",
+        "classification · validation split, 12,345 images · input 64×48, 3 channels",
+        "<code>transcnn eval &#x27;runs/a b&#x27; &#x27;&lt;x&gt;&#x27;</code>",
+        "<td>top-1</td><td>70.0 %</td>",
+        "<td>0.5123</td>",
+        "<td>1.5 h</td>",
+        "<td>1,234</td>",
+        'name="viewport"',
+        '<div class="wide">',
+    ):
+        assert expected in text, expected
+    monkeypatch.setattr("sys.argv", ["/bin/pytest"])
+    assert "<code>" not in write_report(tmp_path / "eval", None, CONFUSION, NAMES, [], metrics).read_text()
+
+
+def test_bars_end_at_100_percent() -> None:
+    with style():
+        figure = plot_classes(class_table(CONFUSION, NAMES))
+    assert figure.axes[0].get_xlim() == (0, 1)
+
+
+def test_correct_predictions_stand_beside_wrong_ones(tmp_path: Path) -> None:
+    image = np.zeros((8, 8, 3), np.uint8)
+    page = write_report(tmp_path, None, CONFUSION, NAMES, wrong(2), {}, correct=[(image, 1, 1, 0.97, "a.png")])
+    assert {"wrong.png", "correct.png"} <= set(Page(page).files)
+
+
+def test_precision_recall() -> None:
+    curves = {"ash": np.linspace(1, 0, 101), "birch": np.ones(101)}
+    with style():
+        figure = plot_precision_recall(curves, "Precision over recall")
+    assert figure is not None
+    labels = [line.get_label() for line in figure.axes[0].lines]
+    assert labels == ["ash", "birch", "mean of 2 classes"]
+    np.testing.assert_allclose(figure.axes[0].lines[2].get_ydata(), np.linspace(1, 0.5, 101))
+    assert plot_precision_recall({}, "") is None

@@ -63,7 +63,7 @@ def explain(
         raise UserError(f"can't read {image}: {error}") from error
     place = None if query is None else _pixel(query, (pixels.height, pixels.width))
     explanation = explain_image(loaded, pixels, place, class_name, head)
-    with style():
+    with style([explanation.class_name, *(name for name, _ in explanation.top)]):
         figure = draw(explanation)
         atomic_write(target, lambda path: figure.savefig(path, format=target.suffix[1:].lower()))
     if not quiet:
