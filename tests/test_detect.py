@@ -127,7 +127,8 @@ def test_a_run_is_whole_and_its_loss_falls(run):
     assert {"map", "map50", "mask_map", "mask_map50"} <= set(metrics)
     assert set(metrics["class_ap"]) == set(NAMES)
     assert metrics["images"] == 6
-    for name in ("index.html", "curves.png", "classes.png", "predictions.png", "classes.csv"):
+    names = ("index.html", "augmented.png", "curves.png", "classes.png", "predictions.png", "classes.csv")
+    for name in (*names, "precision_recall.png"):
         assert (run / "report" / name).is_file()
     assert load(run).task == "detect"
 

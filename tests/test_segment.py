@@ -95,7 +95,8 @@ def test_it_learns_and_leaves_a_whole_run(run):
     assert metrics["split"] == "test"
     assert set(metrics["class_iou"]) == {"ground", "bright", "red"}
     assert metrics["images"] == 4
-    for name in ("index.html", "curves.png", "classes.png", "confusion.png", "predictions.png", "classes.csv"):
+    names = ("index.html", "augmented.png", "curves.png", "classes.png", "confusion.png", "predictions.png")
+    for name in (*names, "classes.csv"):
         assert (run / "report" / name).is_file()
     loaded = load(run)
     assert loaded.task == "segment"
