@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
 from transcnn.checkpoints import loading
 from transcnn.checkpoints.files import atomic_write
+from transcnn.distributed import runtime
 from transcnn.errors import UserError
 from transcnn.plugging.build import build_model
-from transcnn.training import run_dir
+from transcnn.training import checkpointing, run_dir
 
 INFO = {"model": "transcnn_test", "model_args": {}, "class_names": ["kiwi", "crème brûlée"], "task": "classify"}
 
@@ -131,3 +138,83 @@ def test_how_images_become_input(network):
     big = loading.data_config_of(build_model("resnet10t"), 3, 200)
     assert big["input_size"] == [3, 200, 200]
     assert big["crop_pct"] < 1
+
+
+def test_runs_that_start_in_the_same_second_have_a_directory_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_dir.time, "strftime", lambda _: "20260101-000000")
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: run_dir.new_run_dir(None, "model", "data"), range(24)))
+    assert len(set(made)) == 24
+    assert run_dir.new_run_dir(None, "m" * 300, "data").is_dir()  # a name that fits
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")
+def test_a_run_directory_is_locked_until_its_process_ends(tmp_path):
+    lock, other = run_dir.RunLock(), run_dir.RunLock()
+    lock.acquire(tmp_path)
+    lock.acquire(tmp_path)  # again, as a run does that goes back to its last checkpoint
+    with pytest.raises(UserError, match="another process is training in the run directory"):
+        other.acquire(tmp_path)
+    with pytest.raises(UserError, match="another process is training in the run directory"):
+        run_dir.new_run_dir(tmp_path, "model", "data", other)
+    loader = os.fork()  # has all descriptors of this process
+    if not loader:
+        time.sleep(60)
+        os._exit(0)
+    lock.release()
+    time.sleep(0.2)
+    other.acquire(tmp_path)
+    os.kill(loader, signal.SIGKILL)
+    os.waitpid(loader, 0)
+    other.release()
+
+    reader, writer = os.pipe()
+    holder = os.fork()
+    if not holder:
+        run_dir.RunLock.acquire(kept := run_dir.RunLock(), tmp_path)
+        os.write(writer, b"x")
+        time.sleep(60)
+        kept.release()
+        os._exit(0)
+    os.read(reader, 1)
+    with pytest.raises(UserError, match="another process is training"):
+        lock.acquire(tmp_path)
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    lock.acquire(tmp_path)
+    lock.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_epoch_without_finite_figures_is_the_best(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(checkpointing, "save_weights", lambda path, state, info: saved.append(info["epoch"]))
+    keep = checkpointing.KeepWeights(tmp_path, {}, {}, None, "loss")
+    network = SimpleNamespace(score="top1", model=torch.nn.Linear(1, 1))
+    nan, inf = float("nan"), float("inf")
+    for epoch, loss in enumerate((nan, inf, 1.0, nan, 2.0, 0.5, -inf)):
+        figures = {"val_loss": torch.tensor(loss), "val_top1": torch.tensor(50.0)}
+        trainer = SimpleNamespace(callback_metrics=figures, current_epoch=epoch, callbacks=[], is_global_zero=True)
+        keep.on_validation_end(trainer, network)  # pyright: ignore
+    assert saved == [3, 6]
+    assert keep.figures["val_loss"] == 0.5
+    keep = checkpointing.KeepWeights(tmp_path, {}, {}, None, "top1")  # whose own figure says nothing
+    figures = {"val_loss": torch.tensor(nan), "val_top1": torch.tensor(50.0)}
+    trainer = SimpleNamespace(callback_metrics=figures, current_epoch=0, callbacks=[], is_global_zero=True)
+    keep.on_validation_end(trainer, network)  # pyright: ignore
+    assert keep.best_epoch == 0
+
+
+def test_output_that_cannot_be_written_is_dropped(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    for target in (os.fdopen(writer, "w"), Path("/dev/full").open("w")):  # noqa: SIM115
+        monkeypatch.setattr(sys, "stdout", target)
+        monkeypatch.setattr(sys, "stderr", target)
+        with runtime.lasting_output():
+            for _ in range(3):
+                print("x" * 100_000, flush=True)
+                Console(stderr=True).print("y\n" * 5_000)
+        assert sys.stdout is target
+        target.close()  # nothing is left that could fail

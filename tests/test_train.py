@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from types import NoneType, SimpleNamespace
@@ -31,6 +32,7 @@ from transcnn.tasks import get_task
 from transcnn.tasks.classify import Classify
 from transcnn.training import callbacks
 from transcnn.training.building import make_network
+from transcnn.training.run_dir import RunLock
 
 QUICK: dict[str, Any] = dict(
     model="transcnn_test", batch_size=4, precision="32", accelerator="cpu", num_workers=0, img_size=32, quiet=True
@@ -198,6 +200,37 @@ def test_a_new_run_never_enters_an_older_ones_directory(folder, tmp_path, monkey
     runs = [train(folder, **QUICK, epochs=1, limit_batches=1).run_dir for _ in range(2)]
     assert runs[0] != runs[1]
     assert all(run.parent == Path("runs") and "transcnn_test-images" in run.name for run in runs)
+
+
+def test_what_the_optimizer_refuses_leaves_no_directory(folder, tmp_path):
+    with pytest.raises(UserError, match="opt_args"):
+        train(folder, **QUICK, optim=Optim(opt_args={"steps": 3}), out=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_epochs_than_were_learnt_are_one_clear_line(whole, tmp_path):
+    run = shutil.copytree(whole[1], tmp_path / "run")
+    with pytest.raises(UserError, match="has learnt for 3 epochs already: epochs must be 3 or more, got 2"):
+        train(resume=str(run), epochs=2, quiet=True)
+
+
+def test_a_run_directory_in_use_is_refused(whole, tmp_path):
+    (tmp_path / "new").mkdir()
+    run = shutil.copytree(whole[1], tmp_path / "run")
+    with RunLock() as lock:
+        for path, settings in ((run, dict(resume=str(run))), (tmp_path / "new", dict(out=str(tmp_path / "new")))):
+            lock.acquire(path)
+            with pytest.raises(UserError, match="another process is training in the run directory"):
+                train(whole[0], **QUICK, **settings)  # pyright: ignore
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_run_without_a_finite_score_says_so(folder, tmp_path):
+    with pytest.raises(
+        UserError, match=r"no epoch had a finite val_top1 and val_loss.* smaller --lr \(it was 1e\+30\)"
+    ):
+        train(folder, **QUICK, lr=1e30, epochs=1, optim=Optim(warmup_epochs=0), out=str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "best.safetensors").exists()
 
 
 def test_any_timm_model_and_other_weights_to_start_from(folder, tmp_path):

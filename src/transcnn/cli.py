@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         if not getattr(error, "told", False):
             print(f"transcnn: stopped {error}".strip(), file=sys.stderr)
-        return 0 if getattr(error, "signum", None) == signal.SIGTERM else 130
+        signum = getattr(error, "signum", signal.SIGINT)
+        return 0 if signum == signal.SIGTERM else 128 + signum
     except BrokenPipeError:  # the reader of our output went away, as head does
         sys.stderr.close()
         return 141

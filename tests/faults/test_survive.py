@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,7 +45,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_weights(undisturbed, 
     account(f"kill -9, {kills} times in one run", kills, kills, max(lost), "equal", "--resume")
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_polite_signal_ends_the_run_with_a_checkpoint(undisturbed, images, tmp_path, signum, code, account):
     run = tmp_path / "run"
     with Command("train", images, *BUSY, "--epochs=4", "--out", run, log=tmp_path / "log") as command:
@@ -59,6 +61,26 @@ def test_a_polite_signal_ends_the_run_with_a_checkpoint(undisturbed, images, tmp
         assert_equal_weights(undisturbed, run)
     weights = "equal" if signum == signal.SIGTERM else "not compared"
     account(signal.Signals(signum).name, 1, 1, 0, weights, f"a checkpoint after the step, exit code {code}; --resume")
+
+
+def lose_output() -> None:
+    """What is left of standard output and error after ``| head`` has ended."""
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    os.dup2(writer, 2)
+    os.close(writer)
+    os.close(reader)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+
+
+def test_output_that_nobody_reads_ends_no_run(undisturbed, images, tmp_path, account):
+    run = tmp_path / "run"
+    with Command(
+        "train", images, *BUSY, "--epochs=4", "--out", run, log=tmp_path / "log", prepare=lose_output
+    ) as command:
+        assert command.wait() == 0
+    assert_equal_weights(undisturbed, run)
+    account("nobody reads its output any more", 1, 1, 0, "equal", "goes on without")
 
 
 def stall() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 from ..distributed.processes import first_decides, launch
-from ..distributed.runtime import quiet_libraries
+from ..distributed.runtime import lasting_output, quiet_libraries
 from ..settings import TrainSettings, takes_settings
 from ..training.faults import GoBack
 from ..training.resume import find_resumed, find_start, resumed_settings
 from ..training.run import TrainResult, run
+from ..training.run_dir import RunLock
 
 __all__ = ["train"]
 
@@ -31,15 +33,17 @@ def train(settings: TrainSettings) -> TrainResult:
         UserError: Data, model or settings that can't be used, or a run directory that can't be written to.
         KeyboardInterrupt: The run was asked to stop (``callbacks.Interrupted``), after a checkpoint.
     """
-    with quiet_libraries():
+    with lasting_output(), quiet_libraries(), RunLock() as lock:
         launch(settings.accelerator, settings.devices, settings.num_nodes)
+        if resume := settings.resume:
+            first_decides(lambda: lock.acquire(Path(resume).parent if Path(resume).is_file() else Path(resume)))
         resumed = first_decides(lambda: find_start(settings.resume, settings.out))
         if resumed:
             settings = resumed_settings(settings, resumed)
         lr_factor = None
         while True:
             try:
-                return run(settings, resumed, lr_factor)
+                return run(settings, resumed, lr_factor, lock)
             except GoBack as back:  # noqa: PERF203  (three times at most)
                 lr_factor = back.lr_factor
                 resumed = first_decides(partial(find_resumed, str(back.run_dir)))

@@ -17,12 +17,24 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..errors import UserError
 
-__all__ = ["attempt", "first_decides", "gather", "gather_lists", "launch", "launch_name", "lost_process", "per_machine"]
+__all__ = [
+    "attempt",
+    "first_decides",
+    "first_here",
+    "gather",
+    "gather_lists",
+    "launch",
+    "launch_name",
+    "lost_process",
+    "per_machine",
+]
 __all__ += ["placement", "rank", "world"]
 
 T = TypeVar("T")
 
-_met: list[tuple[int, int]] = []  # processes a machine and machines, once they have met
+# Processes a machine and machines, once they have met. torch.distributed keeps its process group for the process as a
+# whole as well, and knows all that is asked for but how many of them share a machine.
+_met: list[tuple[int, int]] = []
 
 
 def rank() -> int:
@@ -106,21 +118,50 @@ def placement(accelerator: str = "auto", strategy: Any = "ddp") -> dict[str, Any
 
 
 def first_decides(decide: Callable[[], T]) -> T:
-    """What ``decide`` returns in the first process, for all; a UserError there is everybody's, and told once."""
+    """What ``decide`` returns in the first process, for all; an error there is everybody's, and told once."""
     if world() == 1:
         return decide()
     found: list[Any] = [None, ""]
+    failure: Exception | None = None
     if rank() == 0:
         try:
             found = [decide(), ""]
-        except UserError as error:
-            found = [None, str(error)]
+        except Exception as error:  # whatever it is, the others wait for an answer
+            found, failure = [None, str(error) or type(error).__name__], error
     dist.broadcast_object_list(found)
+    if failure is not None:
+        raise failure
     if found[1]:
-        error = UserError(found[1])
-        error.told = rank() > 0
-        raise error
+        raise _told(found[1])
     return found[0]
+
+
+def first_here(work: Callable[[], T]) -> T:
+    """What ``work`` returns in each process; the first one of each machine does it before the others there begin.
+
+    So what it downloads or unpacks is there for them. All processes call this, and an error of one is everybody's.
+    """
+    if world() == 1:
+        return work()
+    results: list[T] = []
+    failure: Exception | None = None
+    for turn in (True, False):
+        if (rank() % per_machine() == 0) == turn:
+            try:
+                results.append(work())
+            except Exception as error:  # whatever it is, the others wait for this process
+                failure = error
+        failed = [text for text in gather("" if failure is None else str(failure) or type(failure).__name__) if text]
+        if failed:
+            raise failure if failure is not None and rank() == 0 else _told(failed[0])
+    return results[0]
+
+
+def _told(message: str) -> UserError:
+    """An error that the first process tells."""
+    error = UserError(message)
+    error.told = rank() > 0
+    return error
 
 
 def gather(value: T) -> list[T]:

@@ -24,6 +24,8 @@ from ..errors import UserError
 from .checkpointing import KeepWeights, can_save
 from .progress import clock
 
+SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
+
 __all__ = ["Ema", "Events", "History", "Interrupted", "Stop", "StopOnSignal"]
 
 
@@ -178,7 +180,10 @@ class Events(TensorBoardLogger):
 
 
 class StopOnSignal(Callback):
-    """SIGTERM and SIGINT (Ctrl-C) end the run after the next update, with a checkpoint; a second Ctrl-C at once."""
+    """SIGTERM, SIGHUP and SIGINT (Ctrl-C) end the run after the next update, with a checkpoint; another Ctrl-C at once.
+
+    SIGHUP comes when a terminal is closed; where it is ignored, as under nohup, it stays so.
+    """
 
     def __init__(self, keep: KeepWeights) -> None:
         self.keep = keep
@@ -187,8 +192,9 @@ class StopOnSignal(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with suppress(ValueError):  # signals are the main thread's alone
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                self._before[signum] = signal.signal(signum, self._ask)
+            for signum in (signal.SIGTERM, signal.SIGINT, SIGHUP):
+                if signum is not None and not (signum == SIGHUP and signal.getsignal(signum) == signal.SIG_IGN):
+                    self._before[signum] = signal.signal(signum, self._ask)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if can_save(trainer, batch_idx):

@@ -7,6 +7,7 @@ A run directory holds ``last.ckpt``, ``previous.ckpt`` (the one before) and ``ch
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable
@@ -156,7 +157,7 @@ class KeepWeights(Checkpoint):
 
     Attributes:
         metric, mode: The metric as it is logged (``val_...``), and ``max`` or ``min``.
-        best_epoch: The epoch that reached the metric's best value (from 1).
+        best_epoch: The epoch that reached the metric's best value (from 1); 0 while none had a finite one.
         figures: The metric and the task's score at that epoch, by name.
         hold: While True, no checkpoint is written: the run is in trouble, and the last good one is to stay.
     """
@@ -195,6 +196,9 @@ class KeepWeights(Checkpoint):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         value = float(trainer.callback_metrics[self.metric])
+        loss = float(trainer.callback_metrics.get("val_loss", 0.0))
+        if not (math.isfinite(value) and math.isfinite(loss)):  # no comparison with NaN says that it is worse
+            return
         sign = -1 if self.mode == "min" else 1
         best = self.figures.get(self.metric)
         if best is not None and sign * value < sign * best:  # of equals the later, which has learnt longer

@@ -11,11 +11,21 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from ..checkpoints.files import atomic_write
 from ..checkpoints.loading import data_config_of, load
-from ..distributed.processes import first_decides, gather_lists, lost_process, per_machine, placement, world
+from ..distributed.processes import (
+    first_decides,
+    first_here,
+    gather_lists,
+    lost_process,
+    per_machine,
+    placement,
+    rank,
+    world,
+)
 from ..distributed.runtime import choose_precision, keep_freed_memory
 from ..distributed.sharding import choose_strategy
 from ..errors import UserError
@@ -33,7 +43,7 @@ from .evaluation import measure, write_results
 from .faults import SkipNonFinite
 from .loading import LoaderWatch
 from .progress import TrainBar
-from .run_dir import new_run_dir
+from .run_dir import RunLock, new_run_dir
 
 __all__ = ["TrainResult", "run"]
 
@@ -46,7 +56,7 @@ class TrainResult:
     metrics: dict[str, Any]
 
 
-def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None) -> TrainResult:
+def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None, lock: RunLock) -> TrainResult:
     """Build everything, fit, measure."""
     task_class = get_task(s.task)
     check(s, task_class.eval_metrics, world())
@@ -54,9 +64,8 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None) -> Trai
     L.seed_everything(s.seed, verbose=False)
     task_args: dict[str, Any] = as_plain(s)[task_class.group] if task_class.group else {}
     assumed = assumed_splits(s) if s.dry_run else None
-    splits = assumed or task_class.open_data(
-        s.data, task_args, val_fraction=s.val_fraction, seed=s.seed, strict=s.strict_data, in_chans=s.in_chans
-    )
+    opened = {"val_fraction": s.val_fraction, "seed": s.seed, "strict": s.strict_data, "in_chans": s.in_chans}
+    splits = assumed or first_here(lambda: task_class.open_data(s.data, task_args, **opened))
     task_args = {**task_args, **splits.task_args}
     network, args = make_network(s, splits, task_args, resumed)
     config = data_config_of(network, splits.in_chans, s.img_size)
@@ -69,8 +78,10 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None) -> Trai
 
     info = {"model": s.model, "model_args": args, "class_names": splits.class_names, "data_config": config}
     info |= {"task": s.task, "task_args": task_args, "data": splits.name}
-    here = resumed is not None and (s.out is None or Path(s.out).resolve() == resumed.parent.resolve())
-    run_dir = resumed.parent if resumed and here else first_decides(lambda: new_run_dir(s.out, s.model, splits.name))
+    if resumed is not None:
+        _check_epochs(resumed, s.epochs)
+    learner.configure_optimizers()  # what it refuses is refused before anything is written
+    run_dir = first_decides(lambda: _enter(s, resumed, splits.name, lock))
     metric = s.eval_metric or task_class.score
     keep = KeepWeights(run_dir, info, as_plain(s), s.save_every, metric)
     skip = SkipNonFinite(run_dir, keep, s.max_nonfinite, s.nonfinite == "halve", lr_factor)
@@ -84,6 +95,26 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None) -> Trai
             _announce(s, splits, network, config, run_dir, trainer)
     _fit(trainer, learner, loaders, resumed)
     return _finish(s, task_class, splits, run_dir, trainer, keep)
+
+
+def _check_epochs(resumed: Path, epochs: int) -> None:
+    """Raise UserError where a checkpoint has learnt for more epochs than are asked for."""
+    loops = torch.load(resumed, mmap=True, map_location="cpu", weights_only=True).get("loops", {})
+    done = loops.get("fit_loop", {}).get("epoch_progress", {}).get("current", {}).get("processed", 0)
+    if done > epochs:
+        error = UserError(
+            f"{resumed} has learnt for {done} epochs already: epochs must be {done} or more, got {epochs}"
+        )
+        error.told = rank() > 0
+        raise error
+
+
+def _enter(s: TrainSettings, resumed: Path | None, data: str, lock: RunLock) -> Path:
+    """The run's directory, locked: that of the run that goes on unless ``out`` names another, else a new one."""
+    if resumed is None or (s.out is not None and Path(s.out).resolve() != resumed.parent.resolve()):
+        return new_run_dir(s.out, s.model, data, lock)
+    lock.acquire(resumed.parent)
+    return resumed.parent
 
 
 def _loaders(
@@ -106,6 +137,14 @@ def _fit(trainer: L.Trainer, learner: Task, loaders: Any, resumed: Path | None) 
         trainer.fit(learner, datamodule=loaders, ckpt_path=resumed, weights_only=True)
     except cb.Stop as stop:
         raise cb.Interrupted(str(stop), stop.signum) from None
+    except torch.OutOfMemoryError as error:
+        size = f"{trainer.datamodule.batch_size} images a step"  # pyright: ignore
+        raise UserError(
+            f"the GPU's memory doesn't hold {size}: give a smaller --batch_size or --img_size, or --grad_checkpointing "
+            f"({str(error).splitlines()[0][:120]})"
+        ) from error
+    except MisconfigurationException as error:
+        raise UserError(str(error).splitlines()[0]) from error
     except SystemExit:  # Lightning's answer to a KeyboardInterrupt
         raise cb.Interrupted("at once", signal.SIGINT) from None
     except RuntimeError as error:
@@ -152,6 +191,13 @@ def _finish(
     keep: KeepWeights,
 ) -> TrainResult:
     """Measure the best weights, write figures and report, say where they lie."""
+    if not keep.best_epoch:
+        error = UserError(
+            f"no epoch had a finite {keep.metric} and val_loss, so no weights were kept as the best; last.ckpt holds "
+            f"the last ones. Try a smaller --lr (it was {s.lr:g}) or --precision 32"
+        )
+        error.told = rank() > 0
+        raise error
     part, split = (splits.val, "val") if splits.test is None else (splits.test, "test")
     loaded = load(run_dir)
     learner, scores = measure(
