@@ -150,7 +150,7 @@ class Ema:
 
 @dataclass(frozen=True)
 class Distill:
-    """Learning from another network's answers too, as DeiT does it (classification only).
+    """Learning from another network's predictions too, as DeiT does it (classification only).
 
     Args:
         distill_from: The teacher: a run's directory, a checkpoint of ours, or the name of a published model. It is
@@ -259,7 +259,7 @@ class TrainSettings:
         optim: How the weights are learnt.
         augment: How training images are varied.
         ema: The average of the weights that is scored and kept.
-        distill: Whose answers are learnt as well.
+        distill: Whose predictions are learnt as well.
         segment: What is peculiar to segmentation.
         detect: What is peculiar to detection.
         val_fraction: Share of the training images held back where the data has no validation part.

@@ -41,8 +41,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Measure networks side by side: parameters, multiply-adds, images a second, peak memory.
 
-    Speed is the median over interleaved rounds. Networks have fresh weights: what they answer means nothing, but the
-    column "difference" tells how far an engine's answers are from the same network's in eager fp32.
+    Speed is the median over interleaved rounds. Networks have fresh weights: their outputs mean nothing, but the
+    column "difference" is how far an engine's outputs are from the same network's in eager fp32.
 
     Args:
         models: Networks of this package, timm or torchvision, separated by commas; paper stands for all that the paper

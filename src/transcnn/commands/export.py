@@ -27,7 +27,7 @@ def export(
     max_loss: float = 0.5,
     quiet: bool = False,
 ) -> Exported:
-    """Write a trained network as a file for other engines, and check that it answers the same.
+    """Write a trained network as a file for other engines, and check that its outputs are the same.
 
     The file takes images (B, C, H, W) that are resized and normalised already; how is written in the file itself and
     in a small JSON beside it, with the class names. transcnn predict FILE.onnx does it by ONNX Runtime alone.

@@ -67,7 +67,7 @@ def predict(
         min_score: To detect: leave out detections of a lower score; without it, what the network was trained to keep.
         precision: Arithmetic; 32 is exact, auto is bf16 where the processor has it.
         accelerator: cpu, gpu, or auto.
-        optimize: For more than a few images, run the network as transcnn.optimize makes it: the same answers up to
+        optimize: For more than a few images, run the network as transcnn.optimize makes it: the same predictions up to
             rounding, several times as fast.
         out: Folder for the images of a network that segments or detects: label maps and overlays; boxes also as
             predictions.json in COCO's format.
@@ -168,14 +168,14 @@ def _predict(
     if optimize and len(files) >= FEW and (fast := try_optimize(loaded.model, dtype)) is not None:
         loaded, dtype = replace(loaded, model=fast), None  # autocast would do nothing inside
 
-    def answer(images: list[Any]) -> list[dict[str, Any]]:
+    def predict_inputs(images: list[Any]) -> list[dict[str, Any]]:
         with torch.inference_mode(), torch.autocast(device.type, dtype) if dtype else nullcontext():
             return task.predict_batch(loaded, images, device, top_k, folder)
 
     each = 1 if task.writes_images else batch_size  # whole photographs take memory, and go one by one anyway
     pixel_range = loaded.preprocessing.get("pixel_range")
     yield from _in_batches(
-        files, each, lambda image, file: task.model_input(transform, image, file), answer, pixel_range
+        files, each, lambda image, file: task.model_input(transform, image, file), predict_inputs, pixel_range
     )
     if folder is not None:
         folder.finish()
@@ -192,7 +192,7 @@ def _predict_onnx(
     out: str,
 ) -> Iterator[dict[str, Any]]:
     """The same by an exported file."""
-    from ..onnx.predict import OnnxModel, answers, to_input
+    from ..onnx.predict import OnnxModel, predictions, to_input
     from ..report.overlay import OutputFolder
 
     model = OnnxModel(file, accelerator=accelerator)
@@ -205,11 +205,13 @@ def _predict_onnx(
         yield from _predict_dense(model, files, top_k, folder)
         return
 
-    def answer(images: list[np.ndarray]) -> list[dict[str, Any]]:
-        return answers(model(np.stack(images)), model.class_names, top_k)
+    def predict_inputs(images: list[np.ndarray]) -> list[dict[str, Any]]:
+        return predictions(model(np.stack(images)), model.class_names, top_k)
 
     pixel_range = model.data_config.get("pixel_range")
-    yield from _in_batches(files, batch_size, lambda image, _: to_input(image, model.data_config), answer, pixel_range)
+    yield from _in_batches(
+        files, batch_size, lambda image, _: to_input(image, model.data_config), predict_inputs, pixel_range
+    )
 
 
 def _predict_dense(model: Any, files: list[str], top_k: int, folder: OutputFolder) -> Iterator[dict[str, Any]]:
@@ -239,7 +241,7 @@ def _in_batches(
     files: list[str],
     batch_size: int,
     make_input: Callable[[Image.Image, str], Any],
-    answer: Callable[[list[Any]], list[dict[str, Any]]],
+    predict_inputs: Callable[[list[Any]], list[dict[str, Any]]],
     pixel_range: list[float] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One row for each file, in order; those that can't be read get their error."""
@@ -247,9 +249,9 @@ def _in_batches(
     batch: list[tuple[str, str | None]] = []  # files with their errors
 
     def rows() -> Iterator[dict[str, Any]]:
-        answers = iter(answer(inputs) if inputs else ())
+        results = iter(predict_inputs(inputs) if inputs else ())
         for file, error in batch:
-            yield {"file": file, **(_finite(next(answers)) if error is None else {"error": error})}
+            yield {"file": file, **(_finite(next(results)) if error is None else {"error": error})}
 
     with closing(
         read_ahead(files, lambda file: make_input(read_image(file, pixel_range), file), 2 * batch_size)
@@ -268,7 +270,7 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
     """The row, or an error where its scores are no numbers: JSON has no NaN."""
     if all(math.isfinite(score) for _, score in _ranked(row)):
         return row
-    return {"error": "the network's answer is not a number (NaN); are its weights damaged?"}
+    return {"error": "the network's output is not a number (NaN); are its weights damaged?"}
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]], top_k: int) -> None:

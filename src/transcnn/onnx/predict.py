@@ -19,7 +19,7 @@ from ..checkpoints.header import check_stored
 from ..data.images import MAX_ASPECT_RATIO, crop_extreme_aspect, to_channels
 from ..errors import UserError, require
 
-__all__ = ["OnnxModel", "answers", "to_input"]
+__all__ = ["OnnxModel", "predictions", "to_input"]
 
 INTERPOLATIONS = {
     name: getattr(Image.Resampling, name.upper()) for name in ("nearest", "bilinear", "bicubic", "lanczos")
@@ -110,7 +110,7 @@ def to_input(image: Image.Image, data_config: dict[str, Any]) -> np.ndarray:
     return (pixels - 255 * mean[:, None, None]) / (255 * std[:, None, None])
 
 
-def answers(outputs: np.ndarray, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
+def predictions(outputs: np.ndarray, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
     """``{"top": [{"label": ..., "score": ...}, ...]}`` for each row of (B, classes); scores are probabilities."""
     scores = np.exp(outputs - outputs.max(1, keepdims=True))
     scores /= scores.sum(1, keepdims=True)
