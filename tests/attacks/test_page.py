@@ -340,7 +340,7 @@ def test_the_real_page_is_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_flag_for_a_proxy() -> None:
     from transcnn.cli import load_command, parse
 
-    arguments = parse("demo", load_command("demo"), ["--allowed_hosts", '["pictures.example.org"]'])
+    arguments = parse("demo", load_command("demo"), ["--allowed_hosts", "pictures.example.org"])
     assert arguments["allowed_hosts"] == ["pictures.example.org"]
     with pytest.raises(UserError, match=r"300\.1\.1\.1"):
         demo(host="300.1.1.1", quiet=True)

@@ -52,6 +52,7 @@ def assumed_splits(s: TrainSettings) -> SimpleNamespace | None:
         task_args={},
         name=str(s.data),
         broken=[],
+        pixel_range=None,
         assumed=f"{s.data} isn't there: taken are {classes:,} classes, as the model has them"
         + (f", and {images:,} images, as ImageNet-1K has" if images else "; how many images there are isn't known"),
     )
