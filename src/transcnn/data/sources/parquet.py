@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 IN_MEMORY = 2 << 30  # bytes of a split that are read into memory; larger ones are mapped from disk
+MIN_BOMB_ROWS, MIN_BOMB_BYTES, MAX_RATIO = 1 << 20, 1 << 28, 1000  # what is smaller does no harm
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "cls")
 
@@ -73,6 +74,7 @@ def _parquet_split(files: list[Path], folder: Path, names: list[str] | None) -> 
         for file in opened
         for group in map(file.metadata.row_group, range(file.metadata.num_row_groups))
     )
+    _refuse_bombs(files, sum(file.metadata.num_rows for file in opened), size)
     try:
         if size <= IN_MEMORY:
             table = arrow.concat_tables([file.read(columns=[image, label]) for file in opened])
@@ -88,6 +90,16 @@ def _parquet_split(files: list[Path], folder: Path, names: list[str] | None) -> 
         return None
     rows = ImageColumn(table[image], folder, "+".join(file.stem for file in files[:1]))
     return Source(labels, class_names, rows.load, rows.name, raw=rows.raw)
+
+
+def _refuse_bombs(files: Sequence[Path], rows: int, size: int) -> None:
+    """Refuse files that say they hold far more than their bytes can: repetitions, which would take all memory."""
+    stored = sum(file.stat().st_size for file in files)
+    if rows > max(MIN_BOMB_ROWS, stored) or size > max(MIN_BOMB_BYTES, MAX_RATIO * stored):
+        raise UserError(
+            f"{abbreviate([str(file) for file in files])}: {rows:,} rows and {size:,} bytes unpacked from {stored:,} "
+            "bytes of file are no images"
+        )
 
 
 class ImageColumn:
@@ -133,9 +145,10 @@ def feature_names(schema: Any, label: str) -> list[str] | None:
     """Class names from the features that Hugging Face datasets keep in the schema's metadata."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return list(features[label]["names"])
+        names = features[label]["names"]
     except (KeyError, ValueError, TypeError, RecursionError):
         return None
+    return names if isinstance(names, list) and names and all(isinstance(name, str) for name in names) else None
 
 
 def label_values(column: Any, names: list[str] | None, file: Path | str) -> tuple[np.ndarray, list[str]]:
@@ -144,7 +157,10 @@ def label_values(column: Any, names: list[str] | None, file: Path | str) -> tupl
         raise UserError(f"{str(file)!r} has {column.null_count} rows without a label")
     values = column.to_numpy() if column.num_chunks else np.zeros(0, np.int64)
     if values.dtype.kind in "OUS":  # names
-        text = np.array([normalise(name) for name in values.astype(str).tolist()], dtype=str)
+        texts = [value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value for value in values]
+        if odd := [type(value).__name__ for value in texts if not isinstance(value, str)]:
+            raise UserError(f"{str(file)!r} has labels of type {odd[0]}; allowed: whole numbers or names")
+        text = np.array([normalise(value) for value in texts], dtype=object)
         class_names = [normalise(name) for name in names] if names else sorted(set(text.tolist()))
         missing = sorted(set(text.tolist()) - set(class_names))
         if missing:

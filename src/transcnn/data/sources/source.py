@@ -155,7 +155,7 @@ def check_fraction(val_fraction: float) -> None:
 
 def abbreviate(names: Sequence[str]) -> str:
     """Up to eight of the names, quoted, and how many more there are."""
-    first = ", ".join(repr(name) for name in names[:8])
+    first = ", ".join(repr(name if len(name) <= 200 else f"{name[:200]}...") for name in names[:8])
     return f"{first} and {len(names) - 8} more" if len(names) > 8 else first
 
 
