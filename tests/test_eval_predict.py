@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transcnn.commands.evaluate import evaluate
 from transcnn.commands.explain import explain
 from transcnn.commands.models import models
 from transcnn.commands.predict import FEW, predict
+from transcnn.commands.train import train
 from transcnn.data.images import read_image
 from transcnn.data.paths import find_images
 from transcnn.dense.build import build_network
@@ -103,7 +105,7 @@ def test_eval_says_which_part_it_took(run, split_folder):
 
 def test_predict_prints_no_nan(run, class_folder, capsys):
     loaded = load(run)
-    torch.nn.init.constant_(next(loaded.model.parameters()), float("nan"))
+    torch.nn.init.constant_(next(loaded.model.parameters()), 3e38)  # finite, as weights must be; its sums aren't
     save_weights(run / "best.safetensors", loaded.model, loaded.info)
     predict(str(run), [str(class_folder / "class_0")], json=True, accelerator="cpu")
     rows = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
@@ -318,3 +320,42 @@ def test_weights_that_cannot_be_written_are_one_clear_line(tmp_path, monkeypatch
     with pytest.raises(UserError, match=r"can't write .*weights\.safetensors: I/O error: No space left on device"):
         save_weights(tmp_path / "weights.safetensors", torch.nn.Linear(2, 2), {})
     assert not list(tmp_path.iterdir())
+
+
+def test_eval_scores_what_a_run_held_back_as_the_run_did(whole_run, tmp_path, monkeypatch, capsys):
+    folder, run = whole_run
+    metrics = json.loads((run / "metrics.json").read_text())
+    settings: dict[str, Any] = dict(accelerator="cpu", quiet=True, out=str(tmp_path))
+    assert metrics["precision"] == "bf16-mixed"
+    assert metrics["device"] == "cpu"
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    for data in (None, str(folder), ".", "../images"):
+        again = evaluate(str(run), data, **settings)
+        for name in ("split", "images", "top1", "precision", "device", "class_accuracy"):
+            assert again[name] == metrics[name], (data, name)
+        assert again["loss"] == pytest.approx(metrics["loss"], abs=2e-4)
+    assert again["split"] == "val"
+    assert again["images"] == 4  # of 24: a fraction of 0.15 of each class, drawn with the run's seed
+    assert not capsys.readouterr().err
+    learnt = evaluate(str(run), str(folder), split="train", **{**settings, "quiet": False})
+    assert learnt["images"] == 20
+    assert "the run learnt from these images" in capsys.readouterr().err
+    assert evaluate(str(run), precision="32", **settings)["precision"] == "32-true"
+    other = shutil.copytree(folder, tmp_path / "other")
+    assert evaluate(str(run), str(other), **settings)["split"] == "all"
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, class_image) -> tuple[Path, Path]:
+    """Images, and a short run on them in bf16, named by a path that is relative to another folder than the tests'."""
+    folder = tmp_path_factory.mktemp("held")
+    for label in range(2):
+        (folder / "images" / f"class_{label}").mkdir(parents=True)
+        for i in range(12):
+            class_image(label, i).save(folder / "images" / f"class_{label}" / f"{i:03}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        settings: dict[str, Any] = dict(model="transcnn_test", img_size=32, batch_size=4, epochs=2, precision="bf16")
+        settings |= dict(val_fraction=0.15, seed=5, accelerator="cpu", num_workers=0, quiet=True)
+        return folder / "images", train("images", **settings, out=str(folder / "run")).run_dir

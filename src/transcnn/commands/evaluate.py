@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from ..checkpoints.files import make_folder
-from ..checkpoints.loading import load
-from ..distributed.processes import first_decides, gather_lists, launch, rank
-from ..distributed.runtime import quiet_libraries
+from ..checkpoints.loading import Loaded, load
+from ..distributed.processes import first_decides, first_here, gather_lists, launch, rank, world
+from ..distributed.runtime import PRECISIONS, choose_precision, quiet_libraries
 from ..errors import UserError
 from ..tasks import get_task
 from ..text import printable
@@ -31,12 +33,12 @@ def evaluate(
     split: Literal["auto", "train", "val", "test", "all"] = "auto",
     batch_size: int = 128,
     img_size: int | None = None,
-    precision: Literal["auto", "32", "bf16", "16"] = "32",
+    precision: Literal["auto", "32", "bf16", "16"] | None = None,
     accelerator: str = "auto",
     devices: int = 1,
     num_nodes: int = 1,
-    val_fraction: float = 0.1,
-    seed: int = 0,
+    val_fraction: float | None = None,
+    seed: int | None = None,
     strict_data: bool = False,
     num_workers: int = 0,
     window: int | None = None,
@@ -51,16 +53,18 @@ def evaluate(
         checkpoint: A run's directory, a .safetensors or .ckpt of ours, or the name of a published model.
         data: As for transcnn train; without it, what the network was trained on.
         model: The network that a file of weights is for which doesn't say so, such as the authors' .pth files.
-        split: The part to score on; auto is the test part, else the validation part, else everything.
-        batch_size: Images at a time, in each process.
+        split: The split to score on; auto is the test split, else the validation split (of data that a run was trained
+            on, the one that it held back), else everything.
+        batch_size: Images at a time, of all processes together, as for transcnn train.
         img_size: Another size than the network was trained at.
-        precision: Arithmetic; 32 is exact, auto is bf16 where the processor has it.
+        precision: Arithmetic; 32 is exact, auto is bf16 where the processor has it. Without it, what the run was scored
+            with, else 32.
         accelerator: cpu, gpu, or auto.
         devices: Processes on this machine, each with a device and a share of the images. Under torchrun or Slurm
             theirs count.
         num_nodes: Machines; the same command runs on each, with MASTER_ADDR, MASTER_PORT and NODE_RANK set.
-        val_fraction: Where data has no validation part: the share that training held back.
-        seed: And the seed it was held back with.
+        val_fraction: Where data has no validation split: the share that is held back; without it the run's, else 0.1.
+        seed: And the seed it is held back with; without it the run's, else 0.
         strict_data: Stop at the first image that can't be read, instead of leaving it out.
         num_workers: Processes that read images.
         window: To segment: evaluate in overlapping windows of this side, otherwise than training did.
@@ -88,25 +92,31 @@ def evaluate(
         trained = loaded.info.get("settings") or {}
         if data is None and "data" in trained:
             data = trained["data"]
-            val_fraction, seed = trained.get("val_fraction", val_fraction), trained.get("seed", seed)
-        part = get_task(loaded.task).open_split(
-            data,
-            split,
-            loaded.class_names,
-            loaded.info.get("task_args") or {},
-            val_fraction=val_fraction,
-            seed=seed,
-            strict=strict_data,
+        part = first_here(
+            lambda: _open(
+                loaded,
+                data,
+                split,
+                val_fraction=trained.get("val_fraction", 0.1) if val_fraction is None else val_fraction,
+                seed=trained.get("seed", 0) if seed is None else seed,
+                strict=strict_data,
+            )
         )
+        learnt = "data" in trained and _same(data, trained["data"]) and (part.split or split) in ("train", "all")
+        if learnt and rank() == 0 and not quiet:
+            print(
+                f"transcnn: the run learnt from these images ({part.split or split}): scores of new ones are lower",
+                file=sys.stderr,
+            )
         target = Path(out) if out else Path(checkpoint) / "eval" if Path(checkpoint).is_dir() else None
         if target is not None:
             first_decides(partial(make_folder, target, "metrics.json"))
         learner, scores = measure(
             loaded,
             part,
-            batch_size=batch_size,
+            batch_size=-(-batch_size // world()),
             num_workers=num_workers,
-            precision=precision,
+            precision=precision or _precision_of(loaded.info, accelerator),
             accelerator=accelerator,
             bar=not quiet,
         )
@@ -115,6 +125,7 @@ def evaluate(
     metrics = {
         **learner.summary(scores),
         **views,
+        **{name: scores[name] for name in ("precision", "device")},
         "split": part.split or split,
         "data": data or "digits",
         "checkpoint": loaded.source,
@@ -129,3 +140,31 @@ def evaluate(
         if target is not None:
             print(f"written: {printable(target / 'metrics.json')}")
     return metrics
+
+
+def _open(loaded: Loaded, data: str | None, split: str, **settings: Any) -> Any:
+    """The split; ``auto`` of data that a run was trained on is never what it learnt from."""
+    trained, task_args = loaded.info.get("settings") or {}, loaded.info.get("task_args") or {}
+    open_split = get_task(loaded.task).open_split
+    part = open_split(data, split, loaded.class_names, task_args, **settings)
+    if split == "auto" and part.split == "all" and "data" in trained and _same(data, trained["data"]):
+        part = open_split(data, "val", loaded.class_names, task_args, **settings)
+    return part
+
+
+def _same(data: str | None, other: str | None) -> bool:
+    """Whether two names of data are the same, or mean the same folder or file."""
+    if data is None or other is None or data == other:
+        return data == other
+    return os.path.exists(data) and os.path.exists(other) and os.path.samefile(data, other)
+
+
+def _precision_of(info: dict[str, Any], accelerator: str) -> str:
+    """What a run was scored with, as far as this machine has it; 32 of other weights."""
+    words = {theirs: ours for ours, theirs in PRECISIONS.items()}
+    wanted = words.get(info.get("precision", ""), (info.get("settings") or {}).get("precision", "32"))
+    try:
+        choose_precision(wanted, accelerator)
+    except UserError:  # 16 without a GPU
+        return "32"
+    return wanted

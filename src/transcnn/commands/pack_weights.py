@@ -42,7 +42,7 @@ def pack(
         UserError: The file is too large, or less accurate.
     """
     loaded = load(run)
-    before = evaluate(run, data, split="test", quiet=True)
+    before = evaluate(run, data, split="test", precision="32", quiet=True)
     info: dict[str, Any] = {key: loaded.info[key] for key in KEPT if key in loaded.info}
     info["settings"] = {key: value for key, value in info.get("settings", {}).items() if key not in PLACES}
     info["test_top1"] = before["top1"]
@@ -53,7 +53,7 @@ def pack(
         size = trial.stat().st_size
         if size > LARGEST:
             raise UserError(f"{size / 1e6:.1f} MB are more than the {LARGEST / 1e6:.0f} MB that a package may hold")
-        after = evaluate(str(trial), data, split="test", quiet=True)
+        after = evaluate(str(trial), data, split="test", precision="32", quiet=True)
         if not after["top1"] >= before["top1"] - slack:
             raise UserError(f"16-bit weights are at {after['top1']} % instead of {before['top1']} %: not packed")
         loaded.info = info

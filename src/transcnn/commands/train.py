@@ -9,7 +9,7 @@ from ..distributed.processes import first_decides, launch
 from ..distributed.runtime import lasting_output, quiet_libraries
 from ..settings import TrainSettings, takes_settings
 from ..training.faults import GoBack
-from ..training.resume import find_resumed, find_start, resumed_settings
+from ..training.resume import find_resumed, find_start, located, resumed_settings
 from ..training.run import TrainResult, run
 from ..training.run_dir import RunLock
 
@@ -40,6 +40,7 @@ def train(settings: TrainSettings) -> TrainResult:
         resumed = first_decides(lambda: find_start(settings.resume, settings.out))
         if resumed:
             settings = resumed_settings(settings, resumed)
+        settings = located(settings)
         lr_factor = None
         while True:
             try:

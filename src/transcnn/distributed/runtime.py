@@ -15,7 +15,10 @@ import torch
 
 from ..errors import UserError
 
-__all__ = ["choose_precision", "keep_freed_memory", "lasting_output", "quiet_libraries"]
+__all__ = ["PRECISIONS", "choose_precision", "keep_freed_memory", "lasting_output", "quiet_libraries"]
+
+
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}  # ours and Lightning's words
 
 
 def choose_precision(precision: str, accelerator: str = "auto") -> str:
@@ -26,10 +29,9 @@ def choose_precision(precision: str, accelerator: str = "auto") -> str:
         precision = "bf16" if fast else "32"
     if precision == "16" and not gpu:
         raise UserError("precision 16 needs a GPU; on this machine use bf16 or 32")
-    words = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
-    if precision not in words:
-        raise UserError(f"precision must be one of auto, {', '.join(words)}, got {precision}")
-    return words[precision]
+    if precision not in PRECISIONS:
+        raise UserError(f"precision must be one of auto, {', '.join(PRECISIONS)}, got {precision}")
+    return PRECISIONS[precision]
 
 
 def _cpu_has_bf16() -> bool:

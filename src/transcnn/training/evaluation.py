@@ -35,7 +35,9 @@ def measure(
     limit: int | None = None,
     bar: bool = False,
 ) -> tuple[Task, dict[str, Any]]:
-    """The task that counted, and a model's scores on one part of a data set (``Task.scores``, and ``seconds``).
+    """The task that counted, and a model's scores on one split of a data set.
+
+    They are ``Task.scores``, and ``seconds``, ``precision`` (Lightning's word) and ``device``.
 
     ``bar`` shows how far it is, where standard error is a terminal.
     """
@@ -55,7 +57,8 @@ def measure(
     )
     began = time.monotonic()
     trainer.test(learner, loader, verbose=False)
-    return learner, {**learner.test_scores, "seconds": time.monotonic() - began}
+    computed = {"precision": str(trainer.precision), "device": trainer.strategy.root_device.type}
+    return learner, {**learner.test_scores, "seconds": time.monotonic() - began, **computed}
 
 
 def write_results(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..settings import TrainSettings
 from .checkpointing import LAST, PREVIOUS, newest_good, note
 from .run_dir import made_by_this_launch
 
-__all__ = ["find_resumed", "find_start", "resumed_settings"]
+__all__ = ["find_resumed", "find_start", "located", "resumed_settings"]
 
 # What a resumed run may have otherwise than the run it goes on with; all else decides what is learnt.
 FREE = {"data", "resume", "out", "epochs", "num_workers", "early_stop", "save_every", "accelerator", "quiet"}
@@ -76,6 +77,23 @@ def resumed_settings(given: TrainSettings, checkpoint: Path) -> TrainSettings:
             raise UserError(f"a resumed run keeps its settings: {name} is {_short(then)} there, got {_short(now)}")
     origins = {item.name: str(checkpoint) for item in fields(saved)} | {name: given.origin_of(name) for name in changed}
     return replace(saved, origins=origins, **{name: getattr(given, name) for name in changed})
+
+
+def located(s: TrainSettings) -> TrainSettings:
+    """The settings with whole paths, so that what a run was given is found from every working folder."""
+    distill = replace(s.distill, distill_from=_whole(s.distill.distill_from))
+    return replace(s, data=_whole(s.data), init_from=_whole(s.init_from), distill=distill)
+
+
+def _whole(name: str | None) -> str | None:
+    """The whole path of a file or folder that is there, also in ``wds/PATH`` and ``torch/NAME:PATH``; else ``name``."""
+    if name is None or "://" in name:
+        return name
+    if os.path.exists(name):
+        return os.path.abspath(name)
+    start = "wds/" if name.startswith("wds/") else name.partition(":")[0] + ":" if name.startswith("torch/") else ""
+    path = name[len(start) :]
+    return start + os.path.abspath(path) if start and path and os.path.isdir(os.path.dirname(path) or ".") else name
 
 
 def _short(value: Any) -> str:

@@ -78,6 +78,7 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None, lock: R
 
     info = {"model": s.model, "model_args": args, "class_names": splits.class_names, "data_config": config}
     info |= {"task": s.task, "task_args": task_args, "data": splits.name}
+    info["precision"] = choose_precision(s.precision, s.accelerator)  # what auto came to
     if resumed is not None:
         _check_epochs(resumed, s.epochs)
     learner.configure_optimizers()  # what it refuses is refused before anything is written
@@ -210,6 +211,7 @@ def _finish(
     )
     broken = list(dict.fromkeys(gather_lists(splits.broken)))
     metrics = learner.summary(scores)
+    metrics |= {name: scores[name] for name in ("precision", "device")}
     metrics |= {"split": split, "data": splits.name, "chosen_on": "val", "chosen_by": keep.metric, **keep.figures}
     metrics |= {"best_epoch": keep.best_epoch, "epochs": trainer.current_epoch, "train_seconds": round(keep.seconds, 1)}
     if not trainer.is_global_zero:

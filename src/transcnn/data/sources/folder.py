@@ -55,6 +55,7 @@ class PathList:
 
 
 def open_folder(root: Path) -> SourceSplits:
+    root = Path.cwd() / root  # of "." paths below it would not begin with it
     name = root.resolve().name or "data"
     folders = {split: split_folder(root, names) for split, names in SPLITS.items()}
     if folders["train"] is None or not _subfolders(folders["train"]):  # "train" may also be a class, beside "car"
