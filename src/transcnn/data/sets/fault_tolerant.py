@@ -138,7 +138,8 @@ def pixel_range_of(images: FaultTolerantDataset) -> tuple[float, float] | None:
 def set_pixel_range(sets: Mapping[str, FaultTolerantDataset | None]) -> tuple[float, float] | None:
     """Have all splits read with the range that the training split has, and return it."""
     train = sets["train"]
-    found = None if train is None else pixel_range_of(train)
+    # Files at a URL aren't fetched for this: of these the dtype decides.
+    found = None if train is None or train.groups is not None else pixel_range_of(train)
     for images in sets.values():
         if images is not None:
             images.pixel_range = found
