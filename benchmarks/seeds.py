@@ -16,7 +16,7 @@ __all__ = ["mean_and_spread", "read_runs", "train_or_resume", "write_rows"]
 def train_or_resume(folder: Path, data: str, **settings: Any) -> dict[str, Any]:
     """The metrics of a run in ``folder``: trained now, or gone on with where it was cut off."""
     started = (folder / "last.ckpt").is_file()
-    place = {"resume": str(folder)} if started else {"out": str(folder)}
+    place: dict[str, Any] = {"resume": str(folder)} if started else {"out": str(folder)}
     return train(data, **settings, **place, channels_last=True, quiet=True).metrics
 
 

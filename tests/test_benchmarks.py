@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+from PIL import Image
 from timm.models import create_model
 from torch import nn
 
 from transcnn import HMHSA
 from transcnn.attention import LocalStep
-from transcnn.compare.engines import load_reference
+from transcnn.checkpoints.loading import data_config_of, save_weights
+from transcnn.compare.engines import load_reference, randomise
+from transcnn.data.sets.classify import open_set
+from transcnn.plugging.build import build_model
 
 VARIANTS = ("none", "local", "global", "swin", "full", "hmhsa2", "hmhsa3")
 SMALL = dict(host="transcnn_test", side=64, num_classes=3)
@@ -162,3 +170,124 @@ def test_one_large_image_is_measured_unless_it_would_take_too_long(
     assert sizes == [64]
     steps = [m for m in load_reference(reference).modules() if isinstance(m, LocalStep)]
     assert len(steps) == 6  # transcnn_nano with the local step alone
+
+
+# --- transfer.py --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cifar10(tmp_path: Path, class_image: Any) -> Path:
+    """A folder as transfer.py wants it: two classes, 30 and 10 images each."""
+    folder = tmp_path / "cifar10"
+    folder.mkdir()
+    for part, count in (("train", 30), ("test", 10)):
+        rows = [
+            {"image": {"bytes": png(class_image(i % 2, i)), "path": f"{i}"}, "label": i % 2} for i in range(2 * count)
+        ]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{part}.parquet")
+    (folder / "classes.txt").write_text("rising\nfalling\n")
+    return folder
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    """Weights of a small network for other classes, in a run's directory."""
+    model = build_model("transcnn_test", num_classes=4)
+    randomise(model)
+    info: dict[str, Any] = {"model": "transcnn_test", "model_args": {"act_layer": "relu"}, "task": "classify"}
+    info |= {"class_names": list("abcd"), "data_config": data_config_of(model, 3, 32)}
+    (tmp_path / "weights").mkdir()
+    save_weights(tmp_path / "weights" / "best.safetensors", model, info)
+    return tmp_path / "weights"
+
+
+def test_few_images_are_drawn_by_the_seed(cifar10: Path, tmp_path: Path) -> None:
+    import transfer
+
+    options = SimpleNamespace(cifar10=cifar10, runs=tmp_path / "runs")
+    drawn = [pyarrow.parquet.read_table(transfer.few_images(options, 5, seed) / "train.parquet") for seed in (0, 1)]
+    for table in drawn:
+        assert sorted(table["label"].to_pylist()) == [0] * 5 + [1] * 5
+    assert drawn[0] != drawn[1]
+    again = transfer.few_images(SimpleNamespace(cifar10=cifar10, runs=tmp_path / "more"), 5, 1)
+    assert pyarrow.parquet.read_table(again / "train.parquet") == drawn[1]
+    assert len(open_set(str(again), "test")) == 20
+
+
+def test_a_probe_leaves_the_weights_alone_and_tells_classes_apart(cifar10: Path, start: Path, tmp_path: Path) -> None:
+    import transfer
+
+    options = SimpleNamespace(cifar10=cifar10, runs=tmp_path / "runs", weights=str(start), img_size=32)
+    before = (start / "best.safetensors").read_bytes()
+    scores = transfer.probe(options, transfer.few_images(options, 20, 0), 0)
+    assert scores["score"] > 80  # two classes that differ much
+    assert (start / "best.safetensors").read_bytes() == before
+
+
+def test_transfer_trains_from_scratch_and_from_weights_and_writes_its_tables(
+    cifar10: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transfer
+
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def fake(folder: Path, data: str, **settings: Any) -> dict[str, Any]:
+        asked.append((folder.name, settings))
+        score = 60.0 + settings["seed"] if settings["init_from"] else 50.0
+        return {"top1": score, "val_top1": score, "miou": score, "val_miou": score, "map50": score, "val_map": score}
+
+    monkeypatch.setattr(transfer, "train_or_resume", fake)
+    out = tmp_path / "results" / "transfer.csv"
+    quick = ["--weights", start, "--cifar10", cifar10, "--per_class", 10, 20, "--img_size", 32, "--updates", 10]
+    quick += ["--runs", tmp_path / "runs", "--out", out, "--camvid", "camvid.tar", "--bccd", "bccd.tar"]
+    call(monkeypatch, transfer, *quick, "--seeds", 0, 1)
+    rows = {(row["data"], row["per_class"], row["start"]): row for row in rows_of(out)}
+    assert len(rows) == 2 * 3 + 2 * 2
+    assert rows["cifar10", "10", "finetune"]["score_mean"] == "60.5"
+    assert rows["cifar10", "10", "scratch"]["score_spread"] == "0.0"
+    assert rows["camvid", "0", "finetune"]["seeds"] == "2"
+    assert len(rows_of(out.with_stem("transfer_runs"))) == 20
+    assert out.with_suffix(".png").stat().st_size > 1000
+    assert len(asked) == len({folder for folder, _ in asked}) == 16
+    for folder, settings in asked:
+        assert settings["model"] == "transcnn_test"
+        assert settings["model_args"] == {"act_layer": "relu"}
+        assert settings["init_from"] == (str(start) if "finetune" in folder else None)
+    recipe = dict(asked)["camvid-0-weights-scratch-0.0-0"]
+    assert (recipe["task"], recipe["epochs"], recipe["segment"].decoder) == ("segment", 22, "fpn")  # as it stands
+    asked.clear()
+    call(monkeypatch, transfer, *quick, "--seeds", 0, 1)
+    assert not asked  # what the file of runs holds is not done again
+
+
+def test_the_rate_of_transfer_goes_by_held_back_images(
+    cifar10: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transfer
+
+    monkeypatch.setattr(transfer, "train_or_resume", lambda *_, **s: {"top1": 0.0, "val_top1": 1000 * s["lr"]})
+    out = tmp_path / "transfer.csv"
+    quick = ["--weights", start, "--cifar10", cifar10, "--lrs", 0.01, 0.02, "--runs", tmp_path / "runs", "--out", out]
+    call(monkeypatch, transfer, "--tune", *quick)
+    rows = rows_of(out.with_stem("transfer_tuning"))
+    assert [(row["start"], row["lr"], row["val_score"]) for row in rows] == [
+        ("scratch", "0.01", "10.0"),
+        ("scratch", "0.02", "20.0"),
+        ("finetune", "0.01", "10.0"),
+        ("finetune", "0.02", "20.0"),
+    ]
+
+
+def test_weights_that_have_seen_the_images_are_no_start(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    import transfer
+
+    with pytest.raises(SystemExit):
+        call(monkeypatch, transfer, "--weights", "transcnn_nano.cifar10", "--cifar10", "cifar10")
+    assert "has seen CIFAR-10's images" in capsys.readouterr().err
+    assert transfer.weights_file("transcnn_nano.cifar10").endswith("weights/transcnn_nano.cifar10.safetensors")
