@@ -108,6 +108,15 @@ print(json.dumps(found))
     return {key: set(value) if isinstance(value, list) else value for key, value in json.loads(done.stdout).items()}
 
 
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw no report, which takes half of a small run's time: for tests of what is learnt, not of what is drawn."""
+    from transcnn.tasks import get_task
+
+    for task in ("classify", "segment", "detect"):
+        monkeypatch.setattr(get_task(task), "write_report", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository's root."""

@@ -17,6 +17,7 @@ from transcnn.tasks import distill
 from transcnn.tasks.classify import Classify
 from transcnn.tasks.distill import Teacher
 
+pytestmark = pytest.mark.usefixtures("no_report")
 CONFIG = {"input_size": [3, 8, 8], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
 
 

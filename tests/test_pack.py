@@ -65,6 +65,7 @@ def test_packed_data_are_the_same_data(split_folder, packed):
     assert np.array_equal(np.asarray(again.load(5)), np.asarray(shards.train.source.load(5)))
 
 
+@pytest.mark.usefixtures("no_report")
 def test_training_on_shards_equals_training_on_the_folder(split_folder, packed, tmp_path):
     options = dict(model="transcnn_test", img_size=32, batch_size=6, epochs=1, precision="32", accelerator="cpu")
     weights = []

@@ -53,6 +53,7 @@ def test_compares_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert "layer4.hmhsa.scale" in file.keys()  # noqa: SIM118
 
 
+@pytest.mark.usefixtures("no_report")
 def test_trains_a_plugged_network(tmp_path: Path, class_folder: Path) -> None:
     quick: dict[str, Any] = dict(model="test_resnet", img_size=64, epochs=1, batch_size=8, precision="32", quiet=True)
     quick |= dict(accelerator="cpu", num_workers=0)
@@ -90,6 +91,7 @@ def test_errors(arguments: dict, message: str) -> None:
         plug_network(**arguments)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_the_experiment_runs_in_small(
     root: Path, tmp_path: Path, make_class_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from transcnn.commands.train import train
 from transcnn.dense.build import build_network
 from transcnn.plugging.build import build_model
 
+pytestmark = pytest.mark.usefixtures("no_report")
 RECIPES = sorted((Path(__file__).resolve().parent.parent / "recipes").glob("*.yaml"))
 CLASSIFY = [path for path in RECIPES if "task: " not in path.read_text() or "task: classify" in path.read_text()]
 DETECT = [path for path in RECIPES if "task: detect" in path.read_text()]

@@ -114,6 +114,7 @@ def test_each_image_once_in_loader_processes(bucket, workers):
     assert seen != sorted(seen)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_run_resumes_in_the_middle_of_an_epoch(bucket, tmp_path, monkeypatch):
     settings: dict[str, Any] = dict(model="transcnn_test", epochs=2, batch_size=4, img_size=32, quiet=True)
     settings |= {"precision": "32", "num_workers": 0, "in_chans": 3}

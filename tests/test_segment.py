@@ -132,6 +132,7 @@ def test_predict_writes_label_maps_and_overlays(run, data, tmp_path, capsys):
     assert (predicted == truth)[truth < 255].mean() > 0.8
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(data, tmp_path, monkeypatch):
     unet = Segment(decoder="unet", decoder_channels=16, loss="both", class_weights="log")
     settings: dict[str, Any] = dict(QUICK, segment=unet, limit_batches=3, epochs=2)
@@ -442,6 +443,7 @@ def test_broken_label_maps_say_why():
         read_ids(b"")
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_run_starts_from_a_classifier_or_from_one_of_its_kind(data, tmp_path, capsys):
     classifier = create_model("transcnn_test", num_classes=7)
     with torch.no_grad():
@@ -471,6 +473,7 @@ def test_a_run_starts_from_a_classifier_or_from_one_of_its_kind(data, tmp_path, 
         train(str(data), **still, segment=SMALL, init_from=str(tmp_path / "other.safetensors"), out=str(tmp_path / "d"))
 
 
+@pytest.mark.usefixtures("no_report")
 def test_h_mhsa_is_plugged_into_the_backbone_and_taken_from_a_plugged_classifier(data, tmp_path):
     quick: dict[str, Any] = dict(
         QUICK, model="resnet10t", epochs=1, limit_batches=1, segment=SMALL, lr=1e-9, ema=Ema(ema=False)

@@ -40,6 +40,7 @@ def shapes(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("ema", [True, False])
 def test_a_short_run_from_scratch_is_far_from_chance_in_its_second_epoch(shapes, tmp_path, ema):
     settings: Any = dict(model="transcnn_test", img_size=32, batch_size=8, epochs=2, lr=3e-3, val_fraction=0.2)

@@ -34,6 +34,8 @@ from transcnn.training import callbacks
 from transcnn.training.building import make_network
 from transcnn.training.run_dir import RunLock
 
+pytestmark = pytest.mark.usefixtures("no_report")
+WRITE_REPORT = Classify.write_report
 QUICK: dict[str, Any] = dict(
     model="transcnn_test", batch_size=4, precision="32", accelerator="cpu", num_workers=0, img_size=32, quiet=True
 )
@@ -45,7 +47,7 @@ BUSY: dict[str, Any] = dict(
     augment=Augment(mixup=0.4, cutmix=1.0, reprob=0.5, policy="small"),
     optim=Optim(warmup_epochs=0.5, accumulate=2),
     lr=3e-3,
-    epochs=3,
+    epochs=2,
 )
 
 
@@ -89,7 +91,8 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert steady(a) == steady(b)
 
 
-def test_a_network_learns_and_the_run_directory_is_complete(make_class_folder, tmp_path):
+def test_a_network_learns_and_the_run_directory_is_complete(make_class_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Classify, "write_report", WRITE_REPORT)
     data = make_class_folder(classes=3, per_class=30)
     result = train(
         str(data), **dict(QUICK, batch_size=8), epochs=12, lr=5e-3, ema=Ema(ema_decay=0.9), out=str(tmp_path / "run")
