@@ -110,7 +110,7 @@ print(json.dumps(found))
 
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs draw no report, which takes half of a small run's time: for tests of what is learnt, not of what is drawn."""
+    """Runs draw no report, which takes half of a small run's time: for tests of what is learnt alone."""
     from transcnn.tasks import get_task
 
     for task in ("classify", "segment", "detect"):
