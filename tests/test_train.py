@@ -102,6 +102,7 @@ def test_a_network_learns_and_the_run_directory_is_complete(make_class_folder, t
         "best.safetensors",
         "checksums.sha256",
         "config.yaml",
+        "data.json",
         "last.ckpt",
         "metrics.csv",
         "metrics.json",

@@ -35,7 +35,7 @@ HELP_GROUPS = {
     "what most runs need": (
         *("task", "model", "pretrained", "img_size", "epochs", "batch_size", "lr", "out", "resume", "config"),
     ),
-    "data": ("val_fraction", "strict_data", "num_workers", "limit_batches", "in_chans"),
+    "data": ("val_fraction", "strict_data", "accept_changed_data", "num_workers", "limit_batches", "in_chans"),
     "network": ("init_from", "plug", "model_args", "drop_rate", "drop_path_rate"),
     "run": ("seed", "eval_metric", "early_stop", "save_every", "nonfinite", "max_nonfinite", "dry_run", "quiet"),
     "machine": (
@@ -249,6 +249,8 @@ class TrainSettings:
         precision: auto is bf16 where the processor has it, else 32; 16 needs a GPU.
         resume: A run's directory or last.ckpt: go on exactly where it stopped, with its settings. ``epochs`` may be
             others than before; the schedule is then that of all of them.
+        accept_changed_data: Go on with a run whose data has changed since it began. What was held back from learning
+            stays so; new images are learnt from.
         init_from: Weights to start from: a run's directory, a checkpoint of ours or a published one. To segment or
             detect, those of a classifier (or of another decoder) are taken for the backbone.
         pretrained: Start from the model's published weights.
@@ -302,6 +304,7 @@ class TrainSettings:
     seed: int = 0
     precision: Literal["auto", "32", "bf16", "16"] = "auto"
     resume: str | None = None
+    accept_changed_data: bool = False
     init_from: str | None = None
     pretrained: bool = False
     plug: str | None = None

@@ -22,10 +22,21 @@ from .run_dir import made_by_this_launch
 __all__ = ["find_resumed", "find_start", "located", "resumed_settings"]
 
 # What a resumed run may have otherwise than the run it goes on with; all else decides what is learnt.
-FREE = {"data", "resume", "out", "epochs", "num_workers", "early_stop", "save_every", "accelerator", "quiet"}
+FREE = {
+    "data",
+    "resume",
+    "accept_changed_data",
+    "out",
+    "epochs",
+    "num_workers",
+    "early_stop",
+    "save_every",
+    "accelerator",
+    "quiet",
+}
 FREE |= {"nonfinite", "max_nonfinite", "cuda_graphs"}
 # And of these what the earlier run had says nothing: they are about here and now.
-PRESENT = {"resume", "out", "devices", "num_nodes", "strategy", "cuda_graphs"}
+PRESENT = {"resume", "accept_changed_data", "out", "devices", "num_nodes", "strategy", "cuda_graphs"}
 
 
 def find_start(resume: str | None, out: str | None) -> Path | None:

@@ -34,10 +34,12 @@ from ..settings import TrainSettings, as_plain
 from ..tasks import get_task
 from ..tasks.base import Task
 from ..tasks.samples import write_samples
+from ..text import printable
 from . import callbacks as cb
 from .building import make_learner, make_network
 from .check import check
-from .checkpointing import KeepWeights
+from .checkpointing import KeepWeights, note
+from .data_record import check_unchanged, keep_split, read_record, record_of, write_record
 from .dryrun import assumed_splits, dry_run
 from .evaluation import measure, write_results
 from .faults import SkipNonFinite
@@ -66,6 +68,7 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None, lock: R
     assumed = assumed_splits(s) if s.dry_run else None
     opened = {"val_fraction": s.val_fraction, "seed": s.seed, "strict": s.strict_data, "in_chans": s.in_chans}
     splits = assumed or first_here(lambda: task_class.open_data(s.data, task_args, **opened))
+    record = None if s.dry_run else _check_data(s, splits, resumed)
     task_args = {**task_args, **splits.task_args}
     network, args = make_network(s, splits, task_args, resumed)
     config = data_config_of(network, splits.in_chans, s.img_size)
@@ -91,11 +94,37 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None, lock: R
     trainer = _trainer(s, run_dir, [*averages, skip], keep, strategy)
     if trainer.is_global_zero:
         atomic_write(run_dir / "config.yaml", lambda path: path.write_text(dump_plain(as_plain(s)), encoding="utf-8"))
+        write_record(run_dir, record or {})
         write_samples(run_dir, learner, splits.train)
         if not s.quiet:
             _announce(s, splits, network, config, run_dir, trainer)
     _fit(trainer, learner, loaders, resumed)
     return _finish(s, task_class, splits, run_dir, trainer, keep)
+
+
+def _check_data(s: TrainSettings, splits: Any, resumed: Path | None) -> dict[str, Any]:
+    """What the run learns from, compared with what it did before; what was held back stays so."""
+
+    def compare() -> tuple[dict[str, Any], dict[str, Any] | None]:
+        record = record_of(s.data, splits)
+        kept = None if resumed is None else read_record(resumed.parent)
+        return record, None if kept == record else kept
+
+    record, kept = first_decides(compare)
+    if kept is None or resumed is None:
+        return record
+    keep_split(kept, splits)
+
+    def tell() -> dict[str, Any]:
+        record = record_of(s.data, splits)
+        changes = check_unchanged(kept, record, s.accept_changed_data)
+        if changes:
+            told = f"the data has changed since the run began: {'; '.join(changes)}"
+            note(resumed.parent, told)
+            print(f"transcnn: {printable(told)}", file=sys.stderr)
+        return record
+
+    return first_decides(tell)
 
 
 def _check_epochs(resumed: Path, epochs: int) -> None:

@@ -1,9 +1,9 @@
 """Run directories: made fresh, and found again by processes that were restarted.
 
-A run directory holds ``config.yaml`` (every setting), ``metrics.csv`` (a row an epoch), TensorBoard events,
-``last.ckpt`` (to go on from; ``previous.ckpt`` and ``checksums.sha256`` go with it), ``best.safetensors`` (to use),
-``metrics.json``, ``report/``, ``skipped.csv`` where files could not be read, and ``faults.log`` where something else
-went wrong.
+A run directory holds ``config.yaml`` (every setting), ``data.json`` (what it learns from), ``metrics.csv`` (a row an
+epoch), TensorBoard events, ``last.ckpt`` (to go on from; ``previous.ckpt`` and ``checksums.sha256`` go with it),
+``best.safetensors`` (to use), ``metrics.json``, ``report/``, ``skipped.csv`` where files could not be read, and
+``faults.log`` where something else went wrong.
 """
 
 from __future__ import annotations

@@ -66,6 +66,15 @@ class ImageDataset(FaultTolerantDataset):
         self._cache: Tensor | None = None  # uint8 (N, C, H, W), what the transform's first step gives
         self._cached_for: object = None
 
+    def with_indices(self, indices: Sequence[int]) -> ImageDataset:
+        """The same with other images of the source."""
+        chosen = np.array(indices, dtype=np.int64)
+        other = ImageDataset(
+            self.source, chosen, transform=self.transform, seed=self.seed, strict=self.strict, replace=self.replace
+        )
+        other.listed, other.split, other.pixel_range = self.listed, self.split, self.pixel_range
+        return other
+
     def name(self, i: int) -> str:
         """The i-th image's file name, or what stands for one."""
         return self.source.name_of(int(self.indices[i]))

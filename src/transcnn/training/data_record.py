@@ -1,0 +1,131 @@
+"""What a run learnt from, kept as ``data.json`` in its directory; a run that goes on finds out what has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.files import atomic_write
+from ..data.sources.source import SPLITS, abbreviate
+from ..errors import UserError
+from ..text import json_text
+
+__all__ = ["RECORD", "check_unchanged", "keep_split", "read_record", "record_of", "write_record"]
+
+RECORD = "data.json"
+MAX_NAMED = 200_000  # images of all splits up to which each one's entry is kept; of more, a digest alone
+
+
+def record_of(data: str | None, splits: Any) -> dict[str, Any]:
+    """Class names, and of each split the number of images, a digest, and for each image name, label and size.
+
+    Labels are those of classification (of other tasks None); the size is the file's in bytes, -1 where it isn't a file
+    of its own.
+    """
+    present = {name: part for name in ("train", "val", "test") if (part := getattr(splits, name)) is not None}
+    named = sum(map(len, present.values())) <= MAX_NAMED
+    record: dict[str, Any] = {"class_names": list(splits.class_names), "splits": {}}
+    for split, part in present.items():
+        entries = sorted(_entries(data, split, part), key=lambda entry: entry[0])
+        digest = hashlib.sha256("\n".join(map(json.dumps, entries)).encode()).hexdigest()
+        record["splits"][split] = {"images": len(part), "sha256": digest, "files": entries if named else None}
+    return record
+
+
+def _entries(data: str | None, split: str, part: Any) -> list[list[Any]]:
+    root = Path(data) if data is not None and os.path.isdir(data) else None
+    roots = [root, *(root / name for name in SPLITS[split])] if root is not None else []
+    roots = [os.fspath(folder) for folder in roots if folder.is_dir()]
+    labels: Sequence[int] | None = getattr(part, "labels", None)
+    entries = []
+    for i in range(len(part)):
+        name = part.name(i)
+        label = None if labels is None else int(labels[i])
+        entries.append([name, label, next((size for folder in roots if (size := _size(folder, name)) >= 0), -1)])
+    return entries
+
+
+def _size(folder: str, name: str) -> int:
+    try:
+        return os.stat(os.path.join(folder, name)).st_size
+    except (OSError, ValueError):
+        return -1
+
+
+def write_record(run_dir: Path, record: dict[str, Any]) -> None:
+    """Keep a record in the run's directory."""
+    text = json_text(record) + "\n"
+    atomic_write(run_dir / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def read_record(run_dir: Path) -> dict[str, Any] | None:
+    """The record of a run; None of a run of an earlier version, or where it is damaged."""
+    try:
+        record = json.loads((run_dir / RECORD).read_text(encoding="utf-8"))
+        return record if isinstance(record["splits"], dict) and isinstance(record["class_names"], list) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def check_unchanged(kept: dict[str, Any], now: dict[str, Any], accept: bool) -> list[str]:
+    """What has changed in the data since a run began, in words.
+
+    Raises:
+        UserError: Something has, and that isn't accepted; or the classes have, for which the network isn't made.
+    """
+    if kept["class_names"] != now["class_names"]:
+        raise UserError(
+            f"the classes of the data have changed since the run began: they were {abbreviate(kept['class_names'])}, "
+            f"now they are {abbreviate(now['class_names'])}; start a new run, with --init_from if you like"
+        )
+    found = []
+    for split in sorted({*kept["splits"], *now["splits"]}):
+        before, after = kept["splits"].get(split), now["splits"].get(split)
+        if before is None or after is None:
+            found.append(f"the {split} split is {'new' if before is None else 'gone'}")
+        elif before["sha256"] != after["sha256"]:
+            found += _changes(split, before, after)
+    if found and not accept:
+        raise UserError(
+            f"the data has changed since the run began: {'; '.join(found)}. Put it back, or go on all the same with "
+            "--accept_changed_data"
+        )
+    return found
+
+
+def _changes(split: str, before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    if before["files"] is None or after["files"] is None:
+        return [f"{split} had {before['images']:,} images and has {after['images']:,}, not all of them the same"]
+    old, new = ({entry[0]: entry[1:] for entry in split["files"]} for split in (before, after))
+    both = old.keys() & new.keys()
+    kinds = {
+        "without": old.keys() - new.keys(),
+        "with the new": new.keys() - old.keys(),
+        "with other labels of": {name for name in both if old[name][0] != new[name][0]},
+        "with other content of": {name for name in both if old[name][0] == new[name][0] and old[name] != new[name]},
+    }
+    return [f"{split} {words} {abbreviate(sorted(names))}" for words, names in kinds.items() if names]
+
+
+def keep_split(kept: dict[str, Any], splits: Any) -> bool:
+    """Have the images that were held back stay so, where the validation split was split off; whether that was done.
+
+    Images that are new are learnt from.
+    """
+    train, val = splits.train, splits.val
+    before = kept["splits"].get("val", {}).get("files")
+    if not before or getattr(val, "source", None) is None or val.source is not getattr(train, "source", None):
+        return False
+    held = {entry[0] for entry in before}
+    indices = sorted([*train.indices.tolist(), *val.indices.tolist()])
+    chosen = {True: [], False: []}
+    for index in indices:
+        chosen[train.source.name_of(index) in held].append(index)
+    if not all(chosen.values()):
+        return False
+    splits.train, splits.val = train.with_indices(chosen[False]), val.with_indices(chosen[True])
+    return True

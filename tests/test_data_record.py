@@ -1,0 +1,108 @@
+"""A run that goes on notices what has changed in its data since it began, and keeps what was held back."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from transcnn.commands.train import train
+from transcnn.data.sets.classify import open_splits
+from transcnn.errors import UserError
+from transcnn.training.data_record import check_unchanged, keep_split, read_record, record_of, write_record
+
+QUICK: dict[str, Any] = dict(model="transcnn_test", img_size=16, batch_size=4, precision="32", accelerator="cpu")
+QUICK |= dict(num_workers=0, quiet=True, limit_batches=1)
+
+
+@pytest.fixture
+def began(make_class_folder) -> tuple[Path, dict[str, Any]]:
+    """Two classes of ten images, and the record of a run on them that holds back a fifth."""
+    folder = make_class_folder(classes=2, per_class=10)
+    return folder, record_of(str(folder), open_splits(str(folder), val_fraction=0.2))
+
+
+def now(folder: Path) -> Any:
+    return open_splits(str(folder), val_fraction=0.2)
+
+
+def test_the_record_names_each_image_with_label_and_size(began, tmp_path):
+    folder, record = began
+    assert record["class_names"] == ["class_0", "class_1"]
+    assert [record["splits"][split]["images"] for split in ("train", "val")] == [16, 4]
+    files = [entry for split in record["splits"].values() for entry in split["files"]]
+    sizes = {f"{path.parent.name}/{path.name}": path.stat().st_size for path in folder.glob("*/*.png")}
+    assert {name: size for name, _, size in files} == sizes
+    assert all(label == int(name[6]) for name, label, _ in files)
+    write_record(tmp_path, record)
+    assert read_record(tmp_path) == record == record_of(str(folder), now(folder))
+    (tmp_path / "data.json").write_text("{}")
+    assert read_record(tmp_path) is None
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "replace", "relabel", "rename a class", "add a class"])
+def test_every_change_is_named(began, change, class_image):
+    folder, record = began
+    image = folder / "class_1" / "003.png"
+    told = "train (without|with other content of) 'class_1/003.png'"
+    if change == "add":
+        class_image(1, 99).save(folder / "class_1" / "new.png")
+        told = "train with the new 'class_1/new.png'"
+    elif change == "remove":
+        image.unlink()
+    elif change == "replace":
+        class_image(1, 99, 48).save(image)
+    elif change == "relabel":
+        image.rename(folder / "class_0" / "moved.png")
+        told = r"train without 'class_1/003.png'; train with the new 'class_0/moved.png'"
+    elif change == "rename a class":
+        (folder / "class_1").rename(folder / "apple")
+        told = "they were 'class_0', 'class_1', now they are 'apple', 'class_0'"
+    else:
+        class_image(2, 0).save((folder / "class_2").with_suffix(".png"))
+        (folder / "class_2").mkdir()
+        class_image(2, 0).save(folder / "class_2" / "0.png")
+        told = "now they are 'class_0', 'class_1', 'class_2'"
+    splits = now(folder)
+    keep_split(record, splits)
+    with pytest.raises(UserError, match=told):
+        check_unchanged(record, record_of(str(folder), splits), accept=False)
+
+
+def test_what_was_held_back_stays_so(began, class_image):
+    folder, record = began
+    for label in range(2):
+        for i in range(100, 105):
+            class_image(label, i).save(folder / f"class_{label}" / f"{i}.png")
+    drawn, splits = now(folder), now(folder)
+    held = {entry[0] for entry in record["splits"]["val"]["files"]}
+    assert {drawn.val.name(i) for i in range(len(drawn.val))} != held  # drawn anew it is another
+    assert keep_split(record, splits)
+    assert {splits.val.name(i) for i in range(len(splits.val))} == held
+    assert len(splits.train) == 26
+    assert [splits.val.labels[i] == int(splits.val.name(i)[6]) for i in range(4)] == [True] * 4
+    assert not splits.val.replace
+    changes = check_unchanged(record, record_of(str(folder), splits), accept=True)
+    assert len(changes) == 1
+    assert changes[0].startswith("train with the new 'class_0/100.png'")
+
+
+def test_a_run_that_goes_on_refuses_changed_data_unless_told(make_class_folder, tmp_path, class_image):
+    folder = make_class_folder(classes=2, per_class=6)
+    run = train(str(folder), **QUICK, epochs=1, out=str(tmp_path / "run")).run_dir
+    before = read_record(run)
+    class_image(0, 50).save(folder / "class_0" / "new.png")
+    with pytest.raises(UserError, match="has changed since the run began: train with the new 'class_0/new"):
+        train(resume=str(run), epochs=2, quiet=True)
+    train(resume=str(run), epochs=2, accept_changed_data=True, quiet=True)
+    after = read_record(run)
+    assert before is not None
+    assert after is not None
+    assert after["splits"]["val"] == before["splits"]["val"]
+    assert after["splits"]["train"]["images"] == before["splits"]["train"]["images"] + 1
+    assert "new.png" in (run / "faults.log").read_text()
+    shutil.rmtree(folder / "class_1")
+    with pytest.raises(UserError, match="images of one class only"):
+        train(resume=str(run), epochs=3, quiet=True)
