@@ -253,6 +253,16 @@ def test_signals_end_it_with_everything_removed(number: int) -> None:
     assert signal.getsignal(number) is before
 
 
+def test_nohup_is_obeyed() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _until_signal():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_strangers_checkpoint_chooses_no_pictures(tmp_path: Path) -> None:
     """A file of weights that names somebody's pictures as its data: they don't become examples."""
     gradio = pytest.importorskip("gradio")

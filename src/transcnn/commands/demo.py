@@ -93,7 +93,8 @@ def _until_signal() -> Iterator[None]:
 
     signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     main = threading.current_thread() is threading.main_thread()
-    former = {number: signal.signal(number, stop) for number in signals} if main else {}
+    wanted = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+    former = {number: signal.signal(number, stop) for number in wanted} if main else {}
     try:
         yield
     except KeyboardInterrupt:
