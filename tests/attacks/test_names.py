@@ -247,6 +247,19 @@ def test_tables_of_eval(task: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert shown in written
 
 
+def test_the_tables_of_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """Settings may be anything, too."""
+    from transcnn.cli import main
+
+    name = "[/b]\x1b[2J\n=1+1"
+    assert (
+        main(["train", name, "--model", "transcnn_test", "--batch_size", "2", "--accelerator", "cpu", "--dry_run"]) == 0
+    )
+    written = capsys.readouterr().out
+    assert harmless(written)
+    assert "[/b]\\x1b[2J\\n=1+1" in written
+
+
 def test_the_command_line_reads_and_tells_names(tmp_path: Path) -> None:
     """Files of such names are predicted; a terminal without UTF-8 is given what it can show."""
     from transcnn.commands.predict import predict

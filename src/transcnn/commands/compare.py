@@ -19,6 +19,7 @@ from ..compare.measuring import PAPER, REFERENCE, Case, measure, peak_memory, pr
 from ..compare.peers import MISSING
 from ..compare.plot import draw
 from ..errors import UserError
+from ..text import printable, rich_text
 
 __all__ = ["compare"]
 
@@ -137,7 +138,7 @@ def _print(cases: list[Case]) -> None:
 
     for case in cases:
         table.add_row(
-            case.model,
+            rich_text(case.model),
             case.engine,
             case.dtype,
             str(case.size),
@@ -152,7 +153,7 @@ def _print(cases: list[Case]) -> None:
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
     for case in cases:
         if case.note:
-            print(f"{title(case)}: {case.note}")
+            print(printable(f"{title(case)}: {case.note}"))
 
 
 def _write(folder: Path, rows: list[dict[str, Any]], device: str) -> None:

@@ -9,6 +9,7 @@ from ..checkpoints.files import make_folder
 from ..checkpoints.loading import load
 from ..errors import UserError
 from ..export.exporting import FORMATS, Exported, export_model
+from ..text import printable
 
 __all__ = ["export"]
 
@@ -96,4 +97,4 @@ def _print(result: Exported, format: str) -> None:
         )
     if all(row.detections == 0 for row in result.rows):
         print("nothing was found in these images, so they compare little; give --images of the kind it was trained on")
-    print(f"written: {result.file} ({size / 1e6:.1f} MB) and {result.file.with_suffix('.json')}")
+    print(f"written: {printable(result.file)} ({size / 1e6:.1f} MB) and {printable(result.file.with_suffix('.json'))}")

@@ -15,6 +15,7 @@ from ..data.sources.opening import open_source
 from ..data.sources.packed import MANIFEST, read_manifest, sha256
 from ..data.sources.source import abbreviate
 from ..errors import UserError, require
+from ..text import printable
 
 __all__ = ["pack"]
 
@@ -95,9 +96,11 @@ def _print_summary(manifest: dict[str, Any], job: PackJob, out: str) -> None:
     megabytes = sum(shard["bytes"] for shard in files) / 1e6
     sizes = ", ".join(f"{split['images']:,} {name}" for name, split in manifest["parts"].items())
     shards = f"{len(files)} shard{'s' * (len(files) != 1)}"
-    print(f"{sizes} images of {len(manifest['class_names'])} classes in {shards}, {megabytes:,.1f} MB: {out}")
+    print(
+        f"{sizes} images of {len(manifest['class_names'])} classes in {shards}, {megabytes:,.1f} MB: {printable(out)}"
+    )
     if job.skipped:
-        print(f"{len(job.skipped)} files can't be read and were left out, see {Path(out) / 'skipped.csv'}")
+        print(f"{len(job.skipped)} files can't be read and were left out, see {printable(Path(out) / 'skipped.csv')}")
 
 
 def _check(data: str | None, quiet: bool) -> dict[str, Any]:
@@ -124,5 +127,5 @@ def _check(data: str | None, quiet: bool) -> dict[str, Any]:
         )
     images = sum(split.images for split in splits.values())
     if not quiet:
-        print(f"{folder}: all {len(files)} files are as they were written, {images:,} images")
+        print(f"{printable(folder)}: all {len(files)} files are as they were written, {images:,} images")
     return {"files": len(files), "images": images, "classes": len(class_names)}

@@ -20,6 +20,7 @@ from ..plugging.cost import count, seconds_per_call
 from ..plugging.places import Place, backbone, default_levels, eval_mode, example_for, find
 from ..plugging.plug import plug as plug_in
 from ..plugging.plug import plug_spec, plugged
+from ..text import printable, rich_text
 
 __all__ = ["plug"]
 
@@ -134,7 +135,7 @@ def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(rich_text, row))
     Console(highlight=False).print(table)
 
 
@@ -142,4 +143,4 @@ def _save(path: Path, name: str, model: nn.Module, in_chans: int) -> None:
     names = class_names_of(model)
     info = {"model": name, "model_args": {"plug": plug_spec(model)}, "task": "classify", "class_names": names}
     save_weights(path, model, {**info, "data_config": data_config_of(model, in_chans)})
-    print(f"saved {path}; train it with: transcnn train DATA --init_from {path}")
+    print(printable(f"saved {path}; train it with: transcnn train DATA --init_from {path}"))

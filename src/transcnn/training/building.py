@@ -27,6 +27,7 @@ from ..settings import TrainSettings
 from ..tasks import get_task
 from ..tasks.base import Task
 from ..tasks.distill import Teacher
+from ..text import printable
 
 __all__ = ["make_learner", "make_network"]
 
@@ -136,7 +137,7 @@ def _take(
     count, unused = load_body(part, weights)
     if not s.quiet:
         rest = f", not taken: {abbreviate(unused)}" if unused else ""
-        print(f"backbone: {count} tensors of {weights}; all else starts anew{rest}", file=sys.stderr)
+        print(printable(f"backbone: {count} tensors of {weights}; all else starts anew{rest}"), file=sys.stderr)
 
 
 def _info_of(weights: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from ..distributed.sharding import choose_strategy
 from ..plugging.cost import count
 from ..settings import TrainSettings, as_plain
 from ..tasks.base import Task
+from ..text import rich_text
 from .callbacks import Ema
 
 __all__ = ["assumed_splits", "dry_run"]
@@ -179,8 +180,9 @@ def _print(s: TrainSettings, learner: Task, splits: Any, figures: dict[str, Any]
     shape = "x".join(str(n) for n in learner.data_config["input_size"])
     memory = f["bytes_fixed"] + f["bytes_an_image"] * f["images_a_step"]
     few = f["images_tried"] < f["images_a_step"]
-    table.add_row("network", f"{s.model}, {len(learner.class_names):,} classes, input {shape}")
-    table.add_row("data", getattr(splits, "assumed", f"{splits.name}: {len(splits.train):,} images to learn from"))
+    table.add_row("network", rich_text(f"{s.model}, {len(learner.class_names):,} classes, input {shape}"))
+    data = getattr(splits, "assumed", f"{splits.name}: {len(splits.train):,} images to learn from")
+    table.add_row("data", rich_text(data))
     table.add_row("parameters", f"{f['parameters'] / 1e6:.2f} M")
     table.add_row("multiply-adds", f"{f['multiply_adds'] / 1e9:.3f} G for an image (FLOPs are twice that)")
     parts = f"{_bytes(f['bytes_fixed'])} for weights, gradients, optimizer and average, {_bytes(f['bytes_an_image'])}"
@@ -199,7 +201,7 @@ def _print(s: TrainSettings, learner: Task, splits: Any, figures: dict[str, Any]
     for title in ("setting", "value", "from"):
         settings.add_column(title)
     for name, value in _flat(as_plain(s)):
-        settings.add_row(name, str(value), s.origin_of(name))
+        settings.add_row(name, rich_text(value), rich_text(s.origin_of(name)))
     console.print()
     console.print(settings)
 

@@ -249,7 +249,7 @@ def _finish(
     if not s.quiet:
         what = "test images" if split == "test" else "validation images, which also chose the epoch"
         print(f"{learner.headline(metrics)} on {metrics['images']} {what} (epoch {keep.best_epoch} of {s.epochs})")
-        print(f"report: {run_dir / 'report' / 'index.html'}")
+        print(f"report: {printable(run_dir / 'report' / 'index.html')}")
     return TrainResult(run_dir, metrics)
 
 
@@ -266,4 +266,4 @@ def _announce(
         f"{s.model}: {parameters / 1e6:.2f} M parameters, input {shape}, {trainer.precision} on {device}",
         f"run: {run_dir}",
     )
-    print("\n".join(lines), file=sys.stderr)
+    print("\n".join(map(printable, lines)), file=sys.stderr)
