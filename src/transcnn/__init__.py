@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
-from pathlib import Path
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -90,8 +93,30 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-# Importing the package makes timm know our names. Our own command is the exception: it imports what each of its parts
-# needs, so that help is there at once and ``transcnn predict model.onnx`` needs no torch.
-if Path(sys.argv[0] if sys.argv else "").stem != "transcnn":
-    for _name in ("HMHSA", "create_model", "load_checkpoint", "plug"):
-        __getattr__(_name)
+class _AfterTimm(MetaPathFinder):
+    """Registers our networks with timm as soon as timm is imported.
+
+    So importing this package needs no torch: the command line's help is there at once, and ``transcnn predict
+    model.onnx`` works without it.
+    """
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname != "timm":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                load(module)
+                importlib.import_module(".variants", __name__)
+
+            spec.loader.exec_module = exec_module  # of this spec's own loader
+        return spec
+
+
+if "timm" in sys.modules:
+    importlib.import_module(".variants", __name__)
+else:
+    sys.meta_path.insert(0, _AfterTimm())

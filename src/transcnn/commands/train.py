@@ -8,6 +8,7 @@ from pathlib import Path
 from ..distributed.processes import first_decides, launch
 from ..distributed.runtime import lasting_output, quiet_libraries
 from ..settings import TrainSettings, takes_settings
+from ..training.check import check_meant
 from ..training.faults import GoBack
 from ..training.resume import find_resumed, find_start, located, resumed_settings
 from ..training.run import TrainResult, run
@@ -40,6 +41,8 @@ def train(settings: TrainSettings) -> TrainResult:
         resumed = first_decides(lambda: find_start(settings.resume, settings.out))
         if resumed:
             settings = resumed_settings(settings, resumed)
+        else:
+            check_meant(settings)
         settings = located(settings)
         lr_factor = None
         while True:

@@ -9,7 +9,50 @@ import torch
 from ..errors import UserError
 from ..settings import TrainSettings
 
-__all__ = ["check"]
+__all__ = ["check", "check_meant"]
+
+CLASSIFY = ("classify",)
+# Settings that only some tasks read; all other settings are for all.
+ONLY_FOR: dict[str, tuple[str, ...]] = {
+    "img_size": ("classify", "segment"),
+    "distill": CLASSIFY,
+    "segment": ("segment",),
+    "detect": ("detect",),
+    **{
+        f"augment.{name}": CLASSIFY
+        for name in ("policy", "pad", "degrees", "zoom", "scale", "ratio", "aa", "reprob", "remode", "mixup", "cutmix")
+    },
+    **{f"augment.{name}": CLASSIFY for name in ("mix_prob", "sizes", "size_ends")},
+    "augment.smoothing": ("classify", "segment"),
+}
+# Settings that mean nothing without another one.
+NEEDS = {
+    "distill.distill_type": "distill.distill_from",
+    "distill.distill_alpha": "distill.distill_from",
+    "distill.distill_tau": "distill.distill_from",
+    "ema.ema_decay": "ema.ema",
+    "ema.ema_warmup": "ema.ema",
+    "segment.logit_adjustment": "segment.class_weights",
+}
+
+
+def check_meant(s: TrainSettings) -> None:
+    """Raise UserError for a setting that was given and that nothing would read: another task's, or one without effect.
+
+    What equals the default, or switches something off, is let pass: a run's ``config.yaml`` has every setting.
+    """
+    default = TrainSettings()
+    for name in s.origins:
+        value = s.value_of(name)
+        if value == default.value_of(name) or not value or value == "none":
+            continue
+        last = name.rpartition(".")[2]
+        tasks = ONLY_FOR.get(name) or ONLY_FOR.get(name.partition(".")[0]) or (s.task,)
+        if s.task not in tasks:
+            instead = "; short_side and long_side say how large its images are" if name == "img_size" else ""
+            raise UserError(f"{last} is for the task {' or '.join(tasks)}, not for {s.task}{instead}")
+        if name in NEEDS and s.value_of(NEEDS[name]) in (None, False, "none"):
+            raise UserError(f"{last} has no effect without {NEEDS[name].rpartition('.')[2]}")
 
 
 def check(s: TrainSettings, eval_metrics: tuple[str, ...], world: int = 1) -> None:
