@@ -128,6 +128,17 @@ def test_import_is_quick(fresh_imports: dict[str, Any]) -> None:
     assert set(EXTRAS.split()).isdisjoint(fresh_imports["transcnn"])
 
 
+def test_timm_knows_our_names_whichever_is_imported_first() -> None:
+    """And the package alone, as the command line imports it, needs no torch."""
+    result = run_python(
+        "import sys, transcnn, transcnn.cli\n"
+        "alone = {'torch', 'timm'} & set(sys.modules)\n"
+        "import timm.models\n"
+        "print(alone, timm.is_model('transcnn_tiny'), type(sys.meta_path[0]).__name__ != '_AfterTimm')"
+    )
+    assert result.stdout.strip() == "set() True True", result.stderr
+
+
 def test_attention_needs_torch_alone() -> None:
     roots = {name.partition(".")[0] for name in imports(PACKAGE / "attention.py")}
     assert roots - set(sys.stdlib_module_names) == {"torch"}

@@ -19,6 +19,7 @@ from transcnn.commands.train import train
 from transcnn.errors import UserError
 from transcnn.plain import Arguments, dump_plain
 from transcnn.settings import HELP_GROUPS, Distill, Optim, Segment, TrainSettings, as_plain, takes_settings
+from transcnn.training.check import check_meant
 from transcnn.training.resume import resumed_settings
 
 SAVED = TrainSettings("photos", model="transcnn_test", epochs=7, lr=0.5, optim=Optim(opt="sgd", betas=(0.8, 0.9)))
@@ -198,3 +199,32 @@ def test_settings_have_no_traceback_for_what_python_gets_wrong():
     assert Distill().distill_from is None
     with pytest.raises(UserError, match="epochs must be 1 or more, got 0"):
         train("nowhere", epochs=0, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (["--class_weights", "log"], "class_weights is for the task segment, not for classify"),
+        (["--loss", "dice"], "loss is for the task segment, not for classify"),
+        (["--resize", "99"], "resize is for the task segment, not for classify"),
+        (["--min_score", ".9"], "min_score is for the task detect, not for classify"),
+        (["--task", "detect", "--decoder", "unet"], "decoder is for the task segment, not for detect"),
+        (["--task", "detect", "--img_size", "512"], "img_size is for the task classify or segment, not for detect"),
+        (["--task", "detect", "--mixup", "0.2"], "mixup is for the task classify, not for detect"),
+        (["--task", "segment", "--detector", "fasterrcnn"], "detector is for the task detect, not for segment"),
+        (["--task", "segment", "--distill_from", "x"], "distill_from is for the task classify, not for segment"),
+        (["--distill_alpha", "0.9"], "distill_alpha has no effect without distill_from"),
+        (["--no-ema", "--ema_decay", "0.9"], "ema_decay has no effect without ema"),
+    ],
+)
+def test_settings_of_another_task_or_without_effect_are_refused(argv, problem, capsys):
+    assert cli.main(["train", "nowhere", *argv]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_what_a_run_was_asked_for_can_be_asked_for_again(tmp_path, root):
+    for recipe in sorted((root / "recipes").glob("*.yaml")):
+        settings = settings_of("--config", str(recipe))
+        check_meant(settings)
+        (tmp_path / "config.yaml").write_text(dump_plain(as_plain(settings)))
+        check_meant(settings_of("--config", str(tmp_path / "config.yaml")))
