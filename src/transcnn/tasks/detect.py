@@ -140,6 +140,8 @@ class Detect(DenseTask):
                 setattr(metric, name, [entry for states in gathered for entry in states[name]])
         images = len(metric.groundtruth_labels)  # pyright: ignore
         boxes = torch.cat([torch.zeros(0, dtype=torch.long), *(x.cpu() for x in metric.groundtruth_labels)])  # pyright: ignore
+        # Precision at each recall is for the report's curves; the IoUs of all images come with it, too many for each epoch.
+        metric.extended_summary = getattr(self._trainer, "testing", False)
         computed = metric.compute() if images else {}
         result: dict[str, Any] = {"map": 0.0, "map50": 0.0}
         for prefix, word in (("bbox_", ""), ("segm_", "mask_")) if self.masks else (("", ""),):
@@ -224,7 +226,6 @@ class Detect(DenseTask):
         metric = MeanAveragePrecision(
             iou_type=kinds,
             class_metrics=True,
-            extended_summary=True,  # for the curves of precision and recall
             backend="faster_coco_eval",
             sync_on_compute=False,
             # COCO's 100 detections an image, or all that this detector may find.
