@@ -140,7 +140,7 @@ class Detect(DenseTask):
                 setattr(metric, name, [entry for states in gathered for entry in states[name]])
         images = len(metric.groundtruth_labels)  # pyright: ignore
         boxes = torch.cat([torch.zeros(0, dtype=torch.long), *(x.cpu() for x in metric.groundtruth_labels)])  # pyright: ignore
-        # Precision at each recall is for the report's curves; the IoUs of all images come with it, too many for each epoch.
+        # For the report's curves. The IoUs of all images come with them: too many to be made in each epoch.
         metric.extended_summary = getattr(self._trainer, "testing", False)
         computed = metric.compute() if images else {}
         result: dict[str, Any] = {"map": 0.0, "map50": 0.0}
