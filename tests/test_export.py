@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -243,6 +244,9 @@ def labelled(class_image, tmp_path_factory) -> Path:
 
 
 def test_int8_says_what_it_costs_and_is_refused_beyond(exported, run, program, labelled, monkeypatch, tmp_path, capsys):
+    # The file before it computes in 8 bits is the one that was exported.
+    copied = dataclasses.replace(FORMATS["onnx"], write=lambda _, path, __: shutil.copyfile(exported.file, path))
+    monkeypatch.setitem(FORMATS, "onnx", copied)
     monkeypatch.setattr(exporting, "_capture", lambda *_: program)
     out = tmp_path / "small.onnx"
     result = export(str(run), out=str(out), int8=True, calibrate=str(labelled), max_loss=20)

@@ -31,11 +31,12 @@ from transcnn.data import packing as pack_module
 from transcnn.data.loading.loader import make_loader
 from transcnn.data.loading.sampler import EpochSampler
 from transcnn.data.sets.classify import open_set, open_splits
-from transcnn.data.sources import remote
+from transcnn.data.sources import opening, remote
 from transcnn.data.sources.packed import open_packed
 from transcnn.data.sources.source import SourceSplits
 from transcnn.data.transforms.classify import eval_transform
 from transcnn.errors import UserError
+from transcnn.text import printable
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_broken_files_are_left_out_and_listed(class_folder, tmp_path, capsys):
     assert "2 files can't be read and were left out" in said
     with (out / "skipped.csv").open(newline="") as file:
         rows = list(csv.reader(file))
-    assert {row[0] for row in rows[1:]} == {"class_1/new\nline.jpg", "class_0/cut.png"}
+    assert {row[0] for row in rows[1:]} == {"class_1/new\\nline.jpg", "class_0/cut.png"}
     assert json.loads((out / "manifest.json").read_text())["left_out"] == 2
     assert len(open_set(str(out), "all")) == 24
     with_cut = pack(str(class_folder), out=str(tmp_path / "fast"), decode=False, quiet=True)
@@ -140,7 +141,7 @@ def test_odd_names_come_back(tmp_path):
     pack(str(tmp_path / "data"), out=out, quiet=True)
     dataset = open_set(out, "all")
     assert {dataset.name(i) for i in range(len(dataset))} == {
-        f"{c}/{n}" for c in ("0", "1 %d") for n in [*names, "\\xff.png"]
+        f"{c}/{printable(n)}" for c in ("0", "1 %d") for n in [*names, "\\xff.png"]
     }
 
 
@@ -289,9 +290,9 @@ def test_unusable_targets(class_folder, tmp_path, monkeypatch):
             pack(str(class_folder), out=str(tmp_path / "o"), **options)
     with pytest.raises(UserError, match="holds no manifest"):
         pack(str(class_folder), check=True)
-    one = pack_module.open_source(str(class_folder)).train
+    one = opening.open_source(str(class_folder)).train
     two = replace(one, class_names=list(reversed(one.class_names)))  # pyright: ignore
-    monkeypatch.setattr(pack_module, "open_source", lambda _: SourceSplits("x", one, two))
+    monkeypatch.setattr("transcnn.commands.pack.open_source", lambda _: SourceSplits("x", one, two))
     with pytest.raises(UserError, match="the val split has other classes than the rest"):
         pack("x", out=str(tmp_path / "p"))
 
