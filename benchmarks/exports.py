@@ -24,7 +24,6 @@ from transcnn.checkpoints.loading import Loaded, data_config_of, load
 from transcnn.compare.engines import build, randomise
 from transcnn.dense.build import build_network
 from transcnn.export import exporting
-from transcnn.export.check import check, comparisons
 
 # The networks of recipes/camvid.yaml and recipes/bccd.yaml: 2 M parameters.
 SMALL = {"dims": [32, 64, 128, 192], "depths": [1, 2, 3, 2], "expansions": [3, 3, 3, 3], "head_dim": 32}
@@ -78,7 +77,7 @@ def measure(name: str, photos: list[str], folder: Path) -> list[dict[str, Any]]:
             program = exporting._capture(model, info["data_config"]["input_size"], None, least)
             kind.write(program, file, info)
         size = sum(part.stat().st_size for part in (file, file.with_suffix(".bin")) if part.exists())
-        for row in check(model, kind.open(file), comparisons(info["data_config"], None, photos, side)):
+        for row in exporting._compare(loaded, model, kind, file, info, None, photos, None):
             values = {key: value for key, value in dataclasses.asdict(row).items() if value is not None}
             rounded = {key: f"{value:.3g}" for key, value in values.items()}
             rows.append({"model": name, "task": loaded.task, "format": format, **rounded, "mb": f"{size / 1e6:.1f}"})

@@ -23,8 +23,9 @@ from transcnn.data.images import read_image
 from transcnn.data.transforms.classify import eval_transform
 from transcnn.errors import UserError
 from transcnn.export import export_model, exporting
-from transcnn.export.check import _made_image, check, comparisons
+from transcnn.export.check import _made_image, check, comparisons, refuse_beyond
 from transcnn.export.exporting import FORMATS, Exported, Format, _capture
+from transcnn.export.int8 import read
 from transcnn.onnx.predict import OnnxModel, to_input
 from transcnn.plugging.build import build_model
 from transcnn.plugging.plug import plug
@@ -106,9 +107,12 @@ def answers_of(model: nn.Module, images: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(images)).numpy()
 
 
-def test_the_comparison_covers_three_sizes_and_is_not_vacuous(exported, trained):
+def test_the_comparison_covers_many_sizes_and_is_not_vacuous(exported, trained):
     sizes = [(row.batch, row.height, row.width) for row in exported.rows]
-    assert sizes == [(1, 32, 32), (3, 25, 41), (2, 48, 48)]
+    assert sizes[:4] == [(1, 32, 32), (3, 25, 41), (2, 48, 48), (1, 1, 1)]
+    (_, *small), (_, *medium) = sizes[4:]
+    assert max(small) <= 32
+    assert max(medium) <= 64
     assert all(row.relative <= 1e-5 and row.torch_ms > 0 and row.file_ms > 0 for row in exported.rows)
     batches = comparisons(trained.preprocessing, None, None)
     logits = [answers_of(trained.model, images) for images in batches][1]
@@ -300,6 +304,46 @@ def test_what_a_format_cannot_hold_ends_in_one_line(monkeypatch, trained, tmp_pa
     with pytest.raises(UserError, match=r"the format onnx can't hold TransCNN: no such operator$"):
         export_model(trained, tmp_path / "model.onnx")
     assert not any(tmp_path.iterdir())
+
+
+class Cancelling(nn.Module):
+    """Its own answers in float32 are off by some 1e-5 of the largest."""
+
+    def forward(self, x):
+        return (x.mean((2, 3)) + 1e3) - 1e3
+
+
+@pytest.mark.parametrize(("wrong", "kept"), [(0.0, True), (3e-3, False)])
+def test_a_file_may_differ_by_the_networks_own_rounding(tmp_path, wrong, kept):
+    model = Cancelling()
+
+    def run(images: np.ndarray) -> np.ndarray:
+        return (images.astype(np.float64).mean((2, 3)) * (1 + wrong)).astype(np.float32)
+
+    rows = check(model, run, iter([random_images(2, 3, 9, 9)]), 1e-5)
+    assert rows[0].relative > 1e-5
+    assert rows[0].noise > 1e-5 / 4
+    assert check(model, run, iter([random_images(2, 3, 9, 9)]))[0].noise == 0  # only where asked for
+    if kept:
+        refuse_beyond(rows, 1e-5, tmp_path / "x.onnx")
+    else:
+        with pytest.raises(UserError, match="is not kept"):
+            refuse_beyond(rows, 1e-5, tmp_path / "x.onnx")
+
+
+def test_calibration_leaves_out_what_cannot_be_read(labelled, trained, tmp_path, caplog):
+    folder = shutil.copytree(labelled, tmp_path / "copy")
+    for part in ("train", "test"):
+        (folder / part / "steep" / "junk.png").write_bytes(b"junk")
+    for split, count in (("test", 18), ("train", 21)):
+        images, labels = read(str(folder), split, trained)
+        assert images.shape == (count, 3, 32, 32)
+        assert len(labels) == count
+    assert "junk.png (not an image" in caplog.text
+    for file in folder.glob("*/*/*.png"):
+        file.write_bytes(b"junk")
+    with pytest.raises(UserError):
+        read(str(folder), "test", trained)
 
 
 class FixedSize(nn.Module):

@@ -19,7 +19,7 @@ from transcnn.commands.predict import predict
 from transcnn.dense.detectors import DETECTORS, build
 from transcnn.errors import UserError
 from transcnn.export import export_model
-from transcnn.export.check import _of_detections, check
+from transcnn.export.check import _of_detections, check, check_detections
 from transcnn.export.detect import DetectorGraph
 from transcnn.onnx.dense import bilinear, class_map, detections, window_starts
 from transcnn.onnx.predict import OnnxModel
@@ -81,6 +81,48 @@ def test_the_graph_finds_what_torchvision_finds(detector):
                 assert small.std() > 0.01
 
 
+SIZES = [
+    (83, 64),
+    (64, 83),
+    (200, 150),
+    (31, 33),
+    (1, 1),
+    (3, 300),
+    (3000, 10),
+    (10, 3000),
+    (96, 64),
+    (500, 7),
+    (65, 64),
+]
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_predict_finds_the_same_by_the_checkpoint_and_by_the_graph(detector, monkeypatch):
+    """The way of an exported file, with the graph itself in the file's place, on odd images."""
+    monkeypatch.setattr("transcnn.export.check._time_in_turn", lambda *_: [0.0, 0.0])  # nobody asks how fast
+    network = lively(detector)
+    graph = DetectorGraph(network)
+    names = ("boxes", "scores", "labels", "image", "masks")
+
+    def outputs(images: np.ndarray) -> dict[str, np.ndarray]:
+        with torch.inference_mode():
+            found = graph(torch.from_numpy(images))
+        return {name: value.numpy() for name, value in zip(names, found, strict=False)}
+
+    transform = network.net.transform
+    config = {**CONFIG, "mean": list(transform.image_mean), "std": list(transform.image_std)}
+    info = {"data_config": config, "task_args": settings(detector)}
+    images = [photo(i, size) for i, size in enumerate(SIZES)] + [photo(99).convert("L"), photo(98).convert("RGBA")]
+    rows = check_detections(network, outputs, images, info)
+    assert max(row.relative for row in rows) <= 1e-4
+    assert sum(row.detections or 0 for row in rows) > 100
+    for image in images[:7]:
+        boxes = detections(outputs, image, info)["boxes"]
+        assert (boxes[:, 2:] > boxes[:, :2]).all()  # none without an area
+        assert (boxes >= 0).all()
+        assert (boxes <= [image.width, image.height] * 2).all()
+
+
 def test_nothing_found_is_an_answer():
     for detector in DETECTORS:
         network = lively(detector, min_score=1.1)
@@ -123,6 +165,7 @@ def test_the_file_says_what_it_answers(exported):
     assert [output["name"] for output in info["outputs"]] == ["boxes", "scores", "labels", "image", "masks"]
     assert info["data_config"]["mean"] != CONFIG["mean"]  # the detector's own counts
     assert any("min(64 / shorter side, 96 / longer side)" in step for step in info["steps"])
+    assert any("without area" in step for step in info["steps"])
 
 
 @pytest.mark.slow
@@ -160,6 +203,11 @@ def test_detections_are_compared_in_any_order():
     moved = [found[0] + 0.64, *found[1:]]
     assert _of_detections(found, moved, 64)[0] == pytest.approx(0.01)
     assert _of_detections(found, [part[:5] for part in found], 64)[0] == float("inf")
+    assert _of_detections(found, [part[:5] for part in found], 64, floor=0.0)[0] > 1e-3
+    order = np.argsort(-found[1])
+    best = [part[order] for part in found]  # rounding may decide about the least sure alone
+    assert _of_detections(best, [part[:5] for part in best], 64, floor=float(best[1][5]))[0] == 0
+    assert _of_detections(best, [part[1:] for part in best], 64, floor=float(best[1][5]))[0] > 1e-3
     assert _of_detections(found, [found[0], found[1], 1 - found[2], found[3]], 64)[0] > 1e-3
 
 
@@ -258,7 +306,25 @@ def test_a_segmenter_answers_and_predicts_the_same_from_its_file(tmp_path):
     (tmp_path / "run").mkdir()
     save_weights(tmp_path / "run" / "best.safetensors", network, info)
     result = export_model(load(tmp_path / "run"), tmp_path / "run" / "model.onnx")
-    assert [(row.batch, row.height, row.width) for row in result.rows] == [(1, 64, 64), (3, 49, 73), (2, 96, 96)]
+    assert [(row.batch, row.height, row.width) for row in result.rows][:4] == [
+        (1, 64, 64),
+        (3, 49, 73),
+        (2, 96, 96),
+        (1, 1, 1),
+    ]
+    model = OnnxModel(result.file, accelerator="cpu", threads=1)
+    for height, width in (
+        (1, 1),
+        (7, 5),
+        (32, 32),
+        (31, 9),
+        (33, 1),
+        (65, 33),
+    ):  # one tile is a case apart
+        images = np.random.default_rng(0).normal(size=(2, 3, height, width)).astype(np.float32)
+        with torch.inference_mode():
+            wanted = load(tmp_path / "run").model(torch.from_numpy(images)).numpy()
+        assert np.abs(model(images) - wanted).max() <= 1e-4 * np.abs(wanted).max()
     assert all(row.relative <= 1e-5 for row in result.rows)
     photo(2, (97, 71)).save(tmp_path / "a.png")
     wanted, found = (

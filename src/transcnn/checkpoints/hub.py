@@ -102,7 +102,7 @@ def _to_share(model: nn.Module, licence: str | None) -> nn.Module:
         tensor.data = tensor.data.contiguous()  # safetensors takes no other; channels_last training leaves others
     cfg: Any = model.pretrained_cfg
     own = {key: value for key, value in cfg.items() if key not in ("license", "description", "notes", "tag")}
-    model.pretrained_cfg = {**own, "license": licence} if licence else own
+    model.pretrained_cfg = {**own, "license": licence} if licence else own  # pyright: ignore
     return model
 
 

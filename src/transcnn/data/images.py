@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import math
 import os
 import stat
 import warnings
@@ -29,6 +30,7 @@ __all__ = [
     "is_image_name",
     "lies_beside",
     "list_images",
+    "padding_of",
     "read_bytes",
     "read_ids",
     "read_image",
@@ -48,6 +50,7 @@ BESIDE += " safetensors zip tar gz tgz pdf lnk"
 BOMB_PIXELS, BOMB_RATIO = 1 << 24, 10_000  # images of more pixels, and more a byte, are not decoded
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 MAX_ASPECT_RATIO = 8  # the ends of longer images are not looked at in classification
+MIN_SHORT_SIDE = 8  # pixels that a detector leaves of a short side
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # by number of channels
 
 
@@ -157,6 +160,16 @@ def crop_extreme_aspect(image: Image.Image, limit: int = MAX_ASPECT_RATIO) -> Im
     keep_width, keep_height = min(width, limit * height), min(height, limit * width)
     left, top = (width - keep_width) // 2, (height - keep_height) // 2
     return image.crop((left, top, left + keep_width, top + keep_height))
+
+
+def padding_of(size: tuple[int, int], long_side: int) -> tuple[int, int]:
+    """Rows below and columns beside an image of (width, height) that a detector adds: its short side would vanish.
+
+    At least ``MIN_SHORT_SIDE`` pixels of it are left when the longer side becomes ``long_side``.
+    """
+    width, height = size
+    least = math.ceil(max(size) * MIN_SHORT_SIDE / long_side)
+    return max(0, least - height), max(0, least - width)
 
 
 def is_image_name(name: str) -> bool:

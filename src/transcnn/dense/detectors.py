@@ -18,6 +18,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, clip_boxes_to_image
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
+from ..data.images import padding_of
 from ..errors import UserError
 from ..layers import StridedConv2d
 from .pyramid import Pyramid, build_pyramid
@@ -26,7 +27,6 @@ __all__ = ["DETECTORS", "Detector", "build"]
 
 DETECTORS = ("retinanet", "fasterrcnn", "maskrcnn")
 RATIOS = (0.5, 1.0, 2.0)
-MIN_SHORT_SIDE = 8  # pixels that the short side keeps at least, where the long one is at its longest
 
 
 class PyramidFPN(nn.Module):
@@ -109,8 +109,7 @@ class Detector(nn.Module):
     def _pad_short_side(self, image: Tensor) -> Tensor:
         """Pad an image of extreme aspect ratio with black: its short side would vanish in resizing."""
         height, width = image.shape[-2:]
-        least = math.ceil(max(height, width) * MIN_SHORT_SIDE / self.net.transform.max_size)  # pyright: ignore
-        below, beside = max(0, least - height), max(0, least - width)
+        below, beside = padding_of((width, height), self.net.transform.max_size)  # pyright: ignore
         return F.pad(image, (0, beside, 0, below)) if below or beside else image
 
     def _pad_masks(self, target: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -98,7 +98,10 @@ class Segmenter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, classes, H, W)."""
         height, width = x.shape[-2:]
-        alone = COARSEST if max(height, width) <= COARSEST else 0  # BatchNorm needs more than one position
+        # BatchNorm needs more than one position, so an image of one tile gets a second one: without a branch, which a
+        # traced graph would keep as it was for the example.
+        tiles = (torch.sym_max(height, width) + COARSEST - 1) // COARSEST
+        alone = COARSEST * (2 - torch.sym_min(tiles, 2))
         x = F.pad(x, (0, -width % COARSEST + alone, 0, -height % COARSEST))
         maps = self.backbone(x)
         # The decoders' lists begin with the image and stride 2, of which a map without channels stands for none.

@@ -28,7 +28,8 @@ from .. import __version__
 from ..checkpoints.loading import Loaded
 from ..errors import UserError, require
 from ..plugging.plug import plug_spec
-from .check import Row, Run, check, comparisons, refuse_beyond
+from .check import Row, Run, check, check_detections, comparisons, example_images, refuse_beyond
+from .steps import steps
 
 __all__ = ["Exported", "export_model"]
 
@@ -86,7 +87,7 @@ def export_model(
                     raise UserError(
                         f"the format {format} can't hold {type(loaded.model).__name__}: {reason}"
                     ) from error
-            rows = check(model, kind.open(file), comparisons(info["data_config"], static, images, side))
+            rows = _compare(loaded, model, kind, file, info, static, images, tolerance)
             refuse_beyond(rows, TOLERANCES[loaded.task] if tolerance is None else tolerance, out)
             if calibrate is not None:
                 from .int8 import note, to_int8
@@ -101,6 +102,30 @@ def export_model(
     except OSError as error:
         raise UserError(f"can't write {out}: {error.strerror or error}") from error
     return Exported(out, info, rows)
+
+
+def _compare(
+    loaded: Loaded,
+    model: nn.Module,
+    kind: Format,
+    file: Path,
+    info: dict[str, Any],
+    static: int | None,
+    images: Sequence[str] | None,
+    tolerance: float | None,
+) -> list[Row]:
+    """The network and the file, on batches; detectors as ``transcnn predict`` runs them, whose images have any size."""
+    run, config = kind.open(file), info["data_config"]
+    if loaded.task != "detect":
+        # Graphs of torch.export refuse images of a single grid (docs/export.md).
+        batches = comparisons(config, static, images, small=kind.suffix != ".pt2")
+        return check(model, run, batches, TOLERANCES[loaded.task] if tolerance is None else None)
+    names = _outputs(info)
+    if static is None:
+        return check_detections(
+            loaded.model, lambda x: dict(zip(names, run(x), strict=True)), example_images(config, images), info
+        )
+    return check(model, run, comparisons(config, static, images))
 
 
 # --- formats ----------------------------------------------------------------------------------------------------
@@ -260,51 +285,9 @@ def _describe(loaded: Loaded, static: int | None) -> dict[str, Any]:
         "data_config": config,
         "input": {"name": INPUT, "dtype": "float32", "shape": ["batch", config["input_size"][0], *sides]},
         **about,
-        "steps": _steps(loaded.task, config, about.get("task_args") or {}),
+        "steps": steps(loaded.task, config, about.get("task_args") or {}),
         "transcnn": __version__,
     }
-
-
-def _steps(task: str, config: dict[str, Any], args: dict[str, Any]) -> list[str]:
-    """How to make the input, and what to make of the output, in any language."""
-    channels, height, width = config["input_size"]
-    mode = {1: "grey", 2: "grey and alpha", 3: "RGB", 4: "RGBA"}.get(channels, f"{channels} channels")
-    decode = f"decode, turn upright (EXIF), {mode}"
-    normalise = "divide by 255, subtract mean, divide by std (data_config), for each channel"
-    order = "order as (batch, channel, row, column), float32"
-    if task == "segment":
-        resize = [f"resize (bilinear) until the shorter side is {args['resize']}"] if args.get("resize") else []
-        return [
-            decode,
-            *resize,
-            normalise,
-            order,
-            "the largest output over the second axis is a pixel's class; task_args.label_ids has the data's own number",
-        ]
-    if task == "detect":
-        return [
-            decode,
-            normalise,
-            f"resize (bilinear, no smoothing) by min({args['short_side']} / shorter side, {args['long_side']} / longer "
-            "side), sides rounded down",
-            order,
-            "boxes are x1, y1, x2, y2 in pixels of the input, most confident first; image says to which each belongs; "
-            "masks are probabilities inside the box",
-        ]
-    tall, wide = (int(side / config["crop_pct"]) for side in (height, width))
-    resized = {
-        "center": f"resize ({config['interpolation']}) with the aspect kept until it just covers {tall}x{wide} (H x W)",
-        "border": f"resize ({config['interpolation']}) with the aspect kept until it just fits {tall}x{wide} (H x W)",
-        "squash": f"resize ({config['interpolation']}) to {tall}x{wide} (H x W), whatever the aspect",
-    }[config.get("crop_mode") or "center"]
-    return [
-        decode,
-        resized,
-        f"cut out the middle {height}x{width}" + (", filled up with the mean" * (config.get("crop_mode") == "border")),
-        normalise,
-        order,
-        "softmax of the output over its second axis gives probabilities",
-    ]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ measured by ``benchmarks/int8.py`` (docs/export.md).
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 import tempfile
 import time
@@ -17,12 +18,16 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints.loading import Loaded
+from ..data.images import BrokenImage
 from ..data.sets.classify import open_set
+from ..data.sources.source import abbreviate
 from ..errors import UserError
 from ..onnx.predict import OnnxModel, to_input
+from ..text import printable
 
 __all__ = ["note", "quantise", "race", "read", "to_int8", "top1"]
 
+logger = logging.getLogger(__name__)
 Run = Callable[[np.ndarray], np.ndarray]
 CALIBRATED = 256  # images
 SCORED = 2000
@@ -78,9 +83,21 @@ def read(data: str, split: str, loaded: Loaded, most: int | None = None) -> tupl
     """A part of a data set as the network takes it, and the labels; ``most`` images are spread evenly over it."""
     part = open_set(data, split, class_names=loaded.class_names)
     count = len(part) if most is None else min(most, len(part))
-    pairs = [part.read(i) for i in np.linspace(0, len(part) - 1, count).astype(int).tolist()]
-    pairs = [pair for pair in pairs if pair[1] >= 0]  # broken files have no label
-    return np.stack([to_input(pair[0], loaded.preprocessing) for pair in pairs]), np.array([pair[1] for pair in pairs])
+    inputs, labels, broken = [], [], []
+    for i in np.linspace(0, len(part) - 1, count).astype(int).tolist():
+        try:
+            image, label, *_ = part.read(i)
+        except BrokenImage as error:
+            broken.append(f"{printable(part.name(i))} ({error})")
+            continue
+        if label >= 0:
+            inputs.append(to_input(image, loaded.preprocessing))
+            labels.append(label)
+    if broken:
+        logger.warning("left out, for they can't be read: %s", abbreviate(broken))
+    if not inputs:
+        raise UserError(f"{data!r} has no image that can be read, to calibrate or to be scored on")
+    return np.stack(inputs), np.array(labels)
 
 
 def quantise(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..data.images import to_channels
+from ..data.images import padding_of, to_channels
 
 __all__ = ["bilinear", "class_map", "detections", "window_starts"]
 
@@ -33,7 +33,7 @@ def class_map(network: Network, image: Image.Image, info: dict[str, Any]) -> np.
         factor = args["resize"] / min(resized.size)
         width, height = (max(1, round(side * factor)) for side in resized.size)
         resized = resized.resize((width, height), Image.Resampling.BILINEAR)
-    pixels = _normalised(resized, config)[None]
+    pixels = _normalised(_scaled(resized), config)[None]
     logits = _in_windows(network, pixels, args.get("window"))
     if args.get("flip"):
         mirrored = _in_windows(network, np.ascontiguousarray(pixels[..., ::-1]), args.get("window"))
@@ -52,16 +52,20 @@ def detections(network: Network, image: Image.Image, info: dict[str, Any]) -> di
         info: What the exported file holds.
     """
     args, config = info["task_args"], info["data_config"]
-    resized = to_channels(image, config["input_size"][0])
-    short, long = sorted(resized.size)
-    scale = min(args["short_side"] / short, args["long_side"] / long)
-    height, width = (math.floor(side * scale) for side in (resized.height, resized.width))
-    output = network(bilinear(_normalised(resized, config), (height, width))[None])
-    ratios = np.array([image.width / width, image.height / height] * 2, np.float32)
-    found = {"boxes": output["boxes"] * ratios, "scores": output["scores"], "labels": output["labels"]}
+    pixels = _scaled(to_channels(image, config["input_size"][0]))  # (C, H, W)
+    below, beside = padding_of(image.size, args["long_side"])
+    pixels = _normalised(np.pad(pixels, ((0, 0), (0, below), (0, beside))), config)
+    full = pixels.shape[1:]
+    scale = min(args["short_side"] / min(full), args["long_side"] / max(full))
+    height, width = (math.floor(side * scale) for side in full)
+    output = network(bilinear(pixels, (height, width))[None])
+    boxes = output["boxes"] * np.array([full[1] / width, full[0] / height] * 2, np.float32)
+    found = {"boxes": boxes, "scores": output["scores"], "labels": output["labels"]}
     if "masks" in output:
-        found["masks"] = _pasted(output["masks"], found["boxes"], (image.height, image.width))
-    return found
+        found["masks"] = _pasted(output["masks"], boxes, full)[..., : image.height, : image.width]
+    found["boxes"] = np.clip(boxes, 0, np.array([image.width, image.height] * 2, np.float32))
+    inside = (found["boxes"][:, 2:] > found["boxes"][:, :2]).all(1)  # not in the padding alone
+    return {name: value[inside] for name, value in found.items()}
 
 
 def bilinear(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -106,9 +110,12 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(0))
 
 
-def _normalised(image: Image.Image, config: dict[str, Any]) -> np.ndarray:
-    """float32 (C, H, W)."""
-    pixels = np.atleast_3d(np.asarray(image, np.float32)).transpose(2, 0, 1) / np.float32(255)
+def _scaled(image: Image.Image) -> np.ndarray:
+    """float32 (C, H, W) from 0 to 1."""
+    return np.atleast_3d(np.asarray(image, np.float32)).transpose(2, 0, 1) / np.float32(255)
+
+
+def _normalised(pixels: np.ndarray, config: dict[str, Any]) -> np.ndarray:
     mean, std = (np.array(config[key], np.float32)[:, None, None] for key in ("mean", "std"))
     return (pixels - mean) / std
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..checkpoints.header import check_stored
+from ..checkpoints.header import MAX_SIDE, check_stored
 from ..data.images import MAX_ASPECT_RATIO, crop_extreme_aspect, to_channels
 from ..errors import UserError, require
 
@@ -62,9 +62,25 @@ class OnnxModel:
             raise UserError(f"{path} was not written by transcnn export: class names and sizes are missing") from error
         check_stored(self.info, path)
         self.task = str(self.info.get("task", "classify"))
-        self._input = self.session.get_inputs()[0]
-        sides = self._input.shape[2:]
-        self.fixed: list[int] | None = None if all(isinstance(side, str) for side in sides) else list(sides)
+        inputs, outputs = self.session.get_inputs(), [output.name for output in self.session.get_outputs()]
+        wanted = ["boxes", "scores", "labels", "image"] if self.task == "detect" else ["logits"]
+        shape = inputs[0].shape if inputs else []
+        if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(shape) != 4 or not {*wanted} <= {*outputs}:
+            raise UserError(
+                f"{path} is no network to {self.task}: images (B, C, H, W) of float32 to {', '.join(wanted)}"
+            )
+        if isinstance(shape[1], int) and shape[1] != self.data_config["input_size"][0]:
+            raise UserError(f"{path} takes {shape[1]} channels, but says {self.data_config['input_size'][0]}")
+        if self.data_config["interpolation"] not in INTERPOLATIONS:
+            raise UserError(
+                f"{path} wants images resized by {self.data_config['interpolation']}, which isn't done here"
+            )
+        self._path = path
+        self._input = inputs[0]
+        fixed = [side for side in shape[2:] if isinstance(side, int)]
+        if fixed and not (len(fixed) == 2 and all(1 <= side <= MAX_SIDE for side in fixed)):
+            raise UserError(f"{path} takes images of {shape[2]}x{shape[3]}, which can't be meant")
+        self.fixed: list[int] | None = fixed or None
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """(B, C, H, W) -> (B, classes), or of a network that segments (B, classes, H, W); float32."""
@@ -73,7 +89,32 @@ class OnnxModel:
     def outputs(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """All outputs by name; a detector's are those of :class:`transcnn.export.detect.DetectorGraph`."""
         names = [output.name for output in self.session.get_outputs()]
-        return dict(zip(names, self.session.run(names, {self._input.name: images}), strict=True))
+        try:
+            found = dict(zip(names, self.session.run(names, {self._input.name: images}), strict=True))
+        except Exception as error:  # ONNX Runtime has a class of its own for each cause
+            raise UserError(f"{self._path} can't be run: {(str(error) or '?').splitlines()[0]}") from error
+        problem = self._problem(found, images.shape)
+        if problem:
+            raise UserError(f"{self._path} is damaged: {problem}")
+        return found
+
+    def _problem(self, found: dict[str, Any], shape: tuple[int, ...]) -> str:
+        """What is wrong with the outputs of a file that isn't what it says; "" for nothing."""
+        classes = len(self.class_names)
+        if self.task != "detect":
+            wanted = (shape[0], classes) if self.task == "classify" else (shape[0], classes, *shape[2:])
+            logits = np.asarray(found["logits"])
+            return "" if logits.shape == wanted else f"logits of shape {logits.shape} instead of {wanted}"
+        boxes, scores, labels = (np.asarray(found[name]) for name in ("boxes", "scores", "labels"))
+        count = len(boxes) if boxes.ndim else -1
+        masks = np.asarray(found.get("masks", np.zeros((max(count, 0), 1, 1))))
+        if boxes.shape != (count, 4) or scores.shape != (count,) or labels.shape != (count,) or len(masks) != count:
+            return f"boxes {boxes.shape}, scores {scores.shape} and labels {labels.shape}"
+        if masks.ndim != 3 or boxes.dtype != np.float32 or scores.dtype != np.float32 or labels.dtype.kind not in "iu":
+            return "boxes, scores, labels or masks of another type"
+        if count and not (labels.min() >= 0 and labels.max() < classes and np.isfinite(boxes).all()):
+            return "a label or a box that can't be"
+        return ""
 
     def resize_to(self, img_size: int) -> None:
         """Let images be made ``img_size`` pixels large.
