@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from transcnn.commands.train import train
 from transcnn.data.sets.classify import open_splits
+from transcnn.data.sets.detect import open_splits as open_detect
+from transcnn.data.sets.segment import open_splits as open_segment
 from transcnn.errors import UserError
 from transcnn.training.data_record import check_unchanged, keep_split, read_record, record_of, write_record
 
@@ -21,7 +26,7 @@ QUICK |= dict(num_workers=0, quiet=True, limit_batches=1)
 def began(make_class_folder) -> tuple[Path, dict[str, Any]]:
     """Two classes of ten images, and the record of a run on them that holds back a fifth."""
     folder = make_class_folder(classes=2, per_class=10)
-    return folder, record_of(str(folder), open_splits(str(folder), val_fraction=0.2))
+    return folder, record_of(open_splits(str(folder), val_fraction=0.2))
 
 
 def now(folder: Path) -> Any:
@@ -37,7 +42,7 @@ def test_the_record_names_each_image_with_label_and_size(began, tmp_path):
     assert {name: size for name, _, size in files} == sizes
     assert all(label == int(name[6]) for name, label, _ in files)
     write_record(tmp_path, record)
-    assert read_record(tmp_path) == record == record_of(str(folder), now(folder))
+    assert read_record(tmp_path) == record == record_of(now(folder))
     (tmp_path / "data.json").write_text("{}")
     assert read_record(tmp_path) is None
 
@@ -68,7 +73,7 @@ def test_every_change_is_named(began, change, class_image):
     splits = now(folder)
     keep_split(record, splits)
     with pytest.raises(UserError, match=told):
-        check_unchanged(record, record_of(str(folder), splits), accept=False)
+        check_unchanged(record, record_of(splits), accept=False)
 
 
 def test_what_was_held_back_stays_so(began, class_image):
@@ -84,7 +89,7 @@ def test_what_was_held_back_stays_so(began, class_image):
     assert len(splits.train) == 26
     assert [splits.val.labels[i] == int(splits.val.name(i)[6]) for i in range(4)] == [True] * 4
     assert not splits.val.replace
-    changes = check_unchanged(record, record_of(str(folder), splits), accept=True)
+    changes = check_unchanged(record, record_of(splits), accept=True)
     assert len(changes) == 1
     assert changes[0].startswith("train with the new 'class_0/100.png'")
 
@@ -106,3 +111,41 @@ def test_a_run_that_goes_on_refuses_changed_data_unless_told(make_class_folder, 
     shutil.rmtree(folder / "class_1")
     with pytest.raises(UserError, match="images of one class only"):
         train(resume=str(run), epochs=3, quiet=True)
+
+
+def test_boxes_and_label_maps_count_as_labels_and_are_held_back_too(tmp_path):
+    for kind in ("images", "annotations", "labels"):
+        (tmp_path / kind).mkdir()
+    sheet: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "x"}]}
+
+    def add(i: int) -> None:
+        Image.new("RGB", (20, 20), (i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+        Image.fromarray(np.arange(400, dtype=np.uint8).reshape(20, 20) % 3).save(tmp_path / "labels" / f"{i}.png")
+        sheet["images"].append({"id": i, "file_name": f"{i}.png"})
+        sheet["annotations"].append({"id": i, "image_id": i, "category_id": 1, "bbox": [1, 2, 9, 9]})
+        (tmp_path / "annotations" / "train.json").write_text(json.dumps(sheet))
+
+    for i in range(10):
+        add(i)
+    detect, segment = record_of(open_detect(str(tmp_path))), record_of(open_segment(str(tmp_path)))
+    assert check_unchanged(detect, record_of(open_detect(str(tmp_path))), accept=False) == []
+    for i in range(10, 20):  # enough for another split
+        add(i)
+    for opened, record in ((open_detect(str(tmp_path)), detect), (open_segment(str(tmp_path)), segment)):
+        assert keep_split(record, opened)
+        held = {entry[0] for entry in record["splits"]["val"]["files"]}
+        assert {opened.val.name(i) for i in range(len(opened.val))} == held
+        assert len(opened.train) == 20 - len(held)
+        assert opened.train.replace
+        assert not opened.val.replace
+    sheet["annotations"][3]["bbox"] = [1, 2, 9, 8]
+    (tmp_path / "annotations" / "train.json").write_text(json.dumps(sheet))
+    opened = open_detect(str(tmp_path))
+    keep_split(detect, opened)
+    with pytest.raises(UserError, match=r"with other labels of 'images/3\.png'"):
+        check_unchanged(detect, record_of(opened), accept=False)
+    Image.fromarray(np.random.default_rng(0).integers(0, 3, (20, 20), np.uint8)).save(tmp_path / "labels" / "2.png")
+    opened = open_segment(str(tmp_path))
+    keep_split(segment, opened)
+    with pytest.raises(UserError, match=r"with other labels of 'images/2\.png'"):
+        check_unchanged(segment, record_of(opened), accept=False)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.files import atomic_write
-from ..data.sources.source import SPLITS, abbreviate
+from ..data.sources.source import abbreviate
 from ..errors import UserError
 from ..text import json_text
 
@@ -20,40 +18,20 @@ RECORD = "data.json"
 MAX_NAMED = 200_000  # images of all splits up to which each one's entry is kept; of more, a digest alone
 
 
-def record_of(data: str | None, splits: Any) -> dict[str, Any]:
+def record_of(splits: Any) -> dict[str, Any]:
     """Class names, and of each split the number of images, a digest, and for each image name, label and size.
 
-    Labels are those of classification (of other tasks None); the size is the file's in bytes, -1 where it isn't a file
-    of its own.
+    Labels are indices of classes, a checksum of an image's boxes, or the size of its label map; the size is the image's
+    in bytes, -1 where it isn't known without reading it.
     """
     present = {name: part for name in ("train", "val", "test") if (part := getattr(splits, name)) is not None}
     named = sum(map(len, present.values())) <= MAX_NAMED
     record: dict[str, Any] = {"class_names": list(splits.class_names), "splits": {}}
     for split, part in present.items():
-        entries = sorted(_entries(data, split, part), key=lambda entry: entry[0])
+        entries = sorted((list(part.entry(i)) for i in range(len(part))), key=lambda entry: entry[0])
         digest = hashlib.sha256("\n".join(map(json.dumps, entries)).encode()).hexdigest()
         record["splits"][split] = {"images": len(part), "sha256": digest, "files": entries if named else None}
     return record
-
-
-def _entries(data: str | None, split: str, part: Any) -> list[list[Any]]:
-    root = Path(data) if data is not None and os.path.isdir(data) else None
-    roots = [root, *(root / name for name in SPLITS[split])] if root is not None else []
-    roots = [os.fspath(folder) for folder in roots if folder.is_dir()]
-    labels: Sequence[int] | None = getattr(part, "labels", None)
-    entries = []
-    for i in range(len(part)):
-        name = part.name(i)
-        label = None if labels is None else int(labels[i])
-        entries.append([name, label, next((size for folder in roots if (size := _size(folder, name)) >= 0), -1)])
-    return entries
-
-
-def _size(folder: str, name: str) -> int:
-    try:
-        return os.stat(os.path.join(folder, name)).st_size
-    except (OSError, ValueError):
-        return -1
 
 
 def write_record(run_dir: Path, record: dict[str, Any]) -> None:
@@ -118,13 +96,14 @@ def keep_split(kept: dict[str, Any], splits: Any) -> bool:
     """
     train, val = splits.train, splits.val
     before = kept["splits"].get("val", {}).get("files")
-    if not before or getattr(val, "source", None) is None or val.source is not getattr(train, "source", None):
+    if not before or not train.shares_source(val):
         return False
     held = {entry[0] for entry in before}
-    indices = sorted([*train.indices.tolist(), *val.indices.tolist()])
+    names = {int(part.indices[i]): part.name(i) for part in (train, val) for i in range(len(part))}
+    indices = sorted(names)
     chosen = {True: [], False: []}
     for index in indices:
-        chosen[train.source.name_of(index) in held].append(index)
+        chosen[names[index] in held].append(index)
     if not all(chosen.values()):
         return False
     splits.train, splits.val = train.with_indices(chosen[False]), val.with_indices(chosen[True])

@@ -106,7 +106,7 @@ def _check_data(s: TrainSettings, splits: Any, resumed: Path | None) -> dict[str
     """What the run learns from, compared with what it did before; what was held back stays so."""
 
     def compare() -> tuple[dict[str, Any], dict[str, Any] | None]:
-        record = record_of(s.data, splits)
+        record = record_of(splits)
         kept = None if resumed is None else read_record(resumed.parent)
         return record, None if kept == record else kept
 
@@ -116,7 +116,7 @@ def _check_data(s: TrainSettings, splits: Any, resumed: Path | None) -> dict[str
     keep_split(kept, splits)
 
     def tell() -> dict[str, Any]:
-        record = record_of(s.data, splits)
+        record = record_of(splits)
         changes = check_unchanged(kept, record, s.accept_changed_data)
         if changes:
             told = f"the data has changed since the run began: {'; '.join(changes)}"

@@ -27,11 +27,13 @@ class DenseSource:
         names: Of the images, for reports.
         load: (Index, pixel_range of ``read_image``) -> (decoded image, truth); raises BrokenImage. What a truth is, the
             task knows.
+        entry: Index -> (what is equal for equal truths, the image's size in bytes), without decoding either.
         broken: (name, reason) of what was found but makes no sample: an image without a label map, for instance.
     """
 
     names: list[str]
     load: Callable[[int, Sequence[float] | None], tuple[Image.Image, Any]]
+    entry: Callable[[int], tuple[str, int]]
     broken: list[tuple[str, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -82,6 +84,14 @@ class DenseDataset(FaultTolerantDataset):
     def name(self, i: int) -> str:
         """The i-th image's file name."""
         return self.source.names[int(self.indices[i])]
+
+    def entry(self, i: int) -> tuple[str, Any, int]:
+        """Name, what is equal for equal truths, and size in bytes (-1 where it isn't known) of the i-th image."""
+        return self.name(i), *self.source.entry(int(self.indices[i]))
+
+    def shares_source(self, other: Any) -> bool:
+        """Whether two sets hold images of one source, as where one was split off."""
+        return self.source.names == other.source.names
 
     def read(self, i: int) -> tuple[Image.Image, Any]:
         """The i-th image and its truth as they lie there; raises BrokenImage."""

@@ -10,6 +10,7 @@ how large the image is.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -109,10 +110,17 @@ def _make_set(
     items, broken = found.splits[split], found.broken.get(split, [])
     if strict and broken:
         raise UserError(f"{broken[0][0]!r}: {broken[0][1]}")
-    source = DenseSource([item.file for item in items], partial(_load, found.files, items, index), broken)
+    load, entry = partial(_load, found.files, items, index), partial(_entry, found.files, items)
+    source = DenseSource([item.file for item in items], load, entry, broken)
     made = DenseDataset(source, indices, strict=strict, replace=replace)
     made.listed = list(broken)
     return made
+
+
+def _entry(files: Files, items: list[AnnotatedImage], i: int) -> tuple[str, int]:
+    item = items[i]
+    truth = repr((item.boxes, item.labels, item.crowd, item.masks, item.size))
+    return f"{zlib.crc32(truth.encode()):08x}", files.size(item.file)
 
 
 def _load(

@@ -63,6 +63,22 @@ class FaultTolerantDataset(Dataset):
         """The i-th sample as it lies there; raises BrokenImage."""
         raise NotImplementedError
 
+    def entry(self, i: int) -> tuple[str, Any, int]:
+        """Name, label (or what stands for it) and size in bytes of the i-th sample, by which changes are noticed."""
+        raise NotImplementedError
+
+    def shares_source(self, other: Any) -> bool:
+        """Whether two sets hold samples of one source, as where one was split off."""
+        raise NotImplementedError
+
+    def with_indices(self, indices: Sequence[int]) -> Any:
+        """The same with other samples of its source."""
+        chosen = np.array(indices, dtype=np.int64)
+        made = type(self)(self.source, chosen, seed=self.seed, strict=self.strict, replace=self.replace)  # pyright: ignore
+        for name in ("transform", "pixel_range", "listed", "split"):
+            setattr(made, name, getattr(self, name))
+        return made
+
     def fill_cache(self, limit: int = 0, *, progress: bool = False) -> bool:
         """Decode all samples once and keep them, where ``limit`` bytes suffice; whether they are in memory now."""
         return False

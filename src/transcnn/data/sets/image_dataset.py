@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,18 +67,18 @@ class ImageDataset(FaultTolerantDataset):
         self._cache: Tensor | None = None  # uint8 (N, C, H, W), what the transform's first step gives
         self._cached_for: object = None
 
-    def with_indices(self, indices: Sequence[int]) -> ImageDataset:
-        """The same with other images of the source."""
-        chosen = np.array(indices, dtype=np.int64)
-        other = ImageDataset(
-            self.source, chosen, transform=self.transform, seed=self.seed, strict=self.strict, replace=self.replace
-        )
-        other.listed, other.split, other.pixel_range = self.listed, self.split, self.pixel_range
-        return other
-
     def name(self, i: int) -> str:
         """The i-th image's file name, or what stands for one."""
         return self.source.name_of(int(self.indices[i]))
+
+    def entry(self, i: int) -> tuple[str, Any, int]:
+        """Name, label, and size in bytes (-1 where it isn't known) of the i-th image."""
+        size_of = self.source.size_of
+        return self.name(i), int(self.labels[i]), -1 if size_of is None else size_of(int(self.indices[i]))
+
+    def shares_source(self, other: Any) -> bool:
+        """Whether two sets hold images of one source, as where one was split off."""
+        return self.source is other.source
 
     def read(self, i: int) -> tuple[Image.Image, int, str]:
         """The i-th image as it lies there (mode L, LA, RGB or RGBA), its label and its name.

@@ -168,10 +168,15 @@ def _make_set(
     pairs, unmatched = found.splits[split], found.unmatched.get(split, [])
     if strict and unmatched:
         raise UserError(f"{unmatched[0][0]!r} can't be used: {unmatched[0][1]}")
-    source = DenseSource([pair.name for pair in pairs], partial(_load, pairs, ids), unmatched)
+    source = DenseSource([pair.name for pair in pairs], partial(_load, pairs, ids), partial(_entry, pairs), unmatched)
     made = DenseDataset(source, indices, strict=strict, replace=replace)
     made.listed = list(unmatched)
     return made
+
+
+def _entry(pairs: list[Pair], i: int) -> tuple[str, int]:
+    image, label = pairs[i].sizes()
+    return str(label), image
 
 
 def _load(

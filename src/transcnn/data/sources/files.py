@@ -23,6 +23,10 @@ class Files(Protocol):
         """All files below ``folder``, sorted; hidden ones are left out."""
         ...
 
+    def size(self, name: str) -> int:
+        """A file's size in bytes; -1 where it can't be told."""
+        ...
+
     def read(self, name: str) -> bytes:
         """One file; raises :class:`~transcnn.data.images.BrokenImage` where that can't be."""
         ...
@@ -67,6 +71,13 @@ class FolderFiles:
             found += [(here / name).as_posix() for name in files if not name.startswith(".")]
         return sorted(found)
 
+    def size(self, name: str) -> int:
+        """A file's size in bytes; -1 where it can't be told."""
+        try:
+            return (self.root / name).stat().st_size
+        except OSError:
+            return -1
+
     def read(self, name: str) -> bytes:
         """One file."""
         path = self.root / name
@@ -105,6 +116,10 @@ class TarFiles:
             for name in self.members
             if name.startswith(start) and not any(word.startswith(".") for word in name.split("/"))
         )
+
+    def size(self, name: str) -> int:
+        """A file's size in bytes; -1 where it can't be told."""
+        return self.members.get(name, (0, -1))[1]
 
     def read(self, name: str) -> bytes:
         """One file."""

@@ -50,6 +50,12 @@ class PathList:
     def load(self, i: int) -> Image.Image:
         return read_image(self.path(i))
 
+    def size(self, i: int) -> int:
+        try:
+            return os.stat(self.path(i)).st_size
+        except OSError:
+            return -1
+
     def raw(self, i: int) -> bytes:
         return read_bytes(self.path(i))
 
@@ -120,7 +126,7 @@ def _class_folders(root: Path, class_names: Sequence[str] | None = None) -> Sour
         )
     labels = np.repeat([classes.index(label) for label in found], [counts[label] for label in found])
     broken = [(printable(path[len(paths.root) + 1 :]), "not an image by its name") for path in others]
-    return Source(labels.astype(np.int64), classes, paths.load, paths.name, broken, raw=paths.raw)
+    return Source(labels.astype(np.int64), classes, paths.load, paths.name, broken, raw=paths.raw, size_of=paths.size)
 
 
 def _list_class(folder: Path, outside: Sequence[Path], others: list[str]) -> Iterable[str]:

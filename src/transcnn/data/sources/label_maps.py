@@ -28,11 +28,12 @@ VOC = [
 
 @dataclass
 class Pair:
-    """Where one image and its label map are read from."""
+    """Where one image and its label map are read from; ``sizes`` are those of the two files in bytes."""
 
     name: str
     image: Callable[[], bytes]
     label: Callable[[], bytes]
+    sizes: Callable[[], tuple[int, int]]
 
 
 @dataclass
@@ -71,7 +72,8 @@ def find_pairs(data: str | None) -> PairedFiles:
                 (images if kind == "image" else labels)[split, stem] = name
     for key, name in sorted(images.items()):
         if key in labels:
-            pair = Pair(name, partial(files.read, name), partial(files.read, labels[key]))
+            sizes = partial(_sizes, files, name, labels[key])
+            pair = Pair(name, partial(files.read, name), partial(files.read, labels[key]), sizes)
             found.splits.setdefault(key[0], []).append(pair)
         elif key[0] in {split for split, _ in labels}:  # a split without any labels is none
             found.unmatched.setdefault(key[0], []).append((name, "no label map of this name"))
@@ -161,7 +163,16 @@ def _torchvision(cls: Any, root: str, **settings: Any) -> Any:
 
 
 def _files(image: str, label: str) -> Pair:
-    return Pair(Path(image).name, partial(_read_file, image), partial(_read_file, label))
+    sizes = partial(_file_sizes, image, label)
+    return Pair(Path(image).name, partial(_read_file, image), partial(_read_file, label), sizes)
+
+
+def _sizes(files: Files, image: str, label: str) -> tuple[int, int]:
+    return files.size(image), files.size(label)
+
+
+def _file_sizes(image: str, label: str) -> tuple[int, int]:
+    return os.path.getsize(image), os.path.getsize(label)
 
 
 def _read_file(path: str) -> bytes:

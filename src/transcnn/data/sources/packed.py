@@ -94,6 +94,10 @@ class Shards:
         start = self.ends[i - 1] + 1 if i else 0
         return os.fsdecode(self.block[start : self.ends[i]])
 
+    def size(self, i: int) -> int:
+        """The image's size in bytes."""
+        return int(self.index["size"][i])
+
     def raw(self, i: int) -> bytes:
         """The image's bytes as they were before packing; raises BrokenImage with the shard's name."""
         shard, offset, size, _, crc = self.index[i].tolist()
@@ -159,6 +163,7 @@ def _open_split(files: SplitFiles, path_of: Callable[[str], str], class_names: l
     shards = Shards(files, path_of, index, content[files.images * INDEX.itemsize :])
     _check_index(path, shards, files, len(class_names))
     source = Source(index["label"].astype(np.int64), class_names, shards.load, shards.name, raw=shards.raw)
+    source.size_of = shards.size
     source.groups = index["shard"].astype(np.int64) if remote else None
     return source
 

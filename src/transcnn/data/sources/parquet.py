@@ -157,7 +157,9 @@ def label_values(column: Any, names: list[str] | None, file: Path | str) -> tupl
         raise UserError(f"{str(file)!r} has {column.null_count} rows without a label")
     values = column.to_numpy() if column.num_chunks else np.zeros(0, np.int64)
     if values.dtype.kind in "OUS":  # names
-        texts = [value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value for value in values]
+        texts: list[Any] = [
+            value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value for value in values
+        ]
         if odd := [type(value).__name__ for value in texts if not isinstance(value, str)]:
             raise UserError(f"{str(file)!r} has labels of type {odd[0]}; allowed: whole numbers or names")
         text = np.array([normalise(value) for value in texts], dtype=object)

@@ -47,6 +47,7 @@ class Source:
         name_of: Index -> the image's name, for reports.
         broken: (name, reason) of what was found but is no image at all.
         raw: Index -> the image's bytes as they lie there, where there are any; raises BrokenImage.
+        size_of: Index -> the size of the image's file in bytes, where that is known without reading it.
         groups: For each image the file that it lies in, where going from one to another is slow; else None.
     """
 
@@ -57,6 +58,7 @@ class Source:
     broken: list[tuple[str, str]] = field(default_factory=list)
     raw: Callable[[int], bytes] | None = None
     groups: np.ndarray | None = None
+    size_of: Callable[[int], int] | None = None
 
     def __post_init__(self) -> None:
         self.class_names = distinct_names(self.class_names)

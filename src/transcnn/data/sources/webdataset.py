@@ -45,6 +45,9 @@ class TarSamples:
     def name(self, i: int) -> str:
         return self.names[i]
 
+    def size(self, i: int) -> int:
+        return self.offsets[i][2]
+
     def raw(self, i: int) -> bytes:
         number, offset, size = self.offsets[i]
         try:
@@ -166,4 +169,4 @@ def _shards_split(files: list[str], names: list[str] | None) -> Source:
         raise UserError(f"{abbreviate(files)} has labels up to {max(labels)}; allowed: 0 to {len(names) - 1}")
     else:
         indices = np.array(labels, dtype=np.int64)
-    return Source(indices, names, members.load, members.name, broken, raw=members.raw)
+    return Source(indices, names, members.load, members.name, broken, raw=members.raw, size_of=members.size)
