@@ -7,16 +7,18 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import transcnn
 from transcnn.attention import attend as training_attend
 from transcnn.errors import UserError
-from transcnn.fast import fold_batchnorms, optimize
+from transcnn.fast import accelerate_training, fold_batchnorms, optimize, plain
 from transcnn.fast.cpu import build
 from transcnn.fast.inference import attend as kernel
 from transcnn.fast.inference import tiles
 from transcnn.fast.inference.attention import FastHMHSA
 from transcnn.fast.inference.blocks import FastBlock, FastDualDownsample, FastInvertedResidual, FastStem
+from transcnn.fast.training.layers import KernelPointwise
 
 SIZES = [(64, 64), (97, 131), (33, 40)]
 NETWORKS = {
@@ -373,3 +375,105 @@ def test_published_weights(shared):
         model.load_state_dict(convert_state_dict(tensors, model))
         x = torch.from_numpy(published.images(1, 97, 131))
         assert error(optimize(model)(x), model(x)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        "stem",
+        "stages.1.downsample.conv",
+        "stages.0.blocks.0.attn.proj",
+        "stages.0.blocks.0.attn.local.0.qkv",
+        "stages.0.blocks.0.irb.conv2.0",
+    ],
+)
+@torch.no_grad()
+def test_hooks_anywhere_below_are_obeyed(at):
+    model = network(dims=(32, 64, 64, 96), head_dim=32)
+    x = torch.randn(2, 3, 40, 37)
+    before = model.forward_features(x)
+    model.get_submodule(at).register_forward_hook(lambda module, inputs, output: output * 1.5)
+    effect = error(model.forward_features(x), before)
+    assert effect > 1e-4
+    assert error(optimize(model).forward_features(x), model.forward_features(x)) <= min(1e-5, effect / 100)
+
+
+@torch.no_grad()
+def test_what_is_plugged_below_a_block_stays():
+    model = network(dims=(32, 64, 64, 96), head_dim=32)
+    x = torch.randn(2, 3, 40, 37)
+    before = model.forward_features(x)
+    transcnn.plug(model, ["stages.0.blocks.0.irb", "stages.1.downsample.conv"]).eval()
+    for name, p in model.named_parameters():
+        if name.endswith("scale"):
+            p.fill_(1.0)
+    assert error(model.forward_features(x), before) > 0.01
+    assert error(optimize(model).forward_features(x), model.forward_features(x)) <= 1e-5
+
+
+@torch.no_grad()
+def test_no_images():
+    for model in (network(), network(dims=(32, 64, 64, 96), head_dim=32), fill(timm.create_model("resnet10t"))):
+        x = torch.randn(0, 3, 40, 37)
+        assert optimize(model)(x).shape == model(x).shape
+        assert optimize(model, "bf16")(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("host", ["transcnn", "plugged"])
+@torch.no_grad()
+def test_a_network_in_bf16_may_be_cast_again_and_gives_features(host):
+    model = network() if host == "transcnn" else fill(transcnn.plug(timm.create_model("resnet10t", num_classes=7)))
+    x = torch.randn(2, 3, 40, 37)
+    fast = optimize(model, "bf16")
+    for dtype in (torch.float32, torch.bfloat16):
+        fast.to(dtype)
+        assert fast(x).dtype == fast.forward_features(x).dtype == torch.float32
+        assert error(fast(x), model(x)) <= 3e-2
+        assert error(fast.forward_features(x), model.forward_features(x)) <= 3e-2
+        assert error(fast.forward_head(fast.forward_features(x)), model(x)) <= 5e-2
+        for ours, exact in zip(
+            fast.forward_intermediates(x, intermediates_only=True),
+            model.forward_intermediates(x, intermediates_only=True),
+            strict=True,
+        ):
+            assert ours.dtype == torch.float32
+            assert error(ours, exact) <= 3e-2
+
+
+@torch.no_grad()
+def test_flops_are_counted():
+    model, x = network(dims=(32, 64, 64, 96), head_dim=32), torch.randn(1, 3, 64, 64)
+    counts = []
+    for counted in (model, optimize(model)):
+        with FlopCounterMode(display=False) as counter:
+            counted(x)
+        counts.append(counter.get_total_flops())
+    assert 0.95 <= counts[1] / counts[0] <= 1.0
+
+
+def test_training_layers_are_plain_again():
+    model = network(dims=(32, 64, 64, 96), head_dim=32).to(memory_format=torch.channels_last).train()
+    x = torch.randn(2, 3, 40, 37).contiguous(memory_format=torch.channels_last)
+    classes = [type(module) for module in model.modules()]
+    state = copy.deepcopy(model.state_dict())
+    expected = model(x)
+    model.load_state_dict(state)
+    accelerated = accelerate_training(model)
+    assert [type(module) for module in accelerated.modules()] != classes
+    with pytest.raises(UserError, match=r"call transcnn.fast.plain\(model\)"):
+        torch.autograd.grad(accelerated(x).sum(), list(model.parameters())[:1], create_graph=True)
+    with pytest.raises(UserError, match=r"call transcnn.fast.plain\(model\)"):
+        torch.fx.symbolic_trace(accelerated)
+    model.load_state_dict(state)
+    assert plain(accelerated) is model
+    assert [type(module) for module in model.modules()] == classes
+    assert torch.equal(model(x), expected)
+    torch.fx.symbolic_trace(model)
+    with pytest.raises(UserError, match="can't be made plain again"):
+        plain(nn.Sequential(optimize(model)))
+
+    class Own(KernelPointwise):
+        pass
+
+    with pytest.raises(UserError, match="0 is a Own, a subclass"):
+        plain(nn.Sequential(Own(3, 4, 1)))

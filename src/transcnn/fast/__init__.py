@@ -7,6 +7,6 @@ kernels on GPUs (:mod:`.triton`).
 from .cuda_graphs import record_training
 from .inference.folding import fold_batchnorms
 from .inference.optimize import optimize
-from .training.accelerate import accelerate_training
+from .training.accelerate import accelerate_training, plain
 
-__all__ = ["accelerate_training", "fold_batchnorms", "optimize", "record_training"]
+__all__ = ["accelerate_training", "fold_batchnorms", "optimize", "plain", "record_training"]

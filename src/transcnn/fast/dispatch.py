@@ -38,8 +38,9 @@ _log = logging.getLogger(__name__)
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether this very module has hooks, which wouldn't fire where something else runs in its place."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    """Whether this very module has hooks, or a forward method set on the instance, which a replacement wouldn't run."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
 
 
 def eager_cpu(x: Tensor) -> bool:

@@ -21,6 +21,7 @@ SOURCES = Path(__file__).parent / "src"
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared"]
 # A build for tests (TRANSCNN_NATIVE_DEBUG=1), which ends the process where a kernel reads or writes out of bounds.
 DEBUG = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+TIME_LIMIT = 300  # seconds for the compiler
 _log = logging.getLogger(__name__)
 
 
@@ -82,7 +83,9 @@ def _debug_flags() -> list[str]:
 
 
 def _run(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=300).stdout
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, errors="replace", timeout=TIME_LIMIT
+    ).stdout
 
 
 def _cpu() -> str:

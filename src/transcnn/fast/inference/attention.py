@@ -134,11 +134,11 @@ class FastHMHSA(InferenceOnly):
         if self.head_dim <= MAX_HEAD_DIM and gemm_fits(self.q, x, self.head_dim):
             q, proj = self.q.packed(), self.proj.packed()
             return cpu.global_attention(a1, residual, q, kv.flatten(1, 2), proj, further, self.head_dim)
-        kv = kv.view(batch, -1, 2, self.num_heads, self.head_dim)
+        kv = kv.view(batch, kv.shape[1] * kv.shape[2], 2, self.num_heads, self.head_dim)
 
         def compute(tile: Tile) -> Tensor:
             a = a1[tile]
-            q = self.q(a).view(len(a), -1, self.num_heads, self.head_dim)
+            q = self.q(a).view(len(a), a.shape[1] * a.shape[2], self.num_heads, self.head_dim)
             y = attend(q.transpose(1, 2), *kv[tile[0]].permute(2, 0, 3, 1, 4))  # (b, h, n, d)
             y = y.transpose(1, 2).reshape(a.shape).add_(a)
             for level, ratio in further:

@@ -14,7 +14,7 @@ from ...layers import DepthwiseConv2d, StridedConv2d
 from ..dispatch import hooked
 from ..training.layers import KernelPointwise
 from .entry import InferenceOnly
-from .layers import affine
+from .layers import affine, is_plain_conv
 
 __all__ = ["fold_batchnorms"]
 
@@ -59,6 +59,7 @@ def _pairs(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
         return
     modules = dict(model.named_modules())
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
+    read = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
     for node in graph.nodes:
         source = node.args[0] if node.op == "call_module" and node.args else None
         if not isinstance(source, torch.fx.Node) or source.op != "call_module" or len(source.users) != 1:
@@ -67,7 +68,8 @@ def _pairs(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
         once = calls.count(source.target) == 1 and calls.count(node.target) == 1
         if (
             once
-            and type(conv) in (nn.Conv2d, StridedConv2d, DepthwiseConv2d, KernelPointwise)
+            and is_plain_conv(conv)
+            and not any(name.startswith(f"{source.target}.") for name in read)  # its weights, by something else
             and _foldable(norm)
             and not hooked(conv)
             and not hooked(norm)

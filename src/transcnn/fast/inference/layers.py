@@ -14,18 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
+from timm.layers import GroupNorm1
 from torch import Tensor, nn
 
-from ...layers import strided_conv2d
+from ...layers import DepthwiseConv2d, StridedConv2d, strided_conv2d
 from ..cpu import inference as cpu
-from ..dispatch import HALF_DTYPES, autotune, eager_cpu, fits_cpu, fits_triton, to_nchw, to_nhwc
-from ..training.layers import KernelBatchNorm2d
+from ..dispatch import HALF_DTYPES, autotune, eager_cpu, fits_cpu, fits_triton, hooked, to_nchw, to_nhwc, traced
+from ..training.layers import KernelBatchNorm2d, KernelPointwise
 from .entry import InferenceOnly, entry
 
-__all__ = ["NHWC", "Pointwise", "SpatialConv", "affine", "constant", "fuse", "gemm_fits"]
+__all__ = ["NHWC", "Pointwise", "SpatialConv", "affine", "constant", "fuse", "gemm_fits", "is_plain_conv"]
 
 Affine = tuple[Tensor, Tensor]  # scale and shift of each channel, in double precision
 
@@ -38,7 +40,7 @@ def constant(tensor: Tensor, like: Tensor) -> nn.Parameter:
 
 def affine(norm: nn.Module) -> Affine | None:
     """The scale and shift that a BatchNorm applies in evaluation; None for any other layer."""
-    if type(norm).forward not in (nn.BatchNorm2d.forward, KernelBatchNorm2d.forward):
+    if type(norm) not in (nn.BatchNorm2d, KernelBatchNorm2d) or hooked(norm):
         return None
     assert isinstance(norm, nn.BatchNorm2d)
     if norm.running_mean is None or norm.running_var is None:  # it normalises by the batch's own statistics
@@ -177,25 +179,25 @@ class _GroupNorm1(InferenceOnly):
 
 def fuse(layers: Iterable[nn.Module]) -> nn.Sequential:
     """Norms, convolutions and activations on (B, C, H, W), as layers on (B, H, W, C) with all folded that can be."""
-    row = [layer for layer in _flatten(layers) if not isinstance(layer, nn.Identity | nn.Dropout)]
+    row = [layer for layer in _flatten(layers) if type(layer) not in (nn.Identity, nn.Dropout)]
     fused: list[nn.Module] = []
     i, before = 0, None
     while i < len(row):
         layer = row[i]
         following = row[i + 1] if i + 1 < len(row) else None
         scale = affine(layer)
-        if scale is not None and before is None and isinstance(following, nn.Conv2d) and _pointwise(following):
+        if scale is not None and before is None and following is not None and _is_pointwise(following):
             before = scale
-        elif isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros":
+        elif is_plain_conv(layer):
             after = None if following is None else affine(following)
             i += after is not None
-            fused.append(Pointwise(layer, before, after) if _pointwise(layer) else SpatialConv(layer, after))
+            fused.append(Pointwise(layer, before, after) if _is_pointwise(layer) else SpatialConv(layer, after))
             before = None
-            if i + 1 < len(row) and isinstance(row[i + 1], nn.SiLU):
+            if i + 1 < len(row) and type(row[i + 1]) is nn.SiLU:
                 fused[-1].silu = True  # pyright: ignore
                 i += 1
-        elif isinstance(layer, nn.GroupNorm) and layer.num_groups == 1:
-            fused.append(_GroupNorm1(layer))
+        elif type(layer) in (nn.GroupNorm, GroupNorm1) and layer.num_groups == 1:
+            fused.append(_GroupNorm1(layer))  # pyright: ignore
         else:
             fused.append(_NCHWModule(layer))
         i += 1
@@ -223,19 +225,27 @@ def gemm_fits(first: Pointwise, x: Tensor, *channels: int) -> bool:
 
 def _flatten(layers: Iterable[nn.Module]) -> Iterable[nn.Module]:
     for layer in layers:
-        if isinstance(layer, nn.Sequential):
+        if type(layer) is nn.Sequential:
             yield from _flatten(layer)
         else:
             yield layer
 
 
-def _pointwise(conv: nn.Conv2d) -> bool:
+def is_plain_conv(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether this is a convolution of exactly PyTorch's or our classes, padded with zeros."""
+    kinds = (nn.Conv2d, DepthwiseConv2d, StridedConv2d, KernelPointwise)
+    return type(module) in kinds and module.padding_mode == "zeros"
+
+
+def _is_pointwise(conv: nn.Module) -> bool:
+    if not is_plain_conv(conv):
+        return False
     padded = conv.padding not in ((0, 0), 0, "valid")
     return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and not padded
 
 
 def _onednn(x: Tensor) -> bool:
-    """Whether oneDNN's matrix product with fused bias, sum and activation can run."""
-    if not eager_cpu(x) or x.dtype not in (torch.float32, torch.bfloat16):
+    """Whether oneDNN's matrix product with fused bias, sum and activation can run; tracers don't know it."""
+    if not eager_cpu(x) or traced() or x.dtype not in (torch.float32, torch.bfloat16):
         return False
     return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)

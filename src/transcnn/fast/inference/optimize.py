@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...attention import HMHSA
 from ...backbone import TransCNN
-from ...blocks import Block, ConvDownsample, DualDownsample
 from ...errors import UserError
 from ..cuda_graphs import CapturedInference
-from ..dispatch import hooked
+from ..training.accelerate import restore_classes
 from .attention import FastHMHSA
 from .blocks import FastBlock, FastDualDownsample, FastStem
-from .entry import inference_only
+from .entry import InferenceOnly, inference_only
 from .folding import fold_batchnorms
 from .layers import NHWC
+from .patterns import is_block, is_conv_downsample, is_dual_downsample, is_hmhsa, is_stem, unhooked
 
 __all__ = ["optimize", "try_optimize"]
 
@@ -76,6 +75,7 @@ def optimize(
     fast = copy.deepcopy(model).eval()
     for parameter in fast.parameters():
         parameter.requires_grad_(False)
+    restore_classes(fast)
     fast = _replace(fast)
     fold_batchnorms(fast)
     fast = fast.to(memory_format=torch.channels_last)  # pyright: ignore
@@ -105,25 +105,31 @@ def try_optimize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
 
 
 def _replace(module: nn.Module) -> nn.Module:
-    """``module`` with every module that has a faster form replaced by it; modules with hooks below stay as they are."""
-    if not any(map(hooked, module.modules())):
-        if isinstance(module, Block):
-            parts = (module.irb.conv1, module.irb.conv2, module.irb.conv3)
-            return FastBlock(module.attn, parts)
-        if isinstance(module, HMHSA) and type(module).forward is HMHSA.forward:
-            return FastHMHSA(module)
-        if isinstance(module, DualDownsample):
-            return FastDualDownsample(
-                (module.conv, module.norm1), module.pool, (module.residual, module.norm2), module.act
-            )
-        if isinstance(module, ConvDownsample):
-            return NHWC((module.conv, module.norm))
+    """``module`` with every module that has a faster form replaced by it (:mod:`.patterns`)."""
+    if isinstance(module, InferenceOnly):
+        return module
+    fast = _faster(module) if unhooked(module) else None
+    if fast is not None:
+        return fast
     for name, child in module.named_children():
-        if isinstance(module, TransCNN) and name == "stem":
+        if type(module) is TransCNN and name == "stem" and is_stem(child) and unhooked(child):
             setattr(module, name, FastStem([child]))
         else:
             setattr(module, name, _replace(child))
     return module
+
+
+def _faster(module: Any) -> nn.Module | None:
+    if is_block(module):
+        return FastBlock(module.attn, (module.irb.conv1, module.irb.conv2, module.irb.conv3))
+    if is_hmhsa(module):
+        return FastHMHSA(module)
+    if is_dual_downsample(module):
+        residual = (module.residual, module.norm2)
+        return FastDualDownsample((module.conv, module.norm1), module.pool, residual, module.act)
+    if is_conv_downsample(module):
+        return NHWC((module.conv, module.norm))
+    return None
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

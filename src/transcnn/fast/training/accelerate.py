@@ -1,4 +1,4 @@
-"""Replaces layers of a network by those that train faster."""
+"""Replaces layers of a network by those that train faster, and back."""
 
 from __future__ import annotations
 
@@ -6,12 +6,24 @@ from torch import nn
 
 from ...attention import HMHSA, LocalStep
 from ...blocks import InvertedResidual
+from ...errors import UserError
+from ..inference.entry import InferenceOnly
 from .attention import KernelHMHSA
 from .layers import KernelBatchNorm2d, KernelPointwise, is_pointwise
 from .local import KernelLocalStep
 from .residual import KernelInvertedResidual
 
-__all__ = ["accelerate_training"]
+__all__ = ["accelerate_training", "plain", "restore_classes"]
+
+# Each pair has the same parameters, buffers and attributes: a module changes its class, and nothing else.
+FASTER: dict[type[nn.Module], type[nn.Module]] = {
+    LocalStep: KernelLocalStep,
+    HMHSA: KernelHMHSA,
+    InvertedResidual: KernelInvertedResidual,
+    nn.BatchNorm2d: KernelBatchNorm2d,
+    nn.Conv2d: KernelPointwise,
+}
+PLAIN = {faster: slower for slower, faster in FASTER.items()}
 
 
 def accelerate_training(model: nn.Module) -> nn.Module:
@@ -20,18 +32,39 @@ def accelerate_training(model: nn.Module) -> nn.Module:
     On a CPU those are local and global attention and, fused, BatchNorm, SiLU and depthwise convolution of every
     inverted residual; on a GPU the attention inside grids and, for large maps, the same fused layers, BatchNorm, 1x1
     convolutions with a bias and the merging of tokens. Maps must be channels-last
-    (``model.to(memory_format=torch.channels_last)``, and the images as well). Parameters, state dict and, up to
+    (``model.to(memory_format=torch.channels_last)``, and the images as well). Parameters, state dict, hooks and, up to
     rounding, outputs and gradients stay the same.
+
+    Modules of exactly PyTorch's and our classes change their class; :func:`plain` changes it back. Call that before
+    torch.fx traces the network or gradients of gradients are computed (``create_graph=True``), which raise an error.
     """
     for module in model.modules():
-        if type(module) is LocalStep:
-            module.__class__ = KernelLocalStep
-        elif type(module) is HMHSA:
-            module.__class__ = KernelHMHSA
-        elif type(module) is InvertedResidual:
-            module.__class__ = KernelInvertedResidual
-        elif type(module) is nn.BatchNorm2d:
-            module.__class__ = KernelBatchNorm2d
-        elif is_pointwise(module):
-            module.__class__ = KernelPointwise
+        faster = FASTER.get(type(module))
+        if faster is not None and (faster is not KernelPointwise or is_pointwise(module)):
+            module.__class__ = faster
     return model
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """Undo :func:`accelerate_training`, in place; returns the model. On any other model it changes nothing.
+
+    :func:`transcnn.optimize` can't be undone, for norms are folded into weights; it makes a copy, so the model that it
+    was made from is what you want.
+
+    Raises:
+        UserError: The model is an optimized one, or a part of it is of a subclass of an accelerated layer.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, InferenceOnly):
+            raise UserError("an optimized model can't be made plain again; use the model that it was made from")
+        if isinstance(module, tuple(PLAIN)) and type(module) not in PLAIN:
+            raise UserError(f"{name or 'the model'} is a {type(module).__name__}, a subclass of an accelerated layer")
+    restore_classes(model)
+    return model
+
+
+def restore_classes(model: nn.Module) -> None:
+    """Change the class of each accelerated module back."""
+    for module in model.modules():
+        if type(module) in PLAIN:
+            module.__class__ = PLAIN[type(module)]

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...attention import HMHSA
 from ..cpu import training as cpu
 from ..cpu.call import MAX_HEAD_DIM
 from ..dispatch import fits_cpu
+from ..limits import first_order, refuse_fx
 from .layers import uses_triton
 
 __all__ = ["KernelHMHSA", "fits_training", "grid_attention"]
@@ -28,6 +28,11 @@ def fits_training(x: Tensor, head_dim: int) -> bool:
 
 class KernelHMHSA(HMHSA):
     """:class:`transcnn.HMHSA` that trains with kernels of this package where they fit."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        refuse_fx(x)
+        return super().forward(x)
 
     def merge(self, a: Tensor, ratio: int) -> Tensor:
         """(B, C, H, W) -> (B, C, ⌈H/ratio⌉, ⌈W/ratio⌉)."""
@@ -59,7 +64,7 @@ class _LocalAttention(torch.autograd.Function):
         return cpu.grid_forward(qkv, head_dim, size)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         (qkv,) = ctx.saved_tensors
         return cpu.grid_backward(qkv, grads[0].to(qkv.dtype).contiguous(), *ctx.options), None, None
@@ -73,7 +78,7 @@ class _GlobalAttention(torch.autograd.Function):
         return cpu.global_forward(q, kv, head_dim)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         q, kv = ctx.saved_tensors
         return *cpu.global_backward(q, kv, grads[0].to(q.dtype).contiguous(), ctx.head_dim), None

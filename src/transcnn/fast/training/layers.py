@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dispatch import fits_triton
+from ..limits import refuse_fx
 
 __all__ = ["KernelBatchNorm2d", "KernelPointwise", "is_pointwise", "uses_triton"]
 
@@ -17,6 +18,7 @@ class KernelBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
+        refuse_fx(input)
         supported = self.training and self.affine and self.momentum is not None and torch.is_grad_enabled()
         if not (supported and input.ndim == 4 and input.shape[1] == self.num_features and uses_triton(input)):
             return super().forward(input)
@@ -30,6 +32,7 @@ class KernelPointwise(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H, W)."""
+        refuse_fx(input)
         x, weight, bias = input, self.weight, self.bias
         supported = torch.is_grad_enabled() and input.ndim == 4 and input.shape[1] == self.in_channels
         if not supported or bias is None or not _pointwise(self):

@@ -7,6 +7,7 @@ from torch import Tensor
 from ...attention import LocalStep
 from ...attention import grid_attention as plain
 from ..dispatch import to_nchw, uses_triton_grids
+from ..limits import refuse_fx
 from .attention import fits_training, grid_attention
 
 __all__ = ["KernelLocalStep"]
@@ -17,6 +18,7 @@ class KernelLocalStep(LocalStep):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
+        refuse_fx(x)
         qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)  # (B, H, W, 3C)
         residual = x.permute(0, 2, 3, 1)
         if residual.dtype == qkv.dtype and uses_triton_grids(residual, self.head_dim, self.grid_size):

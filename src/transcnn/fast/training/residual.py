@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ...blocks import InvertedResidual
 from ...layers import DepthwiseConv2d, is_depthwise
 from ..cpu import training as cpu
 from ..cpu.call import KERNEL_SIZES
 from ..dispatch import fits_cpu, hooked
+from ..limits import first_order, refuse_fx
 from .layers import KernelBatchNorm2d, uses_triton
 
 __all__ = ["KernelInvertedResidual"]
@@ -33,6 +33,7 @@ class KernelInvertedResidual(InvertedResidual):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
+        refuse_fx(x)
         if not (self.training and torch.is_grad_enabled() and self._matches_pattern()):
             return super().forward(x)
         before, (norm1, act1, conv, norm2, act2) = self._layers()
@@ -106,7 +107,7 @@ class _BNSiLUDWConv(torch.autograd.Function):
         return s.permute(0, 3, 1, 2)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         x, m, kernel, *rest = ctx.saved_tensors
         first, second = _Statistics(*rest[:4]), _Statistics(*rest[4:])

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..dispatch import to_nchw, to_nhwc
+from ..limits import first_order
 from . import norms
 from .pool import average_pool, average_pool_backward
 
@@ -53,7 +53,7 @@ class _BNSiLUDWConv(torch.autograd.Function):
         return to_nchw(norms.affine_silu(m, *statistics2[2:], silu=True))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         x, m, statistics1, statistics2, weight1, bias1, weight, weight2, bias2 = ctx.saved_tensors
         positions = x.numel() // x.shape[3]
@@ -82,7 +82,7 @@ class _BatchNorm(torch.autograd.Function):
         return to_nchw(norms.affine_silu(x, *statistics[2:], silu=False))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         x, statistics, weight, bias = ctx.saved_tensors
         grad = to_nhwc(grads[0].to(x.dtype))
@@ -99,7 +99,7 @@ class _Pointwise(torch.autograd.Function):
         return to_nchw(F.linear(x, weight.flatten(1), bias))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         x, weight = ctx.saved_tensors
         grad = to_nhwc(grads[0].to(x.dtype))
@@ -114,7 +114,7 @@ class _Merge(torch.autograd.Function):
         return to_nchw(average_pool(to_nhwc(x), ratio))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         return to_nchw(average_pool_backward(to_nhwc(grads[0]), *ctx.sizes)), None
 

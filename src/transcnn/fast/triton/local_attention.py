@@ -19,7 +19,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ..limits import first_order
 
 __all__ = ["attend", "grid_attention", "supports"]
 
@@ -118,7 +119,7 @@ class _GridAttention(torch.autograd.Function):
         return attend(qkv, head_dim, size, residual=residual)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         (qkv,) = ctx.saved_tensors
         head_dim, size = ctx.sizes
