@@ -10,9 +10,11 @@ from torch import nn
 
 import transcnn
 from transcnn.blocks import InvertedResidual
+from transcnn.errors import UserError
 from transcnn.fast import accelerate_training, fold_batchnorms
 from transcnn.fast.cpu import call as cpu_call
-from transcnn.fast.cpu.build import library, supports
+from transcnn.fast.cpu.build import library
+from transcnn.fast.cpu.support import supports
 from transcnn.fast.training import attention
 from transcnn.fast.training import residual as fused
 from transcnn.fast.training.residual import KernelInvertedResidual
@@ -79,6 +81,8 @@ def check(plain: nn.Module, ours: nn.Module, shape: tuple[int, ...], kind: str, 
 def kernels(monkeypatch) -> list[str]:
     """Names of the kernels that were called."""
     called: list[str] = []
+    assert supports(torch.float32)  # which tries each of them
+    supports(torch.bfloat16)
     call = cpu_call.call
 
     def spy(name, dtype, *arguments, **options):
@@ -291,7 +295,10 @@ def test_gradients_for_each_sample_are_left_to_pytorch():
 def test_gradients_of_gradients_are_refused_in_one_line():
     block = accelerate_training(residual(16, 2, 3))
     x = torch.randn(2, 16, 5, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
-    (first,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    for loss in (block(x).square().sum(), block(x).sum()):
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        with pytest.raises(UserError, match=r"no second derivatives; call transcnn.fast.plain\(model\)"):
+            first.sum().backward()
+    expected = torch.autograd.grad(block(x).square().sum(), x)[0]
+    assert torch.equal(torch.autograd.grad(block(x).square().sum(), x, create_graph=True)[0], expected)
     assert fused._fits_training(x)

@@ -26,7 +26,7 @@ from transcnn.attention import HMHSA, LocalStep
 from transcnn.blocks import Block, DualDownsample, InvertedResidual
 from transcnn.errors import UserError
 from transcnn.fast import accelerate_training, dispatch, optimize, plain
-from transcnn.fast.cpu import build
+from transcnn.fast.cpu import support
 from transcnn.layers import DepthwiseConv2d, StridedConv2d
 
 CASES = int(os.environ.get("TRANSCNN_CASES", "60"))
@@ -279,7 +279,7 @@ def test_an_optimized_network_computes_the_same_or_says_why_not(case: dict[str, 
     try:
         with pytest.MonkeyPatch.context() as patch:
             if not case["native"]:
-                patch.setattr(build, "supports", lambda dtype: False)
+                patch.setattr(support, "supports", lambda dtype: False)
             check(case)
     finally:
         torch.set_num_threads(before)

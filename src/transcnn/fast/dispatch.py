@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import grid_attention
-from .cpu import build
+from .cpu import support
 
 __all__ = [
     "HALF_DTYPES",
@@ -76,7 +76,7 @@ def fits_cpu(x: Tensor, *channels: int, gemm: bool = True) -> bool:
         return False
     multiple = 32 if gemm and x.dtype == torch.bfloat16 else 16
     plain = type(x) in (Tensor, nn.Parameter) and x.numel() > 0 and x.layout == torch.strided and not x.is_neg()
-    return plain and not traced() and not any(n % multiple for n in channels) and build.supports(x.dtype)
+    return plain and not traced() and not any(n % multiple for n in channels) and support.supports(x.dtype)
 
 
 # --- Triton kernels on a GPU ------------------------------------------------------------------------------------------

@@ -24,15 +24,29 @@ def refuse_fx(x: Tensor) -> None:
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward pass by kernels, which has no derivatives itself."""
+    """A backward pass by kernels, which has no derivatives itself: asking for those raises an error."""
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor) -> Any:
-        if torch.is_grad_enabled():  # with create_graph=True alone
-            raise UserError(
-                "kernels of accelerate_training have first derivatives only; "
-                "call transcnn.fast.plain(model) before you use create_graph=True"
-            )
-        return backward(ctx, *grads)
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # as nearly always; with create_graph=True it is
+            return found
+        anchor = torch.zeros((), requires_grad=True)  # so that the results have a backward pass
+        tensors = iter(_NoSecondDerivative.apply(anchor, *(x for x in found if isinstance(x, Tensor))))
+        return tuple(next(tensors) if isinstance(x, Tensor) else x for x in found)
 
     return run
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *found: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore
+        raise UserError(
+            "kernels of accelerate_training have no second derivatives; "
+            "call transcnn.fast.plain(model) before the forward pass"
+        )

@@ -1,91 +1,220 @@
-"""Compiles the C++ kernels, once for each kind of CPU, and caches the library; needs nothing but a C++ compiler."""
+"""Compiles the C++ kernels, once for each kind of CPU, and caches the library; needs nothing but a C++ compiler.
+
+A library runs with all rights of its user, so one is loaded only from a directory that belongs to the user and that
+nobody else can write, and only if it has the SHA-256 that was stored beside it when it was compiled; else it is
+compiled again. :mod:`.support` compares what it computes with PyTorch.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
+import signal
+import stat
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
-__all__ = ["library", "supports"]
+__all__ = ["isa_support", "library", "rebuild"]
 
 SOURCES = Path(__file__).parent / "src"
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared"]
 # A build for tests (TRANSCNN_NATIVE_DEBUG=1), which ends the process where a kernel reads or writes out of bounds.
 DEBUG = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-TIME_LIMIT = 300  # seconds for the compiler
+TIME_LIMIT = 60.0  # seconds for the compiler, which takes about five
+DEBUG_TIME_LIMIT = 1800.0
 _log = logging.getLogger(__name__)
+
+
+_rebuilt = 0  # how often in this process
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The kernels; None where they can't be compiled, which the log explains (level INFO).
 
-    The compiler is ``$CXX`` or else g++; the library is cached in ``$XDG_CACHE_HOME/transcnn`` (``~/.cache/transcnn``),
-    under a name that depends on the sources, the compiler and the CPU. ``TRANSCNN_NATIVE=0`` switches the kernels off.
+    The compiler is ``$CXX`` (which may have arguments: ``ccache g++``) or else g++; the library is cached in
+    ``$XDG_CACHE_HOME/transcnn`` (``~/.cache/transcnn``), under a name that depends on the sources, the compiler and the
+    CPU. Processes that start together compile it once. ``TRANSCNN_NATIVE=0`` switches the kernels off.
     ``TRANSCNN_NATIVE_DEBUG=1`` compiles them with the address and undefined behaviour sanitizers; the process must have
     been started with ``LD_PRELOAD=$(g++ -print-file-name=libasan.so)``.
     """
     if os.environ.get("TRANSCNN_NATIVE", "1") == "0":
         return None
     try:
-        return ctypes.CDLL(str(_compiled()))
+        path = _compiled()
+        # dlopen takes a library of the same name for the same, even if the file was replaced.
+        return ctypes.CDLL(os.path.join(path.parent, *["."] * _rebuilt, path.name))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
         _log.info("the C++ kernels can't be compiled, PyTorch's operations are used: %s", reason)
         return None
 
 
-@functools.cache
-def supports(dtype: torch.dtype) -> bool:
-    """Whether the kernels are there and compute in ``dtype``."""
+def rebuild() -> ctypes.CDLL | None:
+    """Compile the library again, for what :func:`library` gave is wrong; the new one."""
+    global _rebuilt
+    _rebuilt += 1
+    path, _ = _target()
+    with contextlib.suppress(OSError):
+        _stored_hash(path).unlink()
+    library.cache_clear()
+    return library()
+
+
+def isa_support() -> int:
+    """What the library computes in on this CPU: bit 0 is fp32, bit 1 bf16; 0 without a library."""
     kernels = library()
-    isa = 0 if kernels is None else kernels.isa_support()
-    return bool(isa & {torch.float32: 1, torch.bfloat16: 2}.get(dtype, 0))
+    return 0 if kernels is None else int(kernels.isa_support())
 
 
 def _compiled() -> Path:
-    compiler = os.environ.get("CXX") or shutil.which("g++")
-    if compiler is None:
-        raise FileNotFoundError("there is no g++, and CXX names no other compiler")
-    sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
-    version = _run([compiler, "--version"])
-    content = b"".join(path.read_bytes() for path in sources)
-    flags = [*FLAGS, *_debug_flags()]
-    identity = "\n".join([version, _cpu(), *flags]).encode()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transcnn"
-    path = folder / f"kernels-{hashlib.sha256(identity + content).hexdigest()[:16]}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as directory:  # another process may compile it, too
-            made = Path(directory) / path.name
-            files = [str(source) for source in sources if source.suffix == ".cpp"]
-            command = [compiler, *flags, *files, "-o", str(made)]
-            _run(command)
-            made.replace(path)
+    """The path of a library that may be loaded, compiled if there is none."""
+    path, command = _target()
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _refuse_foreign_directory(path.parent)
+    if not _is_trusted(path):
+        with _locked(path.parent):
+            if not _is_trusted(path):  # another process may have compiled it meanwhile
+                _compile(path, command)
     return path
 
 
+def _target() -> tuple[Path, list[str]]:
+    """Where the library belongs, and the command that compiles it, without its output."""
+    compiler = _compiler()
+    sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
+    content = b"".join(path.read_bytes() for path in sources)
+    flags = [*FLAGS, *_debug_flags()]
+    identity = "\n".join([_run([*compiler, "--version"]), _cpu(), *flags]).encode()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transcnn"
+    path = folder / f"kernels-{hashlib.sha256(identity + content).hexdigest()[:16]}.so"
+    return path, [*compiler, *flags, *(str(source) for source in sources if source.suffix == ".cpp")]
+
+
+def _compiler() -> list[str]:
+    named = os.environ.get("CXX")
+    if not named:
+        found = shutil.which("g++")
+        if found is None:
+            raise FileNotFoundError("there is no g++, and CXX names no other compiler")
+        return [found]
+    return [named] if shutil.which(named) else shlex.split(named)
+
+
+def _refuse_foreign_directory(folder: Path) -> None:
+    found = folder.stat()
+    if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
+        raise PermissionError(f"{folder} belongs to another user; XDG_CACHE_HOME can name another directory")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{folder} can be written by other users (chmod go-w would change that)")
+
+
+def _is_trusted(path: Path) -> bool:
+    """Whether the file is the user's, nobody else can write it, and it is what was compiled."""
+    try:
+        found, expected = path.lstat(), _stored_hash(path).read_text().strip()
+        own = not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
+        private = stat.S_ISREG(found.st_mode) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        return own and private and hashlib.sha256(path.read_bytes()).hexdigest() == expected
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _stored_hash(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _compile(path: Path, command: list[str]) -> None:
+    """Compile into a directory of its own, then move the library and its hash to their places."""
+    for stale in path.parent.glob("building-*"):  # of a process that was killed: this one holds the lock
+        shutil.rmtree(stale, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="building-", dir=path.parent) as directory:
+        made = Path(directory) / path.name
+        _run([*command, "-o", str(made)])
+        made.chmod(0o700)
+        _stored_hash(made).write_text(hashlib.sha256(made.read_bytes()).hexdigest() + "\n")
+        made.replace(path)
+        _stored_hash(made).replace(_stored_hash(path))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time; the lock is the directory's own, and ends with its process."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + _time_limit() + 5
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError("another process has been compiling the C++ kernels for too long") from None
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_debug() -> bool:
+    return os.environ.get("TRANSCNN_NATIVE_DEBUG", "0") != "0"
+
+
 def _debug_flags() -> list[str]:
-    if os.environ.get("TRANSCNN_NATIVE_DEBUG", "0") == "0":
+    if not _is_debug():
         return []
     if "libasan" not in os.environ.get("LD_PRELOAD", ""):  # otherwise it would end the process
         raise RuntimeError("TRANSCNN_NATIVE_DEBUG needs LD_PRELOAD=$(g++ -print-file-name=libasan.so)")
     return DEBUG
 
 
+def _time_limit() -> float:
+    return DEBUG_TIME_LIMIT if _is_debug() else TIME_LIMIT
+
+
 def _run(command: list[str]) -> str:
-    return subprocess.run(
-        command, check=True, capture_output=True, text=True, errors="replace", timeout=TIME_LIMIT
-    ).stdout
+    """What a command prints; it and what it has started are killed when the time is up."""
+    environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        errors="replace",
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=_time_limit())
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, out, err)
+    return out
 
 
 def _cpu() -> str:

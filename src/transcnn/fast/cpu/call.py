@@ -46,7 +46,7 @@ def call(name: str, dtype: torch.dtype, *arguments: Checked | int | None, thread
             there is no such kernel on this CPU.
     """
     library = build.library()
-    if library is None or not build.supports(dtype):
+    if library is None or not build.isa_support() & {FP32: 1, torch.bfloat16: 2}.get(dtype, 0):
         raise ValueError(f"there is no kernel {name!r} for {dtype} on this CPU")
     kernel = getattr(library, f"{name}_{'fp32' if dtype == FP32 else 'bf16'}")
     kernel(*(_argument(name, x) for x in arguments), ctypes.c_long(threads or torch.get_num_threads()))

@@ -1,0 +1,133 @@
+"""Whether the C++ kernels compute what PyTorch computes, tried on small inputs once in a process."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import build, inference, training
+from .call import FP32
+
+__all__ = ["supports"]
+
+_log = logging.getLogger(__name__)
+_lock = threading.Lock()
+
+
+def supports(dtype: torch.dtype) -> bool:
+    """Whether the kernels are there, compute in ``dtype``, and give PyTorch's results.
+
+    Where they don't, the library is compiled again; if that doesn't help, PyTorch's operations are used, and the log
+    says so (level WARNING).
+    """
+    with _lock:
+        return _supports(dtype)
+
+
+@functools.cache
+def _supports(dtype: torch.dtype) -> bool:
+    bit = {torch.float32: 1, torch.bfloat16: 2}.get(dtype, 0)
+    if not build.isa_support() & bit:
+        return False
+    wrong = _first_wrong(dtype)
+    if wrong and build.rebuild() is not None:
+        _log.info("the C++ kernel %r was wrong; the library was compiled again", wrong)
+        wrong = _first_wrong(dtype) if build.isa_support() & bit else ""
+    if wrong:
+        _log.warning("the C++ kernel %r is wrong on this CPU, PyTorch's operations are used", wrong)
+        return False
+    return bool(build.isa_support() & bit)
+
+
+def _first_wrong(dtype: torch.dtype) -> str:
+    """The name of the first kernel that is missing or doesn't agree with PyTorch; empty if all do."""
+    bound = 1e-4 if dtype == FP32 else 3e-2
+    name = ""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        try:
+            for name, ours, exact in _cases(dtype):
+                difference = (ours.double() - exact.double()).norm() / exact.double().norm()
+                if not difference <= bound:  # NaN, too
+                    return name
+        except (AttributeError, ValueError):  # a function that isn't there
+            return f"after {name}" if name else "all"
+    return ""
+
+
+def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Each kernel's result and PyTorch's, of small inputs that no other random numbers depend on."""
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def rand(*shape: int, to: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32).mul_(0.3).to(to)
+
+    x, q, kv = rand(1, 5, 6, 64), rand(64, 64), rand(1, 7, 128)
+    zeros = torch.zeros(192, device="cpu", dtype=dtype)
+    qkv = rand(192, 64)
+
+    expand, depthwise, project = rand(64, 64), rand(64, 1, 3, 3), rand(64, 64)
+    packed = inference.pack_inverted_residual(expand, zeros[:64], depthwise, zeros[:64], project, zeros[:64])
+    y = F.silu(F.conv2d(x.double().permute(0, 3, 1, 2), expand.double()[..., None, None]))
+    y = F.silu(F.conv2d(y, depthwise.double(), padding=1, groups=64))
+    y = F.conv2d(y, project.double()[..., None, None]).permute(0, 2, 3, 1)
+    yield "inverted_residual", inference.inverted_residual(x, None, *packed), y
+
+    first, second = rand(16, 3, 3, 3), rand(32, 16, 3, 3)
+    image = rand(1, 3, 9, 10)
+    y = F.silu(F.conv2d(image.double(), first.double(), stride=2, padding=1))
+    y = F.conv2d(y, second.double(), stride=2, padding=1).permute(0, 2, 3, 1)
+    affine = inference.pack_stem(first, zeros[:16], second, zeros[:32])
+    yield "stem", inference.stem(image, *affine, (2, 2)), y
+
+    pooled = F.max_pool2d(x.double().permute(0, 3, 1, 2), 2, ceil_mode=True).permute(0, 2, 3, 1)
+    branch = rand(1, 3, 3, 64)
+    y = F.silu(branch.double() + pooled @ q.double().mT)
+    yield "downsample", inference.downsample(x, branch, inference.pack_pointwise(q, zeros[:64])), y
+
+    tokens = (x.double() @ qkv.double().mT).flatten(1, 2)
+    y = x.double() + _attend(tokens[..., :64], tokens[..., 64:], 1.0).view(x.shape)
+    packed_qkv = inference.pack_pointwise(qkv, zeros)
+    yield "local_attention", inference.local_attention(x, x, packed_qkv, None, 32, 8), y
+
+    y = _attend((x.double() @ q.double().mT).flatten(1, 2), kv.double(), 1.0).view(x.shape)
+    packed_q = inference.pack_pointwise(q, zeros[:64])
+    eye = inference.pack_pointwise(torch.eye(64, device="cpu", dtype=dtype), zeros[:64])
+    yield "global_attention", inference.global_attention(x.clone(), None, packed_q, kv, eye, [], 32), y + x.double()
+
+    three, grad = rand(1, 5, 6, 192), rand(1, 5, 6, 64)
+    leaf = three.double().requires_grad_()
+    with torch.enable_grad():
+        y = _attend(leaf.flatten(1, 2)[..., :64], leaf.flatten(1, 2)[..., 64:], 32**-0.5).view(grad.shape)
+        (slope,) = torch.autograd.grad(y, leaf, grad.double())
+    yield "grid_forward", training.grid_forward(three, 32, 8), y.detach()
+    yield "grid_backward", training.grid_backward(three, grad, 32, 8), slope
+
+    flat, scale, shift = x.flatten(1, 2), rand(64, to=FP32) + 1, rand(64, to=FP32)
+    leaves = [flat.double().requires_grad_(), kv.double().requires_grad_()]
+    with torch.enable_grad():
+        y = _attend(leaves[0], leaves[1], 32**-0.5)
+        slopes = torch.autograd.grad(y, leaves, grad.double().flatten(1, 2))
+    yield "global_forward", training.global_forward(flat, kv, 32), y.detach()
+    for ours, slope in zip(training.global_backward(flat, kv, grad.flatten(1, 2), 32), slopes, strict=True):
+        yield "global_backward", ours, slope
+
+    weight = rand(64, 1, 3, 3, to=FP32)
+    z = F.silu(x.double() * scale.double() + shift.double())
+    y = F.conv2d(z.permute(0, 3, 1, 2), weight.double(), padding=1, groups=64).permute(0, 2, 3, 1)
+    ours, _ = training.bn_silu_dwconv_forward(x, (scale, shift), weight.flatten(1).t().contiguous())
+    yield "bn_silu_dwconv_forward", ours, y
+    yield "bn_silu", training.bn_silu(x, (scale, shift)), z
+    sums = torch.stack([x.double().sum((0, 1, 2)), x.double().square().sum((0, 1, 2))])
+    yield "channel_sums", training.channel_sums(x).sum(0), sums
+
+
+def _attend(q: Tensor, kv: Tensor, scale: float) -> Tensor:
+    """Two heads of 32 channels, (B, N, 64) and (B, M, 128) -> (B, N, 64)."""
+    heads = [t.unflatten(-1, (2, 32)).transpose(1, 2) for t in (q, kv[..., :64], kv[..., 64:])]
+    return ((heads[0] @ heads[1].mT * scale).softmax(-1) @ heads[2]).transpose(1, 2).flatten(2)

@@ -1,0 +1,229 @@
+"""The compiled library is loaded only if it is what was compiled, in a directory of the user's, and computes right."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from transcnn.fast import dispatch
+from transcnn.fast.cpu import build, support
+
+LIBRARY = build.library()
+pytestmark = pytest.mark.skipif(LIBRARY is None or not support.supports(torch.float32), reason="needs the kernels")
+STUB = """
+extern "C" long isa_support() { return 3; }
+#define KERNEL(NAME) extern "C" void NAME##_fp32() {} extern "C" void NAME##_bf16() {}
+KERNEL(inverted_residual) KERNEL(stem) KERNEL(downsample) KERNEL(local_attention) KERNEL(global_attention)
+KERNEL(grid_forward) KERNEL(grid_backward) KERNEL(global_forward) KERNEL(global_backward) KERNEL(channel_sums)
+KERNEL(bn_silu) KERNEL(bn_silu_backward_sums) KERNEL(bn_backward) KERNEL(bn_silu_dwconv_forward)
+KERNEL(bn_silu_dwconv_backward)
+"""
+
+
+def script(path: Path, *lines: str) -> str:
+    path.write_text("\n".join(["#!/bin/sh", *lines]) + "\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def compiler(path: Path, library: str, log: Path, *before: str) -> str:
+    """A compiler that takes no time: it copies a library, and counts."""
+    lines = ['[ "$1" = --version ] && echo 1 && exit', *before, f"echo compiled >> {log}"]
+    return script(path, *lines, 'while [ "$1" != -o ]; do shift; done', f'cp {library} "$2"')
+
+
+def forget() -> None:
+    build.library.cache_clear()
+    support._supports.cache_clear()
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path) -> Iterator[Path]:
+    """An empty cache, and a compiler that copies the library there is; ``log`` beside it counts its calls."""
+    folder = tmp_path / "cache" / "transcnn"
+    monkeypatch.delenv("TRANSCNN_NATIVE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent))
+    assert LIBRARY is not None
+    monkeypatch.setenv("CXX", compiler(tmp_path / "cxx", LIBRARY._name, tmp_path / "log"))
+    forget()
+    yield folder
+    forget()
+
+
+def compilations(cache: Path) -> int:
+    log = cache.parent.parent / "log"
+    return log.read_text().count("compiled") if log.exists() else 0
+
+
+def works() -> bool:
+    """Whether a fresh process, as it were, has kernels that compute right."""
+    forget()
+    return support.supports(torch.float32)
+
+
+def library_of(cache: Path) -> Path:
+    (path,) = cache.glob("*.so")
+    return path
+
+
+def test_a_library_is_compiled_once_and_private(cache):
+    assert works()
+    assert works()
+    assert compilations(cache) == 1
+    assert cache.stat().st_mode & 0o777 == 0o700
+    assert library_of(cache).stat().st_mode & 0o077 == 0
+
+
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
+@given(
+    damage=st.sampled_from(["truncated", "flipped", "empty", "appended", "no hash", "other hash", "text"]),
+    at=st.floats(0, 1),
+)
+def test_a_damaged_library_is_compiled_again(damage, at, cache):
+    assert works()
+    path, before = library_of(cache), compilations(cache)
+    content = bytearray(path.read_bytes())
+    place = min(int(at * len(content)), len(content) - 1)
+    path.unlink()  # the process has it mapped
+    if damage == "flipped":
+        content[place] ^= 1 << place % 8
+    changed = {"truncated": content[:place], "empty": b"", "appended": content + b"0", "text": b"no library"}
+    path.write_bytes(changed.get(damage, content))
+    path.chmod(0o700)
+    if damage == "no hash":
+        path.with_suffix(".sha256").unlink()
+    elif damage == "other hash":
+        path.with_suffix(".sha256").write_bytes(b"\xff" * 64)
+    assert works()
+    assert compilations(cache) == before + 1
+
+
+def test_a_library_that_others_can_write_or_a_link_is_compiled_again(cache, tmp_path):
+    assert works()
+    path = library_of(cache)
+    path.chmod(0o722)
+    assert works()
+    assert compilations(cache) == 2
+    elsewhere = tmp_path / "elsewhere.so"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    assert works()
+    assert compilations(cache) == 3
+    assert not path.is_symlink()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o775])
+def test_a_directory_that_others_can_write_is_not_used(mode, cache, caplog):
+    assert works()
+    cache.chmod(mode)
+    with caplog.at_level(logging.INFO, build.__name__):
+        assert not works()
+    assert "can be written by other users" in caplog.text
+    assert not dispatch.fits_cpu(torch.zeros(1, 1, 1, 32), 32)
+    cache.chmod(0o700)
+    assert works()
+
+
+def test_a_directory_of_somebody_else_is_not_used(cache, caplog, monkeypatch):
+    assert works()
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with caplog.at_level(logging.INFO, build.__name__):
+        assert not works()
+    assert "belongs to another user" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory) -> Path:
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("stub")
+    (folder / "stub.cpp").write_text(STUB)
+    subprocess.run(["g++", "-shared", "-fPIC", "stub.cpp", "-o", "stub.so"], cwd=folder, check=True)
+    return folder / "stub.so"
+
+
+def place(other: Path) -> None:
+    """Another library where ours belongs, with a hash that fits."""
+    path, _ = build._target()
+    path.parent.mkdir(mode=0o700, parents=True)
+    shutil.copy(other, path)
+    path.chmod(0o700)
+    path.with_suffix(".sha256").write_text(build.hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def test_a_library_that_computes_something_else_is_compiled_again(cache, stub, caplog):
+    place(stub)
+    with caplog.at_level(logging.INFO, "transcnn"):
+        assert works()
+    assert "was wrong; the library was compiled again" in caplog.text
+    assert compilations(cache) == 1
+    assert works()
+    assert compilations(cache) == 1
+
+
+def test_where_that_does_not_help_pytorch_serves(cache, stub, caplog, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", compiler(tmp_path / "wrong", str(stub), tmp_path / "log"))
+    with caplog.at_level(logging.INFO, "transcnn"):
+        assert not works()
+        assert not support.supports(torch.float32)
+    assert "is wrong on this CPU, PyTorch's operations are used" in caplog.text
+    assert compilations(cache) == 2
+    assert not dispatch.fits_cpu(torch.zeros(1, 1, 1, 32), 32)
+
+
+def test_a_compiler_with_arguments(cache, monkeypatch, tmp_path):
+    wrapper = script(tmp_path / "ccache", 'exec "$@"')
+    monkeypatch.setenv("CXX", f"{wrapper} {os.environ['CXX']}")
+    assert works()
+    spaced = tmp_path / "a compiler"
+    shutil.copy(tmp_path / "cxx", spaced)
+    monkeypatch.setenv("CXX", str(spaced))
+    assert works()
+
+
+def test_a_compiler_that_hangs_is_given_up(cache, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(build, "TIME_LIMIT", 1.0)
+    alive = tmp_path / "alive"
+    hangs = compiler(tmp_path / "hangs", "nothing", tmp_path / "log", f"(sleep 4; touch {alive}) & sleep 100")
+    monkeypatch.setenv("CXX", hangs)
+    began = time.monotonic()
+    with caplog.at_level(logging.INFO, build.__name__):
+        assert not works()
+    assert time.monotonic() - began < 20
+    assert "timed out" in caplog.text
+    time.sleep(max(0, began + 6 - time.monotonic()))
+    assert not alive.exists()  # what it had started was ended, too
+    assert not list(cache.glob("building-*"))
+
+
+def test_who_waits_for_a_compiler_that_hangs_gives_up_too(cache, monkeypatch, caplog):
+    monkeypatch.setattr(build, "TIME_LIMIT", -4.5)  # and five seconds more
+    cache.mkdir(mode=0o700, parents=True)
+    program = f"import fcntl, os; fcntl.flock(os.open({str(cache)!r}, os.O_RDONLY), fcntl.LOCK_EX); print(); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-uc", program], **pipes) as holder:
+        assert holder.stdout.readline() == "\n"
+        monkeypatch.setattr(build, "_run", lambda command: "")
+        with caplog.at_level(logging.INFO, build.__name__):
+            assert not works()
+        holder.stdin.write("\n")
+    assert "another process has been compiling" in caplog.text
+
+
+def test_what_a_killed_compilation_left_is_removed(cache):
+    (cache / "building-old").mkdir(parents=True)
+    cache.chmod(0o700)
+    (cache / "building-old" / "kernels.so").touch()
+    assert works()
+    assert not list(cache.glob("building-*"))
