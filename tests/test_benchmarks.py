@@ -291,3 +291,28 @@ def test_weights_that_have_seen_the_images_are_no_start(monkeypatch: pytest.Monk
         call(monkeypatch, transfer, "--weights", "transcnn_nano.cifar10", "--cifar10", "cifar10")
     assert "has seen CIFAR-10's images" in capsys.readouterr().err
     assert transfer.weights_file("transcnn_nano.cifar10").endswith("weights/transcnn_nano.cifar10.safetensors")
+
+
+# --- weights_peers.py ---------------------------------------------------------------------------------------------
+
+
+def test_peers_get_one_recipe_and_maps_of_one_resolution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import weights_peers
+
+    asked: dict[str, dict[str, Any]] = {}
+
+    def fake(folder: Path, data: str, **settings: Any) -> dict[str, Any]:
+        asked[settings["model"]] = settings
+        return {"top1": 50.0, "val_top1": 51.0, "train_seconds": 10.0}
+
+    monkeypatch.setattr(weights_peers, "train_or_resume", fake)
+    out = tmp_path / "peers.csv"
+    call(monkeypatch, weights_peers, "data", "--epochs", 3, "--runs", tmp_path, "--out", out)
+    ours, theirs = asked["transcnn_micro"], asked["resnet18"]
+    assert (ours["img_size"], ours["augment"].sizes) == (64, [32, 48])
+    assert (theirs["img_size"], theirs["augment"].sizes, theirs["epochs"]) == (128, [64, 96], 3)
+    assert all(settings["optim"] == ours["optim"] for settings in asked.values())
+    rows = {row["network"]: row for row in rows_of(out)}
+    assert list(rows) == list(weights_peers.NETWORKS)
+    assert all(3.2e6 < float(row["params"]) < 4e6 for row in rows.values())
+    assert all(1.3e8 < float(row["macs"]) < 2.6e8 for row in rows.values())
