@@ -12,6 +12,7 @@ number of classes as well).
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from typing import Any
 
@@ -25,6 +26,8 @@ from ..settings import Distill
 
 __all__ = ["Teacher"]
 
+_log = logging.getLogger(__name__)
+
 
 class Teacher:
     """A trained network whose predictions for the student's augmented images are learnt from.
@@ -33,12 +36,13 @@ class Teacher:
 
     Args:
         settings: ``distill_from`` names it.
-        class_names: The student's classes. A teacher of the same names has its outputs reordered to them; one that
-            only has as many classes is taken to mean the same by them.
+        class_names: The student's classes. A teacher of the same names has its outputs reordered to them; one with
+            none of the names, but as many classes, is taken in order, with a warning.
         data_config: How the student's images were normalised; where the teacher's were otherwise, it is given its own.
 
     Raises:
-        UserError: No such network, or one for another task, other channels or another number of classes.
+        UserError: No such network, or one for another task, other channels, another number of classes, or classes of
+            which only some have the student's names.
     """
 
     def __init__(self, settings: Distill, class_names: list[str], data_config: dict[str, Any]) -> None:
@@ -93,8 +97,18 @@ def _order(teacher: Loaded, class_names: list[str], data_config: dict[str, Any])
         raise UserError(
             f"the teacher {teacher.source} knows {len(teacher.class_names)} classes, the data has {len(class_names)}"
         )
-    if teacher.class_names == class_names or set(teacher.class_names) != set(class_names):
+    if teacher.class_names == class_names:
         return None
+    known = set(teacher.class_names)
+    unknown = [name for name in class_names if name not in known]
+    if len(unknown) == len(class_names):
+        _log.warning(
+            "the teacher %s has none of the data's class names: its classes are taken in order", teacher.source
+        )
+        return None
+    if unknown or len(known) < len(class_names):
+        which = ", ".join(map(repr, unknown[:5])) or "two classes of one name"
+        raise UserError(f"the teacher {teacher.source} has some of the data's class names, but not all: {which}")
     return torch.tensor([teacher.class_names.index(name) for name in class_names])
 
 
