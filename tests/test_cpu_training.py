@@ -32,7 +32,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
 
 
-def enliven(module: nn.Module) -> nn.Module:
+def randomise(module: nn.Module) -> nn.Module:
     for p in module.parameters():
         if p.ndim == 1:
             nn.init.uniform_(p, 0.4, 1.2)
@@ -44,7 +44,7 @@ def enliven(module: nn.Module) -> nn.Module:
 def residual(dim: int, expansion: int, size: int, norm: bool = True, momentum: float | None = 0.1) -> nn.Module:
     layer = (lambda c: nn.BatchNorm2d(c, momentum=momentum)) if norm else (lambda c: nn.GroupNorm(1, c))
     block = InvertedResidual(dim, expansion, size, pre_norm=not norm, norm_layer=layer, act_layer=nn.SiLU)
-    return enliven(block)
+    return randomise(block)
 
 
 def learn(module: nn.Module, x: torch.Tensor, up: torch.Tensor, kind: str) -> dict[str, torch.Tensor]:
@@ -161,7 +161,7 @@ ATTENTION = [
 def test_both_steps_of_attention(dim, head_dim, grids, ratios, batch, height, width, kind, kernels):
     torch.manual_seed(0)
     norm = lambda c: nn.GroupNorm(1, c)  # noqa: E731
-    plain = enliven(transcnn.HMHSA(dim, head_dim=head_dim, grid_sizes=grids, pool_ratios=ratios, norm_layer=norm))
+    plain = randomise(transcnn.HMHSA(dim, head_dim=head_dim, grid_sizes=grids, pool_ratios=ratios, norm_layer=norm))
     ours = accelerate_training(copy.deepcopy(plain))
     check(plain, ours, (batch, dim, height, width), kind)
     if kind == "fp32" or head_dim % 32 == 0:

@@ -335,9 +335,9 @@ def test_sizes_of_things_are_those_that_the_data_says(data, tmp_path):
 
 def test_images_like_dots_and_ribbons_are_looked_at(run, tmp_path, capsys):
     Image.new("L", (1, 1)).save(tmp_path / "dot.png")
-    Image.new("RGBA", (3000, 9), "red").save(tmp_path / "ribbon.png")
+    Image.new("RGBA", (3000, 9), "red").save(tmp_path / "narrow.png")
     loaded = load(run)
-    files = [str(tmp_path / name) for name in ("dot.png", "ribbon.png")]
+    files = [str(tmp_path / name) for name in ("dot.png", "narrow.png")]
     rows = predict(str(run), files, out=str(tmp_path / "out"))
     for row, size in zip(rows, [(1, 1), (3000, 9)], strict=True):
         with Image.open(row["overlay"]) as overlay:

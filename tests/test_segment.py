@@ -566,12 +566,12 @@ def test_torchvisions_sets_are_taken_by_name(kind, classes, used, tmp_path):
 def test_images_like_dots_and_ribbons_are_looked_at(run, tmp_path):
     assert EvalTransform(resize=240)(Image.new("RGB", (5000, 20)))[0].shape == (3, 8, 1920)
     assert EvalTransform(resize=24)(Image.new("RGB", (1, 1)))[0].shape == (3, 24, 24)
-    ribbon = np.zeros((20, 3000), np.int16)
-    assert TrainTransform((32, 32), resize=24)(Image.new("RGB", (3000, 20)), ribbon, 1)[1].shape == (32, 32)
-    for name, size in (("dot", (1, 1)), ("ribbon", (3000, 20))):
+    narrow = np.zeros((20, 3000), np.int16)
+    assert TrainTransform((32, 32), resize=24)(Image.new("RGB", (3000, 20)), narrow, 1)[1].shape == (32, 32)
+    for name, size in (("dot", (1, 1)), ("narrow", (3000, 20))):
         Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
     rows = predict(
-        str(run), [str(tmp_path / f"{name}.png") for name in ("dot", "ribbon")], quiet=True, out=str(tmp_path / "out")
+        str(run), [str(tmp_path / f"{name}.png") for name in ("dot", "narrow")], quiet=True, out=str(tmp_path / "out")
     )
     for row, size in zip(rows, [(1, 1), (3000, 20)], strict=True):
         with Image.open(row["mask"]) as mask:
