@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -89,7 +90,7 @@ class Command:
         self.groups: dict[str, Any] = {}  # name of a group: its dataclass
         self.arguments: dict[str, Argument] = {}
         docs = _help_of(self.source)
-        hints = get_type_hints(self.source)
+        hints = _hints(self.source)
         for parameter in inspect.signature(self.source).parameters.values():
             kind, default = hints[parameter.name], parameter.default
             if parameter.name == "origins":  # no setting: where the others came from
@@ -307,8 +308,10 @@ class Command:
         parser = new_parser()
         if inspect.isclass(self.source):
             parser.add_class_arguments(self.source, skip={"origins"})
-        else:
-            parser.add_function_arguments(self.source, as_positional=False, fail_untyped=True)
+        else:  # not by the function itself, for whose name jsonargparse would search the package and import it all
+            for argument in self.arguments.values():
+                default = None if argument.default is inspect.Parameter.empty else argument.default
+                parser.add_argument(f"--{argument.name}", type=argument.type, default=default)
         return parser
 
     def _explain(self, error: Exception, tree: Mapping[str, Any]) -> str:
@@ -320,6 +323,15 @@ class Command:
                 value = tree.get(group, {}).get(inner) if group else tree.get(name)
                 return f"{name} must be {describe_type(argument.type)}, got {describe_value(value)}"
         return f"the arguments can't be understood: {text}"
+
+
+def _hints(source: Any) -> dict[str, Any]:
+    """The types of a function's parameters (what it returns may need an import that takes seconds), or of fields."""
+    if inspect.isclass(source):
+        return get_type_hints(source)
+    bare = FunctionType(source.__code__, source.__globals__, closure=source.__closure__)
+    bare.__annotations__ = {name: kind for name, kind in source.__annotations__.items() if name != "return"}
+    return get_type_hints(bare)
 
 
 def read_settings(values: Mapping[str, Any]) -> TrainSettings:

@@ -118,11 +118,12 @@ def steps(run: Path) -> int:
         return 0
 
 
-def assert_as_alone(run: Path, alone: Path) -> None:
+def assert_as_alone(run: Path, alone: Path, whole: bool = True) -> None:
     """The curve and the weights are those of one process, up to rounding."""
     assert steps(run) == UPDATES
     for a, b in zip(losses(alone), losses(run), strict=True):
-        assert b == pytest.approx(a, rel=2e-5)
+        known = {name for name in a if whole or name != "train_loss"}  # a mean over the updates since the restart
+        assert {name: b[name] for name in known} == pytest.approx({name: a[name] for name in known}, rel=2e-5)
     one, two = (checkpoint(folder / "last.ckpt")["state_dict"] for folder in (alone, run))
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 5e-5
 
@@ -159,7 +160,7 @@ def test_a_host_that_is_killed_and_started_again_joins_its_run(hosts, images, al
     if codes != [0, 0]:  # torchrun's agents may miss each other where one is back before the other noticed
         again = [host.run(log, "train", "--resume", run) for host, log in zip(hosts, logs, strict=True)]
         assert [process.wait(600) for process in again] == [0, 0], text(*logs)
-    assert_as_alone(run, alone)
+    assert_as_alone(run, alone, whole=False)
     how = "goes on by itself" if codes == [0, 0] else "--resume"
     account("kill -9 of one of two hosts, which is started again", 1, 1, 1, "equal up to rounding", how)
 

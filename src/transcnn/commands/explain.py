@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..checkpoints.files import atomic_write, check_writable
-from ..checkpoints.loading import load
 from ..data.images import BrokenImage, read_image
 from ..errors import UserError, require
-from ..explain.image import explain_image
 from ..text import printable
 
 __all__ = ["explain"]
@@ -46,8 +44,10 @@ def explain(
         UserError: No such checkpoint, image, class or pixel, or no classifier with H-MHSA.
     """
     require("matplotlib", "train")
+    from ..checkpoints.loading import load  # not before the words of the command line are known to be right
     from ..distributed.runtime import quiet_libraries
     from ..explain.figure import draw
+    from ..explain.image import explain_image
     from ..report.plots import style
 
     target = Path(out) if out else Path(f"{Path(image).stem}_explain.png")

@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..checkpoints.files import make_folder
-from ..checkpoints.loading import load
 from ..errors import UserError
-from ..export.exporting import FORMATS, Exported, export_model
 from ..text import printable
 
 __all__ = ["export"]
@@ -27,7 +25,7 @@ def export(
     calibrate: str | None = None,
     max_loss: float = 0.5,
     quiet: bool = False,
-) -> Exported:
+) -> Any:
     """Write a trained network as a file for other engines, and check that its outputs are the same.
 
     The file takes images (B, C, H, W) that are resized and normalised already; how is written in the file itself and
@@ -48,10 +46,16 @@ def export(
         max_loss: Points of top-1 that int8 may cost; a file beyond it is not kept.
         quiet: Print nothing but errors.
 
+    Returns:
+        An :class:`~transcnn.export.Exported`: the file, what it says of itself, and the comparison.
+
     Raises:
         UserError: No such checkpoint, a missing extra, a network that can't be exported, or one whose file answers
             otherwise.
     """
+    from ..checkpoints.loading import load  # not before the words of the command line are known to be right
+    from ..export.exporting import FORMATS, export_model
+
     if format not in FORMATS:
         raise UserError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     loaded = load(checkpoint, model)
@@ -76,7 +80,7 @@ def _default_target(checkpoint: str, suffix: str) -> Path:
     return Path(f"{stem}{suffix}")
 
 
-def _print(result: Exported, format: str) -> None:
+def _print(result: Any, format: str) -> None:
     from rich.console import Console
     from rich.table import Table
 

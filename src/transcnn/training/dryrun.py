@@ -9,8 +9,8 @@ from __future__ import annotations
 import shutil
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -37,7 +37,23 @@ IMAGENET = 1_281_167  # training images of ImageNet-1K, which is what 1,000 clas
 CPU_IMAGES = 2  # a step on a CPU is tried with so many images: more take long, and memory that there may not be
 
 
-def assumed_splits(s: TrainSettings) -> SimpleNamespace | None:
+@dataclass(frozen=True)
+class AssumedSplits:
+    """What stands for data that isn't there, as :class:`~transcnn.data.sets.classify.ClassifySplits` would."""
+
+    train: range
+    class_names: list[str]
+    in_chans: int
+    name: str
+    assumed: str  # what was assumed, in words
+    val: None = None
+    test: None = None
+    pixel_range: None = None
+    broken: tuple[tuple[str, str], ...] = ()
+    task_args: dict[str, Any] = field(default_factory=dict)
+
+
+def assumed_splits(s: TrainSettings) -> AssumedSplits | None:
     """In place of data for classification that isn't there: the model's own classes and channels; else None."""
     elsewhere = "://" in str(s.data) or str(s.data).split("/")[0] in ("torch", "hfds", "wds", "tfds")
     if s.task != "classify" or s.data is None or elsewhere or Path(s.data).exists():
@@ -45,15 +61,11 @@ def assumed_splits(s: TrainSettings) -> SimpleNamespace | None:
     published = get_pretrained_cfg(s.model)
     classes = published.num_classes if published else 1000
     images = IMAGENET if classes == 1000 else 0
-    return SimpleNamespace(
+    return AssumedSplits(
         train=range(images),
-        val=None,
         class_names=[str(i) for i in range(classes)],
         in_chans=s.in_chans or 3,
-        task_args={},
         name=str(s.data),
-        broken=[],
-        pixel_range=None,
         assumed=f"{s.data} isn't there: taken are {classes:,} classes, as the model has them"
         + (f", and {images:,} images, as ImageNet-1K has" if images else "; how many images there are isn't known"),
     )
