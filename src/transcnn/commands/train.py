@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..distributed.processes import first_decides, launch
-from ..distributed.runtime import lasting_output, quiet_libraries
+from ..data.paths import check_data_exists
 from ..settings import TrainSettings, takes_settings
 from ..training.check import check_meant
-from ..training.faults import GoBack
-from ..training.resume import find_resumed, find_start, located, resumed_settings
-from ..training.run import TrainResult, run
-from ..training.run_dir import RunLock
+
+if TYPE_CHECKING:
+    from ..training.run import TrainResult
 
 __all__ = ["train"]
 
@@ -34,6 +33,18 @@ def train(settings: TrainSettings) -> TrainResult:
         UserError: Data, model or settings that can't be used, or a run directory that can't be written to.
         KeyboardInterrupt: The run was asked to stop (``callbacks.Interrupted``), after a checkpoint.
     """
+    if not settings.dry_run:
+        check_data_exists(settings.data)
+    if not settings.resume:
+        check_meant(settings)
+    # Importing these takes seconds; what is wrong with the words of a command is said before.
+    from ..distributed.processes import first_decides, launch
+    from ..distributed.runtime import lasting_output, quiet_libraries
+    from ..training.faults import GoBack
+    from ..training.resume import find_resumed, find_start, located, resumed_settings
+    from ..training.run import run
+    from ..training.run_dir import RunLock
+
     with lasting_output(), quiet_libraries(), RunLock() as lock:
         launch(settings.accelerator, settings.devices, settings.num_nodes)
         if resume := settings.resume:
@@ -41,8 +52,6 @@ def train(settings: TrainSettings) -> TrainResult:
         resumed = first_decides(lambda: find_start(settings.resume, settings.out))
         if resumed:
             settings = resumed_settings(settings, resumed)
-        else:
-            check_meant(settings)
         settings = located(settings)
         lr_factor = None
         while True:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UserError
 from .images import list_images
 
-__all__ = ["find_images"]
+__all__ = ["check_data_exists", "find_images"]
 
 
 def find_images(names: Sequence[str]) -> list[str]:
@@ -37,3 +38,19 @@ def find_images(names: Sequence[str]) -> list[str]:
     if not found:
         raise UserError("no images given")
     return list(found)
+
+
+def check_data_exists(data: str | None) -> None:
+    """See that a path of data is there; URLs and names of data sets (torch/..., hfds/..., wds/...) pass.
+
+    Raises:
+        UserError: It isn't.
+    """
+    name, _, rest = os.fspath(data or "").partition("/")
+    known = data is None or "://" in os.fspath(data) or (name.lower() in ("torch", "hfds", "wds") and rest)
+    if not known and not os.path.exists(os.fspath(data)):  # pyright: ignore
+        raise UserError(
+            f"no such data: {data!r}; allowed: a folder of class folders, packed data, a Parquet file or folder, "
+            "the URL of either, torch/NAME, hfds/NAME, wds/SHARDS, or nothing for the embedded digits; to segment or "
+            "detect, a folder or a tar"
+        )

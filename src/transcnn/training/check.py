@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-import torch
-
 from ..errors import UserError
 from ..settings import TrainSettings
 
@@ -99,6 +97,8 @@ def _check_sizes(sizes: list[int], ends: list[float]) -> None:
 
 
 def _check_cuda_graphs(s: TrainSettings, world: int) -> None:
+    import torch  # takes seconds, which other checks needn't wait for
+
     if s.task == "detect":
         raise UserError("cuda_graphs is for the tasks classify and segment, got detect")
     if world > 1:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ...errors import UserError, require
+from ..paths import check_data_exists
 from .folder import open_folder
 from .named import open_hfds, open_torch
 from .packed import is_packed, open_packed
@@ -40,10 +41,7 @@ def open_source(data: str | None) -> SourceSplits:
         opener = {"torch": open_torch, "hfds": open_hfds, "wds": open_shards}.get(prefix.lower())
         if opener and rest:
             return opener(rest)
-        raise UserError(
-            f"no such data: {data!r}; allowed: a folder of class folders, packed data, a Parquet file or folder, "
-            "the URL of either, torch/NAME, hfds/NAME, wds/SHARDS, or nothing for the embedded digits"
-        )
+        check_data_exists(data)
     path = Path(data)
     if path.is_dir():
         if any(path.glob("*.parquet")) or any(path.glob("*/*.parquet")):
