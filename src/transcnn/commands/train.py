@@ -33,10 +33,10 @@ def train(settings: TrainSettings) -> TrainResult:
         UserError: Data, model or settings that can't be used, or a run directory that can't be written to.
         KeyboardInterrupt: The run was asked to stop (``callbacks.Interrupted``), after a checkpoint.
     """
-    if not settings.dry_run:
-        check_data_exists(settings.data)
     if not settings.resume:
         check_meant(settings)
+    if not settings.dry_run:
+        check_data_exists(settings.data)
     # Importing these takes seconds; what is wrong with the words of a command is said before.
     from ..distributed.processes import first_decides, launch
     from ..distributed.runtime import lasting_output, quiet_libraries
