@@ -121,6 +121,11 @@ class Task(L.LightningModule):
     def split_loader(cls, split: Any, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any) -> Any:
         """A loader over one split, in its order; ``settings`` are ``batch_size`` and ``num_workers``."""
 
+    @classmethod
+    def largest_size(cls, splits: Any, task_args: dict[str, Any]) -> tuple[int, int] | None:
+        """Height and width of the largest images that the network will see; None where the input size says it."""
+        return None
+
     @abstractmethod
     def loss(self, batch: Any) -> Tensor:
         """The loss of one training batch."""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from contextlib import suppress
 from typing import Any
 
+import numpy as np
+
+from ..data.images import BrokenImage
 from ..data.loading.data_module import DataModule
 from ..data.loading.loader import make_loader
 from ..data.sets.dense_dataset import DenseDataset
@@ -14,6 +18,7 @@ from .base import Task
 
 __all__ = ["DenseTask"]
 
+SAMPLED = 16  # images of a split that are looked at for their sizes
 MAX_BATCH = 8  # whole images that are held at a time to be evaluated; more gains nothing
 
 
@@ -45,6 +50,23 @@ class DenseTask(Task):
         split.pixel_range = data_config.get("pixel_range")
         settings["batch_size"] = min(settings["batch_size"], MAX_BATCH)
         return make_loader(split, **settings)  # pyright: ignore
+
+    @classmethod
+    def largest_size(cls, splits: Any, task_args: dict[str, Any]) -> tuple[int, int] | None:
+        """That of some images of the training and validation splits, as they are resized for the network."""
+        found = []
+        for split in (splits.train, splits.val):
+            for i in np.linspace(0, len(split) - 1, min(SAMPLED, len(split))).astype(int).tolist():
+                with suppress(BrokenImage):
+                    width, height = split.read(i)[0].size
+                    factor = cls.enlargement(min(height, width), max(height, width), task_args)
+                    found.append((round(height * factor), round(width * factor)))
+        return max(found, key=max, default=None)
+
+    @classmethod
+    @abstractmethod
+    def enlargement(cls, short: int, long: int, task_args: dict[str, Any]) -> float:
+        """The factor, the largest of training and evaluation, by which an image of these sides is resized."""
 
     @classmethod
     def model_input(cls, transform: Any, image: Any, file: str) -> Any:

@@ -74,6 +74,12 @@ class Detect(DenseTask):
         """One split of a detection data set."""
         return open_set(data, split, class_names, **settings)
 
+    @classmethod
+    def enlargement(cls, short: int, long: int, task_args: dict[str, Any]) -> float:
+        """The short side becomes ``short_side``, in training up to ``side_range`` times that, the long one fits."""
+        side = task_args["short_side"] * max(1.0, *task_args["side_range"])
+        return min(side / short, task_args["long_side"] / long)
+
     @staticmethod
     def image_transform(data_config: dict[str, Any], task_args: dict[str, Any] | None = None) -> DetectTransform:
         """The image as it is; the detector resizes and normalises it."""

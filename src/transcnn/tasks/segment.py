@@ -81,6 +81,13 @@ class Segment(DenseTask):
         """One split of a segmentation data set."""
         return open_set(data, split, class_names, task_args["label_ids"], task_args, **settings)
 
+    @classmethod
+    def enlargement(cls, short: int, long: int, task_args: dict[str, Any]) -> float:
+        """The short side becomes ``resize``, if that is set; windows are what is seen of larger images."""
+        factor = task_args["resize"] / short if task_args.get("resize") else 1.0
+        window = task_args.get("window")
+        return min(factor, window / long) if window else factor
+
     @staticmethod
     def image_transform(data_config: dict[str, Any], task_args: dict[str, Any] | None = None) -> EvalTransform:
         """Normalise the whole image, resized if the settings say so."""

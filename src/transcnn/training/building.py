@@ -18,7 +18,7 @@ from ..checkpoints.loading import data_config_of, load, read_info
 from ..checkpoints.published import Classes, load_body, load_checkpoint
 from ..data.sources.source import abbreviate
 from ..dense.build import build_network
-from ..distributed.processes import world
+from ..distributed.processes import rank, world
 from ..errors import UserError
 from ..plain import check_plain
 from ..plugging.plug import plug as plug_in
@@ -28,6 +28,7 @@ from ..tasks import get_task
 from ..tasks.base import Task
 from ..tasks.distill import Teacher
 from ..text import printable
+from .levels import LEVELS, choose_levels
 
 __all__ = ["make_learner", "make_network"]
 
@@ -93,6 +94,14 @@ def _made_new(s: TrainSettings, splits: Any, task_args: dict[str, Any]) -> tuple
         check_model_args(args, own_arguments(s.model))  # what no file may hold could not be loaded again
     except ValueError as error:
         raise UserError(str(error)) from error
+    start = _find_weights(s.init_from) if s.init_from else None
+    info = _info_of(start) if start else {}
+    if info.get("model") == s.model:
+        for level in {*LEVELS} & {*(info.get("model_args") or {})}:  # further levels have weights of their own
+            args.setdefault(level, info["model_args"][level])
+    if seen := get_task(s.task).largest_size(splits, task_args):
+        fixed = s.pretrained or start is not None
+        choose_levels(s.model, args, seen, fixed=fixed, quiet=s.quiet or rank() > 0)
     network = build_network(
         s.task,
         s.model,
@@ -104,8 +113,6 @@ def _made_new(s: TrainSettings, splits: Any, task_args: dict[str, Any]) -> tuple
     )
     # What is plugged, and what a classifier's weights are for.
     host: torch.nn.Module = network if s.task == "classify" else network.body  # pyright: ignore
-    start = _find_weights(s.init_from) if s.init_from else None
-    info = _info_of(start) if start else {}
     held = (info.get("model_args") or {}).get("plug")
     whole = host is network or _kind(info.get("task"), info.get("task_args")) == _kind(s.task, task_args)
     if start and not held:

@@ -44,6 +44,7 @@ from .dryrun import assumed_splits, dry_run
 from .evaluation import measure, write_results
 from .faults import SkipNonFinite
 from .loading import LoaderWatch
+from .memory import check_memory
 from .progress import TrainBar
 from .run_dir import RunLock, new_run_dir
 
@@ -84,6 +85,7 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None, lock: R
     info["precision"] = choose_precision(s.precision, s.accelerator)  # what auto came to
     if resumed is not None:
         _check_epochs(resumed, s.epochs)
+    _check_memory(s, learner, splits, task_args)
     learner.configure_optimizers()  # what it refuses is refused before anything is written
     run_dir = first_decides(lambda: _enter(s, resumed, splits.name, lock))
     metric = s.eval_metric or task_class.score
@@ -125,6 +127,21 @@ def _check_data(s: TrainSettings, splits: Any, resumed: Path | None) -> dict[str
         return record
 
     return first_decides(tell)
+
+
+def _check_memory(s: TrainSettings, learner: Task, splits: Any, task_args: dict[str, Any]) -> None:
+    """Raise UserError where a step needs more memory than there is. (A GPU says it itself.)"""
+    if torch.cuda.is_available() and s.accelerator != "cpu":
+        return
+    channels, *crop = learner.data_config["input_size"]
+    height, width = (learner.largest_size(splits, task_args) if s.task == "detect" else None) or crop
+    dtype = torch.bfloat16 if "bf16" in choose_precision(s.precision, s.accelerator) else None
+    images = min(s.batch_size, len(splits.train)) // world()
+    try:
+        check_memory(learner.model, images, (channels, height, width), processes=per_machine(), dtype=dtype)
+    except UserError as error:
+        error.told = rank() > 0
+        raise
 
 
 def _check_epochs(resumed: Path, epochs: int) -> None:
