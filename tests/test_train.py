@@ -237,6 +237,45 @@ def test_a_run_without_a_finite_score_says_so(folder, tmp_path):
     assert not (tmp_path / "run" / "best.safetensors").exists()
 
 
+def test_a_run_says_what_looks_wrong(make_class_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        Classify, "_logits", lambda task, images: torch.tensor([[0.0, 1.0, 0.0]]).repeat(len(images), 1)
+    )
+    data = make_class_folder(classes=3, per_class=6, splits=("train", "val"))
+    for path in (data / "val" / "class_2").iterdir():
+        path.unlink()
+    (data / "train" / "class_0" / "003.png").write_bytes(b"no image")
+    settings = dict(QUICK, quiet=False, lr=1e-12, epochs=2, eval_metric="loss", ema=Ema(ema=False))
+    run = train(str(data), **settings, out=str(tmp_path / "run")).run_dir
+    told = capsys.readouterr().err
+    assert told.count("the val split has no images of 'class_2'") == 1
+    assert "the train split has no" not in told
+    assert told.count("all images are predicted as 'class_1'") == 2  # once after an epoch, once at the end
+    assert "1 file could not be read: 'class_0/003.png' (see" in told
+    assert "class_0/003.png" in (run / "skipped.csv").read_text()
+
+
+def test_scores_that_look_wrong_are_told_in_words():
+    task = learner()
+    fine = {"loss": 1.0, "confusion": torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]])}
+    assert task.warnings_about(fine) == []
+    one_class = torch.tensor([[0, 4, 0], [0, 2, 0], [0, 0, 0]])
+    assert task.warnings_about({**fine, "confusion": one_class}) == [
+        "all images are predicted as 'b', though there are other classes"
+    ]
+    assert task.warnings_about({**fine, "confusion": one_class[1:2].repeat(3, 1) * torch.tensor([[0], [1], [0]])}) == []
+    assert "the loss is nan" in task.warnings_about({**fine, "loss": math.nan})[0]
+    assert task.warnings_about({"map": 0.0}) == []
+
+
+def test_a_damaged_table_of_epochs_ends_no_run(whole, tmp_path):
+    run = shutil.copytree(whole[1], tmp_path / "run")
+    rows = (run / "metrics.csv").read_bytes().splitlines(keepends=True)
+    (run / "metrics.csv").write_bytes(rows[0] + b"one,\xff\0\n" + rows[1] + b"\n,,\n" + rows[2][:9])
+    train(resume=str(run), epochs=4, quiet=True)
+    assert [row["epoch"] for row in rows_of(run)] == ["1", "3", "4"]
+
+
 def test_any_timm_model_and_other_weights_to_start_from(folder, tmp_path):
     first = train(folder, **dict(QUICK, model="resnet10t"), epochs=1, limit_batches=1, out=str(tmp_path / "a"))
     start = load(first.run_dir).model.state_dict()

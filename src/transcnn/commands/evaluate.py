@@ -15,7 +15,7 @@ from ..distributed.runtime import PRECISIONS, choose_precision, quiet_libraries
 from ..errors import UserError
 from ..tasks import get_task
 from ..text import printable
-from ..training.evaluation import measure, write_results
+from ..training.evaluation import measure, say_what_is_off, write_results
 
 __all__ = ["evaluate"]
 
@@ -136,6 +136,7 @@ def evaluate(
     if target is not None:
         write_results(target, learner, scores, part, metrics, broken, report=report)
     if not quiet:
+        say_what_is_off(learner, scores, broken, target)
         learner.print_table(metrics)
         if target is not None:
             print(f"written: {printable(target / 'metrics.json')}")
@@ -162,7 +163,7 @@ def _same(data: str | None, other: str | None) -> bool:
 def _precision_of(info: dict[str, Any], accelerator: str) -> str:
     """What a run was scored with, as far as this machine has it; 32 of other weights."""
     words = {theirs: ours for ours, theirs in PRECISIONS.items()}
-    wanted = words.get(info.get("precision", ""), (info.get("settings") or {}).get("precision", "32"))
+    wanted = words.get(info.get("precision", "")) or (info.get("settings") or {}).get("precision") or "32"
     try:
         choose_precision(wanted, accelerator)
     except UserError:  # 16 without a GPU

@@ -6,6 +6,7 @@ reports and errors are the same for all of them (``train.py``, ``callbacks.py``,
 
 from __future__ import annotations
 
+import math
 import random
 from abc import abstractmethod
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from ..distributed.sharding import Sharded, shard
 from ..errors import UserError
 from ..fast import accelerate_training, record_training
 from ..settings import Augment, Optim
+from ..text import printable
 from .statistics import StatisticsWarmup
 
 __all__ = ["Task"]
@@ -48,6 +50,7 @@ class Task(L.LightningModule):
     """
 
     name: ClassVar[str]
+    scored: ClassVar[str] = "images"  # what a class is predicted of
     group: ClassVar[str] = ""  # the argument of ``train`` that holds the task's own settings
     writes_images: ClassVar[bool] = False  # whether ``predict`` writes masks or overlays
     score: ClassVar[str]  # the metric that people compare, larger is better; logged as val_<score>
@@ -81,6 +84,7 @@ class Task(L.LightningModule):
         self.cuda_graphs = cuda_graphs
         self.task_args = task_args or {}
         self.updates_per_epoch = 1  # set before fitting
+        self.warnings: list[str] = []  # about the last validation
         self._recorded: Callable[[Any], Any] | None = None
         self._statistics: StatisticsWarmup | None = None  # while training
         self.lr_factor = 1.0  # less after a run has gone back, see faults.SkipNonFinite
@@ -160,6 +164,20 @@ class Task(L.LightningModule):
         """``predictions`` for a list of ``model_input``; tasks with ``writes_images`` write them to ``out``."""
         return cls.predictions(loaded.model(torch.stack(inputs).to(device)), loaded.class_names, top_k)
 
+    def warnings_about(self, scores: dict[str, Any]) -> list[str]:
+        """What looks wrong about scores, a line each: a loss that isn't finite, one class for everything."""
+        found = []
+        if not math.isfinite(loss := scores.get("loss", 0.0)):
+            found.append(
+                f"the loss is {loss:g}, no finite number: the network's outputs overflow (a smaller --lr helps)"
+            )
+        if (confusion := scores.get("confusion")) is not None:
+            true, predicted = confusion.sum(1), confusion.sum(0)
+            if int((true > 0).sum()) > 1 and int((predicted > 0).sum()) == 1:
+                name = printable(self.class_names[int(predicted.argmax())])
+                found.append(f"all {self.scored} are predicted as {name!r}, though there are other classes")
+        return found
+
     @abstractmethod
     def summary(self, scores: dict[str, Any]) -> dict[str, Any]:
         """The scores as ``metrics.json`` holds them, with ``images``, ``seconds`` and ``images_per_second``."""
@@ -238,8 +256,10 @@ class Task(L.LightningModule):
                 torch.distributed.broadcast(buffer, 0)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation scores as ``val_...``."""
-        numbers = {f"val_{name}": value for name, value in self.scores().items() if isinstance(value, int | float)}
+        """Log the validation scores as ``val_...``; ``warnings`` is what looks wrong about them."""
+        scores = self.scores()
+        self.warnings = self.warnings_about(scores)
+        numbers = {f"val_{name}": value for name, value in scores.items() if isinstance(value, int | float)}
         self.log_dict(numbers, rank_zero_only=False)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:

@@ -39,6 +39,7 @@ class Segment(DenseTask):
     """
 
     name = "segment"
+    scored = "pixels"
     group = "segment"
     score = "miou"
     eval_metrics = ("miou", "pixel_accuracy", "mean_accuracy", "loss")

@@ -108,6 +108,7 @@ class History(Callback):
         self.train_seconds = 0.0
         self.losses: Tensor | None = None  # sum over the epoch's batches so far
         self.batches = 0
+        self.warned: list[str] = []
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": self.losses, "batches": self.batches}
@@ -117,9 +118,7 @@ class History(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.path.exists():
-            with self.path.open(newline="") as file:
-                rows = list(csv.DictReader(file))
-            self.rows = [row for row in rows if int(row["epoch"]) <= trainer.current_epoch]
+            self.rows = [row for row in _read_rows(self.path) if int(row["epoch"]) <= trainer.current_epoch]
         self.began = self.epoch_began = time.monotonic()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -170,6 +169,22 @@ class History(Callback):
         shown = [f"{name.replace('_', ' ')} {values[name]:.4g}" for name in values if name != "val_images"]
         speed = f"{float(row['images_per_second']):.0f} images/s"
         self.console.print(f"epoch {done}/{epochs}  {'  '.join(shown)}  {speed}  {clock(left)} left")
+        warnings: list[str] = getattr(trainer.lightning_module, "warnings", [])
+        for warning in warnings:
+            if warning not in self.warned:  # once as long as it lasts
+                self.console.print(f"  {warning}", markup=False)
+        self.warned = warnings
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.csv`` that are whole; the rest of a damaged file is left out."""
+    rows = []
+    with suppress(csv.Error, OSError), path.open(newline="", encoding="utf-8", errors="replace") as file:
+        for row in csv.DictReader(file):
+            with suppress(ValueError, KeyError, TypeError):
+                _ = int(row["epoch"]), float(row["seconds"])
+                rows.append({name: value for name, value in row.items() if name is not None})
+    return rows
 
 
 class Events(TensorBoardLogger):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ import torch
 from ..checkpoints.files import atomic_write
 from ..checkpoints.loading import Loaded
 from ..data.sets.fault_tolerant import write_skipped
+from ..data.sources.source import abbreviate
 from ..distributed.processes import placement, rank, world
 from ..distributed.runtime import choose_precision
 from ..tasks import get_task
 from ..tasks.base import Task
-from ..text import json_text
+from ..text import json_text, printable
 from .progress import EvalBar
 
-__all__ = ["measure", "versions", "write_results"]
+__all__ = ["measure", "say_what_is_off", "versions", "write_results"]
 
 
 def measure(
@@ -81,6 +83,17 @@ def write_results(
         atomic_write(folder / "skipped.csv", lambda path: write_skipped(path, broken))
     if report:
         learner.write_report(folder, scores, part, metrics)
+
+
+def say_what_is_off(learner: Task, scores: dict[str, Any], broken: list[tuple[str, str]], folder: Path | None) -> None:
+    """A line on standard error for each thing that looks wrong about scores, and one for files that weren't read."""
+    for warning in learner.warnings_about(scores):
+        print(f"transcnn: {printable(warning)}", file=sys.stderr)
+    if broken:
+        files = f"{len(broken)} files" if len(broken) > 1 else "1 file"
+        where = f" (see {folder / 'skipped.csv'})" if folder is not None else ""
+        names = abbreviate([name for name, _ in broken])
+        print(f"transcnn: {files} could not be read: {printable(names)}{printable(where)}", file=sys.stderr)
 
 
 def versions() -> dict[str, str]:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from ..checkpoints.files import atomic_write
 from ..checkpoints.loading import data_config_of, load
+from ..data.sources.source import abbreviate
 from ..distributed.processes import (
     first_decides,
     first_here,
@@ -41,7 +43,7 @@ from .check import check
 from .checkpointing import KeepWeights, note
 from .data_record import check_unchanged, keep_split, read_record, record_of, write_record
 from .dryrun import assumed_splits, dry_run
-from .evaluation import measure, write_results
+from .evaluation import measure, say_what_is_off, write_results
 from .faults import SkipNonFinite
 from .loading import LoaderWatch
 from .memory import check_memory
@@ -245,6 +247,8 @@ def _finish(
         )
         error.told = rank() > 0
         raise error
+    # The weights as everybody loads them are scored, a validation split once more: what the report shows beyond the
+    # figures of each epoch (curves, wrong predictions) is made here alone.
     part, split = (splits.val, "val") if splits.test is None else (splits.test, "test")
     loaded = load(run_dir)
     learner, scores = measure(
@@ -264,6 +268,7 @@ def _finish(
         return TrainResult(run_dir, metrics)
     write_results(run_dir, learner, scores, part, metrics, broken)
     if not s.quiet:
+        say_what_is_off(learner, scores, broken, run_dir)
         what = "test images" if split == "test" else "validation images, which also chose the epoch"
         print(f"{learner.headline(metrics)} on {metrics['images']} {what} (epoch {keep.best_epoch} of {s.epochs})")
         print(f"report: {printable(run_dir / 'report' / 'index.html')}")
@@ -278,6 +283,12 @@ def _announce(
     sizes += [f"{len(splits.test):,} test"] if splits.test is not None else []
     shape = "x".join(str(n) for n in config["input_size"])
     device = trainer.strategy.root_device.type
+    for split, part in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
+        if (labels := getattr(part, "labels", None)) is not None:
+            missing = sorted(set(range(len(splits.class_names))) - set(np.unique(labels).tolist()))
+            if missing:
+                names = abbreviate([splits.class_names[i] for i in missing])
+                print(f"the {split} split has no images of {printable(names)}", file=sys.stderr)
     lines = (
         f"{splits.name}: {', '.join(sizes)} images of {len(splits.class_names)} classes",
         f"{s.model}: {parameters / 1e6:.2f} M parameters, input {shape}, {trainer.precision} on {device}",
