@@ -177,7 +177,7 @@ def test_processes_do_not_mix_with_an_older_run(runs, images, tmp_path):
 
 
 def die_once() -> None:
-    """The second process is killed at the eighth update of the first attempt."""
+    """The second process is killed at the eighth update, before any restart."""
     from transcnn.training.callbacks import History
 
     after = History.on_train_batch_end

@@ -40,7 +40,7 @@ def train(settings: TrainSettings) -> TrainResult:
     # Importing these takes seconds; what is wrong with the words of a command is said before.
     from ..distributed.processes import first_decides, launch
     from ..distributed.runtime import lasting_output, quiet_libraries
-    from ..training.faults import GoBack
+    from ..training.faults import Rollback
     from ..training.resume import find_resumed, find_start, located, resumed_settings
     from ..training.run import run
     from ..training.run_dir import RunLock
@@ -57,6 +57,6 @@ def train(settings: TrainSettings) -> TrainResult:
         while True:
             try:
                 return run(settings, resumed, lr_factor, lock)
-            except GoBack as back:  # noqa: PERF203  (three times at most)
-                lr_factor = back.lr_factor
-                resumed = first_decides(partial(find_resumed, str(back.run_dir)))
+            except Rollback as rollback:  # noqa: PERF203  (three times at most)
+                lr_factor = rollback.lr_factor
+                resumed = first_decides(partial(find_resumed, str(rollback.run_dir)))

@@ -1,7 +1,7 @@
-"""One run in many processes: who started them, which of them decides, and what they tell each other.
+"""One run in many processes: how they are launched, which of them decides, and what they exchange.
 
-torchrun and Slurm start processes and tell each its number; ``--devices N`` has Lightning start N on this machine.
-They meet (``launch``) before anything is decided or written, so that the first one alone can do both.
+torchrun and Slurm start processes and give each its rank; with ``--devices N`` Lightning starts N on this machine. The
+rendezvous (``launch``) comes before anything is decided or written, so that the first process alone can do both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch.distributed.rendezvous import rendezvous
 from ..errors import UserError
 
 __all__ = [
-    "attempt",
     "first_decides",
     "first_here",
     "gather",
@@ -28,13 +27,13 @@ __all__ = [
     "lost_process",
     "per_machine",
 ]
-__all__ += ["placement", "rank", "world"]
+__all__ += ["placement", "rank", "restarts", "world"]
 
 T = TypeVar("T")
 
-# Processes a machine and machines, once they have met. torch.distributed keeps its process group for the process as a
+# Processes a machine and machines, after the rendezvous. torch.distributed keeps its process group for the process as a
 # whole as well, and knows all that is asked for but how many of them share a machine.
-_met: list[tuple[int, int]] = []
+_launched: list[tuple[int, int]] = []
 
 
 def rank() -> int:
@@ -49,16 +48,16 @@ def world() -> int:
 
 def per_machine() -> int:
     """How many of the processes are on this machine."""
-    return _met[0][0] if _met else 1
+    return _launched[0][0] if _launched else 1
 
 
 def launch(accelerator: str = "auto", devices: int = 1, num_nodes: int = 1) -> None:
-    """Have all processes of this run meet; what isn't started yet is started (a second call does nothing).
+    """The rendezvous of all processes of this run; what isn't started yet is started (a second call does nothing).
 
     Raises:
         UserError: There aren't as many devices.
     """
-    if _met:
+    if _launched:
         return
     devices, num_nodes = _shape(devices, num_nodes)
     if devices < 1 or num_nodes < 1:
@@ -68,26 +67,26 @@ def launch(accelerator: str = "auto", devices: int = 1, num_nodes: int = 1) -> N
         from lightning.fabric.plugins.environments import TorchElasticEnvironment
 
         try:
-            if TorchElasticEnvironment.detect() and attempt():
-                _meet_again(accelerator)
+            if TorchElasticEnvironment.detect() and restarts():
+                _rendezvous_again(accelerator)
             Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy="ddp").launch()
         except (ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"can't have {devices * num_nodes} processes meet: {reason}") from error
-        _met.append((devices, num_nodes))
+            raise UserError(f"the rendezvous of {devices * num_nodes} processes failed: {reason}") from error
+        _launched.append((devices, num_nodes))
 
 
-def _meet_again(accelerator: str) -> None:
-    """Have restarted processes meet under names of their own.
+def _rendezvous_again(accelerator: str) -> None:
+    """The rendezvous of restarted processes, under keys of its own.
 
-    torchrun's agent lends all attempts one store. What an earlier attempt left there are the addresses of dead
-    processes, and whoever comes first would take them for those of the living.
+    torchrun's agent keeps one store for all restarts. What is left there from before are the addresses of processes
+    that have ended, and the first one to come would take them for those of the running ones.
     """
     store, number, processes = next(rendezvous("env://"))
     gpu = accelerator != "cpu" and torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store = dist.PrefixStore(f"attempt {attempt()}", store)
+    store = dist.PrefixStore(f"restart {restarts()}", store)
     dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=number, world_size=processes)
 
 
@@ -106,11 +105,11 @@ def _shape(devices: int, num_nodes: int) -> tuple[int, int]:
 
 def placement(accelerator: str = "auto", strategy: Any = "ddp") -> dict[str, Any]:
     """The arguments of Lightning's Trainer that say where it works."""
-    if not _met:
+    if not _launched:
         return {"accelerator": accelerator, "devices": 1}
     from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-    devices, num_nodes = _met[0]
+    devices, num_nodes = _launched[0]
     placed = {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes, "strategy": strategy}
     if SLURMEnvironment.detect():  # runs go on from their own checkpoints, not from what Lightning would write
         placed["plugins"] = [SLURMEnvironment(auto_requeue=False)]
@@ -186,13 +185,13 @@ def lost_process(error: RuntimeError) -> str:
     return ""
 
 
-def attempt() -> int:
+def restarts() -> int:
     """How often torchrun has restarted the processes of this run, or Slurm the job."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def launch_name() -> str:
-    """A name that all attempts of one torchrun command or Slurm job have, and no other; "" without these."""
+    """A name that all restarts of one torchrun command or Slurm job have, and no other; "" without these."""
     run, job = os.environ.get("TORCHELASTIC_RUN_ID"), os.environ.get("SLURM_JOB_ID")
     if run:  # without --rdzv-id all are called "none"; their agents (our parents) are then what tells them apart
         return f"{run} {socket.gethostname()} {os.getppid()}"

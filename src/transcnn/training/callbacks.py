@@ -42,7 +42,8 @@ class Ema(WeightAveraging):
     """Exponential moving average of weights and statistics: what is validated and kept.
 
     Before update n the old average keeps ``min(decay, (1 + n) / (warmup + n))``, so that it soon forgets the random
-    weights of the start.
+    weights of the start. (Lightning's EMAWeightAveraging has no such warm-up, timm's ModelEmaV3 neither checkpoints nor
+    shards of Lightning's.)
     """
 
     def __init__(self, decay: float, warmup: int = 10) -> None:

@@ -23,6 +23,7 @@ ONLY_FOR: dict[str, tuple[str, ...]] = {
     **{f"augment.{name}": CLASSIFY for name in ("mix_prob", "sizes", "size_ends")},
     "augment.smoothing": ("classify", "segment"),
 }
+TASKS = ("classify", "segment", "detect")
 # Settings that mean nothing without another one.
 NEEDS = {
     "distill.distill_type": "distill.distill_from",
@@ -39,6 +40,8 @@ def check_meant(s: TrainSettings) -> None:
 
     What equals the default, or switches something off, is let pass: a run's ``config.yaml`` has every setting.
     """
+    if s.task not in TASKS:  # get_task says it
+        return
     default = TrainSettings()
     for name in s.origins:
         value = s.value_of(name)

@@ -17,12 +17,12 @@ from ..distributed.processes import gather
 from ..errors import UserError
 from .checkpointing import LAST, KeepWeights, note
 
-__all__ = ["GoBack", "SkipNonFinite", "first_not_finite"]
+__all__ = ["Rollback", "SkipNonFinite", "first_not_finite"]
 
 LEAST_FACTOR = 1 / 8  # the learning rate is halved three times at most
 
 
-class GoBack(Exception):
+class Rollback(Exception):
     """Go on from the last good checkpoint of ``run_dir`` with the share ``lr_factor`` of the run's learning rate."""
 
     def __init__(self, run_dir: Path, lr_factor: float) -> None:
@@ -37,8 +37,9 @@ class SkipNonFinite(Callback):
     left out no checkpoint is written, so that the last good one stays.
 
     After ``limit`` updates in a row ``nonfinite.json`` says which images were in the batch and which module was the
-    first whose output was not finite. The run then goes back to its last good checkpoint with half the learning rate
-    (:class:`GoBack`), up to three times; where that is not wanted, has not helped or there is no checkpoint it ends.
+    first whose output was not finite. The run is then rolled back to its last good checkpoint with half the learning
+    rate (:class:`Rollback`), three times at most; where that is not wanted, has not helped or there is no checkpoint it
+    ends.
 
     Gradients are summed over processes before they are looked at, so all processes decide alike. With 16-bit floats
     the gradient scaler does this by itself, overflow being part of how it finds its scale.
@@ -47,17 +48,17 @@ class SkipNonFinite(Callback):
         run_dir: Where the report and notes go.
         keep: What writes the checkpoints.
         limit: Updates in a row.
-        go_back: Whether to go back at all.
-        lr_factor: After going back, the share of the learning rate that is left.
+        rollback: Whether to roll back at all.
+        lr_factor: After a rollback, the share of the learning rate that is left.
     """
 
     def __init__(
-        self, run_dir: Path, keep: KeepWeights, limit: int = 10, go_back: bool = True, lr_factor: float | None = None
+        self, run_dir: Path, keep: KeepWeights, limit: int = 10, rollback: bool = True, lr_factor: float | None = None
     ) -> None:
         self.run_dir = run_dir
         self.keep = keep
         self.limit = limit
-        self.go_back = go_back
+        self.rollback = rollback
         self.new_factor = lr_factor
         self.lr_factor = 1.0
         self.skipped = 0  # in the whole run
@@ -113,12 +114,12 @@ class SkipNonFinite(Callback):
         what = f"the output of {module}" if module else "the gradient (no module's output)"
         trouble = f"{self.limit} updates in a row had gradients that are not finite; not finite is {what}"
         factor = self.lr_factor / 2
-        if self.go_back and factor >= LEAST_FACTOR and (self.run_dir / LAST).exists():
+        if self.rollback and factor >= LEAST_FACTOR and (self.run_dir / LAST).exists():
             if trainer.is_global_zero:
                 remark = f"{trouble}; back to the last checkpoint with {factor:g} of the learning rate"
                 note(self.run_dir, remark)
                 print(f"transcnn: {remark}", file=sys.stderr)
-            raise GoBack(self.run_dir, factor)
+            raise Rollback(self.run_dir, factor)
         raise UserError(
             f"{trouble}, see {self.run_dir / 'nonfinite.json'}. The last good checkpoint is kept; try a smaller --lr "
             "or --precision 32"

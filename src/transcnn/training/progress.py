@@ -1,4 +1,7 @@
-"""Bars for work that takes long: training and scoring, with images/s and the time that is left."""
+"""Bars for work that takes long: training and scoring, with images/s and the time that is left.
+
+Lightning's RichProgressBar knows batches a second and the time left of an epoch, not of the run.
+"""
 
 from __future__ import annotations
 

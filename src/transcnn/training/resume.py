@@ -13,7 +13,7 @@ from ..checkpoints.bounded import registered
 from ..checkpoints.files import remove_stale_temporaries
 from ..checkpoints.header import check_stored
 from ..checkpoints.loading import read_info
-from ..distributed.processes import attempt
+from ..distributed.processes import restarts
 from ..errors import UserError
 from ..settings import TrainSettings
 from .checkpointing import LAST, PREVIOUS, newest_good, note
@@ -46,7 +46,7 @@ def find_start(resume: str | None, out: str | None) -> Path | None:
     """
     if resume:
         return find_resumed(resume)
-    if not attempt() or out is None or not made_by_this_launch(Path(out)):
+    if not restarts() or out is None or not made_by_this_launch(Path(out)):
         return None
     return find_resumed(out) if any((Path(out) / name).is_file() for name in (LAST, PREVIOUS)) else None
 

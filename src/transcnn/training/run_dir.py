@@ -16,7 +16,7 @@ import time
 import weakref
 from pathlib import Path
 
-from ..distributed.processes import attempt, launch_name
+from ..distributed.processes import launch_name, restarts
 from ..errors import UserError
 
 try:
@@ -95,7 +95,7 @@ def new_run_dir(out: str | os.PathLike[str] | None, model: str, data: str, lock:
         path.mkdir(parents=True, exist_ok=True)
         if lock is not None:
             lock.acquire(path)
-        if path.is_dir() and any(path.iterdir()) and not (attempt() and made_by_this_launch(path)):
+        if path.is_dir() and any(path.iterdir()) and not (restarts() and made_by_this_launch(path)):
             raise UserError(f"the run directory {path} is not empty; give another --out, or go on with --resume {path}")
         (path / ".probe").write_bytes(b"\0" * 4096)
         (path / ".probe").unlink()
@@ -119,7 +119,7 @@ def _make_named(model: str, data: str) -> Path:
 
 
 def made_by_this_launch(path: Path) -> bool:
-    """Whether a run directory is that of an earlier attempt of the torchrun command that started this process."""
+    """Whether a run directory was made, before a restart, by the command that started this process."""
     try:
         return (path / LAUNCH).read_text(encoding="utf-8") == launch_name() != ""
     except (OSError, UnicodeDecodeError):
