@@ -28,8 +28,9 @@ from transcnn.data.loading.data_module import DataModule
 from transcnn.data.loading.loader import make_loader
 from transcnn.data.loading.sampler import EpochSampler
 from transcnn.data.rng import CounterRNG, sample_seeds, seeded
-from transcnn.data.sets.classify import ClassifySplits, open_set, open_splits
+from transcnn.data.sets.classify import open_set, open_splits
 from transcnn.data.sets.image_dataset import IGNORE, ImageDataset
+from transcnn.data.sets.splits import Splits
 from transcnn.data.sources.opening import open_source
 from transcnn.data.sources.source import Source, split_stratified
 from transcnn.data.transforms.classify import channel_stats, eval_transform, train_transform
@@ -692,7 +693,7 @@ def test_fast_forward_reads_nothing_in_between(num_workers: int) -> None:
     source = numbered(40)
     load = source.load
     source.load = lambda i: (read.append(i), load(i))[1]
-    splits = ClassifySplits(ImageDataset(source), ImageDataset(numbered(10)), None, source.class_names, "numbers", 1)
+    splits = Splits(ImageDataset(source), ImageDataset(numbered(10)), None, source.class_names, "numbers", 1)
     random_crop = train_transform(
         SIZE, in_chans=1, policy="imagenet", scale=(1, 1), ratio=(1, 1), mean=(0,), std=(1 / 255,)
     )
@@ -817,9 +818,7 @@ class Recorder(L.LightningModule):
 @pytest.mark.parametrize("stop_at", [3, 5, 7])
 def test_lightning_resumes_in_the_middle_of_an_epoch(tmp_path: Path, stop_at: int) -> None:
     def fit(recorder: Recorder, **options: Any) -> list[list[int]]:
-        splits = ClassifySplits(
-            ImageDataset(numbered(20)), ImageDataset(numbered(5)), None, [str(i) for i in range(5)], "n", 1
-        )
+        splits = Splits(ImageDataset(numbered(20)), ImageDataset(numbered(5)), None, [str(i) for i in range(5)], "n", 1)
         data = DataModule(splits, plain(), plain(), batch_size=4, progress=False)
         trainer = L.Trainer(
             max_epochs=3,

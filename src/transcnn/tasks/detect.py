@@ -13,8 +13,9 @@ from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
-from ..data.sets.dense_dataset import DenseDataset, DenseSplits
+from ..data.sets.dense_dataset import DenseDataset
 from ..data.sets.detect import open_set, open_splits
+from ..data.sets.splits import Splits
 from ..data.transforms.detect import DetectTransform
 from ..distributed.processes import gather, gather_lists, world
 from ..errors import require
@@ -49,7 +50,7 @@ class Detect(DenseTask):
         self._forget()
 
     @staticmethod
-    def open_data(data: str | None, task_args: dict[str, Any], **settings: Any) -> DenseSplits:
+    def open_data(data: str | None, task_args: dict[str, Any], **settings: Any) -> Splits:
         """The splits of a detection data set."""
         return open_splits(data, task_args, **settings)
 

@@ -14,8 +14,9 @@ from rich.table import Table
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from ..data.sets.dense_dataset import DenseDataset, DenseSplits
+from ..data.sets.dense_dataset import DenseDataset
 from ..data.sets.segment import open_set, open_splits
+from ..data.sets.splits import Splits
 from ..data.transforms.segment import IGNORE, EvalTransform, TrainTransform
 from ..dense.segmenters import class_weights
 from ..distributed.processes import gather_lists
@@ -53,7 +54,7 @@ class Segment(DenseTask):
         self._forget()
 
     @staticmethod
-    def open_data(data: str | None, task_args: dict[str, Any], **settings: Any) -> DenseSplits:
+    def open_data(data: str | None, task_args: dict[str, Any], **settings: Any) -> Splits:
         """The splits of a segmentation data set."""
         return open_splits(data, task_args, **settings)
 

@@ -2,53 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 from ...errors import UserError
 from ..names import distinct_names, match_names
 from ..sources.opening import open_source
-from ..sources.source import Source, SourceSplits, abbreviate, check_fraction, split_stratified
+from ..sources.source import SPLITS, Source, SourceSplits, abbreviate, check_fraction, split_stratified
 from .fault_tolerant import channels_of, set_pixel_range
 from .image_dataset import ImageDataset
+from .splits import Splits, choose_split, make_splits
 
-__all__ = ["ClassifySplits", "open_set", "open_splits"]
-
-SPLIT_CHOICES = ("auto", "train", "val", "test", "all")
-
-
-@dataclass
-class ClassifySplits:
-    """The splits of one data set.
-
-    Attributes:
-        train, val: What is learnt from, and what the best model is chosen by.
-        test: What only the final figure is measured on; None where the data has no such split.
-        class_names: In the order of the labels.
-        name: A short name for run directories.
-        in_chans: Channels of the images: as asked for, else 1 if a sample of them is all grey, else 3.
-        pixel_range: Values that are black and white in images of more than 8 bits, see ``images.read_image``.
-    """
-
-    train: ImageDataset
-    val: ImageDataset
-    test: ImageDataset | None
-    class_names: list[str]
-    name: str
-    in_chans: int
-    task_args: dict[str, Any] = field(default_factory=dict)  # nothing: labels are all that a classifier needs
-    pixel_range: Sequence[float] | None = None
-
-    @property
-    def broken(self) -> list[tuple[str, str]]:
-        """(name, reason) of every file that could not be read so far, in all splits."""
-        return [entry for split in (self.train, self.val, self.test) if split is not None for entry in split.broken]
-
-
-# --- opening ----------------------------------------------------------------------------------------------------
+__all__ = ["open_set", "open_splits"]
 
 
 def open_splits(
@@ -58,7 +25,7 @@ def open_splits(
     seed: int = 0,
     strict: bool = False,
     in_chans: int | None = None,
-) -> ClassifySplits:
+) -> Splits:
     """Open a data set for training.
 
     What has no validation split gets one, split off from the training split: ``val_fraction`` of each class, the
@@ -88,13 +55,14 @@ def open_splits(
         raise UserError(
             f"{what!r} has images of one class only ({abbreviate(splits.train.class_names)}); 2 or more are needed"
         )
-    sets = _sets(splits, val_fraction, seed, strict)
+    present = _present(splits)
+    sets = make_splits(present, partial(_make_set, present, strict), partial(_hold_back, present, val_fraction, seed))
     train, val = sets["train"], sets["val"]
     if train is None or val is None:
         raise UserError(f"{what!r} has {len(splits.train)} images, too few to split off a validation split")
     channels = channels_of(train, in_chans)
     pixel_range = set_pixel_range(sets)
-    return ClassifySplits(train, val, sets["test"], train.class_names, splits.name, channels, pixel_range=pixel_range)
+    return Splits(train, val, sets["test"], train.class_names, splits.name, channels, pixel_range=pixel_range)
 
 
 def open_set(
@@ -118,61 +86,52 @@ def open_set(
     Raises:
         UserError: No such data or split, or classes that are not among ``class_names``.
     """
-    if split not in SPLIT_CHOICES:
-        raise UserError(f"split must be one of {', '.join(SPLIT_CHOICES)}, got {split!r}")
     splits = open_source(data)
     what = splits.name if data is None else data
-    if split == "auto":
-        if splits.test is not None or splits.test_indices is not None:
-            split = "test"
-        else:
-            split = "all" if splits.val is None else "val"
-    if split == "all":
-        present = [split for split in (splits.train, splits.val, splits.test) if split is not None]
-        if len(present) > 1:
-            raise UserError(f"{what!r} comes in splits; choose one of train, val, test as split, got 'all'")
-        chosen = _make_set(present[0], None, strict)
-    else:
-        chosen = _sets(splits, val_fraction, seed, strict)[split]
-        if chosen is None:
-            raise UserError(f"{what!r} has no {split} split")
-    chosen.replace = False
-    chosen.split = split
+    present = _present(splits)
+    if split == "all" and splits.train is not None and splits.test_indices is not None:  # split by convention alone
+        present = {"": (splits.train, None)}
+    make, hold_back = partial(_make_set, present, strict), partial(_hold_back, present, val_fraction, seed)
+    chosen = choose_split(str(what), present, make, split, hold_back)
     if class_names is not None:
         _relabel(chosen, class_names, str(what))
     return chosen
 
 
-def _sets(splits: SourceSplits, val_fraction: float, seed: int, strict: bool) -> dict[str, ImageDataset | None]:
-    """The three sets, the validation split split off where there is none."""
-    sets: dict[str, ImageDataset | None] = dict.fromkeys(("train", "val", "test"))
-    for split, source in (("val", splits.val), ("test", splits.test)):
-        if source is not None:
-            sets[split] = _make_set(source, None, strict, replace=False)
-    if splits.train is None:
-        return sets
-    rest = np.arange(len(splits.train))
-    if splits.test_indices is not None:
-        sets["test"] = _make_set(splits.train, splits.test_indices, strict, replace=False)
-        rest = np.setdiff1d(rest, splits.test_indices)
-    if sets["val"] is None:
-        keep, held = split_stratified(splits.train.labels[rest], val_fraction, seed)
-        if not len(held) or not len(keep):
-            return sets
-        sets["val"] = _make_set(splits.train, rest[held], strict, replace=False)
-        rest = rest[keep]
-    sets["train"] = _make_set(splits.train, rest, strict)
-    sets["train"].listed = list(splits.train.broken)
-    return sets
+def _present(splits: SourceSplits) -> dict[str, tuple[Source, np.ndarray | None]]:
+    """Each split's source, and which of its images are in the split (None: all); ``""`` is data that isn't split."""
+    found: dict[str, tuple[Source, np.ndarray | None]] = {
+        split: (source, None) for split in SPLITS if (source := getattr(splits, split)) is not None
+    }
+    if splits.train is not None and splits.test_indices is not None:
+        rest = np.setdiff1d(np.arange(len(splits.train)), splits.test_indices)
+        found |= {"train": (splits.train, rest), "test": (splits.train, splits.test_indices)}
+    return found
 
 
-def _make_set(source: Source, indices: np.ndarray | None, strict: bool, *, replace: bool = True) -> ImageDataset:
+def _make_set(
+    present: Mapping[str, tuple[Source, np.ndarray | None]],
+    strict: bool,
+    split: str,
+    indices: np.ndarray | None,
+    *,
+    replace: bool,
+) -> ImageDataset:
+    source, members = present[split]
     if strict and source.broken:
         raise UserError(f"{source.broken[0][0]!r} can't be read: {source.broken[0][1]}")
+    if members is not None:
+        indices = members if indices is None else members[indices]
     made = ImageDataset(source, indices, strict=strict, replace=replace)
-    if indices is None:
-        made.listed = list(source.broken)
+    made.listed = list(source.broken)
     return made
+
+
+def _hold_back(
+    present: Mapping[str, tuple[Source, np.ndarray | None]], fraction: float, seed: int, split: str
+) -> tuple[np.ndarray, np.ndarray]:
+    source, members = present[split]
+    return split_stratified(source.labels if members is None else source.labels[members], fraction, seed)
 
 
 def _relabel(chosen: ImageDataset, class_names: Sequence[str], what: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,12 +11,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from ...errors import UserError
 from ..images import BrokenImage
 from ..rng import sample_seeds
 from .fault_tolerant import FaultTolerantDataset, Sample
 
-__all__ = ["DenseDataset", "DenseSource", "DenseSplits", "DenseTransform", "choose_split", "make_splits"]
+__all__ = ["DenseDataset", "DenseSource", "DenseTransform"]
 
 
 @dataclass
@@ -128,80 +127,3 @@ class DenseDataset(FaultTolerantDataset):
         except BrokenImage as error:
             self.note_broken(i, error)
             return None
-
-
-@dataclass
-class DenseSplits:
-    """The splits of one data set; as :class:`~.classify.ClassifySplits`, with ``task_args`` for the task."""
-
-    train: DenseDataset
-    val: DenseDataset
-    test: DenseDataset | None
-    class_names: list[str]
-    name: str
-    in_chans: int
-    task_args: dict[str, Any] = field(default_factory=dict)
-    pixel_range: Sequence[float] | None = None
-
-    @property
-    def broken(self) -> list[tuple[str, str]]:
-        """(name, reason) of every file that could not be used so far, in all splits."""
-        return [entry for split in (self.train, self.val, self.test) if split is not None for entry in split.broken]
-
-
-MakeSet = Callable[..., DenseDataset]  # (split, indices or None, replace=...) -> the set
-
-
-def make_splits(
-    splits: Mapping[str, Sized], make: MakeSet, val_fraction: float, seed: int
-) -> dict[str, DenseDataset | None]:
-    """``train``, ``val`` and ``test`` of what a data set holds by split; ``""`` is what lies in no split.
-
-    Where there is no validation split a share of the training images is held back for it.
-    """
-    sets: dict[str, DenseDataset | None] = dict.fromkeys(("train", "val", "test"))
-    for split in ("val", "test"):
-        if splits.get(split):
-            sets[split] = make(split, None, replace=False)
-    rest_of = "train" if splits.get("train") else ""
-    if not splits.get(rest_of):
-        return sets
-    rest = np.arange(len(splits[rest_of]))
-    if sets["val"] is None:
-        rest, held = split_off(len(rest), val_fraction, seed)
-        if not len(held):
-            return sets
-        sets["val"] = make(rest_of, held, replace=False)
-        sets["val"].listed = []  # the training split lists them
-    sets["train"] = make(rest_of, rest, replace=True)
-    return sets
-
-
-def choose_split(
-    data: str | None, splits: Mapping[str, Sized], make: MakeSet, split: str, val_fraction: float, seed: int
-) -> DenseDataset:
-    """One split for evaluation: ``auto`` is the test split, else the validation split, else everything.
-
-    Raises:
-        UserError: No such split.
-    """
-    choices = ("auto", "train", "val", "test", "all")
-    if split not in choices:
-        raise UserError(f"split must be one of {', '.join(choices)}, got {split!r}")
-    if split == "auto":
-        split = next((split for split in ("test", "val") if splits.get(split)), "all")
-    if split == "all" and "" not in splits:
-        raise UserError(f"{data!r} comes in splits; choose one of {', '.join(splits)} as split, got 'all'")
-    chosen = make("", None, replace=False) if split == "all" else make_splits(splits, make, val_fraction, seed)[split]
-    if chosen is None:
-        raise UserError(f"{data!r} has no {split} split")
-    chosen.replace = False
-    chosen.split = split
-    return chosen
-
-
-def split_off(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the rest and of a ``fraction``, at least one of each where there are two or more."""
-    order = np.random.default_rng(seed).permutation(count)
-    held = min(max(1, round(fraction * count)), count - 1) if count > 1 else 0
-    return np.sort(order[held:]), np.sort(order[:held])

@@ -27,8 +27,9 @@ from ..sources.files import Files, open_files
 from ..sources.masks import decode_mask
 from ..sources.source import abbreviate, check_fraction, first_reasons
 from ..sources.voc import is_voc_file, read_voc
-from .dense_dataset import DenseDataset, DenseSource, DenseSplits, choose_split, make_splits
+from .dense_dataset import DenseDataset, DenseSource
 from .fault_tolerant import channels_of, set_pixel_range
+from .splits import Splits, choose_split, make_splits, split_off
 
 __all__ = ["open_set", "open_splits"]
 
@@ -41,7 +42,7 @@ def open_splits(
     seed: int = 0,
     strict: bool = False,
     in_chans: int | None = None,
-) -> DenseSplits:
+) -> Splits:
     """Open a data set for training; a validation split that it lacks is split off.
 
     Args:
@@ -58,7 +59,8 @@ def open_splits(
     found = _find(data)
     ids = sorted(found.names)
     index = {value: i for i, value in enumerate(ids)}
-    sets = make_splits(found.splits, partial(_make_set, found, index, strict), val_fraction, seed)
+    hold_back = partial(_hold_back, found, val_fraction, seed)
+    sets = make_splits(found.splits, partial(_make_set, found, index, strict), hold_back)
     train, val = sets["train"], sets["val"]
     if train is None or val is None:
         raise UserError(
@@ -72,7 +74,7 @@ def open_splits(
     if not (settings or {}).get("anchor_size"):
         args["anchor_size"] = _anchor_size(train, settings or {})
     names = distinct_names(found.names[value] for value in ids)
-    return DenseSplits(train, val, sets["test"], names, found.files.name, channels, args, set_pixel_range(sets))
+    return Splits(train, val, sets["test"], names, found.files.name, channels, args, set_pixel_range(sets))
 
 
 def open_set(
@@ -101,7 +103,17 @@ def open_set(
             f"it knows {abbreviate(list(known))}"
         )
     index = {value: known[name] for value, name in names.items() if name in known}
-    return choose_split(data, found.splits, partial(_make_set, found, index, strict), split, val_fraction, seed)
+    return choose_split(
+        str(data),
+        found.splits,
+        partial(_make_set, found, index, strict),
+        split,
+        partial(_hold_back, found, val_fraction, seed),
+    )
+
+
+def _hold_back(found: Annotations, fraction: float, seed: int, split: str) -> tuple[np.ndarray, np.ndarray]:
+    return split_off(len(found.splits[split]), fraction, seed)
 
 
 def _make_set(

@@ -24,8 +24,9 @@ from ..sources.annotations import Alignment
 from ..sources.label_maps import Pair, PairedFiles, find_pairs
 from ..sources.source import abbreviate, check_fraction
 from ..transforms.segment import IGNORE
-from .dense_dataset import DenseDataset, DenseSource, DenseSplits, choose_split, make_splits
+from .dense_dataset import DenseDataset, DenseSource
 from .fault_tolerant import channels_of, set_pixel_range
+from .splits import Splits, choose_split, make_splits, split_off
 
 __all__ = ["class_shares", "open_set", "open_splits"]
 
@@ -75,7 +76,7 @@ def open_splits(
     seed: int = 0,
     strict: bool = False,
     in_chans: int | None = None,
-) -> DenseSplits:
+) -> Splits:
     """Open a data set for training; a split that it lacks is split off, as for classification.
 
     Args:
@@ -94,7 +95,8 @@ def open_splits(
     check_fraction(val_fraction)
     found = find_pairs(data)
     names, ids, colours = _classes(found, settings.get("ignore_index"))
-    sets = make_splits(found.splits, partial(_make_set, found, ids, strict), val_fraction, seed)
+    hold_back = partial(_hold_back, found, val_fraction, seed)
+    sets = make_splits(found.splits, partial(_make_set, found, ids, strict), hold_back)
     train, val = sets["train"], sets["val"]
     if train is None or val is None:
         raise UserError(f"{data!r} has too few images with label maps to learn from and to validate on")
@@ -108,7 +110,7 @@ def open_splits(
     args: dict[str, Any] = {"label_ids": ids.ids, "colours": colours}
     if settings.get("class_weights", "none") != "none":
         args["shares"] = class_shares(train, len(names)).tolist()
-    return DenseSplits(train, val, sets["test"], names, found.name, channels, args, set_pixel_range(sets))
+    return Splits(train, val, sets["test"], names, found.name, channels, args, set_pixel_range(sets))
 
 
 def open_set(
@@ -144,7 +146,13 @@ def open_set(
                 f"it knows {abbreviate(list(known))}"
             )
         ids = Ids(values, ignored, [known[name] for name in names])
-    chosen = choose_split(data, found.splits, partial(_make_set, found, ids, strict), split, val_fraction, seed)
+    chosen = choose_split(
+        str(data),
+        found.splits,
+        partial(_make_set, found, ids, strict),
+        split,
+        partial(_hold_back, found, val_fraction, seed),
+    )
     _check_counted(str(data), chosen.split, chosen)
     return chosen
 
@@ -160,6 +168,10 @@ def class_shares(images: DenseDataset, classes: int) -> np.ndarray:
             continue
         counts += np.bincount(label[label != IGNORE].ravel(), minlength=classes)
     return counts / max(1, counts.sum())
+
+
+def _hold_back(found: PairedFiles, fraction: float, seed: int, split: str) -> tuple[np.ndarray, np.ndarray]:
+    return split_off(len(found.splits[split]), fraction, seed)
 
 
 def _make_set(

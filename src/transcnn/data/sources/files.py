@@ -59,7 +59,7 @@ class FolderFiles:
     def names(self, folder: str = "") -> list[str]:
         """All files below ``folder``, sorted; hidden ones are left out."""
         found = []
-        listed: set[tuple[int, int]] = set()
+        listed = {folder_identity(path) for path in self.root.resolve().parents}
         for path, folders, files in os.walk(self.root / folder, followlinks=True):
             identity = folder_identity(path)
             if identity in listed:  # a link that leads back, or to a folder that came already

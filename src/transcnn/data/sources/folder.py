@@ -105,10 +105,10 @@ def _class_folders(root: Path, class_names: Sequence[str] | None = None) -> Sour
     paths = PathList(root)
     others: list[str] = []
     labels = _subfolders(root)
-    outside = [root, *(root / label for label in labels)]
+    above = [root, *root.resolve().parents]  # a link to these holds all there is
     counts = {
-        label: paths.add(_list_class(root / label, [*outside[: i + 1], *outside[i + 2 :]], others))
-        for i, label in enumerate(labels)
+        label: paths.add(_list_class(root / label, [*above, *(root / o for o in labels if o != label)], others))
+        for label in labels
     }
     by_name = {normalise(printable(label)): count for label, count in counts.items()}
     if len(by_name) < len(counts):

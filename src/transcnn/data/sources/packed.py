@@ -26,6 +26,7 @@ import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,23 +130,13 @@ def open_packed(data: str) -> SourceSplits:
         UserError: No manifest, one that is wrong, or files that aren't as it says.
     """
     remote = RemoteFolder(data) if RemoteFolder.is_url(data) else None
-    path_of: Callable[[str], str] = remote.path if remote else LocalFolder(data).path
+    path_of: Callable[[str], str] = remote.path if remote else partial(os.path.join, data)
     name, class_names, splits = read_manifest(Path(path_of(MANIFEST)), data)
     if remote is not None:
         files = [file for split in splits.values() for file in (split.index, *split.shards)]
         remote.expect({file.file: Expected(file.bytes, file.sha256, file.sha256) for file in files})
     sources = {split: _open_split(files, path_of, class_names, remote is not None) for split, files in splits.items()}
     return SourceSplits.of(name, sources)
-
-
-class LocalFolder:
-    """Where the files of a local folder lie."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-
-    def path(self, name: str) -> str:
-        return os.path.join(self.folder, name)
 
 
 def _open_split(files: SplitFiles, path_of: Callable[[str], str], class_names: list[str], remote: bool) -> Source:

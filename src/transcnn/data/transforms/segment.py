@@ -122,7 +122,10 @@ class TrainTransform(EvalTransform):
         fill = [round(255 * value) for value in self.mean]
         pixels, label = _crop(pixels, top, left, window, fill), _crop(label, top, left, window, [IGNORE])
         if window != list(self.crop):
-            pixels, label = tvf.resize(pixels, list(self.crop), antialias=True), _nearest(label, self.crop)
+            pixels, label = (
+                tvf.resize(pixels, list(self.crop), antialias=True),
+                tvf.resize(label, list(self.crop), tvf.InterpolationMode.NEAREST_EXACT),
+            )
         for probability, flip in zip(self.flips, (tvf.horizontal_flip, tvf.vertical_flip), strict=True):
             if rng.random() < probability:
                 pixels, label = flip(pixels), flip(label)
@@ -142,20 +145,9 @@ def _start(rng: np.random.Generator, size: int, window: int) -> int:
     return int(rng.integers(low, high + 1))
 
 
-def _crop(pixels: Tensor, top: int, left: int, window: Sequence[int], fill: list[int]) -> Tensor:
+def _crop(pixels: Tensor, top: int, left: int, window: Sequence[int], fill: Sequence[float]) -> Tensor:
     """The window of (C, H, W); outside of the image each channel has its value of ``fill``."""
+    height, width = pixels.shape[-2:]
     inside = pixels[:, max(0, top) : max(0, top + window[0]), max(0, left) : max(0, left + window[1])]
-    if list(inside.shape[-2:]) == list(window):
-        return inside
-    padded = torch.tensor(fill, dtype=pixels.dtype)[:, None, None].expand(-1, *window).clone()
-    h, w = inside.shape[-2:]
-    padded[:, max(0, -top) : max(0, -top) + h, max(0, -left) : max(0, -left) + w] = inside
-    return padded
-
-
-def _nearest(label: Tensor, size: Sequence[int]) -> Tensor:
-    """A label map (1, H, W) at another size: each pixel takes the value at its centre."""
-    rows, columns = (
-        ((torch.arange(new) + 0.5) * old / new).long() for new, old in zip(size, label.shape[1:], strict=True)
-    )
-    return label[:, rows[:, None], columns]
+    right, bottom = max(0, left + window[1] - width), max(0, top + window[0] - height)
+    return tvf.pad(inside, [max(0, -left), max(0, -top), right, bottom], list(fill))

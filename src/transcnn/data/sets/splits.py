@@ -1,0 +1,99 @@
+"""The splits of a data set: those that it has, and a validation split held back where it has none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ...errors import UserError
+
+__all__ = ["Splits", "choose_split", "make_splits", "split_off"]
+
+CHOICES = ("auto", "train", "val", "test", "all")
+MakeSet = Callable[..., Any]  # (split, indices within it or None for all, replace=...) -> the set
+HoldBack = Callable[[str], tuple[np.ndarray, np.ndarray]]  # split -> indices within it to keep, and to hold back
+
+
+@dataclass
+class Splits:
+    """The splits of one data set, as :class:`~.fault_tolerant.FaultTolerantDataset`.
+
+    Attributes:
+        train, val: What is learnt from, and what the best model is chosen by.
+        test: What only the final figure is measured on; None where the data has no such split.
+        class_names: In the order of the labels.
+        name: A short name for run directories.
+        in_chans: Channels of the images: as asked for, else 1 if a sample of them is all grey, else 3.
+        task_args: What the task needs to know of the data.
+        pixel_range: Values that are black and white in images of more than 8 bits, see ``images.read_image``.
+    """
+
+    train: Any
+    val: Any
+    test: Any
+    class_names: list[str]
+    name: str
+    in_chans: int
+    task_args: dict[str, Any] = field(default_factory=dict)
+    pixel_range: Sequence[float] | None = None
+
+    @property
+    def broken(self) -> list[tuple[str, str]]:
+        """(name, reason) of every file that could not be used so far, in all splits."""
+        return [entry for split in (self.train, self.val, self.test) if split is not None for entry in split.broken]
+
+
+def make_splits(present: Mapping[str, Any], make: MakeSet, hold_back: HoldBack) -> dict[str, Any]:
+    """``train``, ``val`` and ``test`` (None where there is none) of what a data set holds by split.
+
+    ``""`` is what lies in no split. Where there is no validation split, training images are held back for it.
+    """
+    sets: dict[str, Any] = dict.fromkeys(("train", "val", "test"))
+    for split in ("val", "test"):
+        if present.get(split):
+            sets[split] = make(split, None, replace=False)
+    whole = "train" if present.get("train") else ""
+    if not present.get(whole):
+        return sets
+    rest = None
+    if sets["val"] is None:
+        rest, held = hold_back(whole)
+        if not len(held) or not len(rest):
+            return sets
+        sets["val"] = make(whole, held, replace=False)
+        sets["val"].listed = []  # the training split lists what can't be read
+    sets["train"] = make(whole, rest, replace=True)
+    return sets
+
+
+def choose_split(what: str, present: Mapping[str, Any], make: MakeSet, split: str, hold_back: HoldBack) -> Any:
+    """One split for evaluation: ``auto`` is the test split, else the validation split of the data itself, else ``all``.
+
+    Raises:
+        UserError: No such split, or ``all`` of data in several.
+    """
+    if split not in CHOICES:
+        raise UserError(f"split must be one of {', '.join(CHOICES)}, got {split!r}")
+    if split == "auto":
+        split = next((name for name in ("test", "val") if present.get(name)), "all")
+    if split == "all":
+        if len(present) > 1:
+            raise UserError(f"{what!r} comes in splits; choose one of {', '.join(present)} as split, got 'all'")
+        chosen = make(next(iter(present)), None, replace=False)
+    else:
+        chosen = make_splits(present, make, hold_back)[split]
+    if chosen is None:
+        raise UserError(f"{what!r} has no {split} split")
+    chosen.replace = False
+    chosen.split = split
+    return chosen
+
+
+def split_off(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the rest and of a ``fraction``, at least one of each where there are two or more."""
+    order = np.random.default_rng(seed).permutation(count)
+    held = min(max(1, round(fraction * count)), count - 1) if count > 1 else 0
+    return np.sort(order[held:]), np.sort(order[:held])
