@@ -12,7 +12,7 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,20 @@ PRELOAD = "transcnn.cli transcnn.commands.train transcnn.tasks.detect transcnn.t
 PRELOAD += " segmentation_models_pytorch sklearn.datasets torch.utils.tensorboard jsonargparse typeshed_client"
 PRELOAD += " transcnn.data.sets.classify transcnn.data.sources.opening transcnn.report.classify"
 multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD.split())
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(item) for key, item in value.items()}
+    return type(value)(map(_encodable, value)) if isinstance(value, list | tuple) else value
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """What a test prints or logs, odd file names among it, may be no UTF-8; pytest-xdist would end the whole run."""
+    return _encodable((yield))
 
 
 @pytest.fixture(autouse=True, scope="module")
