@@ -41,19 +41,23 @@ def choose_levels(name: str, args: dict[str, Any], size: tuple[int, int], *, fix
         counts = "-".join(str(len(g) + 1) for g in grids)
         if fixed:
             told = (
-                f"the levels of attention are those of the weights: {before:.3g} G multiply-adds an image of {shape}; "
-                f"with {counts} levels, to be learnt anew, they would be {after:.3g} G"
+                f"the levels of attention are those of the weights: {_short(before)} G multiply-adds an image of {shape}; "
+                f"with {counts} levels, to be learnt anew, they would be {_short(after)} G"
             )
         else:
             told = (
-                f"{counts} levels of attention for images of up to {shape}: {after:.3g} G multiply-adds instead of "
-                f"{before:.3g} G (--model_args gives others as grid_sizes and pool_ratios)"
+                f"{counts} levels of attention for images of up to {shape}: {_short(after)} G multiply-adds instead of "
+                f"{_short(before)} G (--model_args gives others as grid_sizes and pool_ratios)"
             )
         print(f"{name}: {told}", file=sys.stderr)
 
 
 def _tuple(value: Any) -> tuple[int, ...]:
     return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+
+
+def _short(number: float) -> str:
+    return f"{number:.3g}" if number < 100 else f"{number:,.0f}"
 
 
 def _giga_macs(name: str, args: dict[str, Any], size: tuple[int, int]) -> float:
