@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 import struct
+import sys
 import tracemalloc
+import types
 import zlib
 from pathlib import Path
 
@@ -326,3 +328,22 @@ def test_damage_anywhere_gives_an_image_or_broken_image(data: bytes, changes: li
     except BrokenImage:
         return
     assert image.mode in ("L", "LA", "RGB", "RGBA")
+
+
+def test_heic_is_read_where_pillow_heif_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for the library, which registers itself with Pillow as that does."""
+    content = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+    def register() -> None:
+        Image.register_open("HEIF", lambda file, name: gradient(), lambda prefix: prefix[4:12] == b"ftypheic")
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", types.SimpleNamespace(register_heif_opener=register))
+    try:
+        assert read_image(content).size == (24, 16)
+    finally:
+        Image.OPEN.pop("HEIF", None)
+        Image.ID.remove("HEIF")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(BrokenImage, match="pip install pillow-heif"):
+        read_image(content)
+    assert is_image_name("IMG_0001.HEIC")

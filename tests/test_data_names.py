@@ -10,8 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import timm
 from PIL import Image
 
+from transcnn.checkpoints.loading import data_config_of, load, save_weights
 from transcnn.data.loading.loader import make_loader
 from transcnn.data.names import imagenet_names
 from transcnn.data.sets.classify import open_set, open_splits
@@ -116,3 +118,10 @@ def test_files_that_are_left_out_for_their_names_are_listed(class_folder: Path) 
     assert broken["class_1/noending"] == "not an image by its name"
     if not importlib.util.find_spec("pillow_heif"):
         assert "pip install pillow-heif" in broken["class_1/a.heic"]
+
+
+def test_a_run_of_before_whose_classes_share_a_name(tmp_path: Path) -> None:
+    model = timm.create_model("transcnn_test", num_classes=3)
+    info = {"model": "transcnn_test", "model_args": {}, "class_names": ["c1", "c1", "c2"], "task": "classify"}
+    save_weights(tmp_path / "x.safetensors", model, {**info, "data_config": data_config_of(model, 3)})
+    assert load(tmp_path / "x.safetensors").class_names == ["c1 (0)", "c1 (1)", "c2"]

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from timm.data import resolve_data_config
 from torch import nn
 
-from ..data.names import imagenet_names
+from ..data.names import distinct_names, imagenet_names
 from ..dense.build import build_network
 from ..errors import UserError
 from ..plugging.build import build_model
@@ -43,7 +43,7 @@ class Loaded:
     Attributes:
         model: In evaluation mode.
         task: ``classify``, ``segment`` or ``detect``.
-        class_names: In the order of the outputs.
+        class_names: In the order of the outputs; equal ones are told apart, ``crane (134)`` and ``crane (517)``.
         preprocessing: timm's data config (``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ...).
         source: Where it was read from.
         info: All that was stored beside the weights.
@@ -55,6 +55,9 @@ class Loaded:
     preprocessing: dict[str, Any]
     source: str
     info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.class_names = distinct_names(self.class_names)
 
     def resize_input(self, img_size: int | None) -> None:
         """Have images resized to another side than the network was trained at; None leaves it."""

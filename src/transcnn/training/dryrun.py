@@ -39,7 +39,7 @@ CPU_IMAGES = 2  # a step on a CPU is tried with so many images: more take long, 
 
 @dataclass(frozen=True)
 class AssumedSplits:
-    """What stands for data that isn't there, as :class:`~transcnn.data.sets.classify.ClassifySplits` would."""
+    """What stands for data that isn't there, as :class:`~transcnn.data.sets.splits.Splits` would."""
 
     train: range
     class_names: list[str]
