@@ -10,14 +10,15 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import math
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from types import FunctionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -36,7 +37,7 @@ from .plain import (
 )
 from .settings import HELP_GROUPS, TrainSettings
 
-__all__ = ["Command", "describe_type", "read_settings"]
+__all__ = ["Argument", "Command", "describe_type", "members", "read_settings"]
 
 COMMAND_LINE = "command line"
 
@@ -50,6 +51,7 @@ class Argument:
     default: Any
     help: str
     positional: bool = False
+    empty: ClassVar[Any] = inspect.Parameter.empty  # the default of what must be given
 
     @property
     def is_switch(self) -> bool:
@@ -57,11 +59,11 @@ class Argument:
 
     @property
     def is_list(self) -> bool:
-        return any(get_origin(kind) in (list, tuple) for kind in _members(self.type))
+        return any(get_origin(kind) in (list, tuple) for kind in members(self.type))
 
     def value(self, words: str | list[str]) -> Any:
         """What was typed, as what jsonargparse checks. Names are taken as they are, never parsed."""
-        kinds = _members(self.type)
+        kinds = members(self.type)
         if isinstance(words, list):
             if str in kinds and len(words) == 1:
                 return words[0]
@@ -188,6 +190,8 @@ class Command:
         words = [*words, *argv[cut + 1 :]]
         for argument in self.positionals:
             if words:
+                if argument.name in given:
+                    raise UserError(f"{argument.name} is given twice: {given[argument.name]} and {words[0]}")
                 given[argument.name] = words if argument.is_list else words[0]
                 words = [] if argument.is_list else words[1:]
         if words:
@@ -296,11 +300,23 @@ class Command:
         for argument in self.arguments.values():
             if argument.default is inspect.Parameter.empty and argument.name not in tree:
                 raise UserError(f"{argument.name.upper()} is missing: {argument.help.splitlines()[0]}")
+        for name, value in self._numbers(tree):
+            if value != value or value in (math.inf, -math.inf):
+                raise UserError(f"{name} must be {describe_type(self.arguments[name].type)}, got {value}")
         try:
             result = self._types.instantiate(self._types.parse_object(dict(tree), env=False)).as_dict()
         except READING_ERRORS as error:
             raise UserError(self._explain(error, tree)) from error
         return result
+
+    def _numbers(self, tree: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+        """Names and values of the numbers in a tree, those in lists too; free arguments may hold any."""
+        for name, argument in self.arguments.items():
+            group, _, inner = name.rpartition(".")
+            value = tree.get(group, {}).get(inner) if group else tree.get(name)
+            for item in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(item, float) and Arguments not in members(argument.type):
+                    yield name, item
 
     @cached_property
     def _types(self) -> Any:
@@ -358,7 +374,7 @@ def _of_settings() -> Command:
 
 def describe_type(kind: Any) -> str:
     """A type in words: ``float | None`` is "a number or null"."""
-    words = [_describe(member) for member in _members(kind)]
+    words = [_describe(member) for member in members(kind)]
     return " or ".join(words)
 
 
@@ -386,7 +402,7 @@ def _describe(kind: Any) -> str:
     return getattr(kind, "__name__", str(kind))
 
 
-def _members(kind: Any) -> tuple[Any, ...]:
+def members(kind: Any) -> tuple[Any, ...]:
     """The types of a union; of any other, itself."""
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
@@ -415,7 +431,7 @@ def _usage(argument: Argument) -> str:
 def _metavar(argument: Argument) -> str:
     if argument.is_switch:
         return ""
-    kinds = [kind for kind in _members(argument.type) if kind is not type(None)]
+    kinds = [kind for kind in members(argument.type) if kind is not type(None)]
     if get_origin(kinds[0]) is Literal:
         return "{" + ",".join(map(str, get_args(kinds[0]))) + "}"
     if not {str, list[str]}.isdisjoint(kinds):

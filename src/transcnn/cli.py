@@ -70,7 +70,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as head does
         sys.stderr.close()
         return 141
+    except OSError as error:  # a path that can't be, a disk that is full
+        return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except (MemoryError, RuntimeError) as error:
+        if not _says_out_of_memory(error):
+            raise
+        first = (str(error) or "the system gives no more").splitlines()[0]
+        return _fail(f"not enough memory ({first}); smaller images, batches or networks need less")
     return 0
+
+
+def _says_out_of_memory(error: Exception) -> bool:
+    """Whether an error is PyTorch's or Python's about memory, of the CPU or a GPU."""
+    words = ("can't allocate memory", "out of memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def load_command(name: str) -> Callable[..., Any]:

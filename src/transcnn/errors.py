@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["UserError", "require"]
+__all__ = ["MAX_SEED", "MAX_SIDE", "UserError", "check_range", "require"]
+
+MAX_SIDE = 1 << 13  # pixels of an input
+MAX_SEED = (1 << 32) - 1  # what NumPy and Lightning take
 
 
 class UserError(ValueError):
@@ -16,6 +19,19 @@ class UserError(ValueError):
     """
 
     told = False
+
+
+def check_range(least: float, most: float | None = None, **values: float | None) -> None:
+    """See that values, given by their names, lie from ``least`` to ``most``; None is let pass, NaN isn't.
+
+    Raises:
+        UserError: One doesn't.
+    """
+    for name, value in values.items():
+        if value is None or (value >= least and (most is None or value <= most)):
+            continue
+        limits = f"{least:,g} or more" if most is None else f"from {least:,g} to {most:,.10g}"
+        raise UserError(f"{name} must be {limits}, got {value}")
 
 
 def require(module: str, extra: str) -> ModuleType:

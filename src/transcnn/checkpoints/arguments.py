@@ -13,13 +13,13 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from ..errors import MAX_SIDE
 from ..plain import check_plain, with_new_names
 
 __all__ = ["ARGUMENTS", "check_model_args", "check_model_name", "check_task_args", "short"]
 
 MAX_SIZE = 1 << 14  # widths, kernels, grids, outputs: no network in use comes near
 MAX_DEPTH = 512  # blocks of a stage
-MAX_SIDE = 1 << 13  # pixels of an image's side
 MAX_ITEMS = 64  # of a list
 _NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_.-]+)?")
 _WORD = re.compile(r"[A-Za-z0-9_]{0,40}")

@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..errors import UserError
+from ..errors import MAX_SIDE, UserError
 from ..plain import check_plain
 from .arguments import check_task_args, short
 
 __all__ = ["check_class_names", "check_data_config", "check_stored", "refused"]
 
-MAX_SIDE = 1 << 13  # pixels of an input
 MAX_CLASSES = 1 << 16
 MAX_NAME = 1000  # characters of a class's name
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random")

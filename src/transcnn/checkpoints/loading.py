@@ -8,6 +8,7 @@ went wrong.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -126,6 +128,10 @@ def load(source: str | os.PathLike[str], model: str | None = None) -> Loaded:
         return _load_pretrained(rest)
     if os.sep in name or path.suffix in (".safetensors", ".ckpt", ".pth", ".pt"):
         raise UserError(f"no such file or directory: {name}")
+    if not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.7)
+        hint = f"; near names of models: {', '.join(near)}" if near else ""
+        raise UserError(f"there is no file or folder {name}, and no model of that name{hint}")
     return _load_published(name)
 
 

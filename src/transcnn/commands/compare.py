@@ -18,7 +18,8 @@ from ..compare.engines import ENGINES, load_reference
 from ..compare.measuring import PAPER, REFERENCE, Case, measure, peak_memory, prepare_case, show_progress, title
 from ..compare.peers import MISSING
 from ..compare.plot import draw
-from ..errors import UserError
+from ..distributed.runtime import check_accelerator
+from ..errors import MAX_SIDE, UserError, check_range
 from ..text import printable, rich_text
 
 __all__ = ["compare"]
@@ -69,6 +70,11 @@ def compare(
     Raises:
         UserError: An argument outside its values, a network that doesn't exist.
     """
+    check_range(1, 4096, threads=threads)
+    check_range(1, MAX_SIDE, batch=batch, rounds=rounds)
+    check_range(0, 3600, seconds=seconds)
+    if device == "cuda":
+        check_accelerator("gpu")
     if threads:
         torch.set_num_threads(threads)
     names = [name for item in _items(models) for name in (PAPER if item == "paper" else [item])]
@@ -80,9 +86,6 @@ def compare(
         for chosen in (["train"] if train else _chosen("engine", engine, ENGINES))
         if not (name == REFERENCE and chosen.startswith("optimize"))
     ]
-    for name, value in (("batch", batch), ("rounds", rounds)):
-        if value < 1:
-            raise UserError(f"{name} must be 1 or more, got {value}")
     if reference:
         load_reference(reference)  # errors before anything takes time
     if out:

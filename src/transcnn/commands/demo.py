@@ -11,7 +11,7 @@ from typing import Any
 
 from ..demo.guard import Limits
 from ..demo.server import serve
-from ..errors import UserError, require
+from ..errors import MAX_SIDE, UserError, check_range, require
 from ..text import printable
 from ..weights import PACKAGED
 
@@ -57,12 +57,14 @@ def demo(
     """
     if max_mb <= 0:
         raise UserError(f"max_mb must be more than 0, got {max_mb:g}")
+    check_range(1, MAX_SIDE, img_size=img_size)
     if port is not None and not 0 < port < 65536:
         raise UserError(f"port must be from 1 to 65535, got {port}")
     require("gradio", "demo")
     from ..checkpoints.loading import load
-    from ..distributed.runtime import quiet_libraries
+    from ..distributed.runtime import check_accelerator, quiet_libraries
 
+    check_accelerator(accelerator)
     with quiet_libraries():
         loaded = load(checkpoint, model)
     loaded.resize_input(img_size)

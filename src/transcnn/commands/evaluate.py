@@ -11,8 +11,8 @@ from typing import Any, Literal
 from ..checkpoints.files import make_folder
 from ..checkpoints.loading import Loaded, load
 from ..distributed.processes import first_decides, first_here, gather_lists, launch, rank, world
-from ..distributed.runtime import PRECISIONS, choose_precision, quiet_libraries
-from ..errors import UserError
+from ..distributed.runtime import PRECISIONS, check_accelerator, choose_precision, quiet_libraries
+from ..errors import MAX_SEED, MAX_SIDE, UserError, check_range
 from ..tasks import get_task
 from ..text import printable
 from ..training.evaluation import measure, say_what_is_off, write_results
@@ -79,6 +79,11 @@ def evaluate(
     Raises:
         UserError: No such checkpoint or data, or data of other classes.
     """
+    check_range(1, batch_size=batch_size)
+    check_range(0, num_workers=num_workers)
+    check_range(0, MAX_SEED, seed=seed)
+    check_range(1, MAX_SIDE, img_size=img_size, window=window)
+    check_accelerator(accelerator)
     with quiet_libraries():
         launch(accelerator, devices, num_nodes)
         loaded = load(checkpoint, model)

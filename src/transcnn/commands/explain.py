@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..checkpoints.files import atomic_write, check_writable
 from ..data.images import BrokenImage, read_image
-from ..errors import UserError, require
+from ..errors import MAX_SIDE, UserError, check_range, require
 from ..text import printable
 
 __all__ = ["explain"]
@@ -43,6 +43,8 @@ def explain(
     Raises:
         UserError: No such checkpoint, image, class or pixel, or no classifier with H-MHSA.
     """
+    check_range(0, head=head)
+    check_range(1, MAX_SIDE, img_size=img_size)
     require("matplotlib", "train")
     from ..checkpoints.loading import load  # not before the words of the command line are known to be right
     from ..distributed.runtime import quiet_libraries

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..checkpoints.files import make_folder
-from ..errors import UserError
+from ..errors import MAX_SIDE, UserError, check_range
 from ..text import printable
 
 __all__ = ["export"]
@@ -58,6 +58,8 @@ def export(
 
     if format not in FORMATS:
         raise UserError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    check_range(1, MAX_SIDE, static=static)
+    check_range(0, tolerance=tolerance, max_loss=max_loss)
     loaded = load(checkpoint, model)
     target = Path(out) if out else _default_target(checkpoint, FORMATS[format].suffix)
     if int8 != (calibrate is not None):

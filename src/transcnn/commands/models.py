@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.files import atomic_write, check_writable
+from ..errors import MAX_SIDE, check_range
 from ..plugging.cost import describe
 from ..variants import VARIANTS
 
@@ -26,6 +27,7 @@ def models(names: list[str] | None = None, *, img_size: int | None = None, csv: 
     from rich.console import Console
     from rich.table import Table
 
+    check_range(1, MAX_SIDE, img_size=img_size)
     if csv:
         check_writable(Path(csv))
     rows = [describe(name, img_size) for name in names or VARIANTS]

@@ -14,7 +14,7 @@ from torchvision.models import list_models as torchvision_names
 from ..attention import HMHSA
 from ..checkpoints.files import check_writable
 from ..checkpoints.loading import class_names_of, data_config_of, save_weights
-from ..errors import UserError
+from ..errors import MAX_SIDE, UserError, check_range
 from ..plugging.build import build_model
 from ..plugging.cost import count, seconds_per_call
 from ..plugging.places import Place, backbone, default_levels, eval_mode, example_for, find
@@ -57,6 +57,8 @@ def plug(
     Raises:
         UserError: No such network or module, or one that H-MHSA can't follow.
     """
+    check_range(1, head_dim=head_dim, batch_size=batch_size)
+    check_range(1, MAX_SIDE, img_size=img_size, in_chans=in_chans, num_classes=num_classes)
     if out and (name.startswith("torchvision/") or not is_model(name)):
         raise UserError(f"--out needs a network of this package or of timm, which transcnn train can make; got {name}")
     if out:
@@ -101,7 +103,12 @@ def cost(model: nn.Module, example: tuple[Any, ...], batch_size: int) -> dict[st
 def hmhsa_cost(place: Place, head_dim: int | None = None) -> dict[str, int]:
     """Parameters and multiply-adds that H-MHSA, with the levels that fit, and its scale would add at a place."""
     grid_sizes, pool_ratios = default_levels(*place.size)
-    attention = HMHSA(place.channels, head_dim=head_dim, grid_sizes=grid_sizes, pool_ratios=pool_ratios, device="meta")
+    try:
+        attention = HMHSA(
+            place.channels, head_dim=head_dim, grid_sizes=grid_sizes, pool_ratios=pool_ratios, device="meta"
+        )
+    except ValueError as error:
+        raise UserError(f"no H-MHSA fits after {place.name}: {error}") from error
     counts = count(attention, torch.empty(1, place.channels, *place.size, device="meta"))
     return {"params": counts.params + place.channels, "macs": counts.macs}
 

@@ -23,7 +23,7 @@ from ..checkpoints.files import atomic_write, check_writable
 from ..data.images import BrokenImage, is_image_name, list_images, read_image
 from ..data.loading.read_ahead import read_ahead
 from ..data.paths import find_images
-from ..errors import UserError
+from ..errors import MAX_SIDE, UserError, check_range
 from ..text import csv_cell, json_text, rich_text
 from ..weights import PACKAGED
 
@@ -81,9 +81,9 @@ def predict(
     Raises:
         UserError: No such checkpoint, or a path or pattern that names nothing.
     """
-    for name, value in (("top_k", top_k), ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"{name} must be 1 or more, got {value}")
+    check_range(1, top_k=top_k, batch_size=batch_size)
+    check_range(1, MAX_SIDE, img_size=img_size)
+    check_range(0, 1, min_score=min_score)
     if _means_images(checkpoint, alone=not images):
         checkpoint, images = PACKAGED, [checkpoint, *(images or ())]
     files = find_images(images or ())
@@ -95,8 +95,9 @@ def predict(
         rows = list(_predict_onnx(checkpoint, files, top_k, batch_size, img_size, min_score, accelerator, out))
     else:
         from ..checkpoints.loading import load
-        from ..distributed.runtime import quiet_libraries
+        from ..distributed.runtime import check_accelerator, quiet_libraries
 
+        check_accelerator(accelerator)
         with quiet_libraries():
             loaded = load(checkpoint, model)
         if checkpoint == PACKAGED and not quiet:

@@ -21,6 +21,14 @@ __all__ = ["PRECISIONS", "choose_precision", "keep_freed_memory", "lasting_outpu
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}  # ours and Lightning's words
 
 
+def check_accelerator(accelerator: str) -> None:
+    """Raise UserError for an accelerator that there isn't, by its name or on this machine."""
+    if accelerator not in ("auto", "cpu", "gpu", "cuda"):
+        raise UserError(f"accelerator must be one of auto, cpu, gpu, got {accelerator}")
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(f"accelerator is {accelerator}, but PyTorch sees no GPU here; give cpu or auto")
+
+
 def choose_precision(precision: str, accelerator: str = "auto") -> str:
     """Lightning's word for ``32``, ``bf16``, ``16`` or ``auto`` (bf16 where the processor has instructions for it)."""
     gpu = torch.cuda.is_available() and accelerator != "cpu"

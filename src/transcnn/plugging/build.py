@@ -34,5 +34,20 @@ def build_model(name: str, plug: Any = None, **kwargs: Any) -> nn.Module:
         raise
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"can't make {name} with {kwargs}: {error}") from error
-    except RuntimeError as error:
-        raise UserError(f"can't make {name}: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
+        raise UserError(f"can't make {name}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+    except Exception as error:  # of the network or the hub: there are many kinds
+        if not kwargs.get("pretrained"):
+            raise
+        raise UserError(_no_weights(name, error)) from error
+
+
+def _no_weights(name: str, error: Exception) -> str:
+    """What to do where published weights can't be fetched."""
+    config = timm.get_pretrained_cfg(name)
+    where = (config.hf_hub_id and f"hf-hub:{config.hf_hub_id}") or config.url if config else None
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return (
+        f"can't fetch the weights of {name}{f' from {where}' if where else ''}: {reason[:200]}; offline, give "
+        "--init_from a file of weights that is here, or train without --pretrained"
+    )

@@ -18,6 +18,7 @@ from ..data.loading.data_module import DataModule
 from ..data.loading.loader import make_loader
 from ..data.sets.classify import open_set, open_splits
 from ..data.sets.image_dataset import ImageDataset
+from ..data.sources.files import dense_layout
 from ..data.transforms.classify import Transform, eval_transform, train_transform
 from ..distributed.processes import gather_lists
 from ..errors import UserError
@@ -60,7 +61,12 @@ class Classify(Task):
     @staticmethod
     def open_data(data: str | None, task_args: dict[str, Any], **settings: Any) -> Any:
         """The splits of a classification data set."""
-        return open_splits(data, **settings)
+        try:
+            return open_splits(data, **settings)
+        except UserError as error:
+            if data and (task := dense_layout(data)):
+                raise UserError(f"{data} looks like data to {task}: add --task {task} ({error})") from error
+            raise
 
     @classmethod
     def loaders(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-from ..errors import UserError
+from ..errors import MAX_SEED, MAX_SIDE, UserError, check_range
 from ..settings import TrainSettings
+from ..tasks import TASKS
 
 __all__ = ["check", "check_meant"]
 
@@ -40,7 +41,8 @@ def check_meant(s: TrainSettings) -> None:
 
     What equals the default, or switches something off, is let pass: a run's ``config.yaml`` has every setting.
     """
-    if s.task not in TASKS:  # get_task says it
+    _check_ranges(s)
+    if s.task not in TASKS:  # refused where it is looked up
         return
     default = TrainSettings()
     for name in s.origins:
@@ -60,18 +62,10 @@ def check(s: TrainSettings, eval_metrics: tuple[str, ...], world: int = 1) -> No
     """Raise UserError for what can't be meant; ``eval_metrics`` are the metrics that may choose the best epoch."""
     if s.eval_metric is not None and s.eval_metric not in eval_metrics:
         raise UserError(f"eval_metric of {s.task} must be one of {', '.join(eval_metrics)}, got {s.eval_metric}")
-    for name, value, least in (
-        ("epochs", s.epochs, 1),
-        ("batch_size", s.batch_size, 1),
-        ("img_size", s.img_size, 1),
-        ("accumulate", s.optim.accumulate, 1),
-        ("early_stop", s.early_stop, 1),
-        ("save_every", s.save_every, 1),
-        ("limit_batches", s.limit_batches, 1),
-        ("max_nonfinite", s.max_nonfinite, 1),
-    ):
-        if value is not None and value < least:
-            raise UserError(f"{name} must be {least} or more, got {value}")
+    from ..distributed.runtime import check_accelerator  # needs torch, which check_meant needn't wait for
+
+    _check_ranges(s)
+    check_accelerator(s.accelerator)
     if s.batch_size % world:
         less, more = s.batch_size // world * world, -(-s.batch_size // world) * world
         raise UserError(
@@ -84,10 +78,27 @@ def check(s: TrainSettings, eval_metrics: tuple[str, ...], world: int = 1) -> No
         raise UserError(f"lr must be above 0, got {s.lr}")
     if s.cuda_graphs:
         _check_cuda_graphs(s, world)
-    for name in ("smoothing", "mix_prob"):
-        if not 0 <= (value := getattr(s.augment, name)) <= 1:
-            raise UserError(f"{name} must be from 0 to 1, got {value}")
     _check_sizes(s.augment.sizes or [], s.augment.size_ends or [])
+
+
+def _check_ranges(s: TrainSettings) -> None:
+    check_range(1, epochs=s.epochs, batch_size=s.batch_size, early_stop=s.early_stop, save_every=s.save_every)
+    check_range(1, limit_batches=s.limit_batches, max_nonfinite=s.max_nonfinite)
+    check_range(1, MAX_SIDE, img_size=s.img_size)
+    check_range(1, 4, in_chans=s.in_chans)
+    check_range(0, MAX_SEED, seed=s.seed)
+    check_range(0, num_workers=s.num_workers)
+    check_range(0, 1, val_fraction=s.val_fraction, drop_rate=s.drop_rate, drop_path_rate=s.drop_path_rate)
+    o, a, d = s.optim, s.augment, s.detect
+    check_range(1, accumulate=o.accumulate, lr_batch=o.lr_batch)
+    check_range(0, weight_decay=o.weight_decay, momentum=o.momentum, layer_decay=o.layer_decay, clip_grad=o.clip_grad)
+    check_range(0, warmup_epochs=o.warmup_epochs, warmup_lr=o.warmup_lr, min_lr=o.min_lr, decay_rate=o.decay_rate)
+    check_range(0, 1, hflip=a.hflip, vflip=a.vflip, reprob=a.reprob, mix_prob=a.mix_prob, smoothing=a.smoothing)
+    check_range(0, mixup=a.mixup, cutmix=a.cutmix, color_jitter=a.color_jitter, zoom=a.zoom, degrees=a.degrees)
+    check_range(0, MAX_SIDE, pad=a.pad)
+    check_range(0, 1, min_score=d.min_score)
+    check_range(0, ema_warmup=s.ema.ema_warmup)
+    check_range(1, MAX_SIDE, fpn_channels=d.fpn_channels, max_found=d.max_found, anchor_size=d.anchor_size)
 
 
 def _check_sizes(sizes: list[int], ends: list[float]) -> None:

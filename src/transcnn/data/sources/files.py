@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +12,7 @@ from ...errors import UserError
 from ..images import BrokenImage, folder_identity
 from .source import first_line
 
-__all__ = ["Files", "open_files"]
+__all__ = ["Files", "dense_layout", "open_files"]
 
 
 class Files(Protocol):
@@ -47,6 +48,18 @@ def open_files(data: str | os.PathLike[str]) -> Files:
         return TarFiles(path)
     kind = "is neither a folder nor a tar" if path.exists() else "does not exist"
     raise UserError(f"{os.fspath(data)!r} {kind}")
+
+
+def dense_layout(data: str) -> str | None:
+    """``detect`` or ``segment`` if a folder or tar on this machine is laid out for that task; else None."""
+    try:
+        names = [name.lower() for name in open_files(data).names()]
+    except (UserError, OSError, ValueError):
+        return None
+    if any(re.search(r"(^|/)annotations/.*\.(json|xml)$", name) for name in names):
+        return "detect"
+    both = all(any(re.search(rf"(^|/){folder}/", name) for name in names) for folder in ("images", "labels"))
+    return "segment" if both else None
 
 
 class FolderFiles:
