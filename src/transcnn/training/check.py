@@ -24,7 +24,6 @@ ONLY_FOR: dict[str, tuple[str, ...]] = {
     **{f"augment.{name}": CLASSIFY for name in ("mix_prob", "sizes", "size_ends")},
     "augment.smoothing": ("classify", "segment"),
 }
-TASKS = ("classify", "segment", "detect")
 # Settings that mean nothing without another one.
 NEEDS = {
     "distill.distill_type": "distill.distill_from",
