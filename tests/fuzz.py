@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import hashlib
 import io
 import json
@@ -22,8 +23,8 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -176,11 +177,24 @@ def read_checkpoint(content: bytes, folder: Path) -> None:
 
 
 def read_onnx(content: bytes, folder: Path) -> None:
-    from transcnn.onnx.predict import OnnxModel, to_input
+    from transcnn.onnx.dense import class_map, detections
+    from transcnn.onnx.predict import OnnxModel, predictions, to_input
 
     (folder / "x.onnx").write_bytes(content)
-    model = OnnxModel(folder / "x.onnx")
-    to_input(Image.new("RGB", (9, 9)), model.data_config)
+    model = OnnxModel(folder / "x.onnx", accelerator="cpu", threads=1)
+    picture = Image.new("RGB", (9, 9))
+    if model.task == "classify":
+        predictions(model(to_input(picture, model.data_config)[None]), model.class_names, 5)
+    else:
+        (class_map if model.task == "segment" else detections)(model.outputs, picture, model.info)
+
+
+def read_folder(content: bytes, folder: Path) -> None:
+    from transcnn.checkpoints.loading import load
+
+    (folder / "config.json").write_bytes(content)
+    (folder / "model.safetensors").write_bytes(weights_seed())
+    load(folder)
 
 
 def read_parquet(content: bytes, folder: Path) -> None:
@@ -224,15 +238,22 @@ COCO = {
 }  # fmt: skip
 
 
+CONFIG = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.2] * 3, "interpolation": "bicubic", "crop_pct": 0.9}
+MICRO = {"dims": [8, 8], "depths": [1, 1], "expansions": [1, 1], "kernel_sizes": [3, 3], "grid_sizes": [4, None]}
+MICRO |= {"pool_ratios": [2, None]}
+
+
+@functools.cache
 def weights_seed(suffix: str = ".safetensors") -> bytes:
     import torch
 
     from transcnn.checkpoints.loading import data_config_of, save_weights
     from transcnn.plugging.build import build_model
 
-    model = build_model("transcnn_test", num_classes=2)
-    info = {"model": "transcnn_test", "model_args": {"drop_rate": 0.1}, "class_names": ["a", "b"], "task": "classify"}
-    info |= {"data_config": data_config_of(model, 3, 32), "task_args": {}}
+    model = build_model("transcnn_test", num_classes=2, **MICRO)
+    info = {"model": "transcnn_test", "model_args": MICRO, "class_names": ["a", "b"], "task": "classify"}
+    info |= {"data_config": data_config_of(model, 3, 32), "task_args": {}, "data": "x", "epoch": 3, "val_top1": 50.0}
+    info |= {"settings": {"data": "x", "seed": 0, "val_fraction": 0.1, "optim": {"opt": "adamw"}}}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"x{suffix}"
         if suffix == ".ckpt":
@@ -242,25 +263,46 @@ def weights_seed(suffix: str = ".safetensors") -> bytes:
         return path.read_bytes()
 
 
-def onnx_seed() -> bytes:
-    import onnx
-    from onnx import TensorProto, helper
+def folder_seed() -> bytes:
+    cfg = {**CONFIG, "tag": "x", "fixed_input_size": False, "num_classes": 2, "first_conv": "stem.0"}
+    config = {"architecture": "transcnn_test", "num_classes": 2, "model_args": MICRO, "pretrained_cfg": cfg}
+    return json.dumps({**config, "num_features": 8, "global_pool": "avg", "label_names": ["a", "b"]}).encode()
 
-    shapes = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 3, "h", "w"]) for name in ("images", "logits")
-    ]
-    graph = helper.make_graph([helper.make_node("Identity", ["images"], ["logits"])], "g", shapes[:1], shapes[1:])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    config = {
-        "input_size": [3, 32, 32],
-        "mean": [0.5] * 3,
-        "std": [0.2] * 3,
-        "interpolation": "bicubic",
-        "crop_pct": 0.9,
+
+def onnx_seeds() -> list[bytes]:
+    """A classifier, a segmenter and a detector of a node or two."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    def file(task: str, nodes: list[Any], outputs: dict[str, Any], constants: dict[str, Any], **info: Any) -> bytes:
+        images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["b", 3, "h", "w"])
+        outs = [helper.make_tensor_value_info(name, *kind) for name, kind in outputs.items()]
+        tensors = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+        graph = helper.make_graph(nodes, "g", [images], outs, tensors)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        about = {"class_names": ["a", "b", "c"], "data_config": CONFIG, "task": task, **info}
+        onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in about.items()})
+        return model.SerializeToString()
+
+    real, whole = TensorProto.FLOAT, TensorProto.INT64
+    pool = [helper.make_node("GlobalAveragePool", ["images"], ["x"]), helper.make_node("Flatten", ["x"], ["logits"])]
+    same = [helper.make_node("Identity", ["images"], ["logits"])]
+    found = {"boxes": (real, [2, 4]), "scores": (real, [2]), "labels": (whole, [2]), "image": (whole, [2])}
+    held = {
+        "b": np.array([[0, 0, 5, 5], [1, 1, 9, 4]], np.float32),
+        "s": np.array([0.9, 0.5], np.float32),
+        "l": np.array([0, 2]),
+        "i": np.zeros(2, np.int64),
     }
-    info = {"class_names": ["a", "b"], "data_config": config, "task": "classify"}
-    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in info.items()})
-    return model.SerializeToString()
+    links = [helper.make_node("Identity", [a], [b]) for a, b in zip(held, found, strict=True)]
+    detect = {"short_side": 64, "long_side": 96, "min_score": 0.05, "max_found": 9, "side_range": [1, 1]}
+    detect |= {"detector": "retinanet", "fpn_channels": 16}
+    segment = {"decoder": "fpn", "window": 8, "flip": True, "resize": 12, "label_ids": [0, 1, 2]}
+    return [
+        file("classify", pool, {"logits": (real, ["b", 3])}, {}),
+        file("segment", same, {"logits": (real, ["b", 3, "h", "w"])}, {}, task_args=segment),
+        file("detect", links, found, held, task_args=detect),
+    ]
 
 
 def parquet_seed() -> bytes:
@@ -300,7 +342,8 @@ TARGETS: dict[str, tuple[Callable[[bytes, Path], None], Callable[[], list[bytes]
     "config": (read_config, lambda: [p.read_bytes() for p in CORPUS.parents[1].glob("recipes/*.yaml")], 1.5),
     "weights": (read_weights, lambda: [weights_seed()], 1),
     "checkpoint": (read_checkpoint, lambda: [weights_seed(".ckpt")], 1),
-    "onnx": (read_onnx, lambda: [onnx_seed()], 0.5),
+    "folder": (read_folder, lambda: [folder_seed()], 1),
+    "onnx": (read_onnx, onnx_seeds, 0.5),
     "parquet": (read_parquet, lambda: [parquet_seed()], 0.5),
     "classes": (read_classes, lambda: [b"cat\ndog\n", b"0 sky\n7 road\n255 void\n"], 0.3),
 }
@@ -378,14 +421,15 @@ def change(name: str, content: bytes, draw: random.Random) -> bytes:
     """One hostile file of a kind."""
     if draw.random() < 0.3:
         return mutate(content, draw)
-    if name in ("coco", "manifest"):
+    if name in ("coco", "manifest", "folder"):
         return json.dumps(mutate_tree(json.loads(content), draw)).encode("utf-8", "surrogatepass")
     if name == "config":
         return yaml.safe_dump(mutate_tree(yaml.safe_load(content), draw)).encode("utf-8", "surrogatepass")
     if name == "weights":  # 8 bytes with the header's length, and the header
         length = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + length])
-        stored = header["__metadata__"]
+        header = dict(sorted(header.items()))  # safetensors writes them in any order
+        stored = header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         key = draw.choice([key for key in stored if key != "format"])
         if draw.random() < 0.7:
             stored[key] = json.dumps(mutate_value(json.loads(stored[key]), draw))
@@ -411,19 +455,59 @@ def change(name: str, content: bytes, draw: random.Random) -> bytes:
     return mutate(content, draw)
 
 
+def thousand(name: str, share: float = 1.0) -> None:
+    """The same thousand files of a kind at each call (or a share of them); raises AssertionError where one fails."""
+    draw, seeds = random.Random(name), TARGETS[name][1]()
+    for content in seeds:
+        problem = attempt(name, content)
+        assert not problem, f"a good file isn't read: {problem}"
+    count, refusals = round(1000 * share), 0
+    with little_memory(2000):
+        for case in range(count):
+            content = change(name, draw.choice(seeds), draw)
+            problem, refused = outcome(name, content)
+            assert not problem, f"case {case}, {content[:300]!r}: {problem[-2000:]}"
+            refusals += refused
+    assert count // 20 < refusals < count - count // 20  # both happen, else nothing is tried
+
+
+@contextmanager
+def little_memory(megabytes: int) -> Iterator[None]:
+    """No more than this much of address space can be taken (where Linux can say how much is)."""
+    if not Path("/proc/self/statm").exists():
+        yield
+        return
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def attempt(name: str, content: bytes) -> str:
     """What is wrong with how a reader took this; "" if nothing."""
+    return outcome(name, content)[0]
+
+
+def outcome(name: str, content: bytes) -> tuple[str, bool]:
+    """What is wrong with how a reader took this ("" if nothing), and whether it was refused."""
     began = time.process_time()
+    refused = False
     with tempfile.TemporaryDirectory() as folder:
         try:
             TARGETS[name][0](content, Path(folder))
         except (UserError, BrokenImage) as error:
+            refused = True
             if "\n" in str(error).strip():
-                return f"an error of several lines: {error!r}"
+                return f"an error of several lines: {error!r}", True
+            if len(str(error)) > 3000:
+                return f"an error of {len(str(error))} characters", True
         except BaseException:
-            return traceback.format_exc()
+            return traceback.format_exc(), False
     seconds = time.process_time() - began
-    return f"it took {seconds:.1f} s" if seconds > SLOW else ""
+    return f"it took {seconds:.1f} s" if seconds > SLOW else "", refused
 
 
 def main() -> int:

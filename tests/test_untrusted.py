@@ -6,11 +6,9 @@ import io
 import json
 import os
 import pickle
-import resource
 import struct
 import tarfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import save
 
+from fuzz import little_memory
 from transcnn import cli
 from transcnn.checkpoints.loading import load, read_info
 from transcnn.commands.train import train
@@ -30,18 +29,6 @@ from transcnn.onnx.predict import OnnxModel
 
 CONFIG = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.2] * 3, "interpolation": "bicubic", "crop_pct": 0.9}
 INFO = {"model": "transcnn_test", "class_names": ["a", "b"], "data_config": CONFIG}
-
-
-@contextmanager
-def little_memory(megabytes: int = 300) -> Iterator[None]:
-    """No more than this much of address space can be taken."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20), before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def weights(**info: Any) -> bytes:
@@ -75,7 +62,7 @@ ABSURD: list[tuple[str, Callable[[], bytes], str]] = [
 def test_absurd_sizes_are_refused_before_memory_is_taken(tmp_path, name, content, match):
     (tmp_path / name).write_bytes(content())
     load_nothing()
-    with little_memory(), pytest.raises(UserError, match=match) as caught:
+    with little_memory(300), pytest.raises(UserError, match=match) as caught:
         load(tmp_path / name)
     assert "\n" not in str(caught.value)
 

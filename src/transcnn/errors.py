@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["MAX_SEED", "MAX_SIDE", "UserError", "check_range", "require"]
+__all__ = ["MAX_SEED", "MAX_SIDE", "UserError", "check_range", "first_line", "require"]
 
 MAX_SIDE = 1 << 13  # pixels of an input
 MAX_SEED = (1 << 32) - 1  # what NumPy and Lightning take
@@ -40,3 +40,10 @@ def require(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UserError(f'{module} is not installed; run: pip install "transcnn[{extra}]"') from error
+
+
+def first_line(error: BaseException, most: int = 300) -> str:
+    """What another library says went wrong, as one short line; it may repeat what stands in a stranger's file."""
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    line = "".join(letter if letter.isprintable() else "?" for letter in line)
+    return line if len(line) <= most else f"{line[:most]}..."

@@ -13,6 +13,7 @@ from PIL import Image
 from refusal import refused
 from safetensors.torch import save_file
 
+import fuzz
 import transcnn
 from transcnn.checkpoints.hub import save_pretrained
 from transcnn.checkpoints.loading import load
@@ -138,6 +139,11 @@ def test_a_plugged_folder_is_loaded_sealed():
     folder = save_pretrained(model, "plugged", class_names=["a", "b", "c"])
     x = torch.randn(1, 3, 48, 48)
     assert torch.equal(load(folder).model(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_thousand_changed_folders_end_in_a_network_or_in_one_line():
+    fuzz.thousand("folder")
 
 
 # --- runs that are resumed --------------------------------------------------------------------------------------------

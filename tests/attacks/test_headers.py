@@ -16,6 +16,7 @@ from PIL import Image
 from refusal import refused
 from safetensors.numpy import save
 
+import fuzz
 from transcnn.checkpoints.arguments import ARGUMENTS, check_model_args
 from transcnn.checkpoints.loading import data_config_of, load, save_weights
 from transcnn.commands.demo import demo
@@ -213,3 +214,9 @@ def test_networks_of_the_users_own_keep_their_arguments(sealed):
     for args in ({"variant": "/etc/passwd"}, {"checkpoint_path": "x"}, {"pretrained": True}, {"kwargs": {}}):
         save_weights(Path("y.safetensors"), model, {**info, "model_args": args})
         refused(lambda: load("y.safetensors"), "model_args")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "share"), [("weights", 0.7), ("checkpoint", 0.3)])
+def test_a_thousand_changed_files_end_in_a_network_or_in_one_line(kind, share):
+    fuzz.thousand(kind, share)

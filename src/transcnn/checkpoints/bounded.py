@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
 )
 
 from .. import variants as _registers_our_models  # noqa: F401
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .arguments import check_model_args, check_model_name
 from .header import refused
 
@@ -44,7 +44,7 @@ def build_bounded(build: Callable[[], nn.Module], path: Path) -> nn.Module:
     try:
         size, tensors = path.stat().st_size, _count_tensors(path)
     except (OSError, SafetensorError, zipfile.BadZipFile, ValueError) as error:
-        raise UserError(f"can't read {path}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+        raise UserError(f"can't read {path}: {first_line(error)}") from error
     most = TENSORS_PER_TENSOR * tensors + SPARE_TENSORS
     try:
         with torch.device("meta"), _limited(path, most, None):
@@ -56,8 +56,7 @@ def build_bounded(build: Callable[[], nn.Module], path: Path) -> nn.Module:
     except UserError:
         raise
     except Exception as error:  # sizes that don't go together fail in as many ways as there are networks
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"the network that {path} names can't be made: {reason}") from error
+        raise UserError(f"the network that {path} names can't be made: {first_line(error)}") from error
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 __all__ = ["atomic_write", "check_writable", "make_folder", "remove_stale_temporaries"]
 
@@ -27,7 +27,7 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"can't write {path}: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)  # there only if something failed

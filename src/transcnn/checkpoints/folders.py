@@ -15,7 +15,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..plain import check_plain
 from ..plugging.build import build_model
 from .arguments import check_plug, short
@@ -95,7 +95,7 @@ def _find(source: str | os.PathLike[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
     except (errors.HFValidationError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = first_line(error)
         raise UserError(f"{name} is no folder, and the hub doesn't give it: {reason}") from error
 
 

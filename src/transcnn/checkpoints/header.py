@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..errors import MAX_SIDE, UserError
+from ..errors import MAX_SIDE, UserError, first_line
 from ..plain import check_plain
 from .arguments import check_task_args, short
 
@@ -41,8 +41,8 @@ def refused(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
-        reason = f"{short(error.args[0])} is missing" if isinstance(error, KeyError) else str(error) or "?"
-        raise UserError(f"what {os.fspath(path)} says of itself is damaged: {reason.splitlines()[0]}") from error
+        reason = f"{short(error.args[0])} is missing" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(f"what {os.fspath(path)} says of itself is damaged: {reason}") from error
 
 
 def _check(info: dict[str, Any]) -> None:

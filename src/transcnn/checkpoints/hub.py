@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..plugging.cost import count
 from ..plugging.plug import plug_spec
 from ..text import json_text, markdown, printable
@@ -248,7 +248,7 @@ def _metrics_of(source: str) -> dict[str, Any]:
         metrics = json.loads(path.read_text(encoding="utf-8"))
         return metrics if isinstance(metrics, dict) else {}
     except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"can't read {path}: {next(iter(str(error).splitlines()), type(error).__name__)}") from error
+        raise UserError(f"can't read {path}: {first_line(error)}") from error
 
 
 def _about(loaded: Loaded, name: str) -> str:

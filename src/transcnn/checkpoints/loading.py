@@ -26,7 +26,7 @@ from torch import nn
 
 from ..data.names import distinct_names, imagenet_names
 from ..dense.build import build_network
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..plugging.build import build_model
 from .arguments import short
 from .bounded import build_bounded, registered
@@ -148,8 +148,7 @@ def read_info(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, AttributeError):
         return {}
     except Exception as error:  # damaged files fail in many ways; torch's refusal of code has a long text
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"can't read {path}: {reason}") from error
+        raise UserError(f"can't read {path}: {first_line(error)}") from error
 
 
 def _load_file(path: Path, model_name: str | None) -> Loaded:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 __all__ = ["Classes", "convert_state_dict", "load_body", "load_checkpoint", "sizes_of", "torch_load"]
 
@@ -342,7 +342,7 @@ def _read(path: Path) -> dict[str, Any]:
         if isinstance(error, pickle.UnpicklingError) and asks:
             raise UserError(f"{path} is refused: reading it would run code ({asks[1]}), weights need none") from error
         says_why = isinstance(error, RuntimeError | ValueError | OSError | SafetensorError) and str(error)
-        reason = str(error).splitlines()[0] if says_why else "torch.save did not write it"
+        reason = first_line(error) if says_why else "torch.save did not write it"
         raise UserError(f"{path} is no checkpoint that can be read: {reason}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UserError(f"{path} holds no weights by name, but a {type(content).__name__}")

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from ..data.images import read_image, to_channels
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..onnx.dense import detections as detections_by_file
 from ..onnx.predict import to_input
 
@@ -57,12 +57,12 @@ def check(model: nn.Module, run: Run, batches: Iterator[np.ndarray], noise_above
         try:
             wanted = _answer(model, tensor)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"the network itself fails on images of shape {batch.shape}: {reason}") from error
         try:
             found = run(batch)
         except Exception as error:  # each engine has its own
-            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            reason = first_line(error)
             raise UserError(f"the file fails on images of shape {batch.shape}: {reason}") from error
         count, _, height, width = batch.shape
         times = _time_in_turn(lambda tensor=tensor: _answer(model, tensor), lambda batch=batch: run(batch))
@@ -110,7 +110,7 @@ def check_detections(
         try:
             ours, theirs = by_network(), by_file()
         except Exception as error:  # each engine has its own
-            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            reason = first_line(error)
             raise UserError(f"the file fails on an image of {image.height}x{image.width}: {reason}") from error
         wanted = [ours[name].numpy() for name in ("boxes", "scores", "labels")]
         found = [np.asarray(theirs[name]) for name in ("boxes", "scores", "labels")]

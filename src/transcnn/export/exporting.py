@@ -26,7 +26,7 @@ from torch.export import Dim, ExportedProgram
 
 from .. import __version__
 from ..checkpoints.loading import Loaded
-from ..errors import UserError, require
+from ..errors import UserError, first_line, require
 from ..plugging.plug import plug_spec
 from .check import Row, Run, check, check_detections, comparisons, example_images, refuse_beyond
 from .steps import steps
@@ -83,7 +83,7 @@ def export_model(
                 except OSError:
                     raise
                 except Exception as error:  # each exporter has its own
-                    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+                    reason = first_line(error)
                     raise UserError(
                         f"the format {format} can't hold {type(loaded.model).__name__}: {reason}"
                     ) from error
@@ -244,7 +244,7 @@ def _capture(
         with torch.no_grad():
             program = torch.export.export(model, (torch.zeros(2, channels, *sides),), dynamic_shapes=(free,))
     except Exception as error:  # what a network does that can't be traced shows in many ways
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = first_line(error)
         raise UserError(f"{type(model).__name__} can't be traced for export: {reason}") from error
     image = next(node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
     fixed = [axis for axis in free if str(image.meta["val"].shape[axis]).isdigit()]  # free ones have names

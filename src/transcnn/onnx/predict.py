@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..checkpoints.header import MAX_SIDE, check_stored
+from ..checkpoints.header import check_stored
 from ..data.images import MAX_ASPECT_RATIO, crop_extreme_aspect, to_channels
-from ..errors import UserError, require
+from ..errors import MAX_SIDE, UserError, first_line, require
 
 __all__ = ["OnnxModel", "predictions", "to_input"]
 
@@ -52,7 +52,7 @@ class OnnxModel:
         try:
             self.session = ort.InferenceSession(os.fspath(path), options, providers=_providers(ort, accelerator))
         except Exception as error:  # ONNX Runtime has a class of its own for each cause
-            raise UserError(f"can't read {path}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"can't read {path}: {first_line(error)}") from error
         try:
             stored = self.session.get_modelmeta().custom_metadata_map
             self.info: dict[str, Any] = {key: json.loads(value) for key, value in stored.items()}
@@ -92,7 +92,7 @@ class OnnxModel:
         try:
             found = dict(zip(names, self.session.run(names, {self._input.name: images}), strict=True))
         except Exception as error:  # ONNX Runtime has a class of its own for each cause
-            raise UserError(f"{self._path} can't be run: {(str(error) or '?').splitlines()[0]}") from error
+            raise UserError(f"{self._path} can't be run: {first_line(error)}") from error
         problem = self._problem(found, images.shape)
         if problem:
             raise UserError(f"{self._path} is damaged: {problem}")

@@ -9,7 +9,7 @@ import timm
 from torch import nn
 
 from .. import variants as _registers_our_models  # noqa: F401
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .plug import plug_like
 
 __all__ = ["build_model"]
@@ -33,9 +33,9 @@ def build_model(name: str, plug: Any = None, **kwargs: Any) -> nn.Module:
     except UserError:
         raise
     except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"can't make {name} with {kwargs}: {error}") from error
+        raise UserError(f"can't make {name} with {str(kwargs)[:300]}: {first_line(error)}") from error
     except (RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
-        raise UserError(f"can't make {name}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+        raise UserError(f"can't make {name}: {first_line(error)}") from error
     except Exception as error:  # of the network or the hub: there are many kinds
         if not kwargs.get("pretrained"):
             raise
@@ -46,8 +46,7 @@ def _no_weights(name: str, error: Exception) -> str:
     """What to do where published weights can't be fetched."""
     config = timm.get_pretrained_cfg(name)
     where = (config.hf_hub_id and f"hf-hub:{config.hf_hub_id}") or config.url if config else None
-    reason = (str(error) or type(error).__name__).splitlines()[0]
     return (
-        f"can't fetch the weights of {name}{f' from {where}' if where else ''}: {reason[:200]}; offline, give "
-        "--init_from a file of weights that is here, or train without --pretrained"
+        f"can't fetch the weights of {name}{f' from {where}' if where else ''}: {first_line(error, 200)}; offline, "
+        "give --init_from a file of weights that is here, or train without --pretrained"
     )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 __all__ = ["Place", "backbone", "default_levels", "eval_mode", "find"]
 
@@ -157,7 +157,7 @@ def run(model: nn.Module, example: Example | None, meta: bool = False) -> tuple[
     try:
         call(model, arguments, {})
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"{type(model).__name__} can't be run on an example of shape {image} ({reason}); "
             "give one that it takes, as example=torch.zeros(B, C, H, W)"
