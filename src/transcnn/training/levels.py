@@ -41,7 +41,7 @@ def choose_levels(name: str, args: dict[str, Any], size: tuple[int, int], *, fix
         counts = "-".join(str(len(g) + 1) for g in grids)
         if fixed:
             told = (
-                f"the levels of attention are those of the weights: {_short(before)} G multiply-adds an image of {shape}; "
+                f"the levels of attention are those of the weights: {_short(before)} G multiply-adds at {shape}; "
                 f"with {counts} levels, to be learnt anew, they would be {_short(after)} G"
             )
         else:
