@@ -41,7 +41,7 @@ def train(settings: TrainSettings) -> TrainResult:
     from ..distributed.processes import first_decides, launch
     from ..distributed.runtime import lasting_output, quiet_libraries
     from ..training.faults import Rollback
-    from ..training.resume import find_resumed, find_start, located, resumed_settings
+    from ..training.resume import check_seen_by_all, find_resumed, find_start, located, resumed_settings
     from ..training.run import run
     from ..training.run_dir import RunLock
 
@@ -51,6 +51,7 @@ def train(settings: TrainSettings) -> TrainResult:
             first_decides(lambda: lock.acquire(Path(resume).parent if Path(resume).is_file() else Path(resume)))
         resumed = first_decides(lambda: find_start(settings.resume, settings.out))
         if resumed:
+            check_seen_by_all(resumed)
             settings = resumed_settings(settings, resumed)
         settings = located(settings)
         lr_factor = None

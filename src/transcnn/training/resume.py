@@ -13,13 +13,13 @@ from ..checkpoints.bounded import registered
 from ..checkpoints.files import remove_stale_temporaries
 from ..checkpoints.header import check_stored
 from ..checkpoints.loading import read_info
-from ..distributed.processes import restarts
+from ..distributed.processes import gather, rank, restarts, world
 from ..errors import UserError
 from ..settings import TrainSettings
 from .checkpointing import LAST, PREVIOUS, newest_good, note
 from .run_dir import made_by_this_launch
 
-__all__ = ["find_resumed", "find_start", "located", "resumed_settings"]
+__all__ = ["check_seen_by_all", "find_resumed", "find_start", "located", "resumed_settings"]
 
 # What a resumed run may have otherwise than the run it goes on with; all else decides what is learnt.
 FREE = {
@@ -62,6 +62,23 @@ def find_resumed(resume: str) -> Path:
         note(path.parent, remark)
         print(f"transcnn: {remark}", file=sys.stderr)
     return path
+
+
+def check_seen_by_all(checkpoint: Path) -> None:
+    """See that every process can read what the run goes on from; all processes call this.
+
+    Raises:
+        UserError: Some can't: their machine has another disk.
+    """
+    found = gather(checkpoint.is_file())
+    blind = [str(number) for number, there in enumerate(found) if not there]
+    if blind:
+        error = UserError(
+            f"process {', '.join(blind)} of {world()} can't find {checkpoint}: to go on, every machine must see "
+            "the run directory (a shared disk, or a copy at the same path)"
+        )
+        error.told = rank() > 0
+        raise error
 
 
 def resumed_settings(given: TrainSettings, checkpoint: Path) -> TrainSettings:

@@ -21,6 +21,7 @@ from ..data.sources.source import abbreviate
 from ..distributed.processes import (
     first_decides,
     first_here,
+    gather,
     gather_lists,
     lost_process,
     per_machine,
@@ -250,7 +251,8 @@ def _finish(
     # The weights as everybody loads them are scored, a validation split once more: what the report shows beyond the
     # figures of each epoch (curves, wrong predictions) is made here alone.
     part, split = (splits.val, "val") if splits.test is None else (splits.test, "test")
-    loaded = load(run_dir)
+    everywhere = all(gather((run_dir / "best.safetensors").is_file()))  # else another machine has another disk
+    loaded = load(run_dir) if everywhere else first_decides(lambda: load(run_dir))
     learner, scores = measure(
         loaded,
         part,
