@@ -1,6 +1,7 @@
 """optimize() gives the same answers: every design, odd sizes, plugged and dense networks, both precisions."""
 
 import copy
+import dataclasses
 
 import pytest
 import timm
@@ -477,3 +478,49 @@ def test_training_layers_are_plain_again():
 
     with pytest.raises(UserError, match="0 is a Own, a subclass"):
         plain(nn.Sequential(Own(3, 4, 1)))
+
+
+@pytest.mark.parametrize("kind", ["transcnn", "plugged", "optimized"])
+@torch.no_grad()
+def test_timms_switch_of_the_fused_attention_is_obeyed(kind, monkeypatch):
+    def forbidden(*arguments, **options):
+        raise AssertionError("the fused attention ran")
+
+    def build_one() -> nn.Module:
+        torch.manual_seed(0)
+        made = network() if kind != "plugged" else fill(transcnn.plug(timm.create_model("resnet10t", num_classes=7)))
+        return optimize(made) if kind == "optimized" else made
+
+    x = torch.randn(2, 3, 40, 37)
+    expected = build_one()(x)
+    timm.layers.set_fused_attn(False)
+    try:
+        model = build_one()
+    finally:
+        timm.layers.set_fused_attn(True)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", forbidden)
+    assert error(model(x), expected) <= 1e-5
+    with pytest.raises(AssertionError, match="the fused attention ran"):
+        build_one()(x)
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+@torch.no_grad()
+def test_a_detector(dtype):
+    """Its backbone computes in bf16, its boxes in fp32."""
+    from transcnn.dense.detectors import build
+    from transcnn.settings import Detect
+
+    options = dict(detector="retinanet", fpn_channels=32, short_side=64, long_side=96, min_score=0.0, max_found=20)
+    model = build("transcnn_test", {**dataclasses.asdict(Detect()), **options}, num_classes=3).eval()
+    fast, images = optimize(model, dtype), [torch.rand(3, 70, 50), torch.rand(3, 40, 40)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fast(images)
+    for ours, exact in zip(found, model(images), strict=True):
+        assert ours["boxes"].dtype == ours["scores"].dtype == torch.float32
+        assert len(ours["boxes"]) == len(exact["boxes"])
+        if dtype is None:
+            torch.testing.assert_close(ours["boxes"], exact["boxes"], atol=1e-2, rtol=1e-4)
+    backbone = next(p for p in fast.net.backbone.parameters())
+    assert backbone.dtype == (torch.float32 if dtype is None else torch.bfloat16)
+    assert all(p.dtype == torch.float32 for p in fast.net.head.parameters())

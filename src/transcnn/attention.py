@@ -61,6 +61,8 @@ class HMHSA(nn.Module):
             from ``forward``, the input is no (B, ``dim``, H, W) tensor.
     """
 
+    fused_attn = True  # whether F.scaled_dot_product_attention computes the attention
+
     def __init__(
         self,
         dim: int,
@@ -104,7 +106,7 @@ class HMHSA(nn.Module):
         _check_input(x, self.dim)
         if not self.local:
             q, k, v = self.qkv(self.norm(x)).chunk(3, dim=1)
-            return self.proj(global_attention(q, k, v, self.head_dim))
+            return self.proj(global_attention(q, k, v, self.head_dim, self.fused_attn))
 
         tokens, ratio = x, 1  # each token stands for ratio×ratio positions
         steps: list[tuple[Tensor, int]] = []  # A₁ … A_{L-1}, each with its ratio
@@ -128,7 +130,16 @@ class HMHSA(nn.Module):
     def global_step(self, q: Tensor, kv: Tensor) -> Tensor:
         """Attention of all positions to the merged tokens, (B, C, H, W) and (B, 2C, H', W') -> (B, C, H, W)."""
         k, v = kv.chunk(2, dim=1)
-        return global_attention(q, k, v, self.head_dim)
+        return global_attention(q, k, v, self.head_dim, self.fused_attn)
+
+    def set_fused_attn(self, enable: bool) -> None:
+        """Compute the attention by ``F.scaled_dot_product_attention`` or, with ``enable=False``, step by step.
+
+        Networks and :func:`transcnn.plug` take over what ``timm.layers.set_fused_attn`` says when they are made.
+        """
+        self.fused_attn = enable
+        for step in self.local:
+            step.fused_attn = enable  # pyright: ignore
 
     def extra_repr(self) -> str:
         return f"{self.dim}, head_dim={self.head_dim}, grid_sizes={self.grid_sizes}, pool_ratios={self.pool_ratios}"
@@ -140,6 +151,8 @@ class LocalStep(nn.Module):
     The layers are made by :class:`HMHSA`; the output channels of ``qkv`` are ordered (q, k, v) × heads × head_dim.
     """
 
+    fused_attn = True
+
     def __init__(self, norm: nn.Module, qkv: nn.Conv2d, grid_norm: nn.Module, head_dim: int, grid_size: int) -> None:
         super().__init__()
         self.norm = norm
@@ -150,20 +163,21 @@ class LocalStep(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        return self.grid_norm(x + grid_attention(self.qkv(self.norm(x)), self.head_dim, self.grid_size))
+        qkv = self.qkv(self.norm(x))
+        return self.grid_norm(x + grid_attention(qkv, self.head_dim, self.grid_size, self.fused_attn))
 
 
-def grid_attention(qkv: Tensor, head_dim: int, grid_size: int) -> Tensor:
+def grid_attention(qkv: Tensor, head_dim: int, grid_size: int, fused: bool = True) -> Tensor:
     """Multi-head attention inside each grid_size×grid_size grid, (B, 3C, H, W) -> (B, C, H, W)."""
     batch, channels, height, width = qkv.shape
     tokens, mask = cut_into_grids(qkv, grid_size)  # (B·G, N, 3C), (B·G, 1, 1, N)
     tokens = tokens.unflatten(2, (3, channels // 3 // head_dim, head_dim))  # (B·G, N, 3, h, d)
     q, k, v = tokens.permute(2, 0, 3, 1, 4)  # (B·G, h, N, d) each
-    out = attend(q, k, v, mask)
+    out = attend(q, k, v, mask, fused)
     return join_grids(out.transpose(1, 2).flatten(2), grid_size, batch, height, width)
 
 
-def global_attention(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> Tensor:
+def global_attention(q: Tensor, k: Tensor, v: Tensor, head_dim: int, fused: bool = True) -> Tensor:
     """Every position of ``q`` attends to every token of ``k`` and ``v``.
 
     (B, C, H, W) and twice (B, C, H', W') -> (B, C, H, W).
@@ -172,13 +186,13 @@ def global_attention(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> Tensor:
     def split(x: Tensor) -> Tensor:
         return x.flatten(2).unflatten(1, (-1, head_dim)).transpose(2, 3)  # (B, h, H·W, d)
 
-    out = attend(split(q), split(k), split(v))  # (B, h, H·W, d)
+    out = attend(split(q), split(k), split(v), fused=fused)  # (B, h, H·W, d)
     return out.transpose(2, 3).reshape(q.shape)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, fused: bool = True) -> Tensor:
     """softmax(Q·Kᵀ/√d)·V where ``mask`` is true, (..., N, d) and twice (..., M, d) -> (..., N, d)."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and k.shape[-2] <= 256:
+    if not fused or (q.dtype == torch.bfloat16 and q.device.type == "cpu" and k.shape[-2] <= 256):
         # A processor's fused kernel takes up to six times as long, most of it in the backward pass (docs/speed.md).
         scores = q @ k.mT * q.shape[-1] ** -0.5  # (..., N, M)
         if mask is not None:

@@ -17,7 +17,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates, get_act_layer, is_scriptable, trunc_normal_
+from timm.layers import (
+    ClassifierHead,
+    calculate_drop_path_rates,
+    get_act_layer,
+    is_scriptable,
+    trunc_normal_,
+    use_fused_attn,
+)
 from torch import Tensor, nn
 
 from .attention import HMHSA
@@ -147,6 +154,7 @@ class TransCNN(nn.Module):
                 norm_layer=norm,
                 **dd,
             )
+            attn.set_fused_attn(use_fused_attn())
             irb = InvertedResidual(
                 dims[i],
                 expansions[i],

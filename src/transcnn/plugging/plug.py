@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import use_fused_attn
 from torch import Tensor, nn
 
 from ..attention import HMHSA, default_head_dim
@@ -62,7 +63,7 @@ class Plug:
     def attention(self, like: Tensor | None) -> HMHSA:
         norm = NORM_LAYERS[self.norm_layer] if isinstance(self.norm_layer, str) else self.norm_layer
         made = {} if like is None else {"device": like.device, "dtype": like.dtype}
-        return HMHSA(
+        attention = HMHSA(
             self.dim,
             head_dim=self.head_dim,
             grid_sizes=self.grid_sizes,
@@ -70,6 +71,8 @@ class Plug:
             norm_layer=norm,
             **made,
         )
+        attention.set_fused_attn(use_fused_attn())
+        return attention
 
 
 class HMHSABranch(nn.Module):

@@ -14,13 +14,13 @@ __all__ = ["attend"]
 MAX_SCORES = 2**22  # elements of one chunk's matrix of scores; 8 MB in bf16, which stays in a CPU's cache
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, fused: bool = True) -> Tensor:
     """Attention for inference with scaled Q, (B, h, N, d) and twice (B, h, M, d) -> (B, h, N, d).
 
     ``mask`` (B, 1, 1, M) is true where a key is inside the map. In bf16 on a CPU, two matrix products on chunks of the
     queries are faster than PyTorch's fused kernel; everywhere else that kernel runs, which keeps no scores either.
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    if not fused or (q.device.type == "cpu" and q.dtype == torch.bfloat16):
         return _chunked(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
 

@@ -23,7 +23,7 @@ class FastLocalStep(InferenceOnly):
 
     def __init__(self, step: LocalStep) -> None:
         super().__init__()
-        self.head_dim, self.grid_size = step.head_dim, step.grid_size
+        self.head_dim, self.grid_size, self.fused_attn = step.head_dim, step.grid_size, step.fused_attn
         before, grid = affine(step.norm), affine(step.grid_norm)
         one = step.qkv.weight.new_ones(step.qkv.in_channels, dtype=torch.double)
         scale, shift = (one, 0 * one) if grid is None else grid
@@ -70,7 +70,7 @@ class FastLocalStep(InferenceOnly):
         qkv = qkv.unflatten(2, (3, channels // self.head_dim, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B·G, h, N, d) each
         mask = _inside(height, width, rows, columns, size, batch, x.device) if ragged else None
-        out = attend(q, k, v, mask).transpose(1, 2).reshape(batch, rows, columns, size, size, channels)
+        out = attend(q, k, v, mask, self.fused_attn).transpose(1, 2).reshape(batch, rows, columns, size, size, channels)
         a = torch.empty_like(x)  # sum and join in one pass: results are written to their positions in the map
         if self.scale is None:
             torch.add(out, grids(x), out=grids(a))
@@ -85,7 +85,7 @@ class FastHMHSA(InferenceOnly):
     def __init__(self, attn: HMHSA) -> None:
         super().__init__()
         self.dim, self.head_dim, self.num_heads = attn.dim, attn.head_dim, attn.num_heads
-        self.grid_sizes, self.pool_ratios = attn.grid_sizes, attn.pool_ratios
+        self.grid_sizes, self.pool_ratios, self.fused_attn = attn.grid_sizes, attn.pool_ratios, attn.fused_attn
         self.local = nn.ModuleList(FastLocalStep(step) for step in attn.local)  # pyright: ignore
         self.norm_kv = None
         one = attn.proj.weight.new_ones(attn.dim, dtype=torch.double)
@@ -118,7 +118,7 @@ class FastHMHSA(InferenceOnly):
         if not self.local:
             normed = x if self.norm_kv is None else self.norm_kv(x)
             qkv = self.qkv(normed).view(batch, height * width, 3, self.num_heads, self.head_dim)
-            out = attend(*qkv.permute(2, 0, 3, 1, 4))  # (B, h, H·W, d)
+            out = attend(*qkv.permute(2, 0, 3, 1, 4), fused=self.fused_attn)  # (B, h, H·W, d)
             return self.proj(out.transpose(1, 2).reshape(x.shape), residual)
 
         merged, ratio = x, 1
@@ -139,7 +139,7 @@ class FastHMHSA(InferenceOnly):
         def compute(tile: Tile) -> Tensor:
             a = a1[tile]
             q = self.q(a).view(len(a), a.shape[1] * a.shape[2], self.num_heads, self.head_dim)
-            y = attend(q.transpose(1, 2), *kv[tile[0]].permute(2, 0, 3, 1, 4))  # (b, h, n, d)
+            y = attend(q.transpose(1, 2), *kv[tile[0]].permute(2, 0, 3, 1, 4), fused=self.fused_attn)  # (b, h, n, d)
             y = y.transpose(1, 2).reshape(a.shape).add_(a)
             for level, ratio in further:
                 y.add_(_spread(level, ratio, tile))

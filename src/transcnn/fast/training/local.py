@@ -29,5 +29,5 @@ class KernelLocalStep(LocalStep):
         if fits_training(qkv, self.head_dim):
             out = to_nchw(grid_attention(qkv, self.head_dim, self.grid_size))
         else:
-            out = plain(to_nchw(qkv), self.head_dim, self.grid_size)
+            out = plain(to_nchw(qkv), self.head_dim, self.grid_size, self.fused_attn)
         return self.grid_norm(x + out)
