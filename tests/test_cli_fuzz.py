@@ -206,3 +206,23 @@ def test_lists_are_written_as_words_or_in_brackets():
     export = cli.load_command("export")
     assert cli.parse("export", export, ["run", "--images", "a.jpg", "b.jpg"])["images"] == ["a.jpg", "b.jpg"]
     assert cli.parse("export", export, ["run", "--images", "a.jpg"])["images"] == ["a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("files", "flags", "code", "told"),
+    [
+        (["good.png"], [], 0, ""),
+        (["good.png", "bad.png"], [], 0, "1 of 2 files can't be read"),
+        (["good.png", "bad.png"], ["--strict"], 1, "1 of 2 files can't be read; the first: bad.png: "),
+        (["bad.png", "none.png"], [], 2, "no file can be read; the first: bad.png: "),
+        (["bad.png"], ["--strict"], 2, "1 of 1 files can't be read; the first: bad.png: "),
+    ],
+)
+def test_exit_codes_of_files_that_can_not_be_read(files, flags, code, told, made, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("good.png").write_bytes((made / "photos" / "class 0" / "0.png").read_bytes())
+    Path("bad.png").write_bytes(b"nothing")
+    assert cli.main(["predict", str(made / "run"), *files, "--json", "--accelerator", "cpu", *flags]) == code
+    captured = capsys.readouterr()
+    assert len(json.loads(captured.out)) == len(files)  # what could be done was done
+    assert told in captured.err

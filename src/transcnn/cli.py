@@ -35,7 +35,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Run one command; returns the exit code: 0, 1 or 2 for what the user can mend, 130 after Ctrl-C."""
     # Read by PyTorch at its first large tensor: pages of 2 MiB where the kernel has them, a few per cent of a step.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -57,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"no such command: {name}; {hint}")
         function = load_command(name)
         arguments = parse(name, function, arguments)
-        function(**arguments)
+        result = function(**arguments)
     except UserError as error:
-        return 2 if error.told else _fail(str(error))
+        return error.code if error.told else _fail(str(error), error.code)
     except SystemExit as error:  # --help ends so
         return error.code if isinstance(error.code, int) else 0
     except KeyboardInterrupt as error:
@@ -77,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         first = (str(error) or "the system gives no more").splitlines()[0]
         return _fail(f"not enough memory ({first}); smaller images, batches or networks need less")
+    if name == "predict" and all("error" in row for row in result):
+        return _fail(f"no file can be read; the first: {result[0]['file']}: {result[0]['error']}")
     return 0
 
 
@@ -129,9 +131,9 @@ def _overview() -> str:
     )
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = 2) -> int:
     print(f"transcnn: {printable(' '.join(message.split()))}", file=sys.stderr)
-    return 2
+    return code
 
 
 if __name__ == "__main__":

@@ -16,9 +16,11 @@ class UserError(ValueError):
 
     Attributes:
         told: Another process of the same run says it already.
+        code: The exit code of the command line; 1 where the work was done but for a part that was to count.
     """
 
     told = False
+    code = 2
 
 
 def check_range(least: float, most: float | None = None, **values: float | None) -> None:

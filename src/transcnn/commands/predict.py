@@ -50,6 +50,7 @@ def predict(
     accelerator: str = "auto",
     optimize: bool = True,
     out: str = "predictions",
+    strict: bool = False,
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Name what images show: a table on the screen, a JSON list, or a CSV file; images where pixels are classified.
@@ -71,6 +72,7 @@ def predict(
             rounding, several times as fast.
         out: Folder for the images of a network that segments or detects: label maps and overlays; boxes also as
             predictions.json in COCO's format.
+        strict: Let a file that can't be read be an error (exit code 1), once all others are done.
         quiet: Print nothing but errors.
 
     Returns:
@@ -79,7 +81,8 @@ def predict(
         ``{"file": ..., "error": ...}`` for one that can't be read.
 
     Raises:
-        UserError: No such checkpoint, or a path or pattern that names nothing.
+        UserError: No such checkpoint, or a path or pattern that names nothing; with ``strict``, a file that can't be
+            read.
     """
     check_range(1, top_k=top_k, batch_size=batch_size)
     check_range(1, MAX_SIDE, img_size=img_size)
@@ -111,6 +114,14 @@ def predict(
         print(json_text(rows, indent=2))
     elif not quiet:
         _print_table(rows, top_k)
+    if unread := [row for row in rows if "error" in row]:
+        told = f"{len(unread)} of {len(rows)} files can't be read"
+        if strict:
+            error = UserError(f"{told}; the first: {unread[0]['file']}: {unread[0]['error']}")
+            error.code = 1 if len(unread) < len(rows) else 2
+            raise error
+        if not quiet:
+            print(told, file=sys.stderr)
     return rows
 
 
