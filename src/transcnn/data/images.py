@@ -35,6 +35,7 @@ __all__ = [
     "read_ids",
     "read_image",
     "read_oriented",
+    "read_slice",
     "to_channels",
 ]
 
@@ -106,6 +107,19 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
             return file.read()
         except OSError as error:
             raise BrokenImage(error.strerror or str(error)) from error
+
+
+def read_slice(path: str | os.PathLike[str], offset: int, size: int) -> bytes:
+    """A part of a file, where an archive holds an image; raises BrokenImage where it can't be read or ends before."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            content = file.read(size)
+    except OSError as error:
+        raise BrokenImage(error.strerror or str(error)) from error
+    if len(content) < size:
+        raise BrokenImage(f"{os.path.basename(path)} ends within it")
+    return content
 
 
 def read_ids(source: bytes) -> tuple[np.ndarray, list[int] | None]:
@@ -189,14 +203,15 @@ def list_images(
 ) -> Iterator[str]:
     """The image files below a folder by name, sorted folder by folder, as paths; hidden ones are left out.
 
-    Links to folders are followed, each folder is listed once, and those of ``outside`` (the folder of the whole data
-    set, the other classes) never: so links in circles end, and no class gets another's images. To ``others`` the paths
-    of files are added whose names say neither that they are images nor something that usually lies beside images.
+    Links to folders are followed, each folder is listed once, and those above this one and of ``outside`` (the folder
+    of the whole data set, the other classes) never: so links in circles end, and no class gets another's images. To
+    ``others`` the paths of files are added whose names say neither that they are images nor something that usually
+    lies beside images.
 
     Yields:
         Also what only looks like an image (a dangling link, a folder named x.jpg): reading it says what is wrong.
     """
-    listed = {folder_identity(path) for path in outside}
+    listed = {folder_identity(path) for path in (*outside, *Path(folder).resolve().parents)}
     waiting = [os.fspath(folder)]
     while waiting:
         path = waiting.pop()

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UserError
 from .images import list_images
 
-__all__ = ["check_data_exists", "find_images"]
+__all__ = ["check_data_exists", "find_images", "is_url"]
+
+# Schemes of fsspec that only read files elsewhere; those that run programs or unpack archives are not asked.
+SCHEMES = ["http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "hf", "memory"]
+
+
+def is_url(data: str) -> bool:
+    """Whether this is a URL that is read here."""
+    scheme = re.match(r"(\w+)://", data)
+    return bool(scheme) and scheme.group(1).lower() in SCHEMES
 
 
 def find_images(names: Sequence[str]) -> list[str]:
@@ -47,7 +57,7 @@ def check_data_exists(data: str | None) -> None:
         UserError: It isn't.
     """
     name, _, rest = os.fspath(data or "").partition("/")
-    known = data is None or "://" in os.fspath(data) or (name.lower() in ("torch", "hfds", "wds") and rest)
+    known = data is None or is_url(os.fspath(data)) or (name.lower() in ("torch", "hfds", "wds") and rest)
     if not known and not os.path.exists(os.fspath(data)):  # pyright: ignore
         raise UserError(
             f"no such data: {data!r}; allowed: a folder of class folders, packed data, a Parquet file or folder, "

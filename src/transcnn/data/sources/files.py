@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ...errors import UserError
-from ..images import BrokenImage, folder_identity
+from ..images import BrokenImage, folder_identity, read_slice
 from .source import first_line
 
 __all__ = ["Files", "dense_layout", "open_files"]
@@ -138,13 +138,4 @@ class TarFiles:
         """One file."""
         if name not in self.members:
             raise BrokenImage("no such file")
-        start, size = self.members[name]
-        try:
-            with self.path.open("rb") as file:
-                file.seek(start)
-                content = file.read(size)
-        except OSError as error:
-            raise BrokenImage(error.strerror or str(error)) from error
-        if len(content) < size:
-            raise BrokenImage("the tar ends within it")
-        return content
+        return read_slice(self.path, *self.members[name])

@@ -11,12 +11,11 @@ import numpy as np
 from PIL import Image
 
 from ...errors import UserError, require
-from ..paths import check_data_exists
+from ..paths import check_data_exists, is_url
 from .folder import open_folder
 from .named import open_hfds, open_torch
 from .packed import is_packed, open_packed
 from .parquet import open_parquet
-from .remote import RemoteFolder
 from .remote_parquet import open_remote_parquet
 from .source import Source, SourceSplits, split_stratified
 from .webdataset import open_shards
@@ -32,7 +31,7 @@ def open_source(data: str | None) -> SourceSplits:
     """
     if data is None:
         return _digits()
-    if RemoteFolder.is_url(os.fspath(data)):
+    if is_url(os.fspath(data)):
         return _open_url(os.fspath(data))
     if is_packed(data):
         return open_packed(data)

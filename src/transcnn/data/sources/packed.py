@@ -34,7 +34,8 @@ import numpy as np
 from PIL import Image
 
 from ...errors import UserError
-from ..images import BrokenImage, read_image
+from ..images import BrokenImage, read_image, read_slice
+from ..paths import is_url
 from .remote import MAX_MANIFEST_BYTES, Expected, RemoteFolder
 from .source import SPLITS, Source, SourceSplits, abbreviate
 
@@ -104,12 +105,10 @@ class Shards:
         shard, offset, size, _, crc = self.index[i].tolist()
         name = self.files[shard]
         try:
-            with open(self.path_of(name), "rb") as file:
-                file.seek(offset)
-                content = file.read(size)
-        except OSError as error:
-            raise BrokenImage(f"shard {name}: {error.strerror or error}") from error
-        if len(content) < size or zlib.crc32(content) != crc:
+            content = read_slice(self.path_of(name), offset, size)
+        except BrokenImage as error:
+            raise BrokenImage(f"shard {name}: {error}") from error
+        if zlib.crc32(content) != crc:
             raise BrokenImage(f"shard {name} is damaged at byte {offset}: the checksum is another")
         return content
 
@@ -129,7 +128,7 @@ def open_packed(data: str) -> SourceSplits:
     Raises:
         UserError: No manifest, one that is wrong, or files that aren't as it says.
     """
-    remote = RemoteFolder(data) if RemoteFolder.is_url(data) else None
+    remote = RemoteFolder(data) if is_url(data) else None
     path_of: Callable[[str], str] = remote.path if remote else partial(os.path.join, data)
     name, class_names, splits = read_manifest(Path(path_of(MANIFEST)), data)
     if remote is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,8 +18,6 @@ from .source import first_line
 
 __all__ = ["Expected", "RemoteFolder", "translate_errors"]
 
-# Schemes of fsspec that only read files elsewhere; those that run programs or unpack archives are not asked.
-SCHEMES = ["http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "hf", "memory"]
 MAX_TRIES, PAUSE = 4, 1.0  # downloads are tried so often, with pauses of 1, 2 and 4 seconds
 MAX_MANIFEST_BYTES = 64 << 20  # bytes
 
@@ -49,12 +46,6 @@ class RemoteFolder:
         )
         self.folder = Path(root) / hashlib.sha256(self.url.encode()).hexdigest()[:16]
         self.known: dict[str, Expected] = {}
-
-    @staticmethod
-    def is_url(data: str) -> bool:
-        """Whether this is a URL that is read here."""
-        scheme = re.match(r"(\w+)://", data)
-        return bool(scheme) and scheme.group(1).lower() in SCHEMES
 
     def expect(self, known: dict[str, Expected]) -> None:
         """Say what is known of the files."""

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ...errors import UserError, require
-from ..images import BrokenImage, is_image_name, read_image
+from ..images import is_image_name, read_image, read_slice
 from .source import (
     SPLITS,
     Source,
@@ -50,12 +50,7 @@ class TarSamples:
 
     def raw(self, i: int) -> bytes:
         number, offset, size = self.offsets[i]
-        try:
-            with open(self.files[number], "rb") as file:
-                file.seek(offset)
-                return file.read(size)
-        except OSError as error:
-            raise BrokenImage(error.strerror or str(error)) from error
+        return read_slice(self.files[number], offset, size)
 
     def load(self, i: int) -> Image.Image:
         return read_image(self.raw(i))
