@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UserError
@@ -65,5 +64,7 @@ def describe(name: str, img_size: int | None = None) -> dict[str, Any]:
 
 def seconds_per_call(run: Callable[[Tensor], Any], images: Tensor, min_run_time: float = 1.0) -> float:
     """Median time of ``run(images)`` over at least ``min_run_time`` seconds, by PyTorch's benchmark timer."""
+    from torch.utils.benchmark import Timer  # takes seconds, and warns where a CUDA toolkit lies without a GPU
+
     timer = Timer("run(images)", globals={"run": run, "images": images}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=min_run_time).median
