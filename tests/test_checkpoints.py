@@ -512,7 +512,7 @@ def test_published_files_on_the_command_line(authors, class_folder, tmp_path, mo
     from transcnn.commands.predict import predict
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("transcnn.commands.export.export_model", lambda loaded, *_, **__: loaded)
+    monkeypatch.setattr("transcnn.export.exporting.export_model", lambda loaded, *_, **__: loaded)
     image = str(next(class_folder.rglob("*.png")))
     name = "transcnn_test"
     loaded = load(authors, name)

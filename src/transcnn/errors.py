@@ -45,7 +45,7 @@ def require(module: str, extra: str) -> ModuleType:
 
 
 def first_line(error: BaseException, most: int = 300) -> str:
-    """What another library says went wrong, as one short line; it may repeat what stands in a stranger's file."""
+    """What another library says went wrong, as one short line; it may repeat what stands in an untrusted file."""
     line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     line = "".join(letter if letter.isprintable() else "?" for letter in line)
     return line if len(line) <= most else f"{line[:most]}..."

@@ -1,4 +1,4 @@
-"""Folders of strangers (config.json beside weights), and runs of theirs that are to be resumed."""
+"""Untrusted folders (config.json beside weights), and untrusted runs that are to be resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights of strangers: whatever their headers say, nothing but the file itself is read, and nothing is written."""
+"""Untrusted weights: whatever their headers say, nothing but the file itself is read, and nothing is written."""
 
 from __future__ import annotations
 

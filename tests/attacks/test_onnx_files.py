@@ -1,4 +1,4 @@
-"""ONNX files of strangers: what isn't what it says ends in one line, when it is opened or when it is run."""
+"""Untrusted ONNX files: what isn't what it says ends in one line, when it is opened or when it is run."""
 
 from __future__ import annotations
 

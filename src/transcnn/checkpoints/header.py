@@ -16,7 +16,7 @@ from ..errors import MAX_SIDE, UserError, first_line
 from ..plain import check_plain
 from .arguments import check_task_args, short
 
-__all__ = ["check_class_names", "check_data_config", "check_stored", "refused"]
+__all__ = ["check_class_names", "check_data_config", "check_header", "refused"]
 
 MAX_CLASSES = 1 << 16
 MAX_NAME = 1000  # characters of a class's name
@@ -25,7 +25,7 @@ CROP_MODES = ("center", "squash", "border")
 TASKS = ("classify", "segment", "detect")
 
 
-def check_stored(info: dict[str, Any], path: str | os.PathLike[str]) -> None:
+def check_header(info: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """See that class names, preprocessing and the task's settings are what they should be.
 
     Raises:

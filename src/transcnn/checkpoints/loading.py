@@ -32,7 +32,7 @@ from .arguments import short
 from .bounded import build_bounded, registered
 from .files import atomic_write
 from .folders import CONFIG, from_pretrained
-from .header import check_stored
+from .header import check_header
 from .published import load_checkpoint, sizes_of, torch_load
 
 __all__ = ["Loaded", "class_names_of", "data_config_of", "load", "save_weights"]
@@ -159,7 +159,7 @@ def _load_file(path: Path, model_name: str | None) -> Loaded:
         return _load_bare(path, model_name)
     if model_name not in (None, info["model"]):
         raise UserError(f"{path} is for {short(info['model'])}, got model={model_name}")
-    check_stored(info, path)
+    check_header(info, path)
     name = registered(info["model"], info.get("model_args") or {}, path)
     config = info["data_config"]
     names = info["class_names"]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..checkpoints.header import check_stored
+from ..checkpoints.header import check_header
 from ..data.images import MAX_ASPECT_RATIO, crop_extreme_aspect, to_channels
 from ..errors import MAX_SIDE, UserError, first_line, require
 
@@ -60,7 +60,7 @@ class OnnxModel:
             self.data_config: dict[str, Any] = self.info["data_config"]
         except (ValueError, KeyError, RecursionError) as error:
             raise UserError(f"{path} was not written by transcnn export: class names and sizes are missing") from error
-        check_stored(self.info, path)
+        check_header(self.info, path)
         self.task = str(self.info.get("task", "classify"))
         inputs, outputs = self.session.get_inputs(), [output.name for output in self.session.get_outputs()]
         wanted = ["boxes", "scores", "labels", "image"] if self.task == "detect" else ["logits"]

@@ -11,7 +11,7 @@ from typing import Any
 from ..arguments import read_settings
 from ..checkpoints.bounded import registered
 from ..checkpoints.files import remove_stale_temporaries
-from ..checkpoints.header import check_stored
+from ..checkpoints.header import check_header
 from ..checkpoints.loading import read_info
 from ..distributed.processes import gather, rank, restarts, world
 from ..errors import UserError
@@ -93,7 +93,7 @@ def resumed_settings(given: TrainSettings, checkpoint: Path) -> TrainSettings:
     values = info.get("settings")
     if not values:
         raise UserError(f"{checkpoint} was not written by transcnn train; to start from its weights use --init_from")
-    check_stored(info, checkpoint)
+    check_header(info, checkpoint)
     registered(info.get("model"), info.get("model_args") or {}, checkpoint)
     try:
         saved = read_settings(values)
