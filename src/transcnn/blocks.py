@@ -138,7 +138,7 @@ def dilate(stage: Stage, rate: int) -> None:
         beyond = nn.ConstantPad2d((0, rate, 0, rate), -torch.inf)  # the largest of those that there are
         down.pool = nn.Sequential(beyond, nn.MaxPool2d(2, stride=1, dilation=rate))
     for block in stage.blocks:
-        conv = block.irb.conv2[0]  # pyright: ignore
+        conv: Any = block.irb.conv2[0]  # pyright: ignore
         conv.dilation = (2 * rate, 2 * rate)
         conv.padding = (2 * rate * (conv.kernel_size[0] // 2),) * 2
 

@@ -102,7 +102,7 @@ class Segmenter(nn.Module):
         # traced graph would keep as it was for the example.
         tiles = (torch.sym_max(height, width) + COARSEST - 1) // COARSEST
         alone = COARSEST * (2 - torch.sym_min(tiles, 2))
-        x = F.pad(x, (0, -width % COARSEST + alone, 0, -height % COARSEST))
+        x = F.pad(x, (0, -width % COARSEST + alone, 0, -height % COARSEST))  # pyright: ignore  (sizes of a trace)
         maps = self.backbone(x)
         # The decoders' lists begin with the image and stride 2, of which a map without channels stands for none.
         finest = maps.get(2, x.new_zeros(x.shape[0], 0, x.shape[2] // 2, x.shape[3] // 2))
