@@ -115,7 +115,7 @@ class DualDownsample(nn.Module):
         super().__init__()
         self.conv = StridedConv2d(in_chs, out_chs, **dd)
         self.norm1 = norm_layer(out_chs)
-        self.pool = nn.MaxPool2d(2, ceil_mode=True)  # rounds odd sizes up, as the strided convolution does
+        self.pool: nn.Module = nn.MaxPool2d(2, ceil_mode=True)  # rounds odd sizes up, as the strided convolution does
         self.residual = nn.Conv2d(in_chs, out_chs, 1, **dd)
         self.norm2 = norm_layer(out_chs)
         self.act = act_layer()
