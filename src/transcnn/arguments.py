@@ -12,13 +12,12 @@ import difflib
 import inspect
 import math
 import re
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from types import FunctionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -29,10 +28,14 @@ from .plain import (
     READING_ERRORS,
     Arguments,
     check_plain,
+    describe_type,
+    describe_value,
     load_plain,
     load_text,
+    members,
     new_parser,
     one_line,
+    short,
     with_new_names,
 )
 from .settings import HELP_GROUPS, TrainSettings
@@ -290,7 +293,7 @@ class Command:
                 raise UserError(f"{source}: {name} must be names with values, got {describe_value(value)}")
         for name, value in flat.items():
             if name not in self.arguments:
-                raise UserError(f"{source}: no such argument: {_short(name)}{self._hint(name)}")
+                raise UserError(f"{source}: no such argument: {short(name)}{self._hint(name)}")
             if get_origin(self.arguments[name].type) is Literal and type(value) is int:  # precision: 16
                 flat[name] = str(value)
         return flat
@@ -370,46 +373,6 @@ def read_settings(values: Mapping[str, Any]) -> TrainSettings:
 @cache
 def _of_settings() -> Command:
     return Command("train", TrainSettings)
-
-
-def describe_type(kind: Any) -> str:
-    """A type in words: ``float | None`` is "a number or null"."""
-    words = [_describe(member) for member in members(kind)]
-    return " or ".join(words)
-
-
-def describe_value(value: Any) -> str:
-    """A value as a person would write it, cut short."""
-    if isinstance(value, str):
-        return _short(value)
-    if value is None or isinstance(value, bool):
-        return str({None: "null", True: "true", False: "false"}[value])
-    return _short(str(value))
-
-
-def _describe(kind: Any) -> str:
-    names = {str: "a name", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
-    if kind in names:
-        return names[kind]
-    if kind is Arguments:
-        return "names with values, such as {stem_stride: 1}"
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, get_args(kind)))}"
-    if get_origin(kind) in (list, tuple):
-        several = {str: "names", int: "whole numbers", float: "numbers"}
-        count = {2: "two "}.get(len(get_args(kind)), "") if get_origin(kind) is tuple else ""
-        return f"a list of {count}{several.get(get_args(kind)[0], 'values')}"
-    return getattr(kind, "__name__", str(kind))
-
-
-def members(kind: Any) -> tuple[Any, ...]:
-    """The types of a union; of any other, itself."""
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _put(tree: dict[str, Any], name: str, value: Any) -> None:

@@ -10,8 +10,9 @@ import argparse
 import importlib
 import math
 import re
+import types
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -24,11 +25,15 @@ __all__ = [
     "READING_ERRORS",
     "Arguments",
     "check_plain",
+    "describe_type",
+    "describe_value",
     "dump_plain",
     "load_plain",
     "load_text",
+    "members",
     "new_parser",
     "one_line",
+    "short",
     "with_new_names",
 ]
 
@@ -203,3 +208,43 @@ def with_new_names(values: Any) -> Any:
     if isinstance(values, dict):
         return {FORMER_NAMES.get(key, key): with_new_names(value) for key, value in values.items()}
     return [with_new_names(value) for value in values] if isinstance(values, list) else values
+
+
+def describe_type(kind: Any) -> str:
+    """A type in words: ``float | None`` is "a number or null"."""
+    words = [_describe(member) for member in members(kind)]
+    return " or ".join(words)
+
+
+def describe_value(value: Any) -> str:
+    """A value as a person would write it, cut short."""
+    if isinstance(value, str):
+        return short(value)
+    if value is None or isinstance(value, bool):
+        return str({None: "null", True: "true", False: "false"}[value])
+    return short(str(value))
+
+
+def _describe(kind: Any) -> str:
+    names = {str: "a name", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    if kind in names:
+        return names[kind]
+    if kind is Arguments:
+        return "names with values, such as {stem_stride: 1}"
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) in (list, tuple):
+        several = {str: "names", int: "whole numbers", float: "numbers"}
+        count = {2: "two "}.get(len(get_args(kind)), "") if get_origin(kind) is tuple else ""
+        return f"a list of {count}{several.get(get_args(kind)[0], 'values')}"
+    return getattr(kind, "__name__", str(kind))
+
+
+def members(kind: Any) -> tuple[Any, ...]:
+    """The types of a union; of any other, itself."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else f"{text[:80]}..."
