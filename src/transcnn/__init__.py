@@ -97,23 +97,39 @@ class _AfterTimm(MetaPathFinder):
     """Registers our networks with timm as soon as timm is imported.
 
     So importing this package needs no torch: the command line's help is there at once, and ``transcnn predict
-    model.onnx`` works without it.
+    model.onnx`` works without it. Where a module of ours imports timm, they are registered when that module is
+    complete, for ``variants`` may need it.
     """
 
+    def __init__(self) -> None:
+        self._unfinished = 0  # modules of ours, or timm, that are being imported
+
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != "timm":
+        if fullname != "timm" and not fullname.startswith(f"{__name__}."):
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
-                load(module)
-                importlib.import_module(".variants", __name__)
+                self._unfinished += 1
+                try:
+                    load(module)
+                finally:
+                    self._unfinished -= 1
+                self._register()
 
             spec.loader.exec_module = exec_module  # of this spec's own loader
         return spec
+
+    def _register(self) -> None:
+        if "timm" in sys.modules and not self._unfinished and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            importlib.import_module(".variants", __name__)
 
 
 if "timm" in sys.modules:
