@@ -39,9 +39,9 @@ hypothesis.settings.load_profile("default")
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 # Tests that need processes fork them from one server, which has imported what takes seconds.
-PRELOAD = "transcnn.cli transcnn.commands.train transcnn.tasks.detect transcnn.tasks.segment torchvision timm"
+PRELOAD = "transcnn.cli transcnn.training.run transcnn.training.resume torchvision timm"
 PRELOAD += " segmentation_models_pytorch sklearn.datasets torch.utils.tensorboard jsonargparse typeshed_client"
-PRELOAD += " transcnn.data.sets.classify transcnn.data.sources.opening transcnn.report.classify"
+PRELOAD += " transcnn.tasks.detect transcnn.tasks.segment transcnn.data.sets.classify transcnn.data.sources.opening transcnn.report.classify"
 multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD.split())
 
 
