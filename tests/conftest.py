@@ -41,7 +41,8 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch
 # Tests that need processes fork them from one server, which has imported what takes seconds.
 PRELOAD = "transcnn.cli transcnn.training.run transcnn.training.resume torchvision timm"
 PRELOAD += " segmentation_models_pytorch sklearn.datasets torch.utils.tensorboard jsonargparse typeshed_client"
-PRELOAD += " transcnn.tasks.detect transcnn.tasks.segment transcnn.data.sets.classify transcnn.data.sources.opening transcnn.report.classify"
+PRELOAD += " transcnn.tasks.detect transcnn.tasks.segment transcnn.data.sets.classify"
+PRELOAD += " transcnn.data.sources.opening transcnn.report.classify"
 multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD.split())
 
 
