@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from transcnn import cli
 from transcnn.commands.train import train
 from transcnn.errors import UserError
 from transcnn.plain import MAX_CHARACTERS, MAX_DEPTH, check_plain, load_plain
+from transcnn.settings import TrainSettings, as_plain
 
 TRAP = "transcnn_trap"  # a module that leaves a mark when it is imported
 STARTED = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.spawn")
@@ -278,3 +280,60 @@ def test_what_is_not_too_deep_is_read():
     assert load_plain("{a: [1, 2.5, 1e-3, true, null, x, '*.png', 'a: &b *c']}") == {
         "a": [1, 2.5, 1e-3, True, None, "x", "*.png", "a: &b *c"]
     }
+
+
+def changed(random: Random, value: Any) -> Any:
+    """Plain settings with one value or name in them replaced by something else."""
+    junk = [*SPECS, None, True, -1, 0, 1e308, float("nan"), 10**40, "", "null", "1e3", "\x1b[2J", "a\nb", "é" * 300]
+    junk += [
+        [],
+        {},
+        [[[[]]]],
+        {"": 1},
+        {"x": {"y": [1, {"z": None}]}},
+        [1] * 200,
+        "[",
+        "{a: *b}",
+        "!!python/name:os.system",
+    ]
+    if isinstance(value, dict) and value and random.random() < 0.85:
+        name = random.choice(sorted(value))
+        found = {**value, name: changed(random, value[name])}
+        if random.random() < 0.15:
+            found[random.choice(["new", "class_path", "init_args", "config", "__path__"])] = found.pop(name)
+        return found
+    return random.choice(junk)
+
+
+def test_a_thousand_recipes_are_read_or_refused_in_one_line(watch: Watch) -> None:
+    random, counts = Random(17), {"read": 0, "refused": 0}
+    plain = {"data": "x", **as_plain(TrainSettings())}
+    marks = [
+        "&a ",
+        "*a",
+        "!!python/object:os.system ",
+        "\t",
+        "\0",
+        "---\n",
+        "%YAML 9\n",
+        "? ",
+        ": ",
+        "[" * 30,
+        "\ud7ff",
+    ]
+    for _ in range(1000):
+        text = yaml.safe_dump(changed(random, plain), allow_unicode=True)
+        if random.random() < 0.4:
+            at = random.randrange(len(text))
+            text = text[:at] + random.choice(marks) + text[at + random.randrange(3) :]
+        Path("recipe.yaml").write_text(text, encoding="utf-8")
+        refused = ""
+        try:
+            cli.parse("train", train, ["--config=recipe.yaml"])
+        except UserError as error:
+            refused = str(error)
+        counts["refused" if refused else "read"] += 1
+        assert len(refused.splitlines()) <= 1, text
+        assert len(refused) < 1000, text
+    assert min(counts.values()) >= 50, counts
+    watch.assert_nothing_done()
