@@ -303,7 +303,7 @@ def test_gradient_attention_is_weights_times_their_gradients(levels: Any, monkey
     found = gradient_attention(net, image, 1)
     held: list[Tensor] = []
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, fused: bool = True) -> Tensor:
         scores = q @ k.mT * q.shape[-1] ** -0.5
         weights = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
         weights.retain_grad()

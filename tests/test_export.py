@@ -267,7 +267,7 @@ def test_int8_says_what_it_costs_and_is_refused_beyond(exported, run, program, l
     difference = np.abs(small(images) - plain(images)).max() / np.abs(plain(images)).max()
     assert 1e-4 < difference < 0.5  # it computes in 8 bits
     with pytest.raises(UserError, match=r"in 8 bits top-1 is .* of 18 images: more lost than max_loss=-101"):
-        export(str(run), out=str(tmp_path / "b.onnx"), int8=True, calibrate=str(labelled), max_loss=-101)
+        export_model(load(run), tmp_path / "b.onnx", calibrate=str(labelled), max_loss=-101)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small.json", "small.onnx"]
     for wrong, text in (
         ({"int8": True}, "int8 and calibrate go together"),
