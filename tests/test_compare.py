@@ -196,7 +196,7 @@ def test_other_engines_agree(engine):
         (dict(sizes="big"), "sizes must be whole numbers of 1 or more separated by commas, got 'big'"),
         (dict(engine="magic"), "engine must be of eager, channels_last, optimize, .* got 'magic'"),
         (dict(dtype="int8"), "dtype must be of fp32, bf16, fp16, got 'int8'"),
-        (dict(batch=0), "batch must be 1 or more, got 0"),
+        (dict(batch=0), "batch must be from 1 to 8,192, got 0"),
         (dict(reference="nosuch.py:f"), "reference must be FILE.py:FACTORY with an existing file, got 'nosuch.py:f'"),
     ],
 )

@@ -31,6 +31,7 @@ BUSY += ["--policy=small", "--warmup_epochs=0.5", "--save_every=1"]
 def child(argv: list[str], log: str, env: dict[str, str], prepare: Callable[[], None] | None) -> None:
     """One command, in a session of its own, with its output in a file."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under nohup would lend that it is ignored
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(out, 1)
     os.dup2(out, 2)
