@@ -1,6 +1,6 @@
-"""Which module of the package imports which: the graph behind docs/architecture.md and the rules in tests/test_kit.py.
+"""Which module of the package imports which: the graph behind docs/architecture.md (tests/test_kit.py has the rules).
 
-``python docs/house.py`` prints rooms, floors, circles and lines.
+``python docs/house.py`` prints rooms and floors, and a circle if there is one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["ROOT_ROOMS", "circles", "floors", "import_graph", "modules", "room_graph", "room_of"]
+__all__ = ["ROOT_ROOMS", "circle", "floors", "import_graph", "modules", "room_graph", "room_of"]
 
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "transcnn"
 PAPER = ["attention", "layers", "blocks", "backbone", "variants", "levels"]
@@ -71,32 +71,13 @@ def _nodes(tree: ast.Module, everywhere: bool) -> Iterable[ast.AST]:
             waiting += ast.iter_child_nodes(node)
 
 
-def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """The groups of modules that import each other in a circle (Tarjan's strongly connected components)."""
-    index: dict[str, int] = {}
-    low: dict[str, int] = {}
-    stack: list[str] = []
-    found: list[list[str]] = []
-
-    def visit(node: str) -> None:
-        index[node] = low[node] = len(index)
-        stack.append(node)
-        for other in sorted(graph.get(node, ())):
-            if other not in index:
-                visit(other)
-                low[node] = min(low[node], low[other])
-            elif other in stack:
-                low[node] = min(low[node], index[other])
-        if low[node] == index[node]:
-            group = stack[stack.index(node) :]
-            del stack[stack.index(node) :]
-            if len(group) > 1:
-                found.append(sorted(group))
-
-    for node in sorted(graph):
-        if node not in index:
-            visit(node)
-    return found
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """One circle of imports, its first module again at the end; empty where there is none."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def room_of(module: str) -> str:
@@ -123,10 +104,10 @@ def floors(graph: dict[str, set[str]]) -> dict[str, int]:
 if __name__ == "__main__":
     graph = import_graph(Path(sys.argv[1]).resolve() if sys.argv[1:] else PACKAGE)
     rooms = room_graph(graph)
-    print(len(graph), "modules,", len(rooms), "rooms; circles of modules:", circles(graph) or "none")
-    print("circles of rooms:", circles(rooms) or "none")
-    if not circles(graph):
+    print(len(graph), "modules,", len(rooms), "rooms; a circle of modules:", circle(graph) or "none")
+    print("a circle of rooms:", circle(rooms) or "none")
+    if not circle(graph):
         print(1 + max(floors(graph).values()), "floors of modules")
-    if not circles(rooms):
+    if not circle(rooms):
         for level, name in sorted((level, name) for name, level in floors(rooms).items()):
             print(level, name, "->", ", ".join(sorted(rooms[name])))
