@@ -12,7 +12,7 @@ that the file of runs holds are not repeated; one that was cut off goes on. Spee
 nothing else: ``--cost`` measures them and trains nothing.
 
 ``--tune`` trains the network with none and that with two levels at each of ``--lrs`` and goes by images held back from
-training, not by the test part: take the rate with the best mean of both (results/attention_tuning.csv).
+training, not by the test split: take the rate with the best mean of both (results/attention_tuning.csv).
 """
 
 from __future__ import annotations

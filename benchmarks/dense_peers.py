@@ -6,7 +6,7 @@
 
 Multiply-adds are those of one image of --size (height, width) after the run's own resizing, all of the network with its
 decoder or detector; of a two-stage detector they depend on what it finds and are left empty. Scores are those that
-training wrote, of the epoch that did best on the validation part.
+training wrote, of the epoch that did best on the validation split.
 """
 
 from __future__ import annotations

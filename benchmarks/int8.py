@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -25,7 +26,8 @@ import torch
 import transcnn
 from transcnn.checkpoints.loading import load
 from transcnn.export import export_model
-from transcnn.export.int8 import OPERATORS, quantise, race, read, top1
+from transcnn.export.int8 import OPERATORS, quantise, read, top1
+from transcnn.plugging.cost import interleaved_seconds
 
 Run = Callable[[np.ndarray], np.ndarray]
 
@@ -85,7 +87,9 @@ def main() -> None:
                 quantise(plain, file, known, method, ops)
                 runs[f"ONNX Runtime int8{what} ({method})"] = onnxruntime(file)
                 runs[f"OpenVINO int8{what} ({method})"] = openvino(file, "f32")
-        times = race(runs, images[: options.batch], options.rounds)
+        calls = {name: functools.partial(run, images[: options.batch]) for name, run in runs.items()}
+        interleaved_seconds(calls, 3)  # warm-up
+        times = interleaved_seconds(calls, options.rounds)
         first = next(iter(runs))
         rows = []
         for name, run in runs.items():

@@ -2,7 +2,7 @@
 
     python benchmarks/light_path.py RUN RUN/model.onnx PHOTO [--times 5] [--out results/light_path.csv]
 
-Seconds of processor (which other programs hardly change) and of wall clock are the smallest of all times, memory is the
+Seconds of CPU (which other programs hardly change) and of wall clock are the smallest of all times, memory is the
 peak of the process.
 """
 
@@ -29,10 +29,10 @@ def measure(source: str, photo: str, times: int) -> dict[str, object]:
         if process.returncode:
             raise SystemExit(process.returncode)
         rows.append((time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024))
-    wall, processor, memory = (min(column) for column in zip(*rows, strict=True))
+    wall, cpu, memory = (min(column) for column in zip(*rows, strict=True))
     return {
         "source": "onnx" if source.endswith(".onnx") else "checkpoint",
-        "processor_seconds": round(processor, 2),
+        "processor_seconds": round(cpu, 2),
         "wall_seconds": round(wall, 2),
         "peak_mib": round(memory),
     }

@@ -5,7 +5,7 @@
 
 ``read`` is the bytes alone, in the random order of training, cold (dropped from the system's cache before, as with data
 larger than memory) and warm; ``batches`` is all that training does to an image. The rounds of folder and shards take
-turns. ``need`` is what a network takes in training on this machine. Both count the processor's time of one core, so
+turns. ``need`` is what a network takes in training on this machine. Both count the CPU's time of one core, so
 that other work on the machine matters less; ``read`` counts time on the clock.
 """
 

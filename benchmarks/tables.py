@@ -68,7 +68,7 @@ def append(source: Path, target: Path) -> None:
 
 
 class Limit:
-    """What the processor can do at most: a large matrix product in fp32 and bf16, timed before and after each table.
+    """What the CPU can do at most: a large matrix product in fp32 and bf16, timed before and after each table.
 
     The median of many, as for the networks: a shared machine has moments that nothing longer than a product can use.
     """

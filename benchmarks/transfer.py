@@ -7,7 +7,7 @@
 
 --weights is a name of weights that come with the package, a run's directory or a file. CIFAR10 is a folder of Parquet
 files with parts train and test. Of it each seed draws its own --per_class images of each class; scores are those of the
-whole test part, at --img_size pixels. Three ways: ``scratch`` (the weights' network, random weights), ``finetune`` (all
+whole test split, at --img_size pixels. Three ways: ``scratch`` (random weights), ``finetune`` (all
 weights learn on), ``probe`` (frozen: logistic regression on the pooled features, its strength chosen on held-back
 images). CamVid and BCCD go by their recipes, but for the network; there is no probe of them.
 
@@ -139,7 +139,7 @@ def run_folder(options: argparse.Namespace, key: dict[str, Any]) -> Path:
 
 
 def few_images(options: argparse.Namespace, per_class: int, seed: int) -> Path:
-    """A folder with ``per_class`` training images of each class, drawn by ``seed``, and the whole test part."""
+    """A folder with ``per_class`` training images of each class, drawn by ``seed``, and the whole test split."""
     folder = options.runs / "data" / f"cifar10-{per_class}-{seed}"
     if not (folder / "classes.txt").is_file():
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Which operations take the time of transcnn_tiny on this processor, with kernels of our own and without.
+"""Which operations take the time of transcnn_tiny on this CPU, with kernels of our own and without.
 
     python benchmarks/where_time_goes.py        # writes results/profile.csv, a minute on two quiet cores
 

@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/images again: ``make figures``."""
+"""Draw the figures of docs/images again: ``make figures``."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@
 # %% [markdown]
 # # Train on your own images
 #
-# From a folder of pictures to a network that is trained, scored and asked, in less than a minute on one core. The
-# pictures are drawn here; with photographs of yours in a folder `DATA` of class folders, begin at *Train*.
+# From a folder of images to a network that is trained, scored and asked, in less than a minute on one core. The
+# images are drawn here; with photographs of yours in a folder `DATA` of class folders, begin at *Train*.
 
 # %%
 import tempfile
@@ -25,7 +25,7 @@ HERE = Path(tempfile.mkdtemp(prefix="transcnn-example-"))
 DATA = HERE / "shapes"
 
 # %% [markdown]
-# ## Pictures
+# ## Images
 #
 # Four shapes in all colours, sizes and angles, for training, validation and test.
 
@@ -54,7 +54,7 @@ for part, count in {"train": 60, "val": 15, "test": 25}.items():
 # ## Train
 #
 # `transcnn_nano` comes with weights that have seen CIFAR-10, so a few epochs are enough. A larger network for larger
-# pictures: `model="transcnn_tiny", img_size=256`.
+# images: `model="transcnn_tiny", img_size=256`.
 
 # %%
 result = train(

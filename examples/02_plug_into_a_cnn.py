@@ -20,7 +20,7 @@ import transcnn
 torch.manual_seed(0)
 
 
-def pictures(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def make_images(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(count, 3, 64, 64) with a mark at the left and one at the right, and whether they have one colour."""
     images = 0.3 * torch.randn(count, 3, 64, 64)
     left, same = torch.randint(0, 3, (count,)), torch.randint(0, 2, (count,))
@@ -39,7 +39,7 @@ def pictures(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 # %%
 model = timm.create_model("test_resnet", num_classes=2)
-images, labels = pictures(64)
+images, labels = make_images(64)
 with torch.inference_mode():
     before = model.eval()(images)
 transcnn.plug(model, at=["layer1", "layer2"], example=images[:1])
@@ -54,21 +54,21 @@ for place in transcnn.plug_spec(model):
 
 # %%
 def accuracy(network: nn.Module, count: int = 256) -> float:
-    """Share of new pictures that are answered rightly."""
-    images, labels = pictures(count)
+    """Accuracy on new images."""
+    images, labels = make_images(count)
     with torch.inference_mode():
         return float((network.eval()(images).argmax(1) == labels).float().mean())
 
 
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
 for step in range(60):
-    images, labels = pictures(48)
+    images, labels = make_images(48)
     loss = nn.functional.cross_entropy(model.train()(images), labels)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     if step % 20 == 19:
-        print(f"step {step + 1}: loss {loss.item():.3f}, {100 * accuracy(model):.0f} % of new pictures")
+        print(f"step {step + 1}: loss {loss.item():.3f}, {100 * accuracy(model):.0f} % of new images")
 
 # %% [markdown]
 # ## What the branch does now

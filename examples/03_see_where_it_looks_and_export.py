@@ -54,7 +54,7 @@ scores = deletion_insertion(loaded.model, image, values)
 print(f"Grad-CAM {tuple(values.shape)}: deletion {scores.deletion:.3f}, insertion {scores.insertion:.3f}")
 
 # %% [markdown]
-# All of it in one picture, as the command `transcnn explain` draws it:
+# All of it in one figure, as the command `transcnn explain` draws it:
 
 # %%
 explain("transcnn_nano.cifar10", str(HERE / "photo.jpg"), img_size=64, out=str(HERE / "explained.png"))

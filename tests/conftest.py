@@ -102,7 +102,7 @@ def _no_network() -> Iterator[None]:
 def fresh_imports() -> dict[str, Any]:
     """Names of the packages that a new interpreter has loaded after each of three imports, one after another.
 
-    Keys are what was imported: "torch, timm", "transcnn" and "transcnn.cli". Under "seconds" stands the processor time
+    Keys are what was imported: "torch, timm", "transcnn" and "transcnn.cli". Under "seconds" stands the CPU time
     of the second, under "rooms" what is found in the package after it.
     """
     code = """

@@ -36,7 +36,7 @@ from transcnn.data.images import BrokenImage, read_ids, read_image
 from transcnn.errors import UserError
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
-SLOW = 20.0  # seconds of the processor that no input of some kilobytes may take (first imports are in it)
+SLOW = 20.0  # seconds of the CPU that no input of some kilobytes may take (first imports are in it)
 
 
 def image(fmt: str = "PNG", mode: str = "RGB", **options: Any) -> bytes:

@@ -931,10 +931,10 @@ def test_another_compiler_flag_or_source_makes_another_library(tmp_path, monkeyp
 @has_compiler
 @pytest.mark.parametrize(("kind", "needs"), [("x86-64-v3", "avx2 fma"), ("cooperlake", "avx512_bf16")])
 @torch.no_grad()
-def test_what_is_compiled_for_other_processors(kind, needs, anew, monkeypatch, tmp_path):
+def test_what_is_compiled_for_other_cpus(kind, needs, anew, monkeypatch, tmp_path):
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     if not set(needs.split()) <= set(flags):
-        pytest.skip(f"this processor can't run what is compiled for {kind}")
+        pytest.skip(f"this CPU can't run what is compiled for {kind}")
     monkeypatch.delenv("TRANSCNN_NATIVE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "FLAGS", ["-O0", f"-march={kind}", *build.FLAGS[2:]])

@@ -1,4 +1,4 @@
-"""Training with the kernels for processors: answers, gradients and statistics are those of the plain layers."""
+"""Training with the kernels for CPUs: answers, gradients and statistics are those of the plain layers."""
 
 import copy
 import io

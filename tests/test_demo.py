@@ -74,15 +74,15 @@ def test_stages_and_heads_are_the_networks(viewer: Viewer) -> None:
 def test_a_look_shows_the_attention_maps_of_the_spot(viewer: Viewer, photo: Image.Image) -> None:
     visit = viewer.visit(photo)
     assert visit.input.shape == (1, 3, 32, 48)  # the whole picture, its short side that of the network
-    visit.spot = (30, visit.picture.width - 20)
-    place = to_other(visit.spot, (visit.picture.height, visit.picture.width), (32, 48))
+    visit.spot = (30, visit.image.width - 20)
+    place = to_other(visit.spot, (visit.image.height, visit.image.width), (32, 48))
     for stage in viewer.stages:
         maps = attention_maps(viewer.model, visit.input, place, stage.number)
-        wanted = [draw_look(visit.picture, m) for m in maps if m.name == maps[-1].name]
+        wanted = [draw_look(visit.image, m) for m in maps if m.name == maps[-1].name]
         looks = viewer.look(visit, stage.number)
         assert len(looks) == stage.local_levels + 1
         for look, picture in zip(looks, wanted, strict=True):
-            np.testing.assert_array_equal(np.asarray(look.picture), np.asarray(picture))
+            np.testing.assert_array_equal(np.asarray(look.image), np.asarray(picture))
         assert looks[-1].title == "Far: the whole image"
 
 
@@ -91,7 +91,7 @@ def test_spots_stages_and_heads_differ(viewer: Viewer, photo: Image.Image) -> No
 
     def far(spot: tuple[int, int], stage: int = 1, head: Any = "mean") -> bytes:
         visit.spot = spot
-        return viewer.look(visit, stage, head)[-1].picture.tobytes()
+        return viewer.look(visit, stage, head)[-1].image.tobytes()
 
     first = far((10, 10))
     assert first == far((10, 10))
@@ -108,8 +108,8 @@ def test_the_spot_is_marked_where_it_is(photo: Image.Image) -> None:
 def test_the_mark_in_a_map_lies_over_the_spot(viewer: Viewer, photo: Image.Image) -> None:
     visit = viewer.visit(photo)
     visit.spot = (150, 60)
-    image = np.asarray(viewer.look(visit, 1)[-1].picture)
-    assert image.shape[:2] == (visit.picture.height, visit.picture.width)
+    image = np.asarray(viewer.look(visit, 1)[-1].image)
+    assert image.shape[:2] == (visit.image.height, visit.image.width)
     top, left = np.argwhere((image == MARKED).all(2)).min(0)
     bottom, right = np.argwhere((image == MARKED).all(2)).max(0)
     assert top <= 150 <= bottom
@@ -120,7 +120,7 @@ def test_the_mark_in_a_map_lies_over_the_spot(viewer: Viewer, photo: Image.Image
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
 def test_pictures_of_any_size_and_mode(viewer: Viewer, size: tuple[int, int], mode: str) -> None:
     visit = viewer.visit(Image.new(mode, size))
-    assert max(visit.picture.size) <= SHOWN
+    assert max(visit.image.size) <= SHOWN
     assert visit.input.shape[2] <= 96
     assert visit.input.shape[3] <= 96
     assert len(viewer.look(visit, 0)) == 2
@@ -159,8 +159,8 @@ def test_a_network_that_draws(photo: Image.Image) -> None:
     config = data_config_of(model, 3, 64)
     viewer = Viewer(Loaded(model, "segment", ["sky", "road", "tree"], config, "", {"task_args": args}))
     answer = viewer.answer(photo)
-    assert answer["picture"].width == photo.width
-    assert answer["picture"].height >= photo.height  # a legend below it
+    assert answer["overlay"].width == photo.width
+    assert answer["overlay"].height >= photo.height  # a legend below it
     assert sum(part["share"] for part in answer["classes"]) == pytest.approx(1, abs=1e-4)
     visit = viewer.visit(photo)
     assert all(side % 32 == 0 for side in visit.input.shape[2:])
@@ -205,7 +205,7 @@ def test_a_segmenter_that_has_learnt_colours_the_right_pixels() -> None:
         assert dict(ground=0.75, square=0.25) == pytest.approx(
             {part["label"]: part["share"] for part in answer["classes"]}, abs=0.08
         )
-        picture = np.asarray(answer["picture"], float)[:64, :64]
+        picture = np.asarray(answer["overlay"], float)[:64, :64]
         inside = mask.bool().numpy()
         near = np.abs(picture - np.array(palette(2)[1])).sum(-1) < np.abs(picture - np.array(palette(2)[0])).sum(-1)
         assert (near == inside).mean() > 0.9
@@ -235,7 +235,7 @@ def test_a_detector_that_has_learnt_draws_its_boxes() -> None:
         assert best["label"] == "square"
         assert best["score"] > 0.5
         assert best["box"] == pytest.approx(box.tolist(), abs=4)
-        drawn = np.abs(np.asarray(answer["picture"]).astype(int) - palette(1)[0]).max(-1) < 3
+        drawn = np.abs(np.asarray(answer["overlay"]).astype(int) - palette(1)[0]).max(-1) < 3
         rows = np.flatnonzero(drawn.any(1))
         columns = np.flatnonzero(drawn[rows[-1] - 8 :].any(0))  # name and score stand higher, at the upper edge
         edges = [columns[0], rows[-1], columns[-1]]
@@ -246,14 +246,14 @@ def test_a_detector_that_has_learnt_draws_its_boxes() -> None:
 
 def test_visitors_at_once_get_their_own(viewer: Viewer, class_image: Any) -> None:
     pictures = [class_image(label, 0, (90, 60)) for label in range(4)]
-    alone = [(viewer.answer(p), viewer.look(viewer.visit(p), 0)[0].picture.tobytes()) for p in pictures]
+    alone = [(viewer.answer(p), viewer.look(viewer.visit(p), 0)[0].image.tobytes()) for p in pictures]
     assert len({maps for _, maps in alone}) == 4
     wrong: list[int] = []
 
     def visitor(number: int) -> None:
         for _ in range(8):
             p = pictures[number]
-            if (viewer.answer(p), viewer.look(viewer.visit(p), 0)[0].picture.tobytes()) != alone[number]:
+            if (viewer.answer(p), viewer.look(viewer.visit(p), 0)[0].image.tobytes()) != alone[number]:
                 wrong.append(number)
 
     threads = [threading.Thread(target=visitor, args=(number,)) for number in range(4)]
@@ -372,10 +372,10 @@ class Visitor:
         self.asked: list[str] = []
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.goto(address)
-        self.page.wait_for_selector("#picture input[type=file]", state="attached")
+        self.page.wait_for_selector("#image input[type=file]", state="attached")
 
     def give(self, *file: Any) -> None:
-        self.page.set_input_files("#picture input[type=file]", *file)
+        self.page.set_input_files("#image input[type=file]", *file)
 
     def source(self, place: str) -> str:
         self.page.wait_for_selector(f"{place} img")
@@ -396,7 +396,7 @@ class Visitor:
 
     def click(self, row: float, column: float) -> None:
         """Click on the picture, at a share of its height and width; it stands in the middle of its box."""
-        image = self.page.locator("#picture img")
+        image = self.page.locator("#image img")
         box = image.bounding_box()
         width, height = image.evaluate("i => [i.naturalWidth, i.naturalHeight]")
         scale = min(box["width"] / width, box["height"] / height, 1)
@@ -433,18 +433,18 @@ def test_upload_click_stage_and_head(server: Server, browser: Any, viewer: Viewe
     visitor.click(0.2, 0.9)
     far = visitor.changed("#far", far)
     visit = viewer.visit(photo)
-    visit.spot = (round(0.2 * visit.picture.height), round(0.9 * visit.picture.width))
-    wanted = np.asarray(viewer.look(visit, 0)[-1].picture).astype(int)
+    visit.spot = (round(0.2 * visit.image.height), round(0.9 * visit.image.width))
+    wanted = np.asarray(viewer.look(visit, 0)[-1].image).astype(int)
     assert np.abs(visitor.picture("#far").astype(int) - wanted).mean() < 4  # lossy on its way to the browser
 
     visitor.page.click("#stage label:nth-of-type(2)")
     far = visitor.changed("#far", far)
-    wanted = np.asarray(viewer.look(visit, 1)[-1].picture).astype(int)
+    wanted = np.asarray(viewer.look(visit, 1)[-1].image).astype(int)
     assert np.abs(visitor.picture("#far").astype(int) - wanted).mean() < 4
     visitor.page.click("#head input")
     visitor.page.click(f"text=head 2 of {viewer.stages[1].heads}")
     far = visitor.changed("#far", far)
-    wanted = np.asarray(viewer.look(visit, 1, 1)[-1].picture).astype(int)
+    wanted = np.asarray(viewer.look(visit, 1, 1)[-1].image).astype(int)
     assert np.abs(visitor.picture("#far").astype(int) - wanted).mean() < 4
 
     visitor.page.click("#examples button >> nth=2")
@@ -469,7 +469,7 @@ def test_broken_huge_and_then_a_good_one(server: Server, browser: Any, photo: Im
         visitor.give(file("broken.png", content))
         visitor.page.wait_for_selector(f"#message >> text={words}")
         assert "This file can't be shown" in visitor.page.inner_text("#message")
-        assert visitor.page.query_selector("#picture img") is None
+        assert visitor.page.query_selector("#image img") is None
     visitor.snap("demo_broken.png")
     noise = np.random.default_rng(0).bytes(1_500_000)
     visitor.give(file("huge.png", noise))
@@ -505,7 +505,7 @@ def test_two_visitors_at_once(server: Server, browser: Any, viewer: Viewer, clas
         best = viewer.answer(picture)["top"][0]
         assert best["label"] in visitor.page.inner_text("#answer")
         assert f"{best['score']:.0%}" in visitor.page.inner_text("#answer")
-        shown, seen = visitor.picture("#picture"), np.asarray(viewer.visit(picture).picture)
+        shown, seen = visitor.picture("#image"), np.asarray(viewer.visit(picture).image)
         assert shown.shape == seen.shape
         assert np.median(np.abs(shown.astype(int) - seen)) <= 8
     for visitor in visitors:
@@ -532,12 +532,12 @@ def test_example_on_a_phone(server: Server, browser: Any) -> None:
 
 def test_a_picture_from_the_camera(server: Server, browser: Any) -> None:
     visitor = Visitor(browser, server.address, permissions=["camera"])
-    visitor.page.click("#picture [data-testid=source-select] button >> nth=1")
-    visitor.page.click("#picture [title='grant webcam access'] button")
-    visitor.page.wait_for_function("document.querySelector('#picture video')?.videoWidth > 0")
-    visitor.page.click("#picture button[aria-label='capture photo']")
+    visitor.page.click("#image [data-testid=source-select] button >> nth=1")
+    visitor.page.click("#image [title='grant webcam access'] button")
+    visitor.page.wait_for_function("document.querySelector('#image video')?.videoWidth > 0")
+    visitor.page.click("#image button[aria-label='capture photo']")
     visitor.source("#far")
-    picture = visitor.picture("#picture")
+    picture = visitor.picture("#image")
     assert picture.std() > 10  # chromium's camera shows a green ground and a moving wedge
     visitor.context.close()
 

@@ -123,7 +123,7 @@ def test_subpackages_are_there_after_the_import(fresh_imports: dict[str, Any]) -
 
 
 def test_import_is_quick(fresh_imports: dict[str, Any]) -> None:
-    """Under one second of processor time beyond torch and timm, and nothing heavy comes along."""
+    """Under one second of CPU time beyond torch and timm, and nothing heavy comes along."""
     assert fresh_imports["seconds"] < 1
     assert set(EXTRAS.split()).isdisjoint(fresh_imports["transcnn"])
 

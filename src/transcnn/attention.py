@@ -193,7 +193,7 @@ def global_attention(q: Tensor, k: Tensor, v: Tensor, head_dim: int, fused: bool
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, fused: bool = True) -> Tensor:
     """softmax(Q·Kᵀ/√d)·V where ``mask`` is true, (..., N, d) and twice (..., M, d) -> (..., N, d)."""
     if not fused or (q.dtype == torch.bfloat16 and q.device.type == "cpu" and k.shape[-2] <= 256):
-        # A processor's fused kernel takes up to six times as long, most of it in the backward pass (docs/speed.md).
+        # A CPU's fused kernel takes up to six times as long, most of it in the backward pass (docs/speed.md).
         scores = q @ k.mT * q.shape[-1] ** -0.5  # (..., N, M)
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
@@ -204,7 +204,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, fused: b
 def cut_into_grids(x: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
     """Cut a map into size×size grids from the top left corner, (B, C, H, W) -> (B·G, N, C).
 
-    Where sizes don't divide, border grids are filled up with zeros; the second result then tells the real
+    Where sizes don't divide, border grids are filled up with zeros; the second result then marks the real
     positions from those, (B·G, 1, 1, N) and ready to be an attention mask. It is None where all are real.
     """
     batch, _, height, width = x.shape

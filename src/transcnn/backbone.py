@@ -278,7 +278,7 @@ class TransCNN(nn.Module):
         return {"stem": r"^stem", "blocks": blocks}
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters to leave out of weight decay besides the usual one-dimensional ones: none."""
+        """Parameters to leave out of weight decay besides the one-dimensional ones: none."""
         return set()
 
 

@@ -59,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse(name, function, arguments)
         result = function(**arguments)
     except UserError as error:
-        return error.code if error.told else _fail(str(error), error.code)
+        return error.code if error.reported else _fail(str(error), error.code)
     except SystemExit as error:  # --help ends so
         return error.code if isinstance(error.code, int) else 0
     except KeyboardInterrupt as error:
-        if not getattr(error, "told", False):
+        if not getattr(error, "reported", False):
             print(f"transcnn: stopped {error}".strip(), file=sys.stderr)
         signum = getattr(error, "signum", signal.SIGINT)
         return 0 if signum == signal.SIGTERM else 128 + signum

@@ -15,11 +15,11 @@ class UserError(ValueError):
     """Something the user can mend: one clear line, shown by the command line without a traceback, exit code 2.
 
     Attributes:
-        told: Another process of the same run says it already.
+        reported: Another process of the same run says it already.
         code: The exit code of the command line; 1 where the work was done but for a part that was to count.
     """
 
-    told = False
+    reported = False
     code = 2
 
 

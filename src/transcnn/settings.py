@@ -246,7 +246,7 @@ class TrainSettings:
         in_chans: Channels of the images, 1 to 4; without it 1 for grey images, else 3.
         out: The run's directory, new or empty; without it runs/DATE-TIME-MODEL-DATA.
         seed: Of the weights, the split, the order and the augmentation.
-        precision: auto is bf16 where the processor has it, else 32; 16 needs a GPU.
+        precision: auto is bf16 where the CPU has it, else 32; 16 needs a GPU.
         resume: A run's directory or last.ckpt: go on exactly where it stopped, with its settings. ``epochs`` may be
             others than before; the schedule is then that of all of them.
         accept_changed_data: Go on with a run whose data has changed since it began. What was held back from learning
@@ -264,11 +264,11 @@ class TrainSettings:
         distill: Whose predictions are learnt as well.
         segment: What is peculiar to segmentation.
         detect: What is peculiar to detection.
-        val_fraction: Share of the training images held back where the data has no validation part.
+        val_fraction: Share of the training images held back where the data has no validation split.
         strict_data: Stop at the first image that can't be read, instead of leaving it out.
         num_workers: Processes that read images; without it, one for each core but one, and none for images in memory.
-        eval_metric: The validation figure that chooses the best epoch; without it top1, miou or map. ``loss`` tells
-            epochs apart where a small validation part gives many the same score.
+        eval_metric: The validation figure that chooses the best epoch; without it top1, miou or map. ``loss`` ranks
+            epochs where a small validation split gives many the same score.
         early_stop: Stop after this many epochs without a better one.
         save_every: Write last.ckpt each this many updates, not only after each epoch.
         nonfinite: What to do about max_nonfinite updates in a row whose gradients are not finite: go back to the last
@@ -276,7 +276,7 @@ class TrainSettings:
         max_nonfinite: Fewer such updates in a row are left out, counted and noted in faults.log.
         grad_checkpointing: Less memory for about a third more time.
         channels_last: The memory format that is usually quicker.
-        cuda_graphs: On one GPU, record the launches of a step and play them back: up to three times as fast where
+        cuda_graphs: On one GPU, capture the launches of a step and replay them: up to three times as fast where
             batches are small. For classify and segment.
         accelerator: cpu, gpu, or auto.
         devices: Processes on this machine, each with a device of its own. Under torchrun or Slurm theirs count.

@@ -11,7 +11,7 @@ from transcnn.errors import UserError
 
 
 def refused(action: Callable[[], object], match: str = ".", *, seconds: float = 1.0) -> str:
-    """``action`` must end in one line for the user, soon (by the processor's clock: machines are shared)."""
+    """``action`` must end in one line for the user, soon (by the CPU's clock: machines are shared)."""
     began = time.process_time()
     with pytest.raises(UserError, match=match) as caught:
         action()

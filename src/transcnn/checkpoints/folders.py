@@ -154,5 +154,5 @@ def _classes_of(config: dict[str, Any]) -> int:
 
 
 def stored_class_names(folder: Path) -> list[str]:
-    """The names of the classes that a folder's weights tell apart; none if it doesn't say."""
+    """The names of the classes of a folder's weights; none if it doesn't say."""
     return list(_read_config(folder)["label_names"] or ())

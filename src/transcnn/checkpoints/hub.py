@@ -312,7 +312,7 @@ def _scores(info: dict[str, Any], metrics: dict[str, Any]) -> str:
         figures = [f"top-1 {metrics['top1']:.2f} %"]
         figures += [f"top-5 {metrics['top5']:.2f} %"] if "top5" in metrics else []
         where = f"on {metrics['images']:,} images" if "images" in metrics else ""
-        split = f"({metrics['split']} part of the data)" if "split" in metrics else ""
+        split = f"({metrics['split']} split)" if "split" in metrics else ""
         return f"## Measured\n\n{', '.join(figures)} {where} {split}".rstrip()
     if "val_top1" in info:
         return f"## Measured\n\ntop-1 {info['val_top1']:.2f} % on the validation images that chose these weights"
@@ -326,7 +326,7 @@ def _classes(names: Sequence[str], shown: int | None) -> str:
 
 
 def _usage(loaded: Loaded, packaged: str | None) -> str:
-    lines = ["import transcnn  # tells timm of this package's networks", ""]
+    lines = ["import transcnn  # registers this package's networks in timm", ""]
     command = f"transcnn predict {packaged or 'FOLDER'} photo.jpg"
     if packaged:
         lines += ["import timm", "", f'model = timm.create_model("{packaged}", pretrained=True).eval()']

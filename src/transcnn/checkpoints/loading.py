@@ -45,7 +45,7 @@ class Loaded:
     Attributes:
         model: In evaluation mode.
         task: ``classify``, ``segment`` or ``detect``.
-        class_names: In the order of the outputs; equal ones are told apart, ``crane (134)`` and ``crane (517)``.
+        class_names: In the order of the outputs; equal ones get their index, ``crane (134)`` and ``crane (517)``.
         preprocessing: timm's data config (``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ...).
         source: Where it was read from.
         info: All that was stored beside the weights.

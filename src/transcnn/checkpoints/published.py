@@ -54,7 +54,7 @@ _LOCAL_LAYER = re.compile(r"^(stages\.\d+\.blocks\.\d+\.attn\.)(norm|qkv|grid_no
 
 @dataclass(frozen=True)
 class Classes:
-    """What a file's last layer tells apart and what the model's is to: names, in the order of the outputs."""
+    """The classes of a file's last layer and of the model's: names, in the order of the outputs."""
 
     theirs: Sequence[str]
     ours: Sequence[str]
@@ -211,7 +211,7 @@ def convert_state_dict(state_dict: dict[str, Any], model: nn.Module) -> dict[str
         state_dict: What a file held: tensors by name, or such a dictionary nested in another. Names in the published
             layout become ours, ours stay, and a prefix that a wrapper put before them is taken off.
         model: The model they are meant for, also with ``features_only``, where timm flattens ``stages.0`` to
-            ``stages_0``; its names tell what is a prefix.
+            ``stages_0``; its names show what is a prefix.
     """
     while nest := next((key for key in _NESTS if isinstance(state_dict.get(key), dict)), None):
         state_dict = state_dict[nest]

@@ -60,7 +60,7 @@ def compare(
         rounds: How often each case is timed.
         seconds: Least time of one round of one case.
         memory: Also measure the peak memory, each case in a process of its own.
-        threads: Processor threads; without it, PyTorch's choice.
+        threads: CPU threads; without it, PyTorch's choice.
         device: cpu or cuda.
         out: Directory for compare.csv and compare.png; without it nothing is written.
 

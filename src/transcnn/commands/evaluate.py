@@ -57,7 +57,7 @@ def evaluate(
             on, the one that it held back), else everything.
         batch_size: Images at a time, of all processes together, as for transcnn train.
         img_size: Another size than the network was trained at.
-        precision: Arithmetic; 32 is exact, auto is bf16 where the processor has it. Without it, what the run was scored
+        precision: Arithmetic; 32 is exact, auto is bf16 where the CPU has it. Without it, what the run was scored
             with, else 32.
         accelerator: cpu, gpu, or auto.
         devices: Processes on this machine, each with a device and a share of the images. Under torchrun or Slurm

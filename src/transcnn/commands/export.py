@@ -40,9 +40,9 @@ def export(
         images: Images to compare on; without it made ones.
         tolerance: Largest difference, relative to the largest output; a file beyond it is not kept. Without it 1e-5 to
             classify, and 1e-4 for a million pixels' outputs, or boxes.
-        int8: Compute in 8 bits: a smaller file, faster where the processor has 8-bit products. ONNX classifiers alone.
+        int8: Compute in 8 bits: a smaller file, faster where the CPU has 8-bit products. ONNX classifiers alone.
         calibrate: For int8, images with classes as transcnn eval takes them: some find the ranges of numbers, others,
-            the test part if there is one, tell the accuracy before and after.
+            the test split if there is one, print the accuracy before and after.
         max_loss: Points of top-1 that int8 may cost; a file beyond it is not kept.
         quiet: Print nothing but errors.
 

@@ -33,7 +33,7 @@ def pack(
 
     Args:
         run: A run's directory, or its best.safetensors.
-        data: What the run was trained on, with a test part.
+        data: What the run was trained on, with a test split.
         name: Architecture and tag, as timm writes them.
         folder: Where to; without it the package's own folder of weights.
         slack: Percentage points of test accuracy that the rounding may cost.

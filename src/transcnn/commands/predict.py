@@ -66,7 +66,7 @@ def predict(
         batch_size: Images at a time.
         img_size: Another size than the network was trained at.
         min_score: To detect: leave out detections of a lower score; without it, what the network was trained to keep.
-        precision: Arithmetic; 32 is exact, auto is bf16 where the processor has it.
+        precision: Arithmetic; 32 is exact, auto is bf16 where the CPU has it.
         accelerator: cpu, gpu, or auto.
         optimize: For more than a few images, run the network as transcnn.optimize makes it: the same predictions up to
             rounding, several times as fast.
@@ -105,7 +105,7 @@ def predict(
             loaded = load(checkpoint, model)
         if checkpoint == PACKAGED and not quiet:
             names = ", ".join(loaded.class_names)
-            print(f"The network that comes with the package tells ten things apart: {names}.", file=sys.stderr)
+            print(f"The packaged network knows ten classes: {names}.", file=sys.stderr)
         loaded.resize_input(img_size)
         rows = list(_predict(loaded, files, top_k, batch_size, min_score, precision, accelerator, optimize, out))
     if csv:
@@ -115,13 +115,13 @@ def predict(
     elif not quiet:
         _print_table(rows, top_k)
     if unread := [row for row in rows if "error" in row]:
-        told = f"{len(unread)} of {len(rows)} files can't be read"
+        summary = f"{len(unread)} of {len(rows)} files can't be read"
         if strict:
-            error = UserError(f"{told}; the first: {unread[0]['file']}: {unread[0]['error']}")
+            error = UserError(f"{summary}; the first: {unread[0]['file']}: {unread[0]['error']}")
             error.code = 1 if len(unread) < len(rows) else 2
             raise error
         if not quiet:
-            print(told, file=sys.stderr)
+            print(summary, file=sys.stderr)
     return rows
 
 

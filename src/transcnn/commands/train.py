@@ -20,7 +20,7 @@ __all__ = ["train"]
 def train(settings: TrainSettings) -> TrainResult:
     """Train a network on images; the run's directory then holds its weights, figures and report.
 
-    The best epoch is chosen on the validation part; the test part, if there is one, is looked at once at the end.
+    The best epoch is chosen on the validation split; the test split, if there is one, is looked at once at the end.
 
     Args:
         settings: Given as keywords, those of :class:`~transcnn.settings.TrainSettings`; the data may come first:

@@ -194,7 +194,7 @@ def _onnxruntime(model: nn.Module, dtype: str, example: Tensor) -> Run:
 
 def _openvino(model: nn.Module, dtype: str, example: Tensor) -> Run:
     if dtype == "fp16":
-        raise Skipped("OpenVINO has no fp16 on processors")
+        raise Skipped("OpenVINO has no fp16 on CPUs")
     openvino = require("openvino", "export")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

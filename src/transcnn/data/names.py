@@ -1,4 +1,4 @@
-"""Names of classes: compared as text that looks the same, and told apart where two classes share one."""
+"""Names of classes: compared as text that looks the same, and made unique where two classes share one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def distinct_names(names: Iterable[str]) -> list[str]:
 
 
 def imagenet_names() -> list[str]:
-    """The names of ImageNet's 1,000 classes, in the order of published weights; its two cranes are told apart."""
+    """The names of ImageNet's 1,000 classes, in the order of published weights; its two cranes get a number each."""
     info = ImageNetInfo()
     return distinct_names(str(info.index_to_description(i)).split(",")[0] for i in range(1000))
 

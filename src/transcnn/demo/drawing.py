@@ -15,12 +15,12 @@ __all__ = ["draw_look", "mark_spot"]
 SMALLEST = 360  # longest side of what is shown, at least
 
 
-def draw_look(picture: Image.Image, m: AttentionMap) -> Image.Image:
-    """One attention map over a picture of any size, with grid lines, the spot and its own grid.
+def draw_look(photo: Image.Image, m: AttentionMap) -> Image.Image:
+    """One attention map over an image of any size, with grid lines, the spot and its own grid.
 
     In early stages, whose grids are small, the part around the spot's grid alone, enlarged.
     """
-    pixels = np.asarray(picture)
+    pixels = np.asarray(photo)
     image = Image.fromarray((255 * heat(pixels, m.pixels.double().numpy())).round().astype(np.uint8))
     tall, wide = (n / had for n, had in zip(pixels.shape[:2], m.size, strict=True))
 
@@ -28,7 +28,7 @@ def draw_look(picture: Image.Image, m: AttentionMap) -> Image.Image:
     top, left, bottom, right = marks.window
     window = (round(left * wide), round(top * tall), round(right * wide), round(bottom * tall))
     image = image.crop(window)
-    zoom = max(1.0, max(picture.size) / max(image.size))
+    zoom = max(1.0, max(photo.size) / max(image.size))
     image = image.resize((round(image.width * zoom), round(image.height * zoom)), Image.Resampling.NEAREST)
 
     def place(y: float, x: float) -> tuple[float, float]:
@@ -45,21 +45,21 @@ def draw_look(picture: Image.Image, m: AttentionMap) -> Image.Image:
     return image
 
 
-def mark_spot(picture: Image.Image, spot: Sequence[int]) -> Image.Image:
-    """A copy of the picture with a square around a spot (row, column)."""
-    image = picture.copy()
-    half = max(4, max(picture.size) // 60)
+def mark_spot(photo: Image.Image, spot: Sequence[int]) -> Image.Image:
+    """A copy of the image with a square around a spot (row, column)."""
+    image = photo.copy()
+    half = max(4, max(photo.size) // 60)
     row, column = spot
     _frame(ImageDraw.Draw(image), [column - half, row - half, column + half, row + half], MARK, 3)
     return image
 
 
-def enlarged(picture: Image.Image) -> Image.Image:
-    """A picture of few pixels as one that can be seen, its pixels sharp-edged; others as they are."""
-    factor = SMALLEST // max(picture.size)
+def enlarged(image: Image.Image) -> Image.Image:
+    """An image of few pixels as one that can be seen, its pixels sharp-edged; others as they are."""
+    factor = SMALLEST // max(image.size)
     if factor <= 1:
-        return picture
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+        return image
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def _frame(draw: ImageDraw.ImageDraw, box: Sequence[float], colour: str, width: int) -> None:

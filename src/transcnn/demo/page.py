@@ -61,19 +61,19 @@ def build_page(viewer: Viewer, examples: Sequence[str] = (), keep_files: int = 3
         visit = gr.State(None, time_to_live=keep_files)
         with gr.Row():
             with gr.Column(min_width=320):
-                picture = gr.Image(
+                photo = gr.Image(
                     label="Image",
                     type="filepath",
                     sources=["upload", "webcam", "clipboard"],
                     placeholder="Drop an image here\n- or -\nclick to choose or take one",
                     buttons=[],
                     height=420,
-                    elem_id="picture",
+                    elem_id="image",
                 )
             with gr.Column(min_width=320):
                 answer = _answer_box(viewer)
                 gallery = _gallery(examples)
-        outputs = [visit, picture, message, answer]
+        outputs = [visit, photo, message, answer]
         look = _Look(viewer, visit) if viewer.stages else None
         if look is not None:
             outputs += look.outputs
@@ -84,10 +84,10 @@ def build_page(viewer: Viewer, examples: Sequence[str] = (), keep_files: int = 3
                 look.outputs,
                 **_quiet("always_last"),
             )
-            picture.select(
+            photo.select(
                 plainly(look.clicked),
                 [visit, look.stage, look.head],
-                [visit, picture, *look.outputs],
+                [visit, photo, *look.outputs],
                 **_quiet("always_last"),
             )
 
@@ -116,8 +116,8 @@ def build_page(viewer: Viewer, examples: Sequence[str] = (), keep_files: int = 3
 
         controls = [look.stage, look.head] if look is not None else []
         # Without preprocessing gradio opens no file itself: it would say "Error" of what it can't read.
-        picture.input(plainly(opened), [picture, *controls], outputs, preprocess=False, **_quiet())
-        picture.clear(cleared, None, outputs, **_quiet())
+        photo.input(plainly(opened), [photo, *controls], outputs, preprocess=False, **_quiet())
+        photo.clear(cleared, None, outputs, **_quiet())
         if gallery is not None:
             gallery.select(plainly(chosen), controls, outputs, **_quiet())
         gr.Markdown("Your images stay on the machine that serves this page, and are deleted there after an hour.")
@@ -179,7 +179,7 @@ class _Look:
         for level in range(self.levels):
             last = level == self.levels - 1
             found = looks[-1] if last else looks[level] if level < len(looks) - 1 else None
-            images.append(None if found is None else gr.Image(found.picture, label=found.title))
+            images.append(None if found is None else gr.Image(found.image, label=found.title))
             captions.append(NO_GRIDS if found is None else found.words)
         return [gr.Dropdown(heads, value=head), *images, *captions]
 
@@ -196,7 +196,7 @@ class _Look:
         if visit is None:
             return [None, gr.skip(), *self.empty()]
         column, row = event.index
-        height, width = visit.picture.height, visit.picture.width
+        height, width = visit.image.height, visit.image.width
         visit = replace(visit, spot=(min(max(0, int(row)), height - 1), min(max(0, int(column)), width - 1)))
         return [visit, self.viewer.marked(visit), *self.shown(visit, stage, head)]
 
@@ -204,7 +204,7 @@ class _Look:
 def _introduction(viewer: Viewer) -> str:
     names = viewer.loaded.class_names
     some = ", ".join(names[:12]) + (f" and {len(names) - 12:,} more" if len(names) > 12 else "")
-    knows = {"classify": "tells apart", "segment": "finds the outlines of", "detect": "finds"}[viewer.loaded.task]
+    knows = {"classify": "distinguishes", "segment": "finds the outlines of", "detect": "finds"}[viewer.loaded.task]
     return f"# What does it see?\n{markdown(viewer.name)} {knows} {len(names):,} things: {markdown(some)}."
 
 
@@ -223,7 +223,7 @@ def _said(answer: dict[str, Any]) -> Any:
             name = label if label not in shares else f"{label} ({number + 1})"
             shares[name] = top["score"]
         return shares
-    return answer["picture"]
+    return answer["overlay"]
 
 
 def _gallery(examples: Sequence[str]) -> gr.Gallery | None:

@@ -27,7 +27,7 @@ from .drawing import draw_look, enlarged, mark_spot
 
 __all__ = ["Look", "Stage", "Viewer", "Visit"]
 
-SHOWN = 720  # longest side of a picture on the page
+SHOWN = 720  # longest side of an image on the page
 LONGEST = 3  # of what attention is computed on, the longer side is at most so many times the shorter one's wish
 
 
@@ -42,30 +42,30 @@ class Stage:
 
 @dataclass
 class Visit:
-    """What one visitor's picture leaves behind, for the next click.
+    """What one visitor's image leaves behind, for the next click.
 
     Attributes:
-        picture: As shown, RGB, no longer than ``SHOWN``.
-        input: What attention is computed on, (1, C, h, w): the whole picture at about the network's size.
-        spot: The spot asked about, row and column of ``picture``.
+        image: As shown, RGB, no longer than ``SHOWN``.
+        input: What attention is computed on, (1, C, h, w): the whole image at about the network's size.
+        spot: The spot asked about, row and column of ``image``.
     """
 
-    picture: Image.Image
+    image: Image.Image
     input: Tensor
     spot: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Look:
-    """One step of attention from one spot: a picture, a title and plain words about it."""
+    """One step of attention from one spot: an image, a title and plain words about it."""
 
     title: str
     words: str
-    picture: Image.Image = field(compare=False)
+    image: Image.Image = field(compare=False)
 
 
 class Viewer:
-    """A network that answers visitors, one at a time: hooks that watch attention must not see two pictures.
+    """A network that answers visitors, one at a time: hooks that watch attention must not see two images.
 
     Args:
         loaded: As :func:`transcnn.checkpoints.loading.load` gives it.
@@ -84,16 +84,16 @@ class Viewer:
         self.stages = self._find_stages()
 
     def visit(self, image: Image.Image) -> Visit:
-        """A new picture, as ``read_image`` gives it; the spot is its middle."""
-        picture = to_channels(image, 3)
-        picture = enlarged(picture) if max(picture.size) < SHOWN else picture.copy()
-        picture.thumbnail((SHOWN, SHOWN))
-        middle = (picture.height // 2, picture.width // 2)
-        return Visit(picture, self._whole(image), middle)
+        """A new image, as ``read_image`` gives it; the spot is its middle."""
+        shown = to_channels(image, 3)
+        shown = enlarged(shown) if max(shown.size) < SHOWN else shown.copy()
+        shown.thumbnail((SHOWN, SHOWN))
+        middle = (shown.height // 2, shown.width // 2)
+        return Visit(shown, self._whole(image), middle)
 
     def answer(self, image: Image.Image, top_k: int = 5) -> dict[str, Any]:
-        """What ``transcnn predict`` returns for this image; ``picture`` is the overlay, where the task has one."""
-        given = self.task.model_input(self.transform, image, "picture.png")
+        """What ``transcnn predict`` returns for this image; ``overlay`` is there, where the task has one."""
+        given = self.task.model_input(self.transform, image, "image.png")
         with tempfile.TemporaryDirectory(prefix="transcnn-demo-") as folder:
             out = OutputFolder(Path(folder)) if self.task.writes_images else None
             with self.lock, torch.inference_mode():
@@ -101,9 +101,9 @@ class Viewer:
             if out is None:
                 return row
             with Image.open(row["overlay"]) as file:
-                drawn = file.convert("RGB")
-        drawn.thumbnail((2 * SHOWN, 2 * SHOWN))
-        return {**row, "picture": drawn}
+                overlay = file.convert("RGB")
+        overlay.thumbnail((2 * SHOWN, 2 * SHOWN))
+        return {**row, "overlay": overlay}
 
     def look(self, visit: Visit, stage: int, head: Literal["mean"] | int = "mean", block: int = -1) -> list[Look]:
         """Where the visit's spot looks in one block of a stage, level by level, the whole image last."""
@@ -113,16 +113,16 @@ class Viewer:
             _, records = record(self.model, visit.input.to(self.device))
         blocks = [r for r in records if r.stage == stage]
         size = (visit.input.shape[2], visit.input.shape[3])
-        place = to_other(visit.spot, (visit.picture.height, visit.picture.width), size)
+        place = to_other(visit.spot, (visit.image.height, visit.image.width), size)
         maps = maps_of(blocks[block], place, size, head)
-        return [Look(_title(m, len(maps)), describe(m).replace("\n", " "), draw_look(visit.picture, m)) for m in maps]
+        return [Look(_title(m, len(maps)), describe(m).replace("\n", " "), draw_look(visit.image, m)) for m in maps]
 
     def marked(self, visit: Visit) -> Image.Image:
-        """The picture with its spot marked."""
-        return mark_spot(visit.picture, visit.spot)
+        """The image with its spot marked."""
+        return mark_spot(visit.image, visit.spot)
 
     def _whole(self, image: Image.Image) -> Tensor:
-        """The whole picture as the network's input, its shorter side that of the network, its aspect kept."""
+        """The whole image as the network's input, its shorter side that of the network, its aspect kept."""
         config = self.loaded.preprocessing
         channels, *wanted = config["input_size"]
         side = min(wanted)
@@ -136,7 +136,7 @@ class Viewer:
         return ((x - mean) / std)[None]
 
     def _find_stages(self) -> list[Stage]:
-        """The stages by one run on an empty picture; none for a network without H-MHSA."""
+        """The stages by one run on an empty image; none for a network without H-MHSA."""
         x = torch.zeros(1, *self.loaded.preprocessing["input_size"], device=self.device)
         try:
             _, records = record(self.model, x)

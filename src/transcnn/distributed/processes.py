@@ -117,7 +117,7 @@ def placement(accelerator: str = "auto", strategy: Any = "ddp") -> dict[str, Any
 
 
 def first_decides(decide: Callable[[], T]) -> T:
-    """What ``decide`` returns in the first process, for all; an error there is everybody's, and told once."""
+    """What ``decide`` returns in the first process, for all; an error there is everybody's, and reported once."""
     if world() == 1:
         return decide()
     found: list[Any] = [None, ""]
@@ -157,9 +157,9 @@ def first_here(work: Callable[[], T]) -> T:
 
 
 def _told(message: str) -> UserError:
-    """An error that the first process tells."""
+    """An error that the first process reports."""
     error = UserError(message)
-    error.told = rank() > 0
+    error.reported = rank() > 0
     return error
 
 
@@ -193,6 +193,6 @@ def restarts() -> int:
 def launch_name() -> str:
     """A name that all restarts of one torchrun command or Slurm job have, and no other; "" without these."""
     run, job = os.environ.get("TORCHELASTIC_RUN_ID"), os.environ.get("SLURM_JOB_ID")
-    if run:  # without --rdzv-id all are called "none"; their agents (our parents) are then what tells them apart
+    if run:  # without --rdzv-id all are called "none"; their agents (our parents) then distinguish them
         return f"{run} {socket.gethostname()} {os.getppid()}"
     return f"slurm {job}" if job else ""

@@ -30,7 +30,7 @@ def check_accelerator(accelerator: str) -> None:
 
 
 def choose_precision(precision: str, accelerator: str = "auto") -> str:
-    """Lightning's word for ``32``, ``bf16``, ``16`` or ``auto`` (bf16 where the processor has instructions for it)."""
+    """Lightning's word for ``32``, ``bf16``, ``16`` or ``auto`` (bf16 where the CPU has instructions for it)."""
     gpu = torch.cuda.is_available() and accelerator != "cpu"
     if precision == "auto":
         fast = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else _cpu_has_bf16()

@@ -1,4 +1,4 @@
-"""What each H-MHSA did in one forward pass, told by hooks; the modules and their forward stay as they are.
+"""What each H-MHSA did in one forward pass, recorded by hooks; the modules and their forward stay as they are.
 
 ``forward`` runs attention as one fused call and never holds the weights. Here they are computed again from the very
 queries and keys that the layers gave, with the same cutting into grids.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from ..data.images import read_image, to_channels
 from ..errors import UserError, first_line
 from ..onnx.dense import detections as detections_by_file
 from ..onnx.predict import to_input
+from ..plugging.cost import interleaved_seconds
 
 __all__ = ["Row", "Run", "check", "check_detections", "comparisons", "example_images", "refuse_beyond"]
 
@@ -65,7 +66,7 @@ def check(model: nn.Module, run: Run, batches: Iterator[np.ndarray], noise_above
             reason = first_line(error)
             raise UserError(f"the file fails on images of shape {batch.shape}: {reason}") from error
         count, _, height, width = batch.shape
-        times = _time_in_turn(lambda tensor=tensor: _answer(model, tensor), lambda batch=batch: run(batch))
+        times = _median_seconds(lambda tensor=tensor: _answer(model, tensor), lambda batch=batch: run(batch))
         each = [1000 * seconds / count for seconds in times]
         if isinstance(wanted, tuple):
             wanted, found = [part.numpy() for part in wanted], [np.asarray(part) for part in found]
@@ -119,7 +120,7 @@ def check_detections(
             for some, masks in zip(lists, (ours["masks"].numpy(), theirs["masks"]), strict=True):
                 some.append(masks[:, 0])
         differences = _of_detections(lists[0], lists[1], max(image.size), floor=info["task_args"]["min_score"])
-        times = [1000 * seconds for seconds in _time_in_turn(by_network, by_file)]
+        times = [1000 * seconds for seconds in _median_seconds(by_network, by_file)]
         rows.append(Row(1, image.height, image.width, *differences, *times, detections=len(wanted[0])))
     return rows
 
@@ -222,12 +223,5 @@ def _answer(model: nn.Module, images: torch.Tensor) -> Any:
         return model(images)
 
 
-def _time_in_turn(*functions: Callable[[], Any]) -> list[float]:
-    """The median seconds of each of five calls, in turn, so that other work slows all alike; long ones make fewer."""
-    times: list[list[float]] = [[] for _ in functions]
-    while len(times[0]) < 5 and sum(map(sum, times)) < 6:
-        for function, own in zip(functions, times, strict=True):
-            began = time.perf_counter()
-            function()
-            own.append(time.perf_counter() - began)
-    return [sorted(own)[len(own) // 2] for own in times]
+def _median_seconds(network: Callable[[], Any], file: Callable[[], Any]) -> list[float]:
+    return [median(own) for own in interleaved_seconds({"network": network, "file": file}, 5, budget=6).values()]

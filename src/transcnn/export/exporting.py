@@ -197,7 +197,7 @@ def _write_openvino(program: ExportedProgram, path: Path, info: dict[str, Any]) 
 def _open_openvino(path: Path) -> Run:
     import openvino
 
-    # On processors with bf16 OpenVINO would compute in it, with 5e-3 of relative error.
+    # On CPUs with bf16 OpenVINO would compute in it, with 5e-3 of relative error.
     hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     model = openvino.Core().compile_model(path, "CPU", hints)
     return lambda images: _one_or_all(list(model(images).to_tuple()))

@@ -6,11 +6,11 @@ measured by ``benchmarks/int8.py`` (docs/export.md).
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from ..data.sets.classify import open_set
 from ..data.sources.source import abbreviate
 from ..errors import UserError
 from ..onnx.predict import OnnxModel, to_input
+from ..plugging.cost import interleaved_seconds
 from ..text import printable
 
-__all__ = ["note", "quantise", "race", "read", "to_int8", "top1"]
+__all__ = ["note", "quantise", "read", "to_int8", "top1"]
 
 logger = logging.getLogger(__name__)
 Run = Callable[[np.ndarray], np.ndarray]
@@ -67,7 +68,9 @@ def to_int8(loaded: Loaded, file: Path, data: str, max_loss: float, threads: int
             f"in 8 bits top-1 is {after:.2f} instead of {before:.2f} % of {len(labels)} images: more lost than "
             f"max_loss={max_loss}"
         )
-    plain, quick = race(runs, images[:16], 7).values()
+    calls = {name: functools.partial(run, images[:16]) for name, run in runs.items()}
+    interleaved_seconds(calls, 2)  # warm-up
+    plain, quick = interleaved_seconds(calls, 7).values()
     gain = statistics.median(slow / fast for slow, fast in zip(plain, quick, strict=True))
     small.replace(file)
     return {
@@ -130,9 +133,9 @@ def quantise(
             weight_type=QuantType.QInt8,
             calibrate_method=getattr(CalibrationMethod, method),
         )
-    made, told = onnx.load(target), onnx.load(source, load_external_data=False).metadata_props
+    made, kept = onnx.load(target), onnx.load(source, load_external_data=False).metadata_props
     del made.metadata_props[:]
-    made.metadata_props.extend(told)
+    made.metadata_props.extend(kept)
     onnx.save(made, target)
 
 
@@ -149,21 +152,6 @@ def top1(run: Run, images: np.ndarray, labels: np.ndarray) -> float:
     """In percent."""
     parts = np.array_split(images, max(1, len(images) // 50))
     return 100 * float((np.concatenate([run(part).argmax(1) for part in parts]) == labels).mean())
-
-
-def race(runs: dict[str, Run], batch: np.ndarray, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each in each round; they take turns, in an order that changes from round to round."""
-    names = list(runs)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for run in runs.values():
-        for _ in range(3):
-            run(batch)
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            began = time.perf_counter()
-            runs[name](batch)
-            times[name].append(time.perf_counter() - began)
-    return times
 
 
 def _reader(images: np.ndarray) -> Any:

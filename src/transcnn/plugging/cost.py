@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from ..variants import PAPER_TOP1
 from .build import build_model
 from .places import call
 
-__all__ = ["Counts", "count", "describe", "seconds_per_call"]
+__all__ = ["Counts", "count", "describe", "interleaved_seconds", "seconds_per_call"]
 
 LAYERS = (torch.ops.aten.convolution, torch.ops.aten.addmm)
 
@@ -68,3 +69,23 @@ def seconds_per_call(run: Callable[[Tensor], Any], images: Tensor, min_run_time:
 
     timer = Timer("run(images)", globals={"run": run, "images": images}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=min_run_time).median
+
+
+def interleaved_seconds(
+    runs: Mapping[str, Callable[[], Any]], rounds: int = 5, budget: float = float("inf")
+) -> dict[str, list[float]]:
+    """Seconds of each call in each round; the order changes from round to round, so that other work slows all alike.
+
+    Rounds end when all calls together took ``budget`` seconds. By hand, for PyTorch's timer takes seconds to import and
+    calls once more than it times, which is long where one call is.
+    """
+    names = list(runs)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            began = time.perf_counter()
+            runs[name]()
+            times[name].append(time.perf_counter() - began)
+        if sum(map(sum, times.values())) >= budget:
+            break
+    return times

@@ -1,4 +1,4 @@
-"""Fonts for names in any script: those that are installed, taken where the usual one lacks letters."""
+"""Fonts for names in any script: those that are installed, taken where the default font lacks letters."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from PIL import ImageFont
 __all__ = ["font_families", "image_font"]
 
 _log = logging.getLogger(__name__)
-_told: set[int] = set()  # letters that no font has, each told once
+_warned: set[int] = set()  # letters that no font has, each warned of once
 
 PREFERRED = ("NotoSans-", "NotoSansCJK", "SourceHanSans", "wqy", "DroidSansFallback", "NotoSans")
 
 
 def font_families(texts: Iterable[str]) -> list[str]:
-    """Families for matplotlib, the usual one first, that have the letters of these texts."""
+    """Families for matplotlib, the default one first, that have the letters of these texts."""
     from matplotlib import font_manager
 
     families = ["DejaVu Sans"]
@@ -36,14 +36,14 @@ def image_font(size: int, texts: Iterable[str]) -> Any:
     if max(letters, default=0) < 0x250:  # Latin: Pillow's own has it
         return ImageFont.load_default(size)
     with suppress(ImportError, OSError):
-        found = [_usual(), *_files_for(letters)]
+        found = [_default(), *_files_for(letters)]
         return ImageFont.truetype(max(found, key=lambda path: len(letters & _letters(path))), size)
     return ImageFont.load_default(size)
 
 
 def _files_for(letters: frozenset[int]) -> list[str]:
-    """Files of installed fonts for what the usual font lacks; a warning, once, names letters that none has."""
-    missing = letters - _letters(_usual())
+    """Files of installed fonts for what the default font lacks; a warning, once, names letters that none has."""
+    missing = letters - _letters(_default())
     files = []
     for path in _installed() if missing else ():
         if covered := missing & _letters(path):
@@ -51,14 +51,14 @@ def _files_for(letters: frozenset[int]) -> list[str]:
             missing -= covered
         if not missing:
             break
-    if new := missing - _told:
+    if new := missing - _warned:
         some = "".join(map(chr, sorted(new)[:10]))
         _log.warning("no installed font has %s: such letters are drawn as boxes (fonts-noto-cjk may have them)", some)
-        _told.update(new)
+        _warned.update(new)
     return files
 
 
-def _usual() -> str:
+def _default() -> str:
     import matplotlib
 
     return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")

@@ -352,7 +352,7 @@ def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def _short(name: str, length: int) -> str:
-    """At most ``length`` characters on one line, the middle left out: endings tell names apart as beginnings do."""
+    """At most ``length`` characters on one line, the middle left out: endings distinguish names as beginnings do."""
     name = printable(" ".join(str(name).split()))
     if any(unicodedata.east_asian_width(letter) in "WF" for letter in name):
         length //= 2  # letters as wide as two

@@ -290,14 +290,14 @@ class Task(L.LightningModule):
         except (TypeError, ValueError) as error:
             raise UserError(f"opt={o.opt!r}, opt_args={o.opt_args}: {error}") from error
         updates = self.updates_per_epoch
-        usual = 0.9 if o.sched == "poly" else 0.1
+        default = 0.9 if o.sched == "poly" else 0.1
         try:
             scheduler, _ = create_scheduler_v2(
                 optimizer,
                 o.sched,
                 num_epochs=self.epochs,
                 decay_milestones=o.milestones or [],
-                decay_rate=usual if o.decay_rate is None else o.decay_rate,
+                decay_rate=default if o.decay_rate is None else o.decay_rate,
                 warmup_epochs=round(o.warmup_epochs * updates) / updates,  # pyright: ignore  (whole updates)
                 warmup_lr=min(o.warmup_lr, self.lr),
                 min_lr=min(o.min_lr, self.lr),
@@ -327,7 +327,7 @@ class Task(L.LightningModule):
             self._statistics.stop()
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """timm's schedulers are told the number of updates made."""
+        """timm's schedulers get the number of updates made."""
         scheduler.step_update(self.global_step)
         for group in scheduler.optimizer.param_groups:
             group["lr"] *= self.lr_factor

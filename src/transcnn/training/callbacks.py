@@ -35,7 +35,7 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.signum = signum
-        self.told = rank() > 0  # the first process says it
+        self.reported = rank() > 0  # the first process says it
 
 
 class Ema(WeightAveraging):

@@ -1,4 +1,4 @@
-"""Settings that can't be meant, told before anything is built."""
+"""Settings that can't be meant, refused before anything is built."""
 
 from __future__ import annotations
 

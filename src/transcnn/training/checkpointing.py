@@ -143,7 +143,7 @@ def _keep_as(file: Path, name: Path) -> None:
 
 
 class KeepWeights(Checkpoint):
-    """``last.ckpt`` after each epoch, ``best.safetensors`` where the validation part is answered as well or better.
+    """``last.ckpt`` after each epoch, ``best.safetensors`` where the validation split is answered as well or better.
 
     ``last.ckpt`` holds all that is needed to go on (weights, their average, optimizer, schedule, loops), and the
     run's settings and model under ``transcnn``. All are written whole or not at all.

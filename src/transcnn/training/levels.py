@@ -21,17 +21,17 @@ LEVELS = ("grid_sizes", "pool_ratios")  # arguments of a network
 def choose_levels(name: str, args: dict[str, Any], size: tuple[int, int], *, fixed: bool, quiet: bool) -> None:
     """Add the levels that images of ``size`` (height and width) call for to a network's arguments, and say so.
 
-    Nothing is added where they are given, where the usual ones do, and for networks that aren't of this package. Where
+    Nothing is added where they are given, where the default ones do, or for networks that aren't of this package. Where
     they are ``fixed`` by weights that are loaded, what they cost is said.
     """
     variant = VARIANTS.get(name.split(".")[0])
     if variant is None or any(level in args for level in LEVELS):
         return
     every: Mapping[str, Any] = {**variant, **args}
-    usual = [list(every.get(level, ())) for level in LEVELS]
-    grids, ratios = auto_levels(usual[0], usual[1], size, every.get("stem_stride", 4))
+    default = [list(every.get(level, ())) for level in LEVELS]
+    grids, ratios = auto_levels(default[0], default[1], size, every.get("stem_stride", 4))
     wanted = {"grid_sizes": [list(g) for g in grids], "pool_ratios": [list(r) for r in ratios]}
-    if [len(g) for g in grids] == [len(_tuple(g)) for g in usual[0]]:
+    if [len(g) for g in grids] == [len(_tuple(g)) for g in default[0]]:
         return
     before, after = (_giga_macs(name, {**args, **levels}, size) for levels in ({}, wanted))
     if not fixed:
@@ -40,16 +40,16 @@ def choose_levels(name: str, args: dict[str, Any], size: tuple[int, int], *, fix
         shape = f"{size[1]}x{size[0]}"
         counts = "-".join(str(len(g) + 1) for g in grids)
         if fixed:
-            told = (
+            message = (
                 f"the levels of attention are those of the weights: {_short(before)} G multiply-adds at {shape}; "
                 f"with {counts} levels, to be learnt anew, they would be {_short(after)} G"
             )
         else:
-            told = (
+            message = (
                 f"{counts} levels of attention for images of up to {shape}: {_short(after)} G multiply-adds instead of "
                 f"{_short(before)} G (--model_args gives others as grid_sizes and pool_ratios)"
             )
-        print(f"{name}: {told}", file=sys.stderr)
+        print(f"{name}: {message}", file=sys.stderr)
 
 
 def _tuple(value: Any) -> tuple[int, ...]:

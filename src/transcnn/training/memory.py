@@ -23,7 +23,7 @@ PROBES = (4, 2)  # a step is tried with sides divided by these
 def check_memory(
     network: nn.Module, images: int, shape: tuple[int, int, int], *, processes: int, dtype: torch.dtype | None
 ) -> None:
-    """See that a training step fits into the machine's memory, as far as its backbone tells: on CPUs alone.
+    """See that a training step fits into the machine's memory, estimated from its backbone: on CPUs alone.
 
     Args:
         network: A network, or one around a backbone that is its ``body``.

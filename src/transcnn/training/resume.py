@@ -77,7 +77,7 @@ def check_seen_by_all(checkpoint: Path) -> None:
             f"process {', '.join(blind)} of {world()} can't find {checkpoint}: to go on, every machine must see "
             "the run directory (a shared disk, or a copy at the same path)"
         )
-        error.told = rank() > 0
+        error.reported = rank() > 0
         raise error
 
 

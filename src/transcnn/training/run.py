@@ -120,16 +120,16 @@ def _check_data(s: TrainSettings, splits: Any, resumed: Path | None) -> dict[str
         return record
     keep_split(kept, splits)
 
-    def tell() -> dict[str, Any]:
+    def compare_record() -> dict[str, Any]:
         record = record_of(splits)
         changes = check_unchanged(kept, record, s.accept_changed_data)
         if changes:
-            told = f"the data has changed since the run began: {'; '.join(changes)}"
-            note(resumed.parent, told)
-            print(f"transcnn: {printable(told)}", file=sys.stderr)
+            message = f"the data has changed since the run began: {'; '.join(changes)}"
+            note(resumed.parent, message)
+            print(f"transcnn: {printable(message)}", file=sys.stderr)
         return record
 
-    return first_decides(tell)
+    return first_decides(compare_record)
 
 
 def _check_memory(s: TrainSettings, learner: Task, splits: Any, task_args: dict[str, Any]) -> None:
@@ -143,7 +143,7 @@ def _check_memory(s: TrainSettings, learner: Task, splits: Any, task_args: dict[
     try:
         check_memory(learner.model, images, (channels, height, width), processes=per_machine(), dtype=dtype)
     except UserError as error:
-        error.told = rank() > 0
+        error.reported = rank() > 0
         raise
 
 
@@ -155,7 +155,7 @@ def _check_epochs(resumed: Path, epochs: int) -> None:
         error = UserError(
             f"{resumed} has learnt for {done} epochs already: epochs must be {done} or more, got {epochs}"
         )
-        error.told = rank() > 0
+        error.reported = rank() > 0
         raise error
 
 
@@ -246,7 +246,7 @@ def _finish(
             f"no epoch had a finite {keep.metric} and val_loss, so no weights were kept as the best; last.ckpt holds "
             f"the last ones. Try a smaller --lr (it was {s.lr:g}) or --precision 32"
         )
-        error.told = rank() > 0
+        error.reported = rank() > 0
         raise error
     # The weights as everybody loads them are scored, a validation split once more: what the report shows beyond the
     # figures of each epoch (curves, wrong predictions) is made here alone.

@@ -16,7 +16,7 @@ NOTES = {
     ),
     "transcnn_micro.tiny_imagenet": (
         "Learnt from Tiny ImageNet: 100,000 photographs of 200 classes, cut from ImageNet and made 64x64. "
-        "Scored on its published validation part, which was looked at once; the epoch was chosen on images "
+        "Scored on its published validation split, which was looked at once; the epoch was chosen on images "
         "held back from training.\n\n"
         "ImageNet's images are for non-commercial research and education, by its terms of access; whether "
         "weights learnt from them are bound by that is not settled, so see to your own case before you use "

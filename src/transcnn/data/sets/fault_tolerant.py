@@ -132,8 +132,8 @@ def channels_of(images: FaultTolerantDataset, in_chans: int | None = None) -> in
 def pixel_range_of(images: FaultTolerantDataset) -> tuple[float, float] | None:
     """Which values are black and white in a set's images of more than 8 bits, by up to 16 images from all over it.
 
-    The smallest of the usual ranges (8, 10, 12, 14 or 16 bits; 0 to 1 for floats) that holds their values, single
-    outliers of a tenth apart; None where the dtype's own range is right, or all images are of 8 bits.
+    The smallest of the common ranges (8, 10, 12, 14 or 16 bits; 0 to 1 for floats) that holds their values, or holds
+    them but for a tenth beyond its end; None where the dtype's own range is right, or all images are of 8 bits.
     """
     found = []
     for i in _spread(images, 16):
@@ -144,10 +144,10 @@ def pixel_range_of(images: FaultTolerantDataset) -> tuple[float, float] | None:
     if len(kinds) != 1 or len(values) < len(found):
         return None
     low, high = min(entry[1] for entry in values), max(entry[2] for entry in values)
-    own, usual = (1, (1, 255, 65535)) if kinds == {True} else (65535, (255, 1023, 4095, 16383, 65535))
+    own, common = (1, (1, 255, 65535)) if kinds == {True} else (65535, (255, 1023, 4095, 16383, 65535))
     if low < 0:
         return low, high
-    top = next((float(top) for top in usual if high <= 1.1 * top), high)
+    top = next((float(top) for top in common if high <= 1.1 * top), high)
     return None if top == own else (0.0, top)
 
 

@@ -5,7 +5,7 @@
 No grid is cut, padded, permuted or joined in memory: a program takes one grid and one head, reads its N = g·g positions
 from the channels-last map (B, H, W, 3C), attends, and writes to (B, H, W, C). A grid at the border is masked, and the
 residual is added in the epilogue. The backward pass recomputes the scores. In fp32 products have the precision of fp32
-(three products in TF32), or of TF32 where PyTorch is told to use it.
+(three products in TF32), or of TF32 where PyTorch is set to use it.
 
 Letters as in :mod:`transcnn.attention`; channels of ``qkv`` are ordered (q, k, v) × heads × head_dim. Under
 ``TRITON_INTERPRET=1`` the kernels run on the CPU, which is how they are tested.
