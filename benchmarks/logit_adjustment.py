@@ -39,7 +39,7 @@ def row_of(run: Path, data: str) -> dict[str, Any]:
 
     def miou(split: Any, strength: float) -> float:
         loaded.model.logit_adjustment = strength * whole  # pyright: ignore
-        _, scores = measure(loaded, split, batch_size=8, precision="auto")
+        _, scores, _ = measure(loaded, split, batch_size=8, precision="auto")
         return round(float(scores["miou"]), 2)
 
     held = open_split("val")

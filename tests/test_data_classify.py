@@ -480,7 +480,8 @@ def test_the_data_set_decides_which_value_is_white_and_the_run_keeps_it(tmp_path
         np.testing.assert_array_equal(grey.ravel()[1:], np.linspace(0, 255, 64).round()[1:].astype(np.uint8))
     images = open_set(str(tmp_path / "d"))
     assert len(np.unique(np.asarray(images.read(0)[0]))) < 20  # nobody said so
-    Classify.split_loader(images, {**config_of(8), "pixel_range": list(splits.pixel_range)}, {}, batch_size=4)
+    config = {**config_of(8), "pixel_range": list(splits.pixel_range)}
+    images = Classify.split_loader(images, config, {}, batch_size=4).dataset
     assert len(np.unique(np.asarray(images.read(0)[0]))) > 60
 
 

@@ -116,7 +116,7 @@ def evaluate(
         target = Path(out) if out else Path(checkpoint) / "eval" if Path(checkpoint).is_dir() else None
         if target is not None:
             first_decides(partial(make_folder, target, "metrics.json"))
-        learner, scores = measure(
+        learner, scores, part = measure(
             loaded,
             part,
             batch_size=-(-batch_size // world()),

@@ -96,6 +96,7 @@ def _settings(run_dir: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def _command() -> str:
     """The command line that this process was started with; nothing where it is another program."""
+    # Read here, not handed down: a heading alone shows it, and every function between would have to carry it.
     program = Path(sys.argv[0] if sys.argv else "")
     ours = program.stem == "transcnn" or program.parent.name == "transcnn"
     return shlex.join(["transcnn", *sys.argv[1:]]) if ours else ""

@@ -123,7 +123,10 @@ class Task(L.LightningModule):
     @classmethod
     @abstractmethod
     def split_loader(cls, split: Any, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any) -> Any:
-        """A loader over one split, in its order; ``settings`` are ``batch_size`` and ``num_workers``."""
+        """A loader in order over one split; its ``dataset`` is the split with the transform of evaluation.
+
+        ``settings`` are ``batch_size`` and ``num_workers``.
+        """
 
     @classmethod
     def largest_size(cls, splits: Any, task_args: dict[str, Any]) -> tuple[int, int] | None:

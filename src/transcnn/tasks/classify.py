@@ -108,8 +108,8 @@ class Classify(Task):
         cls, split: ImageDataset, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any
     ) -> Any:
         """A loader of (images, labels) over one split."""
-        split.transform, split.pixel_range = cls.image_transform(data_config), data_config.get("pixel_range")
-        return make_loader(split, **settings)
+        transform = cls.image_transform(data_config)
+        return make_loader(split.with_transform(transform, pixel_range=data_config.get("pixel_range")), **settings)
 
     @staticmethod
     def image_transform(data_config: dict[str, Any], task_args: dict[str, Any] | None = None) -> Transform:

@@ -46,8 +46,8 @@ class DenseTask(Task):
         cls, split: DenseDataset, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any
     ) -> Any:
         """A loader of whole images and their truth."""
-        split.transform = cls.image_transform(data_config, task_args)
-        split.pixel_range = data_config.get("pixel_range")
+        transform = cls.image_transform(data_config, task_args)
+        split = split.with_transform(transform, pixel_range=data_config.get("pixel_range"))
         settings["batch_size"] = min(settings["batch_size"], MAX_BATCH)
         return make_loader(split, **settings)  # pyright: ignore
 

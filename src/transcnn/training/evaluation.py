@@ -36,8 +36,8 @@ def measure(
     accelerator: str = "auto",
     limit: int | None = None,
     bar: bool = False,
-) -> tuple[Task, dict[str, Any]]:
-    """The task that counted, and a model's scores on one split of a data set.
+) -> tuple[Task, dict[str, Any], Any]:
+    """The task that counted, a model's scores on one split of a data set, and the split as the network saw it.
 
     They are ``Task.scores``, and ``seconds``, ``precision`` (Lightning's word) and ``device``.
 
@@ -60,7 +60,8 @@ def measure(
     began = time.monotonic()
     trainer.test(learner, loader, verbose=False)
     computed = {"precision": str(trainer.precision), "device": trainer.strategy.root_device.type}
-    return learner, {**learner.test_scores, "seconds": time.monotonic() - began, **computed}
+    scores = {**learner.test_scores, "seconds": time.monotonic() - began, **computed}
+    return learner, scores, loader.dataset
 
 
 def write_results(

@@ -253,7 +253,7 @@ def _finish(
     part, split = (splits.val, "val") if splits.test is None else (splits.test, "test")
     everywhere = all(gather((run_dir / "best.safetensors").is_file()))  # else another machine has another disk
     loaded = load(run_dir) if everywhere else first_decides(lambda: load(run_dir))
-    learner, scores = measure(
+    learner, scores, part = measure(
         loaded,
         part,
         batch_size=2 * s.batch_size // world(),

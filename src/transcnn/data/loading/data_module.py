@@ -7,6 +7,7 @@ trainer.fit(task, data)
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -32,7 +33,7 @@ class DataModule(L.LightningDataModule):
     ``fast_forward(epoch, batch)`` sets it by hand, without the images before it being read.
 
     Args:
-        splits: From ``open_splits`` of the task; their ``transform`` and ``seed`` are set here.
+        splits: From ``open_splits`` of the task; they stay as they are.
         train_transform, eval_transform: From the task's module in ``transforms``.
         batch_size, eval_batch_size: Images a batch, the latter by default twice the former.
         num_workers: Loader processes; 0 reads in this one.
@@ -58,7 +59,16 @@ class DataModule(L.LightningDataModule):
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
             if value < least:
                 raise UserError(f"{name} must be {least} or more, got {value}")
-        self.splits = splits
+        self.splits = replace(
+            splits,
+            **{
+                name: split.with_transform(
+                    train_transform if name == "train" else eval_transform, seed=seed, pixel_range=split.pixel_range
+                )
+                for name in ("train", "val", "test")
+                if (split := getattr(splits, name)) is not None
+            },
+        )
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or 2 * batch_size
         self.num_workers = num_workers
@@ -67,11 +77,6 @@ class DataModule(L.LightningDataModule):
         self.progress = progress
         self._train_loader: Loader | None = None
         self._position = (0, 0)  # epoch, batch that training begins at
-        splits.train.transform = train_transform
-        for split in (splits.train, splits.val, splits.test):
-            if split is not None:
-                split.seed = seed
-                split.transform = split.transform if split is splits.train else eval_transform
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next pass over the training set that of ``epoch``, from its beginning."""

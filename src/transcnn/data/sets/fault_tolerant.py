@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,9 +42,10 @@ class FaultTolerantDataset(Dataset):
     """
 
     def __init__(self, length: int, *, strict: bool = False, replace: bool = True) -> None:
+        self.seed = 0
         self.strict = strict
         self.replace = replace
-        self.transform: Any = None  # set before samples are taken
+        self.transform: Any = None  # see with_transform
         self.pixel_range: Sequence[float] | None = None  # see ``images.read_image``
         self.groups: np.ndarray | None = None  # for each sample the file that it lies in, where these are slow to get
         self.split = ""  # the split of the data that it is, where it was opened as one
@@ -77,6 +79,12 @@ class FaultTolerantDataset(Dataset):
         made = type(self)(self.source, chosen, seed=self.seed, strict=self.strict, replace=self.replace)  # pyright: ignore
         for name in ("transform", "pixel_range", "listed", "split"):
             setattr(made, name, getattr(self, name))
+        return made
+
+    def with_transform(self, transform: Any, *, seed: int = 0, pixel_range: Sequence[float] | None = None) -> Any:
+        """The same samples by another transform; a file that can't be read is on the account of both."""
+        made = copy.copy(self)
+        made.transform, made.seed, made.pixel_range = transform, seed, pixel_range
         return made
 
     def fill_cache(self, limit: int = 0, *, progress: bool = False) -> bool:
