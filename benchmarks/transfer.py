@@ -6,7 +6,7 @@
     python benchmarks/transfer.py --weights transcnn_nano.cifar10 --camvid camvid.tar --bccd bccd.tar --seeds 0
 
 --weights is a name of weights that come with the package, a run's directory or a file. CIFAR10 is a folder of Parquet
-files with splits train and test. Of it each seed draws its own --per_class images of each class; scores are those of the
+files, with splits train and test. Each seed draws its own --per_class images of each class; scores are those of the
 whole test split, at --img_size pixels. Three ways: ``scratch`` (random weights), ``finetune`` (all
 weights learn on), ``probe`` (frozen: logistic regression on the pooled features, its strength chosen on held-back
 images). CamVid and BCCD go by their recipes, but for the network; there is no probe of them.

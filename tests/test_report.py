@@ -251,7 +251,7 @@ def test_letters_of_any_script_are_drawn_or_missed_once(caplog: pytest.LogCaptur
 
     assert fonts.font_families(["cat", "Straße", "кошка"]) == ["DejaVu Sans"]
     letters = frozenset(map(ord, "猫\U0010ffff"))
-    fonts._told.clear()
+    fonts._warned.clear()
     files = fonts._files_for(letters)
     assert "no installed font has" in caplog.text
     assert any(ord("猫") in fonts._letters(file) for file in files) or "猫" in caplog.text

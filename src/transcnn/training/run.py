@@ -100,7 +100,7 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None, lock: R
     if trainer.is_global_zero:
         atomic_write(run_dir / "config.yaml", lambda path: path.write_text(dump_plain(as_plain(s)), encoding="utf-8"))
         write_record(run_dir, record or {})
-        write_samples(run_dir, learner, splits.train)
+        write_samples(run_dir, learner, loaders.splits.train)
         if not s.quiet:
             _announce(s, splits, network, config, run_dir, trainer)
     _fit(trainer, learner, loaders, resumed)
@@ -169,7 +169,7 @@ def _enter(s: TrainSettings, resumed: Path | None, data: str, lock: RunLock) -> 
 
 def _loaders(
     s: TrainSettings, task_class: type[Task], splits: Any, config: dict[str, Any], task_args: dict[str, Any]
-) -> L.LightningDataModule:
+) -> Any:
     return task_class.loaders(
         splits,
         config,

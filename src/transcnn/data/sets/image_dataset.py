@@ -134,7 +134,7 @@ class ImageDataset(FaultTolerantDataset):
 
     def _need_transform(self) -> Transform:
         if self.transform is None:
-            raise ValueError("the set has no transform yet: set its attribute `transform`")
+            raise ValueError("the set has no transform: use with_transform(...)")
         return self.transform
 
     def _prepared(self, i: int, seed: int) -> tuple[Tensor, int]:
