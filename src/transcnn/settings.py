@@ -22,6 +22,7 @@ __all__ = [
     "Ema",
     "Optim",
     "Segment",
+    "Table",
     "TrainSettings",
     "as_plain",
     "takes_settings",
@@ -226,12 +227,33 @@ class Detect:
 
 
 @dataclass(frozen=True)
+class Table:
+    """A table of files and labels (CSV, TSV, JSON lines, Parquet) as data: which of its columns is what.
+
+    Args:
+        images: Folder that the files' names are relative to; without it, the folder of the table.
+        target: Columns to learn, several with commas or as several words; without it ``label``.
+        file_column: Column of the files; without it ``file``, ``file_name``, ``filename``, ``path`` or ``image``.
+        split_column: Column that says train, val or test of each row; without it ``split``, if there is one.
+        group: Column whose equal values stay together (a patient's images, a place's) when a validation split is held
+            back.
+    """
+
+    images: str | None = None
+    target: list[str] | None = None
+    file_column: str | None = None
+    split_column: str | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True)
 class TrainSettings:
     """All that a training run was asked for.
 
     Args:
-        data: A folder of class folders (or of train/ with val/ or test/ that hold them), a Parquet file or a folder of
-            them, what transcnn pack wrote, the URL of either (https, s3, hf://datasets/OWNER/NAME, ...), torch/...,
+        data: A folder of class folders (or of train/ with val/ or test/ that hold them), a table of files and labels
+            (.csv, .tsv, .jsonl, .parquet, or a folder's metadata.csv), a Parquet file of images or a folder of them,
+            what transcnn pack wrote, the URL of either (https, s3, hf://datasets/OWNER/NAME, ...), torch/...,
             hfds/..., wds/... as timm's readers know them; without it, the embedded handwritten digits.
             To segment, a folder or tar of images/{train,val,test}/ and labels/{train,val,test}/; to detect,
             of images/ and annotations/{train,val,test}.json in COCO's format, or of Pascal VOC's.
@@ -260,6 +282,7 @@ class TrainSettings:
         drop_path_rate: Stochastic depth of the last block, growing from 0 at the first.
         optim: How the weights are learnt.
         augment: How training images are varied.
+        table: Which columns of a table are what.
         ema: The average of the weights that is scored and kept.
         distill: Whose predictions are learnt as well.
         segment: What is peculiar to segmentation.
@@ -313,6 +336,7 @@ class TrainSettings:
     drop_path_rate: float = 0.0
     optim: Optim = Optim()
     augment: Augment = Augment()
+    table: Table = Table()
     ema: Ema = Ema()
     distill: Distill = Distill()
     segment: Segment = Segment()

@@ -130,8 +130,14 @@ PLUG: dict[str, Kind] = {
 
 _flag_or_none = Kind("true or false", lambda v: isinstance(v, bool))
 _range = _numbers(1e-3, 1e3, 1, none=False)
+TABLE = ("images", "target", "file_column", "split_column", "group")  # what ``settings.Table`` holds
+_columns = Kind("a name", lambda v: isinstance(v, str) and len(v) <= 4096, nested=1)
+_table = Kind(
+    f"names with values of {', '.join(TABLE)}",
+    lambda v: isinstance(v, dict) and v.keys() <= {*TABLE} and all(_columns(v[name], name == "target") for name in v),
+)
 TASKS: dict[str, dict[str, Kind]] = {
-    "classify": {"flip": _flag_or_none},
+    "classify": {"flip": _flag_or_none, "table": _table},
     "segment": {
         "decoder": _one_of("fpn", "pspnet", "upernet", "unet"),
         "decoder_channels": _ints(8, 1 << 12),

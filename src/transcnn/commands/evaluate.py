@@ -30,6 +30,8 @@ def evaluate(
     data: str | None = None,
     *,
     model: str | None = None,
+    images: str | None = None,
+    target: list[str] | None = None,
     split: Literal["auto", "train", "val", "test", "all"] = "auto",
     batch_size: int = 128,
     img_size: int | None = None,
@@ -53,6 +55,8 @@ def evaluate(
         checkpoint: A run's directory, a .safetensors or .ckpt of ours, or the name of a published model.
         data: As for transcnn train; without it, what the network was trained on.
         model: The network that a file of weights is for which doesn't say so, such as the authors' .pth files.
+        images: Of a table of files: the folder that they are relative to; without it, the table's own.
+        target: Of a table: its columns of labels; without it, those that the network learnt from.
         split: The split to score on; auto is the test split, else the validation split (of data that a run was trained
             on, the one that it held back), else everything.
         batch_size: Images at a time, of all processes together, as for transcnn train.
@@ -97,6 +101,7 @@ def evaluate(
         trained = loaded.info.get("settings") or {}
         if data is None and "data" in trained:
             data = trained["data"]
+        _set_table(loaded, images, target, learnt_from="data" in trained and _same(data, trained["data"]))
         part = first_here(
             lambda: _open(
                 loaded,
@@ -146,6 +151,18 @@ def evaluate(
         if target is not None:
             print(f"written: {printable(target / 'metrics.json')}")
     return metrics
+
+
+def _set_table(loaded: Loaded, images: str | None, target: list[str] | None, *, learnt_from: bool) -> None:
+    """Which columns of a table are what: as in training, but for what is given; its folder is that of its table."""
+    table = dict(loaded.info["task_args"].pop("table", None) or {})
+    if not learnt_from:
+        table = {name: table[name] for name in ("target", "file_column") if name in table}
+    table |= {name: value for name, value in (("images", images), ("target", target)) if value is not None}
+    if table and loaded.task in ("segment", "detect"):
+        raise UserError(f"images and target are for tables of labelled images; {loaded.source} is to {loaded.task}")
+    if table:
+        loaded.info["task_args"]["table"] = table
 
 
 def _open(loaded: Loaded, data: str | None, split: str, **settings: Any) -> Any:

@@ -60,7 +60,7 @@ def check_data_exists(data: str | None) -> None:
     known = data is None or is_url(os.fspath(data)) or (name.lower() in ("torch", "hfds", "wds") and rest)
     if not known and not os.path.exists(os.fspath(data)):  # pyright: ignore
         raise UserError(
-            f"no such data: {data!r}; allowed: a folder of class folders, packed data, a Parquet file or folder, "
-            "the URL of either, torch/NAME, hfds/NAME, wds/SHARDS, or nothing for the embedded digits; to segment or "
-            "detect, a folder or a tar"
+            f"no such data: {data!r}; allowed: a folder of class folders, packed data, a table (.csv, .tsv, .jsonl, "
+            ".parquet), a Parquet file or folder, the URL of either, torch/NAME, hfds/NAME, wds/SHARDS, or nothing for "
+            "the embedded digits; to segment or detect, a folder or a tar"
         )

@@ -24,7 +24,7 @@ from ..distributed.processes import rank, world
 from ..distributed.sharding import Sharded, shard
 from ..errors import UserError
 from ..fast import accelerate_training, record_training
-from ..settings import Augment, Optim
+from ..settings import Augment, Optim, TrainSettings, as_plain
 from ..text import printable
 from .statistics import StatisticsWarmup
 
@@ -91,9 +91,15 @@ class Task(L.LightningModule):
 
     # --- what a task fills in ---------------------------------------------------------------------------------------
 
-    @staticmethod
+    @classmethod
+    def args_of(cls, settings: TrainSettings) -> dict[str, Any]:
+        """The task's own settings as plain values, before it has seen any data: ``task_args``."""
+        return as_plain(settings)[cls.group] if cls.group else {}
+
+    @classmethod
     @abstractmethod
     def open_data(
+        cls,
         data: str | None,
         task_args: dict[str, Any],
         *,
@@ -113,10 +119,10 @@ class Task(L.LightningModule):
     ) -> L.LightningDataModule:
         """A data module over the splits; ``settings``: ``batch_size``, ``num_workers``, ``seed``, ``progress``."""
 
-    @staticmethod
+    @classmethod
     @abstractmethod
     def open_split(
-        data: str | None, split: str, class_names: list[str], task_args: dict[str, Any], **settings: Any
+        cls, data: str | None, split: str, class_names: list[str], task_args: dict[str, Any], **settings: Any
     ) -> Any:
         """One split of a data set, for evaluation; ``settings`` are ``val_fraction``, ``seed`` and ``strict``."""
 

@@ -14,19 +14,13 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from ..data.loading.data_module import DataModule
-from ..data.loading.loader import make_loader
-from ..data.sets.classify import open_set, open_splits
 from ..data.sets.image_dataset import ImageDataset
-from ..data.sources.files import dense_layout
-from ..data.transforms.classify import Transform, eval_transform, train_transform
 from ..distributed.processes import gather_lists
 from ..errors import UserError
 from ..report.classify import write_report
-from ..settings import Augment
 from ..text import rich_text
-from .base import Task
 from .distill import Teacher
+from .image import ImageTask
 from .sliding import average
 
 __all__ = ["Classify"]
@@ -36,7 +30,7 @@ MAX_CORRECT = 12  # correct predictions kept for the report, of as many classes
 MAX_WRONG = 48  # wrong predictions kept for the report, most confident first
 
 
-class Classify(Task):
+class Classify(ImageTask):
     """Image classification: cross entropy with smoothed or mixed labels, scored by accuracy.
 
     Batches are (images (B, C, H, W), labels (B,)).
@@ -50,80 +44,12 @@ class Classify(Task):
         super().__init__(*args, **kwargs)
         a, classes = self.augment, len(self.class_names)
         self.teacher: Teacher | None = None
-        self.mixup = None
         self.train_loss: nn.Module = LabelSmoothingCrossEntropy(a.smoothing)
         if a.mixup > 0 or a.cutmix > 0:
             self.mixup = Mixup(a.mixup, a.cutmix, prob=a.mix_prob, label_smoothing=a.smoothing, num_classes=classes)
             self.train_loss = SoftTargetCrossEntropy()
         self.confusion = MulticlassConfusionMatrix(classes) if classes > 1 else None
         self._forget()
-
-    @staticmethod
-    def open_data(data: str | None, task_args: dict[str, Any], **settings: Any) -> Any:
-        """The splits of a classification data set."""
-        try:
-            return open_splits(data, **settings)
-        except UserError as error:
-            if data and (task := dense_layout(data)):
-                raise UserError(f"{data} looks like data to {task}: add --task {task} ({error})") from error
-            raise
-
-    @classmethod
-    def loaders(
-        cls, splits: Any, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any], **settings: Any
-    ) -> DataModule:
-        """Loaders that augment the training split as ``augment`` says."""
-        in_chans, *size = data_config["input_size"]
-        a = augment
-        train = train_transform(
-            tuple(size),
-            in_chans=in_chans,
-            policy=a.policy,
-            mean=data_config["mean"],
-            std=data_config["std"],
-            interpolation=data_config["interpolation"],
-            scale=a.scale,
-            ratio=a.ratio,
-            pad=a.pad,
-            hflip=a.hflip,
-            vflip=a.vflip,
-            degrees=a.degrees,
-            zoom=a.zoom,
-            color_jitter=a.color_jitter,
-            aa=a.aa,
-            re_prob=a.reprob,
-            re_mode=a.remode,
-        )
-        return DataModule(splits, train, Classify.image_transform(data_config), **settings)
-
-    @staticmethod
-    def open_split(
-        data: str | None, split: str, class_names: list[str], task_args: dict[str, Any], **settings: Any
-    ) -> ImageDataset:
-        """One split of a classification data set."""
-        return open_set(data, split, class_names=class_names, **settings)
-
-    @classmethod
-    def split_loader(
-        cls, split: ImageDataset, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any
-    ) -> Any:
-        """A loader of (images, labels) over one split."""
-        transform = cls.image_transform(data_config)
-        return make_loader(split.with_transform(transform, pixel_range=data_config.get("pixel_range")), **settings)
-
-    @staticmethod
-    def image_transform(data_config: dict[str, Any], task_args: dict[str, Any] | None = None) -> Transform:
-        """Resize, crop, normalise, as ``data_config`` says."""
-        in_chans, *size = data_config["input_size"]
-        return eval_transform(
-            tuple(size),
-            in_chans=in_chans,
-            mean=data_config["mean"],
-            std=data_config["std"],
-            interpolation=data_config["interpolation"],
-            crop_pct=data_config["crop_pct"],
-            crop_mode=data_config.get("crop_mode") or "center",
-        )
 
     @staticmethod
     def predictions(outputs: Tensor, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
@@ -135,30 +61,12 @@ class Classify(Task):
     def loss(self, batch: Any) -> Tensor:
         """Cross entropy, after resizing and mixing where those are asked for."""
         images, labels = batch
-        images = self._resized(images)
+        images = self.resized(images)
         if self.mixup is not None:
-            images, labels = self._mixed(images, labels)
+            images, labels = self.mixed(images, labels)
         logits = self(images).float()
         loss = self.train_loss(logits, labels)
         return loss if self.teacher is None else self.teacher.loss(loss, logits, images)
-
-    def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images are mixed in pairs: of an odd number the last one is left out, a single one is mixed with itself."""
-        assert self.mixup is not None
-        if len(images) == 1:
-            images, labels = self.mixup(torch.cat([images, images]), torch.cat([labels, labels]))
-            return images[:1], labels[:1]
-        even = len(images) // 2 * 2
-        return self.mixup(images[:even], labels[:even])
-
-    def _resized(self, images: Tensor) -> Tensor:
-        """Training images at the side that the present epoch has (``Augment.sizes``)."""
-        ends = self.augment.size_ends or []
-        nth = sum(self.current_epoch >= end * self.epochs for end in ends)
-        if nth == len(ends):
-            return images
-        size = (self.augment.sizes or [])[nth]
-        return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
 
     def learn_from(self, teacher: Teacher) -> None:
         """Learn from a teacher's predictions as well."""

@@ -49,8 +49,8 @@ class Detect(DenseTask):
         self.masks = self.task_args.get("detector") == "maskrcnn"
         self._forget()
 
-    @staticmethod
-    def open_data(data: str | None, task_args: dict[str, Any], **settings: Any) -> Splits:
+    @classmethod
+    def open_data(cls, data: str | None, task_args: dict[str, Any], **settings: Any) -> Splits:
         """The splits of a detection data set."""
         return open_splits(data, task_args, **settings)
 
@@ -68,9 +68,9 @@ class Detect(DenseTask):
             color_jitter=augment.color_jitter,
         )
 
-    @staticmethod
+    @classmethod
     def open_split(
-        data: str | None, split: str, class_names: list[str], task_args: dict[str, Any], **settings: Any
+        cls, data: str | None, split: str, class_names: list[str], task_args: dict[str, Any], **settings: Any
     ) -> DenseDataset:
         """One split of a detection data set."""
         return open_set(data, split, class_names, **settings)

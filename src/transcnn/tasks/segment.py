@@ -53,8 +53,8 @@ class Segment(DenseTask):
         self.register_buffer("class_weights", weights, persistent=False)
         self._forget()
 
-    @staticmethod
-    def open_data(data: str | None, task_args: dict[str, Any], **settings: Any) -> Splits:
+    @classmethod
+    def open_data(cls, data: str | None, task_args: dict[str, Any], **settings: Any) -> Splits:
         """The splits of a segmentation data set."""
         return open_splits(data, task_args, **settings)
 
@@ -76,9 +76,9 @@ class Segment(DenseTask):
             resize=task_args["resize"],
         )
 
-    @staticmethod
+    @classmethod
     def open_split(
-        data: str | None, split: str, class_names: list[str], task_args: dict[str, Any], **settings: Any
+        cls, data: str | None, split: str, class_names: list[str], task_args: dict[str, Any], **settings: Any
     ) -> DenseDataset:
         """One split of a segmentation data set."""
         return open_set(data, split, class_names, task_args["label_ids"], task_args, **settings)

@@ -15,6 +15,7 @@ CLASSIFY = ("classify",)
 ONLY_FOR: dict[str, tuple[str, ...]] = {
     "img_size": ("classify", "segment"),
     "distill": CLASSIFY,
+    "table": CLASSIFY,
     "segment": ("segment",),
     "detect": ("detect",),
     **{

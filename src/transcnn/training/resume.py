@@ -110,7 +110,8 @@ def resumed_settings(given: TrainSettings, checkpoint: Path) -> TrainSettings:
 def located(s: TrainSettings) -> TrainSettings:
     """The settings with whole paths, so that what a run was given is found from every working folder."""
     distill = replace(s.distill, distill_from=_whole(s.distill.distill_from))
-    return replace(s, data=_whole(s.data), init_from=_whole(s.init_from), distill=distill)
+    table = replace(s.table, images=_whole(s.table.images))
+    return replace(s, data=_whole(s.data), init_from=_whole(s.init_from), distill=distill, table=table)
 
 
 def _whole(name: str | None) -> str | None:

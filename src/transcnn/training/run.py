@@ -68,7 +68,7 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None, lock: R
     check(s, task_class.eval_metrics, world())
     keep_freed_memory()
     L.seed_everything(s.seed, verbose=False)
-    task_args: dict[str, Any] = as_plain(s)[task_class.group] if task_class.group else {}
+    task_args = task_class.args_of(s)
     assumed = assumed_splits(s) if s.dry_run else None
     opened = {"val_fraction": s.val_fraction, "seed": s.seed, "strict": s.strict_data, "in_chans": s.in_chans}
     splits = assumed or first_here(lambda: task_class.open_data(s.data, task_args, **opened))

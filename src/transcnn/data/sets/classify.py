@@ -1,19 +1,23 @@
-"""Splits of a data set for classification."""
+"""Splits of a data set whose images have labels as a whole: a class, several labels, numbers."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from ...errors import UserError
-from ..names import distinct_names, match_names
+from ...errors import UserError, require
+from ...settings import Table
+from ..names import distinct_names
 from ..sources.opening import open_source
-from ..sources.source import SPLITS, Source, SourceSplits, abbreviate, check_fraction, split_stratified
+from ..sources.source import SPLITS, Source, SourceSplits, check_fraction, split_stratified
+from ..sources.targets import CLASSES, Targets
 from .fault_tolerant import channels_of, set_pixel_range
 from .image_dataset import ImageDataset
-from .splits import Splits, choose_split, make_splits
+from .splits import Splits, choose_split, make_splits, split_off
 
 __all__ = ["open_set", "open_splits"]
 
@@ -25,6 +29,8 @@ def open_splits(
     seed: int = 0,
     strict: bool = False,
     in_chans: int | None = None,
+    table: Table | None = None,
+    targets: Targets = CLASSES,
 ) -> Splits:
     """Open a data set for training.
 
@@ -34,7 +40,8 @@ def open_splits(
 
     Args:
         data: None for the embedded digits; a folder of class folders, or of ``train/`` with ``val/`` or ``test/``
-            that hold them; a folder that ``transcnn pack`` wrote; a Parquet file or a folder of them; the URL of
+            that hold them; a table of files and labels (.csv, .tsv, .jsonl, .parquet, or a folder's metadata.csv); a
+            folder that ``transcnn pack`` wrote; a Parquet file or a folder of them; the URL of
             either (``https://...``, ``s3://...``, ``hf://datasets/OWNER/NAME``), whose files are fetched as they are
             needed; other WebDataset shards on a local disk as ``wds/PATH/{000..015}.tar``; ``torch/NAME:FOLDER`` or
             ``hfds/NAME`` through timm's readers, which download everything first.
@@ -42,21 +49,21 @@ def open_splits(
         seed: Of that split.
         strict: Raise at the first file that can't be read, instead of leaving it out.
         in_chans: 1, 2, 3 or 4; None is 1 for grey images, else 3.
+        table: Which columns of a table are what.
+        targets: What labels are made into.
 
     Raises:
         UserError: No such data, nothing in it, fewer than two classes, or values that are not allowed.
     """
     check_fraction(val_fraction)
-    splits = open_source(data)
+    splits = open_source(data, table, targets)
     what = splits.name if data is None else data
     if splits.train is None:
         raise UserError(f"{what!r} has no train split, so there is nothing to learn from")
-    if len(splits.train.class_names) < 2 or len(np.unique(splits.train.labels)) < 2:
-        raise UserError(
-            f"{what!r} has images of one class only ({abbreviate(splits.train.class_names)}); 2 or more are needed"
-        )
+    targets.check(splits.train.labels, splits.train.class_names, repr(what))
     present = _present(splits)
-    sets = make_splits(present, partial(_make_set, present, strict), partial(_hold_back, present, val_fraction, seed))
+    hold_back = partial(_hold_back, present, targets, val_fraction, seed)
+    sets = make_splits(present, partial(_make_set, present, strict), hold_back)
     train, val = sets["train"], sets["val"]
     if train is None or val is None:
         raise UserError(f"{what!r} has {len(splits.train)} images, too few to split off a validation split")
@@ -73,6 +80,8 @@ def open_set(
     val_fraction: float = 0.1,
     seed: int = 0,
     strict: bool = False,
+    table: Table | None = None,
+    targets: Targets = CLASSES,
 ) -> ImageDataset:
     """Open one split of a data set for evaluation: broken files are labelled ``IGNORE``, none is replaced.
 
@@ -82,19 +91,21 @@ def open_set(
             makes them, ``all`` is everything; ``auto`` is the test split, else the validation
             split of the data itself, else everything.
         class_names: The model's classes: labels become indices into them.
+        table, targets: As for :func:`open_splits`.
 
     Raises:
         UserError: No such data or split, or classes that are not among ``class_names``.
     """
-    splits = open_source(data)
+    splits = open_source(data, table, targets)
     what = splits.name if data is None else data
     present = _present(splits)
     if split == "all" and splits.train is not None and splits.test_indices is not None:  # split by convention alone
         present = {"": (splits.train, None)}
-    make, hold_back = partial(_make_set, present, strict), partial(_hold_back, present, val_fraction, seed)
+    make, hold_back = partial(_make_set, present, strict), partial(_hold_back, present, targets, val_fraction, seed)
     chosen = choose_split(str(what), present, make, split, hold_back)
     if class_names is not None:
-        _relabel(chosen, class_names, str(what))
+        chosen.labels = targets.relabelled(chosen.labels, chosen.class_names, class_names, repr(what))
+        chosen.class_names = distinct_names(class_names)
     return chosen
 
 
@@ -128,18 +139,26 @@ def _make_set(
 
 
 def _hold_back(
-    present: Mapping[str, tuple[Source, np.ndarray | None]], fraction: float, seed: int, split: str
+    present: Mapping[str, tuple[Source, np.ndarray | None]], targets: Targets, fraction: float, seed: int, split: str
 ) -> tuple[np.ndarray, np.ndarray]:
     source, members = present[split]
-    return split_stratified(source.labels if members is None else source.labels[members], fraction, seed)
+    labels = source.labels if members is None else source.labels[members]
+    if source.together is not None:
+        groups = source.together if members is None else source.together[members]
+        return _split_groups(groups, targets.strata(labels), fraction, seed)
+    strata = targets.strata(labels)
+    return split_off(len(labels), fraction, seed) if strata is None else split_stratified(strata, fraction, seed)
 
 
-def _relabel(chosen: ImageDataset, class_names: Sequence[str], what: str) -> None:
-    """Make labels indices into ``class_names``; raises UserError for classes that are not among them."""
-    order, unknown = match_names(chosen.class_names, class_names)
-    if unknown:
-        raise UserError(
-            f"{what!r} has {len(chosen.class_names)} classes, of which the model does not know {abbreviate(unknown)}; "
-            f"it knows {len(class_names)}: {abbreviate(class_names)}"
-        )
-    chosen.labels, chosen.class_names = np.array(order)[chosen.labels], distinct_names(class_names)
+def _split_groups(
+    groups: np.ndarray, strata: np.ndarray | None, fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the rest and of about a ``fraction``, no group in both; shares of the strata as alike as can be."""
+    if (count := len(np.unique(groups))) < 2:
+        raise UserError("all images are of one group, so none can be held back without it; give --group another column")
+    strata = np.zeros(len(groups), np.int64) if strata is None else strata
+    folds = max(2, min(round(1 / fraction), count, int(np.unique(strata, return_counts=True)[1].max())))
+    kind: Any = require("sklearn.model_selection", "train").StratifiedGroupKFold
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes with fewer members than folds
+        return next(iter(kind(folds, shuffle=True, random_state=seed).split(groups, strata, groups)))

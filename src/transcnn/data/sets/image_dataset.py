@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,19 +19,23 @@ from .fault_tolerant import FaultTolerantDataset, Sample
 
 __all__ = ["IGNORE", "ImageDataset"]
 
-IGNORE = -1  # the label of what is not to be counted in evaluation: a broken file, or padding between processes
+IGNORE = -1  # the label of what is not to be counted in evaluation: a broken file, or padding between processes;
+# where labels are floats, NaN is
 CACHE_BYTES = 2 << 30  # decoded images are kept in memory up to this size, each set for itself
 
 
 class ImageDataset(FaultTolerantDataset):
     """Labelled images as a map-style dataset; ``set[i]`` is (float tensor (C, H, W), label).
 
+    A label is an int, or a float tensor where the source has a row of them for each image.
+
     ``i`` is an index, or a :class:`~.fault_tolerant.Sample` that also says the epoch, as the loaders send it. Whatever
     ``transform`` draws at random depends on ``seed``, the epoch and the index only.
 
     A file that can't be read is recorded in ``broken``. In a training set another sample takes its place (always
-    the same one in an epoch); with ``replace=False``, as for evaluation, a black image labelled ``IGNORE`` (-1)
-    does, which must not be counted. ``strict=True`` raises :class:`UserError` at the first one instead.
+    the same one in an epoch); with ``replace=False``, as for evaluation, a black image does, labelled ``IGNORE`` (-1;
+    NaN where labels are floats), which must not be counted. ``strict=True`` raises :class:`UserError` at the first one
+    instead.
 
     Args:
         source: Where the images are.
@@ -40,7 +45,7 @@ class ImageDataset(FaultTolerantDataset):
         strict, replace: What to do about a file that can't be read, see above.
 
     Attributes:
-        labels: int64, one for each image.
+        labels: One for each image: int64, or rows of float32.
         class_names: In the order of the labels.
         epoch: The epoch that plain indices are taken to be of.
     """
@@ -74,19 +79,22 @@ class ImageDataset(FaultTolerantDataset):
     def entry(self, i: int) -> tuple[str, Any, int]:
         """Name, label, and size in bytes (-1 where it isn't known) of the i-th image."""
         size_of = self.source.size_of
-        return self.name(i), int(self.labels[i]), -1 if size_of is None else size_of(int(self.indices[i]))
+        return self.name(i), _plain(self.labels[i]), -1 if size_of is None else size_of(int(self.indices[i]))
 
     def shares_source(self, other: Any) -> bool:
         """Whether two sets hold images of one source, as where one was split off."""
         return self.source is other.source
 
-    def read(self, i: int) -> tuple[Image.Image, int, str]:
+    def read(self, i: int) -> tuple[Image.Image, Any, str]:
         """The i-th image as it lies there (mode L, LA, RGB or RGBA), its label and its name.
 
         Raises:
             BrokenImage: It can't be read.
         """
-        return self._load(i), int(self.labels[i]), self.name(i)
+        return self._load(i), self._label(i), self.name(i)
+
+    def _label(self, i: int) -> Any:
+        return int(self.labels[i]) if self.labels.ndim == 1 else torch.from_numpy(self.labels[i])
 
     def _load(self, i: int) -> Image.Image:
         index = int(self.indices[i])
@@ -94,10 +102,10 @@ class ImageDataset(FaultTolerantDataset):
             return self.source.load(index)
         return read_image(self.source.raw(index), self.pixel_range)
 
-    def __getitem__(self, i: int | Sample) -> tuple[Tensor, int]:
+    def __getitem__(self, i: int | Sample) -> tuple[Tensor, Any]:
         return self.__getitems__([i])[0]
 
-    def __getitems__(self, wanted: Sequence[int | Sample]) -> list[tuple[Tensor, int]]:
+    def __getitems__(self, wanted: Sequence[int | Sample]) -> list[tuple[Tensor, Any]]:
         """Samples for a whole batch: its last steps are done on all images together."""
         transform = self._need_transform()
         samples = [i if isinstance(i, Sample) else Sample(range(len(self))[i], self.epoch) for i in wanted]
@@ -108,8 +116,15 @@ class ImageDataset(FaultTolerantDataset):
         else:
             pairs = [self._prepared(i, int(seed)) for i, seed in zip(indices.tolist(), seeds, strict=True)]
             raw, labels = torch.stack([image for image, _ in pairs]), np.array([label for _, label in pairs])
-        labels = np.where([s.counts for s in samples], labels, IGNORE)
-        return list(zip(transform.finish(raw, seeds), labels.tolist(), strict=True))
+        counts = np.array([s.counts for s in samples])
+        labels = np.where(counts if labels.ndim == 1 else counts[:, None], labels, self.ignore)
+        plain = labels.tolist() if labels.ndim == 1 else torch.from_numpy(labels.astype(np.float32))
+        return list(zip(transform.finish(raw, seeds), plain, strict=True))
+
+    @property
+    def ignore(self) -> float:
+        """In place of a label: not to be counted."""
+        return IGNORE if self.labels.dtype.kind == "i" else math.nan
 
     def fill_cache(self, limit: int = CACHE_BYTES, *, progress: bool = False) -> bool:
         """Decode all images once and keep them as uint8, if the transform allows it and ``limit`` bytes suffice.
@@ -137,18 +152,20 @@ class ImageDataset(FaultTolerantDataset):
             raise ValueError("the set has no transform: use with_transform(...)")
         return self.transform
 
-    def _prepared(self, i: int, seed: int) -> tuple[Tensor, int]:
+    def _prepared(self, i: int, seed: int) -> tuple[Tensor, Any]:
         """uint8 (C, H, W) and label of sample i, or of what takes its place."""
         image = self._try(i, seed)
         if image is not None:
-            return image, int(self.labels[i])
+            return image, self.labels[i]
         transform = self._need_transform()
         if not self.replace:
-            return torch.zeros(transform.in_chans, *transform.size, dtype=torch.uint8), IGNORE
+            return torch.zeros(transform.in_chans, *transform.size, dtype=torch.uint8), np.full_like(
+                self.labels[i], self.ignore
+            )
         for other in self.substitutes(seed):
             image = self._try(other, seed)
             if image is not None:
-                return image, int(self.labels[other])
+                return image, self.labels[other]
         raise AssertionError("unreachable: substitutes ends with an error")
 
     def _try(self, i: int, seed: int) -> Tensor | None:
@@ -163,3 +180,10 @@ class ImageDataset(FaultTolerantDataset):
         except BrokenImage as error:
             self.note_broken(i, error)
             return None
+
+
+def _plain(label: Any) -> Any:
+    """A label as JSON holds it: an int, or a list of numbers with None for NaN."""
+    if not np.ndim(label):
+        return int(label)
+    return [None if math.isnan(value) else value for value in label.tolist()]

@@ -11,24 +11,80 @@ import numpy as np
 from PIL import Image
 
 from ...errors import UserError, require
+from ...settings import Table
 from ..paths import check_data_exists, is_url
 from .folder import open_folder
 from .named import open_hfds, open_torch
 from .packed import is_packed, open_packed
-from .parquet import open_parquet
+from .parquet import holds_images, open_parquet, split_of_path
 from .remote_parquet import open_remote_parquet
-from .source import Source, SourceSplits, split_stratified
+from .source import SPLITS, Source, SourceSplits, split_stratified
+from .table import is_table, metadata_tables
+from .table_source import open_table
+from .targets import CLASSES, Targets
 from .webdataset import open_shards
 
 __all__ = ["open_source"]
 
 
-def open_source(data: str | None) -> SourceSplits:
+def open_source(data: str | None, table: Table | None = None, targets: Targets = CLASSES) -> SourceSplits:
     """Find out what kind of data it is, and open its splits.
+
+    Args:
+        data: What the user named.
+        table: Which columns of a table are what.
+        targets: What labels are made into.
 
     Raises:
         UserError: No such path, nothing readable in it, or labels that make no sense.
     """
+    table = table or Table()
+    found = _tables(data, table)
+    if found:
+        path = Path(os.fspath(data))  # pyright: ignore
+        name = path.resolve().name if path.is_dir() else path.stem
+        return open_table(found, name, table, targets)
+    for name in ("images", "target", "file_column", "split_column", "group"):
+        if getattr(table, name) is not None and not (name == "target" and table.target == ["folder"]):
+            raise UserError(f"{name} is for a table of files (.csv, .tsv, .jsonl, .parquet), got {data or 'digits'!r}")
+    splits = _open(data)
+    if targets is not CLASSES:
+        for source in (splits.train, splits.val, splits.test):
+            if source is not None:
+                source.labels, source.class_names = targets.of_classes(
+                    source.labels, source.class_names, str(data or splits.name)
+                )
+    return splits
+
+
+def _tables(data: str | None, table: Table) -> list[tuple[Path, str | None]]:
+    """The tables of files that the data is, each with its split if that is known; none where it is something else."""
+    if data is None or is_url(os.fspath(data)) or is_packed(data) or not os.path.exists(data):
+        return []
+    path = Path(data)
+    columns = table.target is not None and table.target != ["folder"]
+    if path.is_file():
+        parquet = path.suffix.lower() in (".parquet", ".pq")
+        return [(path, None)] if is_table(path) and (columns or not parquet or not holds_images(path)) else []
+    if files := sorted([*path.glob("*.parquet"), *path.glob("*/*.parquet")]):
+        if path / "metadata.parquet" in files:
+            return [(path / "metadata.parquet", None)]
+        names = [split_of_path(file.relative_to(path).as_posix()) for file in files]
+        return list(zip(files, names, strict=True)) if columns else []
+    found = metadata_tables(path, SPLITS)
+    return found if columns or any(_has_label(file) for file, _ in found) else []
+
+
+def _has_label(file: Path) -> bool:
+    """Whether a folder's metadata is about labels; else its class folders count."""
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            return "label" in lines.readline(1 << 16).lower()
+    except (OSError, ValueError):
+        return False
+
+
+def _open(data: str | None) -> SourceSplits:
     if data is None:
         return _digits()
     if is_url(os.fspath(data)):
@@ -50,7 +106,7 @@ def open_source(data: str | None) -> SourceSplits:
         return open_parquet(path, [path])
     if path.suffix.lower() == ".tar":
         return open_shards(data)
-    raise UserError(f"{data!r} is neither a folder nor a Parquet file nor a tar of samples")
+    raise UserError(f"{data!r} is neither a folder nor a Parquet file nor a table nor a tar of samples")
 
 
 def _open_url(url: str) -> SourceSplits:

@@ -29,8 +29,10 @@ __all__ = [
     "ImageColumn",
     "feature_names",
     "find_columns",
+    "holds_images",
     "label_values",
     "open_parquet",
+    "refuse_bombs",
     "split_of_path",
 ]
 
@@ -74,7 +76,7 @@ def _parquet_split(files: list[Path], folder: Path, names: list[str] | None) -> 
         for file in opened
         for group in map(file.metadata.row_group, range(file.metadata.num_row_groups))
     )
-    _refuse_bombs(files, sum(file.metadata.num_rows for file in opened), size)
+    refuse_bombs(files, sum(file.metadata.num_rows for file in opened), size)
     try:
         if size <= IN_MEMORY:
             table = arrow.concat_tables([file.read(columns=[image, label]) for file in opened])
@@ -92,7 +94,7 @@ def _parquet_split(files: list[Path], folder: Path, names: list[str] | None) -> 
     return Source(labels, class_names, rows.load, rows.name, raw=rows.raw)
 
 
-def _refuse_bombs(files: Sequence[Path], rows: int, size: int) -> None:
+def refuse_bombs(files: Sequence[Path], rows: int, size: int) -> None:
     """Refuse files that say they hold far more than their bytes can: repetitions, which would take all memory."""
     stored = sum(file.stat().st_size for file in files)
     if rows > max(MIN_BOMB_ROWS, stored) or size > max(MIN_BOMB_BYTES, MAX_RATIO * stored):
@@ -128,6 +130,21 @@ class ImageColumn:
         if not isinstance(value, bytes):
             raise BrokenImage("no image in this row")
         return value
+
+
+def holds_images(file: Path) -> bool:
+    """Whether a Parquet file has a column of encoded images; what can't be read is said where it is opened."""
+    arrow: Any = require("pyarrow", "train")
+    parquet: Any = require("pyarrow.parquet", "train")
+    try:
+        schema = parquet.read_schema(file)
+    except (arrow.ArrowException, OSError):
+        return True
+    kinds = [schema.field(name).type for name in IMAGE_COLUMNS if name in schema.names]
+    texts = (arrow.types.is_string, arrow.types.is_large_string)
+    return not any(is_text(kind) for kind in kinds for is_text in texts) and (
+        bool(kinds) or not {"file", "file_name", "filename", "path"} & {*schema.names}
+    )
 
 
 def find_columns(columns: Sequence[str], file: Path | str) -> tuple[str, str]:

@@ -41,7 +41,7 @@ class Source:
     """Labelled images that are read one by one.
 
     Attributes:
-        labels: int64, one for each image.
+        labels: One for each image, as :mod:`.targets` make them: int64, or rows of float32.
         class_names: In the order of the labels, in Unicode's form NFC; equal ones get their index.
         load: Index -> decoded image; raises BrokenImage.
         name_of: Index -> the image's name, for reports.
@@ -49,6 +49,7 @@ class Source:
         raw: Index -> the image's bytes as they lie there, where there are any; raises BrokenImage.
         size_of: Index -> the size of the image's file in bytes, where that is known without reading it.
         groups: For each image the file that it lies in, where going from one to another is slow; else None.
+        together: For each image its group, whose images are held back together or not at all; else None.
     """
 
     labels: np.ndarray
@@ -59,6 +60,7 @@ class Source:
     raw: Callable[[int], bytes] | None = None
     groups: np.ndarray | None = None
     size_of: Callable[[int], int] | None = None
+    together: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.class_names = distinct_names(self.class_names)

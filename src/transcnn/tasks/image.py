@@ -1,0 +1,124 @@
+"""What the tasks have in common whose answer is about an image as a whole: data, loaders, mixing, growing images."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from torch import Tensor
+
+from ..data.loading.data_module import DataModule
+from ..data.loading.loader import make_loader
+from ..data.sets.classify import open_set, open_splits
+from ..data.sets.image_dataset import ImageDataset
+from ..data.sets.splits import Splits
+from ..data.sources.files import dense_layout
+from ..data.sources.targets import CLASSES, Targets
+from ..data.transforms.classify import Transform, eval_transform, train_transform
+from ..errors import UserError
+from ..settings import Augment, Table, TrainSettings, as_plain
+from .base import Task
+
+__all__ = ["ImageTask"]
+
+
+class ImageTask(Task):
+    """A task with one answer an image: a class, labels, numbers. Batches are (images (B, C, H, W), labels (B, ...))."""
+
+    targets: ClassVar[Targets] = CLASSES
+    mixup: Mixup | None = None  # what mixes a batch, where one was asked for
+
+    @classmethod
+    def args_of(cls, settings: TrainSettings) -> dict[str, Any]:
+        """The task's own settings, and which columns of a table are what."""
+        table = {name: value for name, value in as_plain(settings)["table"].items() if value is not None}
+        return {**super().args_of(settings), **({"table": table} if table else {})}
+
+    @classmethod
+    def open_data(cls, data: str | None, task_args: dict[str, Any], **settings: Any) -> Splits:
+        """The splits of a data set of labelled images."""
+        table = Table(**task_args.get("table", {}))
+        try:
+            return open_splits(data, table=table, targets=cls.targets, **settings)
+        except UserError as error:
+            if data and (task := dense_layout(data)):
+                raise UserError(f"{data} looks like data to {task}: add --task {task} ({error})") from error
+            raise
+
+    @classmethod
+    def loaders(
+        cls, splits: Any, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any], **settings: Any
+    ) -> DataModule:
+        """Loaders that augment the training split as ``augment`` says."""
+        in_chans, *size = data_config["input_size"]
+        a = augment
+        train = train_transform(
+            tuple(size),
+            in_chans=in_chans,
+            policy=a.policy,
+            mean=data_config["mean"],
+            std=data_config["std"],
+            interpolation=data_config["interpolation"],
+            scale=a.scale,
+            ratio=a.ratio,
+            pad=a.pad,
+            hflip=a.hflip,
+            vflip=a.vflip,
+            degrees=a.degrees,
+            zoom=a.zoom,
+            color_jitter=a.color_jitter,
+            aa=a.aa,
+            re_prob=a.reprob,
+            re_mode=a.remode,
+        )
+        return DataModule(splits, train, cls.image_transform(data_config), **settings)
+
+    @classmethod
+    def open_split(
+        cls, data: str | None, split: str, class_names: list[str], task_args: dict[str, Any], **settings: Any
+    ) -> ImageDataset:
+        """One split of a data set of labelled images."""
+        table = Table(**task_args.get("table", {}))
+        return open_set(data, split, class_names=class_names, table=table, targets=cls.targets, **settings)
+
+    @classmethod
+    def split_loader(
+        cls, split: ImageDataset, data_config: dict[str, Any], task_args: dict[str, Any], **settings: Any
+    ) -> Any:
+        """A loader of (images, labels) over one split."""
+        transform = cls.image_transform(data_config)
+        return make_loader(split.with_transform(transform, pixel_range=data_config.get("pixel_range")), **settings)
+
+    @staticmethod
+    def image_transform(data_config: dict[str, Any], task_args: dict[str, Any] | None = None) -> Transform:
+        """Resize, crop, normalise, as ``data_config`` says."""
+        in_chans, *size = data_config["input_size"]
+        return eval_transform(
+            tuple(size),
+            in_chans=in_chans,
+            mean=data_config["mean"],
+            std=data_config["std"],
+            interpolation=data_config["interpolation"],
+            crop_pct=data_config["crop_pct"],
+            crop_mode=data_config.get("crop_mode") or "center",
+        )
+
+    def mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images are mixed in pairs: of an odd number the last one is left out, a single one is mixed with itself."""
+        assert self.mixup is not None
+        if len(images) == 1:
+            images, labels = self.mixup(torch.cat([images, images]), torch.cat([labels, labels]))
+            return images[:1], labels[:1]
+        even = len(images) // 2 * 2
+        return self.mixup(images[:even], labels[:even])
+
+    def resized(self, images: Tensor) -> Tensor:
+        """Training images at the side that the present epoch has (``Augment.sizes``)."""
+        ends = self.augment.size_ends or []
+        nth = sum(self.current_epoch >= end * self.epochs for end in ends)
+        if nth == len(ends):
+            return images
+        size = (self.augment.sizes or [])[nth]
+        return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
