@@ -182,7 +182,7 @@ def test_numbers_as_labels_are_told_from_classes(photos, class_image):
     for i in range(12, 44):
         class_image(0, i, 16).save(photos / f"{i}.png")
     table = write(photos / "labels.csv", [(f"{i}.png", 1.5 * i) for i in range(44)])
-    with pytest.raises(UserError, match="44 distinct numbers .* --task regress"):
+    with pytest.raises(UserError, match=r"44 distinct numbers .* --task regress"):
         open_splits(str(table))
 
 
