@@ -10,7 +10,7 @@
 #   make format    put the format right
 #   make install   .venv with every extra, nothing else
 #   make build     source archive and wheel in dist/
-#   make figures   draw the pictures of docs/images again
+#   make figures   draw the figures of docs/images again
 #   make docs      the site of docs/, into site/
 #   make screenshots  take those of the page (transcnn demo) again; needs chromium
 #   make clean     remove .venv and everything that was built (runs/ stays)

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["ROOT_ROOMS", "circle", "floors", "import_graph", "modules", "room_graph", "room_of"]
+__all__ = ["ROOT_ROOMS", "circle", "floors", "import_graph", "imports", "modules", "name_of", "room_graph", "room_of"]
 
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "transcnn"
 PAPER = ["attention", "layers", "blocks", "backbone", "variants", "levels"]
@@ -24,51 +24,52 @@ ROOT_ROOMS["checkpoints.published"] = "checkpoints.published"
 
 def modules(package: Path = PACKAGE) -> dict[str, Path]:
     """Dotted name within the package ('' for the package itself) -> file."""
-    found = {}
-    for path in sorted(package.rglob("*.py")):
-        parts = path.relative_to(package).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+    return {name_of(path, package): path for path in sorted(package.rglob("*.py"))}
 
 
-def import_graph(package: Path = PACKAGE, *, everywhere: bool = True) -> dict[str, set[str]]:
-    """Each module -> the modules of ours that it imports; ``everywhere``: also inside functions."""
-    known = modules(package)
-    return {name: _imported(name, path, known, everywhere, package.name) - {name} for name, path in known.items()}
+def name_of(path: Path, package: Path = PACKAGE) -> str:
+    """The dotted name of a module within the package, '' for the package itself."""
+    parts = path.relative_to(package).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _imported(name: str, path: Path, known: dict[str, Path], everywhere: bool, package: str) -> set[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    own = name.split(".") if name else []
-    home = own if path.name == "__init__.py" else own[:-1]
+@functools.cache
+def imports(path: Path, package: Path = PACKAGE) -> frozenset[str]:
+    """Dotted names that a module imports, wherever in it, but for types alone; ours begin with 'transcnn'.
+
+    Of ``from a import b`` that is a.b where this is a module of ours, else both a and a.b.
+    """
     found: set[str] = set()
-    for node in _nodes(tree, everywhere):
+    own = ["transcnn", *path.relative_to(package).parts[:-1]]
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            return
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[2] for alias in node.names if alias.name.split(".")[0] == package}
+            found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            words = (node.module or "").split(".") if node.module else []
+            base = node.module or ""
             if node.level:
-                base = [*home[: len(home) - node.level + 1], *words]
-            elif words[:1] == [package]:
-                base = words[1:]
-            else:
-                continue
+                base = ".".join([*own[: len(own) - node.level + 1], *base.split(".")]).rstrip(".")
             for alias in node.names:
-                inner = ".".join([*base, alias.name])
-                found.add(inner if inner in known else ".".join(base))
-    return found & set(known)
+                file = package.joinpath(*base.split(".")[1:], alias.name)
+                module = base.startswith("transcnn") and (file.with_suffix(".py").is_file() or file.is_dir())
+                found.update({f"{base}.{alias.name}"} if module else {base, f"{base}.{alias.name}"})
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return frozenset(found)
 
 
-def _nodes(tree: ast.Module, everywhere: bool) -> Iterable[ast.AST]:
-    """Statements that run at import; all but those for type checkers where ``everywhere``."""
-    waiting: list[ast.AST] = list(tree.body)
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            continue
-        yield node
-        if everywhere or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            waiting += ast.iter_child_nodes(node)
+def import_graph(package: Path = PACKAGE) -> dict[str, set[str]]:
+    """Each module -> the modules of ours that it imports, also inside functions."""
+    known = modules(package)
+    return {
+        name: {other.partition(".")[2] for other in imports(path, package) if other.startswith("transcnn")}
+        & set(known) - {name}
+        for name, path in known.items()
+    }
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:

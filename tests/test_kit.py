@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import functools
-import graphlib
 import os
 import re
 import shlex
@@ -23,9 +21,13 @@ from packaging.version import Version
 import transcnn
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+from house import circle, import_graph, imports, name_of  # noqa: E402  (a script of docs, no package)
+
 PACKAGE = ROOT / "src" / "transcnn"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(PACKAGE.rglob("*.py"))
+GRAPH = import_graph()
 
 # What the extras bring: none of it is there after `pip install transcnn`.
 EXTRAS = "datasets gradio jsonargparse lightning matplotlib onnx onnxruntime onnxscript openvino pandas pyarrow rich"
@@ -45,47 +47,6 @@ sys.meta_path = [WithoutExtras if finder is PathFinder else finder for finder in
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-
-
-def name_of(path: Path) -> str:
-    """The dotted name of a module within the package, '' for the package itself."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-@functools.cache
-def imports(path: Path, package: Path = PACKAGE) -> frozenset[str]:
-    """Dotted names that a module imports, wherever in it, but for types alone; ours begin with 'transcnn'.
-
-    Of ``from a import b`` that is a.b where this is a module of ours, else both a and a.b.
-    """
-    found: set[str] = set()
-    own = ["transcnn", *path.relative_to(package).parts[:-1]]
-
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-            return
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                base = ".".join([*own[: len(own) - node.level + 1], *base.split(".")]).rstrip(".")
-            for alias in node.names:
-                file = package.joinpath(*base.split(".")[1:], alias.name)
-                module = base.startswith("transcnn") and (file.with_suffix(".py").is_file() or file.is_dir())
-                found.update({f"{base}.{alias.name}"} if module else {base, f"{base}.{alias.name}"})
-        for child in ast.iter_child_nodes(node):
-            visit(child)
-
-    visit(ast.parse(path.read_text(encoding="utf-8")))
-    return frozenset(found)
-
-
-def ours(path: Path) -> set[str]:
-    """The modules of ours that a module imports, as :func:`name_of` names them."""
-    names = {name_of(module) for module in MODULES} - {""}
-    return {name.removeprefix("transcnn.") for name in imports(path)} & names
 
 
 # --- imports --------------------------------------------------------------------------------------------------------
@@ -162,7 +123,7 @@ ARROWS = {
 
 @pytest.mark.parametrize(("room", "allowed"), ARROWS.items(), ids=list(ARROWS))
 def test_what_a_module_may_import(room: str, allowed: set[str]) -> None:
-    assert ours(PACKAGE / f"{room.replace('.', '/')}.py") <= allowed
+    assert GRAPH[room] - {""} <= allowed
 
 
 # The one-way imports between rooms: what may not be known, whatever the way.
@@ -187,26 +148,17 @@ def wrong_imports(name: str, known: set[str]) -> set[str]:
     return {other for other in known if other.partition(".")[0] in barred}
 
 
-def circle(graph: dict[str, set[str]]) -> list[str]:
-    """The modules of a circle of imports, the first of them at its end again; none if there is no circle."""
-    try:
-        graphlib.TopologicalSorter(graph).prepare()
-    except graphlib.CycleError as error:
-        return error.args[1]
-    return []
-
-
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_arrows_point_one_way(path: Path) -> None:
     """cli → commands → training → tasks → data, dense, fast → the paper."""
-    assert wrong_imports(name_of(path), ours(path)) == set()
+    name = name_of(path)
+    assert wrong_imports(name, GRAPH[name]) == set()
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:
     """Nor by way of imports inside functions."""
-    graph = {name_of(path): ours(path) - {name_of(path)} for path in MODULES}
-    assert graph.keys() >= {"attention", "backbone", "errors"}
-    assert circle(graph) == []
+    assert GRAPH.keys() >= {"attention", "backbone", "errors"}
+    assert circle(GRAPH) == []
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None, lock: R
     if splits.pixel_range is not None:
         config["pixel_range"] = list(splits.pixel_range)
     learner = make_learner(s, splits, network, config, task_args)
-    loaders = None if assumed else _loaders(s, task_class, splits, config, task_args)
+    loaders: Any = None if assumed else _loaders(s, task_class, splits, config, task_args)
     if s.dry_run:
         return TrainResult(Path(), dry_run(s, learner, splits, loaders))
 
