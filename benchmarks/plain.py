@@ -17,19 +17,16 @@ from torch import Tensor, nn
 
 import transcnn
 from transcnn.attention import LocalStep
-from transcnn.layers import DepthwiseConv2d, StridedConv2d
 
 
 def plain(model: nn.Module | str = "transcnn_tiny") -> nn.Module:
-    """``model`` (or a new network of that name), its attention and convolutions computed the plain way from now on."""
+    """``model`` (or a new network of that name), its attention computed the plain way from now on."""
     model = transcnn.create_model(model) if isinstance(model, str) else model
     for module in model.modules():
         if isinstance(module, LocalStep):
             module.forward = MethodType(local_step, module)
         elif isinstance(module, transcnn.HMHSA):
             module.forward = MethodType(hmhsa, module)
-        elif isinstance(module, DepthwiseConv2d | StridedConv2d):
-            module.__class__ = nn.Conv2d
     return model
 
 

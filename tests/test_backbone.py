@@ -23,9 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import reference
 import transcnn
 from transcnn.backbone import TransCNN
-from transcnn.blocks import Block, DualDownsample
+from transcnn.blocks import Block, ConvDownsample, DualDownsample
 from transcnn.fast import accelerate_training, optimize
-from transcnn.layers import StridedConv2d
+from transcnn.layers import strided
 from transcnn.variants import VARIANTS
 
 HATNET = dict(design="hatnet", norm_layer="groupnorm1")
@@ -484,22 +484,22 @@ def test_autocast_is_finite_and_near(design, dtype, tolerance):
 def test_bf16_gradients_of_a_map_one_or_two_columns_wide_are_written(height, width, layout):
     """PyTorch leaves those of the kernel's columns that see padding alone as they lay in memory."""
     torch.manual_seed(0)
-    conv = StridedConv2d(64, 128).to(memory_format=layout)
+    conv = nn.Conv2d(64, 128, 3, stride=2, padding=1).to(memory_format=layout)
     x = images(4, 64, height, width).bfloat16().to(memory_format=layout)
     with torch.no_grad():
         conv.weight.copy_(conv.weight.bfloat16())
-    conv(x.float()).square().mean().backward()
+    strided(conv, x.float()).square().mean().backward()
     expected = conv.weight.grad.clone()
     for _ in range(20):
         conv.zero_grad()
         junk = torch.full_like(conv.weight, float("nan"), dtype=torch.bfloat16)  # what the kernel may find
         del junk
         with torch.autocast("cpu", torch.bfloat16):
-            conv(x).square().mean().backward()
+            strided(conv, x).square().mean().backward()
         assert (conv.weight.grad - expected).norm() <= 0.02 * expected.norm()
     with torch.no_grad():
-        fixed = conv(x.float())
-    torch.testing.assert_close(conv(x.float()), fixed)
+        fixed = strided(conv, x.float())
+    torch.testing.assert_close(strided(conv, x.float()), fixed)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -518,6 +518,30 @@ def test_bf16_answers_on_narrow_maps_are_written(height, width, layout):
         for found in (usual, optimize(halving, "bf16")(x)):
             assert found.shape == expected.shape
             assert (found - expected).norm() <= 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize(
+    "options", [{}, dict(stride=1), dict(dilation=2, padding=2), dict(padding_mode="reflect"), dict(bias=False)]
+)
+def test_what_is_done_for_narrow_maps_changes_no_value(width, options):
+    """Also in a traced network, where another size may come."""
+    torch.manual_seed(0)
+    down = ConvDownsample(4, 6, norm_layer=nn.BatchNorm2d).eval()
+    down.conv = nn.Conv2d(4, 6, 3, **{"stride": 2, "padding": 1, **options})
+    traced = torch.fx.symbolic_trace(down)
+    x = images(2, 4, 5, width)
+    if options.get("padding_mode") == "reflect" and width == 1:
+        pytest.skip("a column has nothing to reflect")
+    with torch.no_grad():
+        expected = down.norm(down.conv(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = [down(x), traced(x)]
+        found.append(copy.deepcopy(down).bfloat16()(x.bfloat16()))
+        assert torch.equal(down(x), expected)
+    for y in found:
+        assert y.shape == expected.shape
+        torch.testing.assert_close(y.float(), expected, rtol=0.03, atol=0.03)
 
 
 def test_channels_last_changes_nothing():

@@ -27,7 +27,6 @@ from transcnn.blocks import Block, DualDownsample, InvertedResidual
 from transcnn.errors import UserError
 from transcnn.fast import accelerate_training, dispatch, optimize, plain
 from transcnn.fast.cpu import support
-from transcnn.layers import DepthwiseConv2d, StridedConv2d
 
 CASES = int(os.environ.get("TRANSCNN_CASES", "60"))
 NETWORKS = {
@@ -45,8 +44,7 @@ CLASSES = (
     LocalStep,
     InvertedResidual,
     DualDownsample,
-    DepthwiseConv2d,
-    StridedConv2d,
+    nn.Conv2d,
     nn.BatchNorm2d,
     nn.SiLU,
 )
@@ -105,7 +103,7 @@ def changeable(model: nn.Module, how: str) -> list[str]:
     names = []
     for name, module in model.named_modules():
         fits = {
-            "parametrization": type(module) in (nn.Conv2d, StridedConv2d, DepthwiseConv2d),
+            "parametrization": type(module) is nn.Conv2d,
             "subclass": type(module) in OWN,
         }
         returns_a_map = (

@@ -28,8 +28,7 @@ from timm.layers import (
 from torch import Tensor, nn
 
 from .attention import HMHSA
-from .blocks import Block, ConvDownsample, DualDownsample, InvertedResidual, Stage, dilate
-from .layers import StridedConv2d
+from .blocks import Block, ConvDownsample, DualDownsample, InvertedResidual, Stage, Stem, dilate
 
 __all__ = ["NORM_LAYERS", "TransCNN"]
 
@@ -167,11 +166,11 @@ class TransCNN(nn.Module):
             return Block(attn, irb, drop_path, proj_norm=norm(dims[i]) if design == "hatnet" else None)
 
         strides = STEM_STRIDES[stem_stride]
-        self.stem = nn.Sequential(
-            StridedConv2d(in_chans, stem_width, strides[0], **dd),
+        self.stem = Stem(
+            nn.Conv2d(in_chans, stem_width, 3, stride=strides[0], padding=1, **dd),
             norm(stem_width),
             act(),
-            StridedConv2d(stem_width, dims[0], strides[1], **dd),
+            nn.Conv2d(stem_width, dims[0], 3, stride=strides[1], padding=1, **dd),
         )
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.stages = nn.Sequential(

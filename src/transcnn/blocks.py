@@ -14,9 +14,24 @@ from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from .attention import HMHSA
-from .layers import DepthwiseConv2d, StridedConv2d
+from .layers import strided
 
-__all__ = ["Block", "ConvDownsample", "DualDownsample", "InvertedResidual", "Stage", "dilate"]
+__all__ = ["Block", "ConvDownsample", "DualDownsample", "InvertedResidual", "Stage", "Stem", "dilate"]
+
+
+class Stem(nn.Sequential):
+    """The layers of the stem one after another, (B, in_chans, H, W) -> (B, C, H', W').
+
+    timm's ``features_only`` calls them by itself, without what :func:`transcnn.layers.strided` does for images up to
+    four pixels wide.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, C, H', W')."""
+        x = input
+        for layer in self:
+            x = strided(layer, x)
+        return x
 
 
 class InvertedResidual(nn.Module):
@@ -40,7 +55,7 @@ class InvertedResidual(nn.Module):
         super().__init__()
         hidden = dim * expansion
         expand = nn.Conv2d(dim, hidden, 1, bias=False, **dd)
-        depthwise = DepthwiseConv2d(hidden, kernel_size, **dd)
+        depthwise = nn.Conv2d(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden, bias=False, **dd)
         project = nn.Conv2d(hidden, dim, 1, bias=False, **dd)
         if pre_norm:
             self.conv1 = nn.Sequential(norm_layer(dim), expand, act_layer())
@@ -92,12 +107,12 @@ class ConvDownsample(nn.Module):
 
     def __init__(self, in_chs: int, out_chs: int, *, norm_layer: Callable[[int], nn.Module], **dd: Any) -> None:
         super().__init__()
-        self.conv = StridedConv2d(in_chs, out_chs, **dd)
+        self.conv = nn.Conv2d(in_chs, out_chs, 3, stride=2, padding=1, **dd)
         self.norm = norm_layer(out_chs)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
-        return self.norm(self.conv(x))
+        return self.norm(strided(self.conv, x))
 
 
 class DualDownsample(nn.Module):
@@ -113,7 +128,7 @@ class DualDownsample(nn.Module):
         **dd: Any,
     ) -> None:
         super().__init__()
-        self.conv = StridedConv2d(in_chs, out_chs, **dd)
+        self.conv = nn.Conv2d(in_chs, out_chs, 3, stride=2, padding=1, **dd)
         self.norm1 = norm_layer(out_chs)
         self.pool: nn.Module = nn.MaxPool2d(2, ceil_mode=True)  # rounds odd sizes up, as the strided convolution does
         self.residual = nn.Conv2d(in_chs, out_chs, 1, **dd)
@@ -122,7 +137,7 @@ class DualDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
-        return self.act(self.norm1(self.conv(x)) + self.norm2(self.residual(self.pool(x))))
+        return self.act(self.norm1(strided(self.conv, x)) + self.norm2(self.residual(self.pool(x))))
 
 
 def dilate(stage: Stage, rate: int) -> None:

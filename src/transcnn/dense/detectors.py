@@ -20,7 +20,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 from ..data.images import padding_of
 from ..errors import UserError
-from ..layers import StridedConv2d
+from ..layers import strided
 from .pyramid import Pyramid, build_pyramid
 
 __all__ = ["DETECTORS", "Detector", "build"]
@@ -39,7 +39,7 @@ class PyramidFPN(nn.Module):
         super().__init__()
         self.strides = (8, 16, 32) if retina else (4, 8, 16, 32)
         self.pyramid = pyramid
-        extra = _coarse_levels(out_channels) if retina else LastLevelMaxPool()
+        extra = CoarseLevels(out_channels, out_channels) if retina else LastLevelMaxPool()
         channels = pyramid.channels[-len(self.strides) :]
         self.fpn = FeaturePyramidNetwork(channels, out_channels, extra, nn.BatchNorm2d)
         self.out_channels = out_channels
@@ -54,14 +54,13 @@ class PyramidFPN(nn.Module):
         return {name: value.float() for name, value in found.items()}
 
 
-def _coarse_levels(channels: int) -> LastLevelP6P7:
+class CoarseLevels(LastLevelP6P7):
     """Strides 64 and 128, by convolutions that can be learnt in bfloat16 however narrow the image is."""
-    levels = LastLevelP6P7(channels, channels)
-    for name in ("p6", "p7"):
-        made = StridedConv2d(channels, channels)
-        made.load_state_dict(getattr(levels, name).state_dict())
-        setattr(levels, name, made)
-    return levels
+
+    def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        """The FPN's maps, those that it was given, and its names; the maps and names with two more."""
+        p6 = strided(self.p6, p[-1] if self.use_P5 else c[-1])
+        return [*p, p6, strided(self.p7, F.relu(p6))], [*names, "p6", "p7"]
 
 
 class Detector(nn.Module):

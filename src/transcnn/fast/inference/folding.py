@@ -10,8 +10,9 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ...layers import DepthwiseConv2d, StridedConv2d
+from ...layers import drop_columns
 from ..dispatch import hooked
+from ..training.depthwise import KernelDepthwise
 from ..training.layers import KernelPointwise
 from .entry import InferenceOnly
 from .layers import affine, is_plain_conv
@@ -41,7 +42,7 @@ class _Tracer(torch.fx.Tracer):
     """Treats as leaves PyTorch's layers, norms of any library, and what was replaced already."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = InferenceOnly | StridedConv2d | DepthwiseConv2d | KernelPointwise | nn.modules.batchnorm._BatchNorm
+        own = InferenceOnly | KernelDepthwise | KernelPointwise | nn.modules.batchnorm._BatchNorm
         return isinstance(m, own) or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -62,6 +63,8 @@ def _pairs(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
     read = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
     for node in graph.nodes:
         source = node.args[0] if node.op == "call_module" and node.args else None
+        if isinstance(source, torch.fx.Node) and source.target is drop_columns and len(source.users) == 1:
+            source = source.args[0]  # a norm computes the same before columns are dropped and after
         if not isinstance(source, torch.fx.Node) or source.op != "call_module" or len(source.users) != 1:
             continue
         conv, norm = modules[str(source.target)], modules[str(node.target)]

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from timm.layers import GroupNorm1
 from torch import Tensor, nn
 
-from ...layers import DepthwiseConv2d, StridedConv2d, strided_conv2d
+from ...layers import drop_columns, widen
 from ..cpu import inference as cpu
 from ..dispatch import HALF_DTYPES, autotune, eager_cpu, fits_cpu, fits_triton, hooked, to_nchw, to_nhwc, traced
+from ..training.depthwise import KernelDepthwise
 from ..training.layers import KernelBatchNorm2d, KernelPointwise
 from .entry import InferenceOnly, entry
 
@@ -136,10 +137,10 @@ class SpatialConv(InferenceOnly):
         return y.permute(0, 2, 3, 1).contiguous()
 
     def _convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        stride, *others = self.options
-        if tuple(self.weight.shape[2:]) == (3, 3) and others == [(1, 1), (1, 1), 1]:
-            return strided_conv2d(x.permute(0, 3, 1, 2), self.weight, bias, stride)
-        return F.conv2d(x.permute(0, 3, 1, 2), self.weight, bias, *self.options)  # pyright: ignore
+        x = x.permute(0, 3, 1, 2)
+        if tuple(self.weight.shape[2:]) == (3, 3) and self.options == ((2, 2), (1, 1), (1, 1), 1):
+            return drop_columns(F.conv2d(widen(x), self.weight, bias, 2, 1), x)
+        return F.conv2d(x, self.weight, bias, *self.options)  # pyright: ignore
 
     def _on_gpu(self, x: Tensor) -> Tensor:
         """The same with bias and SiLU in one pass, for which PyTorch's operations need two."""
@@ -233,7 +234,7 @@ def _flatten(layers: Iterable[nn.Module]) -> Iterable[nn.Module]:
 
 def is_plain_conv(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether this is a convolution of exactly PyTorch's or our classes, padded with zeros."""
-    kinds = (nn.Conv2d, DepthwiseConv2d, StridedConv2d, KernelPointwise)
+    kinds = (nn.Conv2d, KernelDepthwise, KernelPointwise)
     return type(module) in kinds and module.padding_mode == "zeros"
 
 

@@ -113,7 +113,7 @@ def _replace(module: nn.Module) -> nn.Module:
         return fast
     for name, child in module.named_children():
         if type(module) is TransCNN and name == "stem" and is_stem(child) and unhooked(child):
-            setattr(module, name, FastStem([child]))
+            setattr(module, name, FastStem(child))
         else:
             setattr(module, name, _replace(child))
     return module

@@ -7,13 +7,13 @@ stays as it is.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from timm.layers import DropPath
 from torch import nn
 
 from ...attention import HMHSA, LocalStep
-from ...blocks import Block, ConvDownsample, DualDownsample, InvertedResidual
+from ...blocks import Block, ConvDownsample, DualDownsample, InvertedResidual, Stem
 from ..dispatch import hooked
 from .layers import is_plain_conv
 
@@ -52,9 +52,9 @@ def is_conv_downsample(module: Any) -> bool:
     return type(module) is ConvDownsample and is_plain_conv(module.conv)
 
 
-def is_stem(module: Any) -> bool:
-    """A sequence of convolutions, norms and activations."""
-    return type(module) is nn.Sequential and all(map(is_plain_conv, _convs(module)))
+def is_stem(module: Any) -> TypeGuard[Stem]:
+    """TransCNN's stem."""
+    return type(module) is Stem and all(map(is_plain_conv, _convs(module)))
 
 
 def _is_inverted_residual(module: Any) -> bool:
@@ -64,6 +64,6 @@ def _is_inverted_residual(module: Any) -> bool:
     return all(type(part) is nn.Sequential for part in parts) and all(map(is_plain_conv, _convs(*parts)))
 
 
-def _convs(*modules: nn.Sequential) -> list[nn.Module]:
+def _convs(*modules: nn.Sequential | Stem) -> list[nn.Module]:
     """The convolutions among these layers."""
     return [layer for module in modules for layer in module if isinstance(layer, nn.modules.conv._ConvNd)]

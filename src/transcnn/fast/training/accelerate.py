@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from ...attention import HMHSA, LocalStep
@@ -9,6 +11,7 @@ from ...blocks import InvertedResidual
 from ...errors import UserError
 from ..inference.entry import InferenceOnly
 from .attention import KernelHMHSA
+from .depthwise import KernelDepthwise, is_large_depthwise
 from .layers import KernelBatchNorm2d, KernelPointwise, is_pointwise
 from .local import KernelLocalStep
 from .residual import KernelInvertedResidual
@@ -21,26 +24,29 @@ FASTER: dict[type[nn.Module], type[nn.Module]] = {
     HMHSA: KernelHMHSA,
     InvertedResidual: KernelInvertedResidual,
     nn.BatchNorm2d: KernelBatchNorm2d,
-    nn.Conv2d: KernelPointwise,
 }
-PLAIN = {faster: slower for slower, faster in FASTER.items()}
+FASTER_CONVS: dict[type[nn.Module], Callable[[nn.Module], bool]] = {
+    KernelPointwise: is_pointwise,
+    KernelDepthwise: is_large_depthwise,
+}
+PLAIN = {faster: slower for slower, faster in FASTER.items()} | dict.fromkeys(FASTER_CONVS, nn.Conv2d)
 
 
 def accelerate_training(model: nn.Module) -> nn.Module:
     """Let ``model`` train with kernels of this package where those are faster, in place; returns the model.
 
-    On a CPU those are local and global attention and, fused, BatchNorm, SiLU and depthwise convolution of every
-    inverted residual; on a GPU the attention inside grids and, for large maps, the same fused layers, BatchNorm, 1x1
-    convolutions with a bias and the merging of tokens. Maps must be channels-last
-    (``model.to(memory_format=torch.channels_last)``, and the images as well). Parameters, state dict, hooks and, up to
-    rounding, outputs and gradients stay the same.
+    On a CPU those are local and global attention, the weight gradient of depthwise convolutions above 3x3 (of any
+    network) and, fused, BatchNorm, SiLU and depthwise convolution of every inverted residual; on a GPU the attention
+    inside grids and, for large maps, the same fused layers, BatchNorm, 1x1 convolutions with a bias and the merging of
+    tokens. Maps must be channels-last (``model.to(memory_format=torch.channels_last)``, and the images as well).
+    Parameters, state dict, hooks and, up to rounding, outputs and gradients stay the same.
 
     Modules of exactly PyTorch's and our classes change their class; :func:`plain` changes it back. Call that before
     torch.fx traces the network or gradients of gradients are computed (``create_graph=True``), which raise an error.
     """
     for module in model.modules():
-        faster = FASTER.get(type(module))
-        if faster is not None and (faster is not KernelPointwise or is_pointwise(module)):
+        faster = next((faster for faster, fits in FASTER_CONVS.items() if fits(module)), FASTER.get(type(module)))
+        if faster is not None:
             module.__class__ = faster
     return model
 

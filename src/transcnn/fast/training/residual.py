@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ...blocks import InvertedResidual
-from ...layers import DepthwiseConv2d, is_depthwise
 from ..cpu import training as cpu
 from ..cpu.call import KERNEL_SIZES
 from ..dispatch import fits_cpu, hooked
 from ..limits import first_order, refuse_fx
+from .depthwise import KernelDepthwise, is_depthwise
 from .layers import KernelBatchNorm2d, uses_triton
 
 __all__ = ["KernelInvertedResidual"]
@@ -63,7 +63,7 @@ class KernelInvertedResidual(InvertedResidual):
             for norm in (norm1, norm2)
         )
         matches = matches and all(type(act) is nn.SiLU for act in (act1, act2))
-        matches = matches and type(conv) is DepthwiseConv2d and is_depthwise(conv) and conv.bias is None
+        matches = matches and type(conv) in (nn.Conv2d, KernelDepthwise) and is_depthwise(conv) and conv.bias is None
         return matches and conv.kernel_size[0] in KERNEL_SIZES and not any(map(hooked, self.modules()))
 
 

@@ -1,4 +1,4 @@
-"""The depthwise convolution: values and gradients against PyTorch's own, in every way that gradients are asked for."""
+"""The depthwise convolution of accelerate_training: values and gradients against PyTorch's own, however asked for."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from transcnn.layers import DepthwiseConv2d, StridedConv2d
+from transcnn.errors import UserError
+from transcnn.fast import accelerate_training
+from transcnn.fast import plain as undo
+from transcnn.fast.training.depthwise import KernelDepthwise
 
 
-def same_as(plain: nn.Conv2d) -> DepthwiseConv2d:
-    conv = DepthwiseConv2d(plain.in_channels, plain.kernel_size[0])
-    if plain.bias is not None:  # as folding a norm leaves it
-        conv.bias = nn.Parameter(torch.zeros_like(plain.bias))
-    conv.load_state_dict(plain.state_dict())
-    return conv
+def faster(conv: nn.Conv2d) -> nn.Conv2d:
+    return accelerate_training(copy.deepcopy(conv))
 
 
 def plain_conv(channels: int, size: int, bias: bool = False) -> nn.Conv2d:
@@ -31,7 +30,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @given(
-    size=st.sampled_from([1, 3, 5, 7, 9]),
+    size=st.sampled_from([5, 7, 9]),
     shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 20), st.integers(1, 20)),
     layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
     bias=st.booleans(),
@@ -40,7 +39,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_gradients_are_those_of_a_plain_convolution(size, shape, layout, bias, seed):
     torch.manual_seed(seed)
     plain = plain_conv(shape[1], size, bias)
-    conv = same_as(plain)
+    conv = faster(plain)
     plain = plain.double()
     x = torch.randn(shape).contiguous(memory_format=layout).requires_grad_()
     x64 = x.detach().double().requires_grad_()
@@ -60,7 +59,7 @@ def test_gradients_are_those_of_a_plain_convolution(size, shape, layout, bias, s
 def test_in_bf16_it_is_as_near_as_the_plain_convolution(layout, bias):
     torch.manual_seed(0)
     plain = plain_conv(16, 5, bias)
-    conv, exact = same_as(plain), copy.deepcopy(plain).double()
+    conv, exact = faster(plain), copy.deepcopy(plain).double()
     x = torch.randn(2, 16, 23, 31).contiguous(memory_format=layout)
     grad = torch.randn_like(x)
     exact(x.double()).backward(grad.double())
@@ -78,7 +77,7 @@ def test_in_bf16_it_is_as_near_as_the_plain_convolution(layout, bias):
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # PyTorch's own forward mode
 def test_gradients_of_gradients_and_forward_ones():
     torch.manual_seed(0)
-    conv = same_as(plain_conv(2, 5, bias=True)).double()
+    conv = faster(plain_conv(2, 5, bias=True)).double()
     x = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
 
     def call(x, weight, bias):
@@ -91,7 +90,7 @@ def test_gradients_of_gradients_and_forward_ones():
 
 def test_gradients_for_each_sample_by_torch_func():
     torch.manual_seed(0)
-    conv = DepthwiseConv2d(3, 5)
+    conv = faster(plain_conv(3, 5))
     x = torch.randn(4, 3, 6, 7)
 
     def loss(weight, image):
@@ -104,22 +103,41 @@ def test_gradients_for_each_sample_by_torch_func():
         torch.testing.assert_close(one, conv.weight.grad, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("change", [dict(dilation=(2, 2), padding=(2, 2)), dict(stride=(2, 2)), dict(padding=(0, 0))])
-@pytest.mark.parametrize("kind", ["depthwise", "strided"])
-def test_changed_options_are_obeyed(kind, change):
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(dilation=(2, 2), padding=(4, 4)),
+        dict(stride=(2, 2)),
+        dict(padding=(0, 0)),
+        dict(padding="same"),
+        dict(padding_mode="circular"),
+        dict(groups=2, in_channels=8),
+    ],
+)
+def test_changed_options_are_obeyed(change):
     """As for an output stride of 16, say: what a convolution says of itself is what it does."""
-    conv = same_as(plain_conv(4, 3, bias=True)) if kind == "depthwise" else StridedConv2d(4, 4)
-    plain = nn.Conv2d(4, 4, 3, stride=conv.stride, padding=1, groups=conv.groups)
-    plain.load_state_dict(conv.state_dict())
-    for module in (conv, plain):
+    plain = nn.Conv2d(**{"in_channels": 4, "out_channels": 4, "kernel_size": 5, "padding": 2, "groups": 4, **change})
+    x = torch.randn(1, plain.in_channels, 11, 9)
+    assert type(faster(plain)) is nn.Conv2d
+    assert torch.equal(faster(plain)(x), plain(x))
+    changed = faster(plain_conv(4, 5, bias=True))
+    if plain.groups == 4 and plain.padding_mode == "zeros":  # others are made with their mode
         for name, value in change.items():
-            setattr(module, name, value)
-    x = torch.randn(1, 4, 11, 9)
-    assert torch.equal(conv(x), plain(x))
+            setattr(changed, name, value)
+        changed.load_state_dict(plain.state_dict())
+        assert torch.equal(changed(x), plain(x))
+
+
+def test_only_larger_ones_are_replaced_and_all_come_back():
+    row = [plain_conv(4, size) for size in (1, 3, 5, 7)]
+    model = nn.Sequential(*row)
+    accelerate_training(model)
+    assert [type(conv) for conv in model] == [nn.Conv2d, nn.Conv2d, KernelDepthwise, KernelDepthwise]
+    assert [type(conv) for conv in undo(model)] == [nn.Conv2d] * 4
 
 
 def test_frozen_weights_and_frozen_inputs_get_no_gradient():
-    conv = DepthwiseConv2d(2, 5)
+    conv = faster(plain_conv(2, 5))
     conv(torch.randn(1, 2, 5, 5)).sum().backward()
     assert conv.weight.grad is not None
     conv.weight.grad = None
@@ -132,11 +150,15 @@ def test_frozen_weights_and_frozen_inputs_get_no_gradient():
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 def test_a_traced_and_an_exported_one_hold_plain_convolutions():
-    conv = same_as(plain_conv(2, 5, bias=True))
+    conv = faster(plain_conv(2, 5, bias=True))
     x = torch.randn(1, 2, 8, 8)
     program = torch.export.export(conv, (x,))
     assert "conv2d" in str(program.graph)
     torch.testing.assert_close(program.module()(x), conv(x))
     traced = torch.jit.trace(conv, x, check_trace=False)
     assert "PythonOp" not in str(traced.graph)
-    torch.testing.assert_close(torch.fx.symbolic_trace(conv)(x), conv(x))
+
+
+def test_fx_is_refused_in_one_line():
+    with pytest.raises(UserError, match=r"torch\.fx can't trace"):
+        torch.fx.symbolic_trace(nn.Sequential(faster(plain_conv(2, 5))))
