@@ -335,8 +335,8 @@ def test_gradient_attention_is_weights_times_their_gradients(levels: Any, monkey
 
 def test_class_maps_of_classes_and_stages() -> None:
     model, image = shake(timm.create_model("transcnn_test")), torch.randn(3, 45, 61)
-    likeliest = int(model(image[None]).argmax())
-    torch.testing.assert_close(grad_cam(model, image), grad_cam(model, image, likeliest))
+    top1 = int(model(image[None]).argmax())
+    torch.testing.assert_close(grad_cam(model, image), grad_cam(model, image, top1))
     assert not torch.allclose(grad_cam(model, image, 0), grad_cam(model, image, 1))
     for stage in (0, 1, 2, -1, None):
         values = gradient_attention(model, image, 2, stage)

@@ -58,7 +58,7 @@ def compare(
         reference: FILE.py:FACTORY, another implementation; where its tensors match one of ours, both get the same
             weights. It runs with the engines asked for, but for optimize.
         rounds: How often each case is timed.
-        seconds: Least time of one round of one case.
+        seconds: Minimum time of one round of one case.
         memory: Also measure the peak memory, each case in a process of its own.
         threads: CPU threads; without it, PyTorch's choice.
         device: cpu or cuda.

@@ -24,14 +24,14 @@ def explain(
     out: str | None = None,
     quiet: bool = False,
 ) -> str:
-    """Plot where a network looks in an image: attention near and far in each stage, Grad-CAM, the likeliest classes.
+    """Plot where a network looks in an image: attention near and far in each stage, Grad-CAM, the top classes.
 
     Args:
         checkpoint: A run's directory, a .safetensors or .ckpt of ours, or the name of a published model.
         image: The image file.
         model: The network that a file of weights is for which doesn't say so, such as the authors' .pth files.
         query: Row and column of the pixel to ask about, as 120,80; without it, the one where Grad-CAM is strongest.
-        class_name: The class to explain, by name or number; without it, the likeliest.
+        class_name: The class to explain, by name or number; without it, the most probable.
         head: One attention head instead of the mean over all.
         img_size: Another size than the network was trained at.
         out: The figure's file (.png, .pdf, .svg); without it NAME_explain.png where the command is run.

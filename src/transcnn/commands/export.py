@@ -37,7 +37,7 @@ def export(
         format: onnx for ONNX Runtime and most others, torch for torch.export's .pt2, openvino for its .xml and .bin.
         out: The file; without it model.onnx (.pt2, .xml) in the run's directory, else a name after the checkpoint.
         static: One side of image alone, which makes a simpler and faster graph; the batch stays free.
-        images: Images to compare on; without it made ones.
+        images: Images to compare on; without it generated ones.
         tolerance: Largest difference, relative to the largest output; a file beyond it is not kept. Without it 1e-5 to
             classify, and 1e-4 for a million pixels' outputs, or boxes.
         int8: Compute in 8 bits: a smaller file, faster where the CPU has 8-bit products. ONNX classifiers alone.

@@ -53,11 +53,11 @@ def predict(
     strict: bool = False,
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
-    """Name what images show: a table on the screen, a JSON list, or a CSV file; images where pixels are classified.
+    """Predict what images show: a table on the screen, a JSON list, or a CSV file; images where pixels are classified.
 
     Args:
         checkpoint: A run's directory, a .safetensors or .ckpt of ours, the name of a published model, or an .onnx file
-            of transcnn export, which needs no torch. Left out, the small network that comes with the package looks.
+            of transcnn export, which needs no torch. Left out, the packaged small network is used.
         images: Files, folders (with all below them) and patterns such as 'photos/*.jpg'.
         model: The network that a file of weights is for which doesn't say so, such as the authors' .pth files.
         top_k: Classes to list for each image.

@@ -29,7 +29,7 @@ def grad_cam(
 
     Args:
         model, image: As for :func:`~transcnn.explain.attention_maps`; the model gives logits (1, classes).
-        target: Number of the class; None is the likeliest one.
+        target: Number of the class; None is the most probable one.
         stage: The stage, from 0, or negative from the end; None is the last. The last H-MHSA block (or plugged branch)
             of it is what is looked at.
 
@@ -102,7 +102,7 @@ def _logit(logits: Tensor, target: int | None) -> Tensor:
 
 
 def check_target(target: int | None, logits: Tensor) -> int:
-    """The class's number; the likeliest one for None."""
+    """The class's number; the most probable one for None."""
     if target is None:
         return int(logits.argmax())
     if not 0 <= target < len(logits):

@@ -32,7 +32,7 @@ class Explanation:
         image: What the network saw, uint8 (h, w) or (h, w, 3), at any resolution.
         query: Row and column of the pixel asked about.
         stages: The maps of one block of each stage, local ones first.
-        top: The likeliest classes with their probabilities, the likeliest first.
+        top: The most probable classes with their probabilities, highest first.
         class_name: The class that ``cam`` and ``taken`` are about.
         cam: Grad-CAM, (H, W).
         taken: Gradient times attention, (H, W).
@@ -66,7 +66,7 @@ def draw(e: Explanation) -> Figure:
     _draw_image(page.panel(lefts[0], top + 0.3), e)
     page.caption(lefts[0], top, "The image", "Blue square: the spot that the\nmaps below are asked about.")
     _draw_answers(page.panel(lefts[1] + 0.08, top + 0.3, PANEL - 0.16), e)
-    page.caption(lefts[1], top, "The prediction", "The likeliest classes.")
+    page.caption(lefts[1], top, "The prediction", "The most probable classes.")
     name = f"“{_cut(e.class_name, 13)}”"
     about = (
         (f"Evidence for {name}", "Grad-CAM: the parts of the image that\nraise the score of this class.", e.cam),

@@ -58,7 +58,7 @@ def deletion_insertion(
     Args:
         model, image: As for :func:`~transcnn.explain.attention_maps`; the model gives logits.
         values: The map, (H, W).
-        target: Number of the class whose probability is watched; None is the likeliest one.
+        target: Number of the class whose probability is watched; None is the most probable one.
         steps: Steps from no pixel to all.
         batch_size: Images run at a time.
         seed: Of the order of equal pixels.

@@ -144,7 +144,7 @@ def comparisons(
     Args:
         config: timm's data config.
         static: The fixed size.
-        files: Images; without them made ones.
+        files: Images; without them generated ones.
         small: Whether there are small ones: 1x1, and two of sides up to 32 and 64.
     """
     channels, height, width = config["input_size"]
@@ -162,7 +162,7 @@ def comparisons(
 
 
 def example_images(config: dict[str, Any], files: Sequence[str] | None) -> list[Image.Image]:
-    """The images of some files; without them made ones, of two shapes."""
+    """The images of some files; without them generated ones, of two shapes."""
     if files:
         return [read_image(file, config.get("pixel_range")) for file in files]
     return [_made_image(0), _made_image(1).resize((251, 187)), _made_image(2)]

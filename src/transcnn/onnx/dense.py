@@ -20,7 +20,7 @@ Network = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
 def class_map(network: Network, image: Image.Image, info: dict[str, Any]) -> np.ndarray:
-    """The likeliest class of each pixel of an image, (H, W).
+    """The most probable class of each pixel of an image, (H, W).
 
     Args:
         network: (1, C, h, w) of any size to ``logits`` (1, classes, h, w).
