@@ -318,7 +318,7 @@ def test_bf16_channels_last_and_checkpointing_train(folder, tmp_path):
     assert math.isfinite(result.metrics["loss"])
 
 
-def test_the_first_epochs_see_smaller_images(folder, tmp_path, monkeypatch):
+def test_the_first_epochs_see_smaller_images(folder, tmp_path, monkeypatch, capsys):
     seen: dict[tuple[int, bool], set[int]] = {}
     forward = Classify.forward
 
@@ -329,7 +329,9 @@ def test_the_first_epochs_see_smaller_images(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Classify, "forward", record)
     smaller = Augment(policy="small", cutmix=1.0, sizes=[16, 24], size_ends=[0.25, 0.75])
-    train(folder, **QUICK, epochs=4, augment=smaller, out=str(tmp_path / "run"))
+    train(folder, **{**QUICK, "quiet": False}, epochs=4, augment=smaller, out=str(tmp_path / "run"))
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert re.findall(r"trained at (\d+)x\d+ so far and evaluated at 32x32", said) == ["16", "24"]
     assert [seen[epoch, True] for epoch in range(4)] == [{16}, {24}, {24}, {32}]
     assert all(seen[epoch, False] == {32} for epoch in range(4))  # evaluated as they are
 

@@ -114,11 +114,20 @@ class ImageTask(Task):
         even = len(images) // 2 * 2
         return self.mixup(images[:even], labels[:even])
 
+    def warnings_about(self, scores: dict[str, Any]) -> list[str]:
+        """Also that epochs of smaller images are evaluated at the full size, where they do worse."""
+        found = super().warnings_about(scores)
+        if (side := self._smaller_side()) is not None:
+            size = "x".join(map(str, self.data_config["input_size"][1:]))
+            found.append(f"trained at {side}x{side} so far and evaluated at {size}: scores rise with the last size")
+        return found
+
     def resized(self, images: Tensor) -> Tensor:
         """Training images at the side that the present epoch has (``Augment.sizes``)."""
+        side = self._smaller_side()
+        return images if side is None else F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+
+    def _smaller_side(self) -> int | None:
         ends = self.augment.size_ends or []
         nth = sum(self.current_epoch >= end * self.epochs for end in ends)
-        if nth == len(ends):
-            return images
-        size = (self.augment.sizes or [])[nth]
-        return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+        return None if nth == len(ends) else (self.augment.sizes or [])[nth]
