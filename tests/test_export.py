@@ -203,6 +203,8 @@ def test_other_formats(program, trained, tmp_path):
         file = tmp_path / f"model{kind.suffix}"
         kind.write(program, file, {"class_names": NAMES})
         batches = [random_images(1, 3, 32, 32), random_images(3, 3, 45, 33), random_images(2, 3, 64, 96)]
+        if name == "openvino":  # which refused to pool maps that are smaller than a patch
+            batches += [random_images(1, 3, 1, 1), random_images(1, 3, 4, 5), random_images(2, 3, 2, 70)]
         rows = check(trained.model, kind.open(file), iter(batches))
         assert max(row.relative for row in rows) <= 1e-5, name
     extra = {"transcnn.json": ""}

@@ -234,7 +234,20 @@ def merge(x: Tensor, ratio: int) -> Tensor:
     """Average each ratio×ratio patch, of its real positions only, (B, C, H, W) -> (B, C, ⌈H/r⌉, ⌈W/r⌉)."""
     if ratio == 1:
         return x
+    if torch.compiler.is_exporting():
+        return _merge_padded(x, ratio)
     return F.avg_pool2d(x, ratio, ratio, ceil_mode=True, count_include_pad=False)
+
+
+def _merge_padded(x: Tensor, ratio: int) -> Tensor:
+    """The same for exported graphs, by whole patches: OpenVINO refuses to pool a map that is smaller than a patch."""
+    missing, real = [], []
+    for length in x.shape[2:]:
+        patches = _grids(length, ratio)
+        missing.append(patches * ratio - length)
+        real.append((length - ratio * torch.arange(patches, device=x.device)).clamp(max=ratio).to(x.dtype))
+    means = F.avg_pool2d(F.pad(x, (0, missing[1], 0, missing[0])), ratio, ratio)
+    return means * (ratio / real[0])[:, None] * (ratio / real[1])
 
 
 def spread(x: Tensor, ratio: int, like: Tensor) -> Tensor:

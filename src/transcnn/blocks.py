@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
@@ -137,7 +138,13 @@ class DualDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
-        return self.act(self.norm1(strided(self.conv, x)) + self.norm2(self.residual(self.pool(x))))
+        return self.act(self.norm1(strided(self.conv, x)) + self.norm2(self.residual(self._pooled(x))))
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        if type(self.pool) is nn.MaxPool2d and torch.compiler.is_exporting():
+            # The same for exported graphs: OpenVINO refuses to pool a map of one row or column.
+            return F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-torch.inf), 2)
+        return self.pool(x)
 
 
 def dilate(stage: Stage, rate: int) -> None:
