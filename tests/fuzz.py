@@ -177,14 +177,15 @@ def read_checkpoint(content: bytes, folder: Path) -> None:
 
 
 def read_onnx(content: bytes, folder: Path) -> None:
+    from transcnn.onnx.answers import answers
     from transcnn.onnx.dense import class_map, detections
-    from transcnn.onnx.predict import OnnxModel, predictions, to_input
+    from transcnn.onnx.predict import OnnxModel, to_input
 
     (folder / "x.onnx").write_bytes(content)
     model = OnnxModel(folder / "x.onnx", accelerator="cpu", threads=1)
     picture = Image.new("RGB", (9, 9))
     if model.task == "classify":
-        predictions(model(to_input(picture, model.data_config)[None]), model.class_names, 5)
+        answers("classify", model(to_input(picture, model.data_config)[None]), model.class_names, {}, 5)
     else:
         (class_map if model.task == "segment" else detections)(model.outputs, picture, model.info)
 

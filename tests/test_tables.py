@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from transcnn.commands.predict import predict
 from transcnn.data.sets.classify import open_set, open_splits
 from transcnn.data.sources.opening import open_source
 from transcnn.data.sources.table import FileFinder, read_table
 from transcnn.errors import UserError
+from transcnn.report.predictions import write_csv
 from transcnn.settings import Table
 from transcnn.training.data_record import record_of
 
@@ -199,3 +201,37 @@ def test_ragged_rows_are_read(tmp_path):
     assert table.columns == {"file": ["a.png", "b.png"], "label": ["x", "y"]}
     assert table.rows == [2, 3]
     assert np.array_equal(list(table.columns), ["file", "label"])
+
+
+def test_predict_answers_each_row_and_keeps_its_columns(photos, tmp_path):
+    rows = [("photos/0.png", "=1+2"), ("photos/0.png", 'a "b"'), ("gone.png", ""), ("../x.png", "y")]
+    table = tmp_path / "test.csv"
+    with table.open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=";").writerows([("id", "file", "note"), *((i, *row) for i, row in enumerate(rows))])
+    found = predict("transcnn_nano.cifar10", [str(table)], csv=str(tmp_path / "out.csv"), top_k=2, quiet=True)
+    assert len(found) == 4
+    assert found[0]["top"] == found[1]["top"]
+    assert "no such file" in found[2]["error"]
+    assert "no such file" in found[3]["error"]
+    with (tmp_path / "out.csv").open(newline="") as file:
+        written = list(csv.DictReader(file))
+    assert list(written[0]) == ["id", "file", "note", "error", "label_1", "score_1", "label_2", "score_2"]
+    assert [(row["file"], row["note"]) for row in written] == [("photos/0.png", "'=1+2"), *rows[1:]]
+    assert [row["label_1"] for row in written] == [*(found[0]["top"][0]["label"],) * 2, "", ""]
+    table.write_text("file\n0.png\n")
+    assert "error" not in predict("transcnn_nano.cifar10", [str(table)], image_dir=str(photos), quiet=True)[0]
+    with pytest.raises(UserError, match="one table of files is read at a time"):
+        predict("transcnn_nano.cifar10", [str(table), str(photos)])
+    with pytest.raises(UserError, match="image_dir and file_column are for a table"):
+        predict("transcnn_nano.cifar10", [str(photos)], image_dir="x")
+    with pytest.raises(UserError, match=r"test\.csv"):
+        predict("transcnn_nano.cifar10", [str(table)], csv=str(table), image_dir=str(photos))
+
+
+def test_answers_of_every_kind_have_columns_of_their_own(tmp_path):
+    path = tmp_path / "out.csv"
+    write_csv(path, [{"file": "a", "values": {"price": 1.25}}, {"file": "b", "error": "x"}], 5, {"price": [3, None]})
+    assert path.read_text().splitlines() == ["price,error,predicted_price", "3,,1.25", ",x,"]
+    top = [{"label": "sea", "score": 0.5}]
+    write_csv(path, [{"file": "a", "labels": ["sea", "sky"], "top": top}], 1, {"tags": [["x", "y"]]})
+    assert path.read_text().splitlines() == ["tags,error,labels,label_1,score_1", "x;y,,sea;sky,sea,0.500000"]

@@ -6,11 +6,9 @@ alone would: jsonargparse runs them.)
 
 from __future__ import annotations
 
-import csv as csv_format
 import glob
-import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +21,10 @@ from ..checkpoints.files import atomic_write, check_writable
 from ..data.images import BrokenImage, is_image_name, list_images, read_image
 from ..data.loading.read_ahead import read_ahead
 from ..data.paths import find_images
+from ..data.sources.table import ListedFiles, is_table, list_files
 from ..errors import MAX_SIDE, UserError, check_range
-from ..text import csv_cell, json_text, rich_text
+from ..report.predictions import finite, print_table, write_csv
+from ..text import json_text
 from ..weights import PACKAGED
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ def predict(
     images: list[str] | None = None,
     *,
     model: str | None = None,
+    image_dir: str | None = None,
+    file_column: str | None = None,
     top_k: int = 5,
     json: bool = False,
     csv: str | None = None,
@@ -58,11 +60,14 @@ def predict(
     Args:
         checkpoint: A run's directory, a .safetensors or .ckpt of ours, the name of a published model, or an .onnx file
             of transcnn export, which needs no torch. Left out, the packaged small network is used.
-        images: Files, folders (with all below them) and patterns such as 'photos/*.jpg'.
+        images: Files, folders (with all below them) and patterns such as 'photos/*.jpg'; or a table of files (.csv,
+            .tsv, .jsonl, .parquet), each of whose rows gets an answer.
         model: The network that a file of weights is for which doesn't say so, such as the authors' .pth files.
+        image_dir: Folder that a table's files are relative to; without it, that of the table.
+        file_column: A table's column of files; without it file, file_name, filename, path or image.
         top_k: Classes to list for each image.
         json: Print a JSON list on standard output, one object an image, instead of the table.
-        csv: Also write a CSV file here: file, error, label and score of each rank.
+        csv: Also write a CSV file here: file, error, label and score of each rank; of a table its own columns first.
         batch_size: Images at a time.
         img_size: Another size than the network was trained at.
         min_score: To detect: leave out detections of a lower score; without it, what the network was trained to keep.
@@ -89,9 +94,11 @@ def predict(
     check_range(0, 1, min_score=min_score)
     if _means_images(checkpoint, alone=not images):
         checkpoint, images = PACKAGED, [checkpoint, *(images or ())]
-    files = find_images(images or ())
+    named = _listed(images or (), image_dir, file_column)
+    files = find_images(images or ()) if named is None else named.files
+    table = None if named is None else named.columns
     if csv:
-        check_writable(Path(csv), files)
+        check_writable(Path(csv), [*files, *(images or ())])
     if checkpoint.lower().endswith(".onnx"):
         if model is not None:
             raise UserError(f"model is for a file of weights that doesn't name its network; got {checkpoint}")
@@ -109,11 +116,11 @@ def predict(
         loaded.resize_input(img_size)
         rows = list(_predict(loaded, files, top_k, batch_size, min_score, precision, accelerator, optimize, out))
     if csv:
-        atomic_write(Path(csv), lambda path: _write_csv(path, rows, top_k))
+        atomic_write(Path(csv), lambda path: write_csv(path, rows, top_k, table))
     if json:
         print(json_text(rows, indent=2))
     elif not quiet:
-        _print_table(rows, top_k)
+        print_table(rows, top_k)
     if unread := [row for row in rows if "error" in row]:
         summary = f"{len(unread)} of {len(rows)} files can't be read"
         if strict:
@@ -123,6 +130,22 @@ def predict(
         if not quiet:
             print(summary, file=sys.stderr)
     return rows
+
+
+def _listed(images: Sequence[str], image_dir: str | None, file_column: str | None) -> ListedFiles | None:
+    """The files that a table names; None where images are named themselves.
+
+    Raises:
+        UserError: A table among other things, or one that can't be read.
+    """
+    tables = [name for name in images if is_table(name)]
+    if not tables:
+        if image_dir is not None or file_column is not None:
+            raise UserError("image_dir and file_column are for a table of files (.csv, .tsv, .jsonl, .parquet)")
+        return None
+    if len(images) > 1:
+        raise UserError(f"one table of files is read at a time, got {len(images)} names, {tables[0]} among them")
+    return list_files(Path(tables[0]), image_dir, file_column)
 
 
 def _check_min_score(min_score: float | None, task: str, task_args: dict[str, Any] | None) -> None:
@@ -204,21 +227,22 @@ def _predict_onnx(
     out: str,
 ) -> Iterator[dict[str, Any]]:
     """The same by an exported file."""
-    from ..onnx.predict import OnnxModel, predictions, to_input
+    from ..onnx.answers import answers
+    from ..onnx.predict import DENSE, OnnxModel, to_input
     from ..report.overlay import OutputFolder
 
     model = OnnxModel(file, accelerator=accelerator)
     if img_size is not None:
         model.resize_to(img_size)
     _check_min_score(min_score, model.task, model.info.get("task_args"))
-    if model.task != "classify":
+    if model.task in DENSE:
         folder = OutputFolder(Path(out), files, coco=model.task == "detect", min_score=min_score)
         folder.prepare()
         yield from _predict_dense(model, files, top_k, folder)
         return
 
     def predict_inputs(images: list[np.ndarray]) -> list[dict[str, Any]]:
-        return predictions(model(np.stack(images)), model.class_names, top_k)
+        return answers(model.task, model(np.stack(images)), model.class_names, model.info.get("task_args"), top_k)
 
     pixel_range = model.data_config.get("pixel_range")
     yield from _in_batches(
@@ -263,7 +287,7 @@ def _in_batches(
     def rows() -> Iterator[dict[str, Any]]:
         results = iter(predict_inputs(inputs) if inputs else ())
         for file, error in batch:
-            yield {"file": file, **(_finite(next(results)) if error is None else {"error": error})}
+            yield {"file": file, **(finite(next(results)) if error is None else {"error": error})}
 
     with closing(
         read_ahead(files, lambda file: make_input(read_image(file, pixel_range), file), 2 * batch_size)
@@ -276,47 +300,3 @@ def _in_batches(
                 yield from rows()
                 inputs, batch = [], []
     yield from rows()
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """The row, or an error where its scores are no numbers: JSON has no NaN."""
-    if all(math.isfinite(score) for _, score in _ranked(row)):
-        return row
-    return {"error": "the network's output is not a number (NaN); are its weights damaged?"}
-
-
-def _write_csv(path: Path, rows: list[dict[str, Any]], top_k: int) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv_format.writer(file)
-        ranks = range(1, max((len(_ranked(row)) for row in rows), default=top_k) + 1)
-        writer.writerow(["file", "error", *(f"{word}_{rank}" for rank in ranks for word in ("label", "score"))])
-        for row in rows:
-            cells = [value for label, score in _ranked(row) for value in (label, f"{score:.6f}")]
-            writer.writerow(map(csv_cell, [row["file"], row.get("error", ""), *cells]))
-
-
-def _ranked(row: dict[str, Any]) -> list[tuple[str, float]]:
-    """Labels with scores, or with shares of the image."""
-    found = row.get("top") or row.get("classes") or row.get("boxes") or ()
-    return [(entry["label"], entry["score"] if "score" in entry else entry["share"]) for entry in found]
-
-
-def _print_table(rows: list[dict[str, Any]], most: int = 5) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold")
-    table.add_column("file", overflow="fold")
-    table.add_column("predictions, most confident first")
-    for row in rows:
-        ranked = _ranked(row)
-        words = [f"{label} {100 * score:.1f} %" for label, score in ranked[:most]]
-        words += [f"and {len(ranked) - most} more"] if len(ranked) > most else []
-        text = rich_text("  ".join(words) or "nothing found")
-        if "error" in row:
-            text = rich_text(f"can't be read: {row['error']}", "red")
-        table.add_row(rich_text(row["file"]), text)
-    console = Console(highlight=False)
-    if not sys.stdout.isatty():
-        console.width = 10_000  # one line for each image, however long, for what reads them
-    console.print(table)

@@ -6,8 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-
-from timm.data import ImageNetInfo
+from typing import Any
 
 __all__ = ["distinct_names", "imagenet_names", "match_names", "normalise"]
 
@@ -36,7 +35,7 @@ def distinct_names(names: Iterable[str]) -> list[str]:
 
 def imagenet_names() -> list[str]:
     """The names of ImageNet's 1,000 classes, in the order of published weights; its two cranes get a number each."""
-    info = ImageNetInfo()
+    info = _imagenet()
     return distinct_names(str(info.index_to_description(i)).split(",")[0] for i in range(1000))
 
 
@@ -49,8 +48,14 @@ def match_names(names: Sequence[str], model_names: Sequence[str]) -> tuple[list[
     names, known = distinct_names(names), {name: i for i, name in enumerate(distinct_names(model_names))}
     if any(name not in known for name in names):
         if all(re.fullmatch(r"n\d{8}", name) for name in names) and list(known) == imagenet_names():
-            known = {name: i for i, name in enumerate(ImageNetInfo().label_names())}
+            known = {name: i for i, name in enumerate(_imagenet().label_names())}
         elif all(name.isdecimal() for name in names) and not any(name.isdecimal() for name in known):
             known = {str(i): i for i in range(len(known))}
     unknown = [name for name in names if name not in known]
     return [known[name] for name in names if name in known], unknown
+
+
+def _imagenet() -> Any:
+    from timm.data import ImageNetInfo  # brings torch, which reading tables needn't wait for
+
+    return ImageNetInfo()

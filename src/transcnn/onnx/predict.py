@@ -19,7 +19,9 @@ from ..checkpoints.header import check_header
 from ..data.images import MAX_ASPECT_RATIO, crop_extreme_aspect, to_channels
 from ..errors import MAX_SIDE, UserError, first_line, require
 
-__all__ = ["OnnxModel", "predictions", "to_input"]
+__all__ = ["DENSE", "OnnxModel", "to_input"]
+
+DENSE = ("segment", "detect")  # tasks whose answers lie in the image; those of all others are about it as a whole
 
 INTERPOLATIONS = {
     name: getattr(Image.Resampling, name.upper()) for name in ("nearest", "bilinear", "bicubic", "lanczos")
@@ -102,7 +104,7 @@ class OnnxModel:
         """What is wrong with the outputs of a file that isn't what it says; "" for nothing."""
         classes = len(self.class_names)
         if self.task != "detect":
-            wanted = (shape[0], classes) if self.task == "classify" else (shape[0], classes, *shape[2:])
+            wanted = (shape[0], classes, *shape[2:]) if self.task == "segment" else (shape[0], classes)
             logits = np.asarray(found["logits"])
             return "" if logits.shape == wanted else f"logits of shape {logits.shape} instead of {wanted}"
         boxes, scores, labels = (np.asarray(found[name]) for name in ("boxes", "scores", "labels"))
@@ -149,17 +151,6 @@ def to_input(image: Image.Image, data_config: dict[str, Any]) -> np.ndarray:
     fill = [float(round(255 * value)) if mode == "border" else 0.0 for value in mean.tolist()]
     pixels = _crop_or_pad(pixels, (height, width), fill)
     return (pixels - 255 * mean[:, None, None]) / (255 * std[:, None, None])
-
-
-def predictions(outputs: np.ndarray, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
-    """``{"top": [{"label": ..., "score": ...}, ...]}`` for each row of (B, classes); scores are probabilities."""
-    scores = np.exp(outputs - outputs.max(1, keepdims=True))
-    scores /= scores.sum(1, keepdims=True)
-    ranks = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
-    return [
-        {"top": [{"label": class_names[c], "score": float(row[c])} for c in rank]}
-        for row, rank in zip(scores, ranks, strict=True)
-    ]
 
 
 def _crop_or_pad(pixels: np.ndarray, size: tuple[int, int], fill: list[float]) -> np.ndarray:

@@ -156,9 +156,11 @@ class Task(L.LightningModule):
     def image_transform(data_config: dict[str, Any], task_args: dict[str, Any] | None = None) -> Any:
         """What one image goes through before a trained model sees it, called as ``transform(image, seed)``."""
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def predictions(outputs: Any, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
+    def predictions(
+        cls, outputs: Any, class_names: list[str], task_args: dict[str, Any], top_k: int
+    ) -> list[dict[str, Any]]:
         """A batch of the model's outputs as what ``predict`` returns for each image (``top``, ``boxes``, ``mask``)."""
 
     @classmethod
@@ -171,7 +173,8 @@ class Task(L.LightningModule):
         cls, loaded: Any, inputs: list[Any], device: torch.device, top_k: int, out: Any
     ) -> list[dict[str, Any]]:
         """``predictions`` for a list of ``model_input``; tasks with ``writes_images`` write them to ``out``."""
-        return cls.predictions(loaded.model(torch.stack(inputs).to(device)), loaded.class_names, top_k)
+        outputs = loaded.model(torch.stack(inputs).to(device))
+        return cls.predictions(outputs, loaded.class_names, loaded.info.get("task_args") or {}, top_k)
 
     def warnings_about(self, scores: dict[str, Any]) -> list[str]:
         """What looks wrong about scores, a line each: a loss that isn't finite, one class for everything."""

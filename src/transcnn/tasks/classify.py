@@ -51,13 +51,6 @@ class Classify(ImageTask):
         self.confusion = MulticlassConfusionMatrix(classes) if classes > 1 else None
         self._forget()
 
-    @staticmethod
-    def predictions(outputs: Tensor, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
-        """``{"top": [{"label": ..., "score": ...}, ...]}`` for each image; scores are probabilities."""
-        scores, classes = outputs.float().softmax(1).topk(min(top_k, outputs.shape[1]), dim=1)
-        pairs = zip(scores.tolist(), classes.tolist(), strict=True)
-        return [{"top": [{"label": class_names[c], "score": s} for s, c in zip(*row, strict=True)]} for row in pairs]
-
     def loss(self, batch: Any) -> Tensor:
         """Cross entropy, after resizing and mixing where those are asked for."""
         images, labels = batch

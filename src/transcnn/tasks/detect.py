@@ -87,8 +87,10 @@ class Detect(DenseTask):
         masks = (task_args or {}).get("detector") == "maskrcnn"
         return DetectTransform(in_chans=data_config["input_size"][0], masks=masks)
 
-    @staticmethod
-    def predictions(outputs: Any, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
+    @classmethod
+    def predictions(
+        cls, outputs: Any, class_names: list[str], task_args: dict[str, Any], top_k: int
+    ) -> list[dict[str, Any]]:
         """``{"boxes": [{"label", "score", "box": [x1, y1, x2, y2]}, ...]}`` for each image, most confident first."""
         return [
             {"boxes": boxes_as_rows({name: value.cpu().numpy() for name, value in found.items()}, class_names)}

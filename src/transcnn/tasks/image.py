@@ -18,6 +18,7 @@ from ..data.sources.files import dense_layout
 from ..data.sources.targets import CLASSES, Targets
 from ..data.transforms.classify import Transform, eval_transform, train_transform
 from ..errors import UserError
+from ..onnx.answers import answers
 from ..settings import Augment, Table, TrainSettings, as_plain
 from .base import Task
 
@@ -104,6 +105,13 @@ class ImageTask(Task):
             crop_pct=data_config["crop_pct"],
             crop_mode=data_config.get("crop_mode") or "center",
         )
+
+    @classmethod
+    def predictions(
+        cls, outputs: Tensor, class_names: list[str], task_args: dict[str, Any], top_k: int
+    ) -> list[dict[str, Any]]:
+        """As an exported file's outputs are read: :func:`transcnn.onnx.answers.answers`."""
+        return answers(cls.name, outputs.float().cpu().numpy(), class_names, task_args, top_k)
 
     def mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Images are mixed in pairs: of an odd number the last one is left out, a single one is mixed with itself."""

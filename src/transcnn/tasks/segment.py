@@ -100,8 +100,10 @@ class Segment(DenseTask):
             resize=(task_args or {}).get("resize"),
         )
 
-    @staticmethod
-    def predictions(outputs: Tensor, class_names: list[str], top_k: int) -> list[dict[str, Any]]:
+    @classmethod
+    def predictions(
+        cls, outputs: Tensor, class_names: list[str], task_args: dict[str, Any], top_k: int
+    ) -> list[dict[str, Any]]:
         """``{"classes": [{"label": ..., "share": ...}, ...]}`` of logits (B, classes, H, W): the largest areas."""
         return [{"classes": largest(prediction.cpu().numpy(), class_names, top_k)} for prediction in outputs.argmax(1)]
 

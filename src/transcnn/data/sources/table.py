@@ -19,7 +19,17 @@ from ...text import printable
 from .parquet import refuse_bombs
 from .source import abbreviate, first_line
 
-__all__ = ["FileFinder", "TableRows", "find_column", "is_table", "metadata_tables", "read_table"]
+__all__ = [
+    "FileFinder",
+    "ListedFiles",
+    "TableRows",
+    "find_column",
+    "is_table",
+    "list_files",
+    "metadata_tables",
+    "names_of_rows",
+    "read_table",
+]
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".pq")
 FILE_COLUMNS = ("file", "file_name", "filename", "path", "image")
@@ -68,8 +78,8 @@ def is_table(name: str | os.PathLike[str]) -> bool:
 
 def metadata_tables(folder: Path, splits: dict[str, Sequence[str]]) -> list[tuple[Path, str | None]]:
     """A folder's ``metadata.csv`` (or .tsv, .jsonl, .parquet), or those in its splits' folders, each with its split."""
-    whole = [(folder / name, None) for name in METADATA if (folder / name).is_file()]
-    parts = [
+    whole: list[tuple[Path, str | None]] = [(folder / name, None) for name in METADATA if (folder / name).is_file()]
+    parts: list[tuple[Path, str | None]] = [
         (folder / word / name, split)
         for split, words in splits.items()
         for word in words
@@ -258,3 +268,38 @@ def names_of_rows(table: TableRows, files: list[Any] | None) -> Iterator[str]:
     for i, row in enumerate(table.rows):
         cell = None if files is None else files[i]
         yield printable(cell) if isinstance(cell, str) and cell.strip() else f"{table.path.stem}/{row}"
+
+
+@dataclass
+class ListedFiles:
+    """The files that a table names, a path for each row, and all of its columns."""
+
+    files: list[str]
+    columns: dict[str, list[Any]]
+
+
+def list_files(path: Path, folder: str | None, file_column: str | None) -> ListedFiles:
+    """What to predict: a file for each row of a table, wherever it lies.
+
+    Args:
+        path: The table.
+        folder: What its names are relative to; without it, the table's own folder.
+        file_column: Its column of files; without it, one of the usual names.
+
+    Raises:
+        UserError: It can't be read, or holds images instead of names.
+    """
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    table = read_table(path)
+    cells = find_column(table, file_column)
+    if cells is None:
+        raise UserError(f"{path} holds images itself; transcnn predict takes a table that names files")
+    finder = FileFinder(Path(folder) if folder else path.parent)
+    # What leads out of the folder is left as it is named, below the folder, where nothing is.
+    paths = [finder.path(cell) if isinstance(cell, str) and cell.strip() else None for cell in cells]
+    files = [
+        found or os.path.join(finder.folder, f"{cell}".replace("..", "__"))
+        for found, cell in zip(paths, cells, strict=True)
+    ]
+    return ListedFiles(files, table.columns)
