@@ -9,7 +9,7 @@
 #   make lint      format, lint and types; changes nothing
 #   make format    put the format right
 #   make install   .venv with every extra, nothing else
-#   make build     source archive and wheel in dist/
+#   make build     source archive, and wheel with compiled kernels, in dist/
 #   make figures   draw the figures of docs/images again
 #   make docs      the site of docs/, into site/
 #   make screenshots  take those of the page (transcnn demo) again; needs chromium
@@ -90,7 +90,7 @@ format: $(VENV)/.installed-dev
 
 build: $(VENV)/.installed-dev
 	$(PIP) build
-	$(BIN)/python -m build
+	TRANSCNN_WHEEL_KERNELS=1 $(BIN)/python -m build
 
 figures: $(VENV)/.installed-train
 	$(BIN)/python docs/make_figures.py

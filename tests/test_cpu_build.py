@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -227,3 +228,109 @@ def test_what_a_killed_compilation_left_is_removed(cache):
     (cache / "building-old" / "kernels.so").touch()
     assert works()
     assert not list(cache.glob("building-*"))
+
+
+# --- packaged libraries ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def packaged(cache, monkeypatch, tmp_path) -> Path:
+    """A folder as wheels bring it, with the library there is under the name for this CPU; the path of that file."""
+    folder = tmp_path / "lib"
+    folder.mkdir(mode=0o755)
+    monkeypatch.setattr(build, "PACKAGED", folder)
+    monkeypatch.setattr(build, "_cpu_features", lambda: set(build.VARIANTS["avx2"][1].split()))
+    monkeypatch.setattr(build, "_rebuilt", 0)
+    path = folder / build._packaged_name("avx2")
+    assert LIBRARY is not None
+    shutil.copyfile(LIBRARY._name, path)
+    path.chmod(0o755)
+    path.with_suffix(".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest() + "\n")
+    return path
+
+
+def loaded() -> Path:
+    assert works()
+    library = build.library()
+    assert library is not None
+    return Path(library._name)
+
+
+def test_a_packaged_library_needs_no_compiler(packaged, cache, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    assert loaded() == packaged
+    assert not cache.exists()
+
+
+def test_compiling_can_be_asked_for(packaged, cache, monkeypatch):
+    monkeypatch.setenv("TRANSCNN_NATIVE", "compile")
+    assert loaded().parent == cache
+    assert compilations(cache) == 1
+
+
+@pytest.mark.parametrize("wrong", ["content", "no hash", "file mode", "folder mode", "link"])
+def test_a_packaged_library_that_cant_be_trusted_is_not_loaded(wrong, packaged, cache, caplog):
+    if wrong == "content":
+        packaged.write_bytes(packaged.read_bytes() + b"0")
+    elif wrong == "no hash":
+        packaged.with_suffix(".sha256").unlink()
+    elif wrong == "file mode":
+        packaged.chmod(0o757)
+    elif wrong == "folder mode":
+        packaged.parent.chmod(0o777)
+    else:
+        packaged.rename(packaged.with_name("elsewhere"))
+        packaged.symlink_to(packaged.with_name("elsewhere"))
+    with caplog.at_level(logging.WARNING):
+        assert loaded().parent == cache
+    assert "the packaged C++ kernels are not loaded" in caplog.text
+
+
+def test_a_packaged_library_of_another_user_is_not_loaded_but_the_systems_is(packaged, cache, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    owner = packaged.stat().st_uid
+    assert (build._packaged() == packaged) is (owner == 0)
+    monkeypatch.setattr(build, "_is_own", lambda found, system: False)
+    assert build._packaged() is None
+
+
+@pytest.mark.parametrize("why", ["another CPU", "other sources"])
+def test_a_packaged_library_for_something_else_is_not_loaded(why, packaged, cache, monkeypatch, tmp_path):
+    if why == "another CPU":
+        monkeypatch.setattr(build, "_cpu_features", lambda: {"sse4_2", "avx"})
+    else:
+        sources = tmp_path / "sources"
+        shutil.copytree(build.SOURCES, sources)
+        (sources / "further.h").write_text("// a file more\n")
+        monkeypatch.setattr(build, "SOURCES", sources)
+    assert loaded().parent == cache
+
+
+def test_a_packaged_library_that_computes_wrong_is_replaced_by_a_compiled_one(packaged, cache, tmp_path):
+    source, stub = tmp_path / "stub.cpp", packaged
+    source.write_text(STUB)
+    packaged.unlink()
+    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(stub)], check=True)
+    stub.chmod(0o755)
+    stub.with_suffix(".sha256").write_text(hashlib.sha256(stub.read_bytes()).hexdigest())
+    assert loaded().parent == cache
+
+
+@pytest.mark.parametrize(
+    ("features", "variant"),
+    [
+        ("amx", "amx"),
+        ("avx512", "avx512"),
+        ("avx2", "avx2"),
+    ],
+)
+def test_the_fastest_variant_that_a_cpu_can_run_is_taken(features, variant, packaged, monkeypatch):
+    known = set(build.VARIANTS["avx2"][1].split()) | set(build.VARIANTS[features][1].split())
+    known |= set(build.VARIANTS["avx512"][1].split()) if features == "amx" else set()
+    monkeypatch.setattr(build, "_cpu_features", lambda: known)
+    for name in build.VARIANTS:
+        path = packaged.with_name(build._packaged_name(name))
+        if path != packaged:
+            shutil.copyfile(packaged, path)
+            shutil.copyfile(packaged.with_suffix(".sha256"), path.with_suffix(".sha256"))
+    assert build._packaged() == packaged.with_name(build._packaged_name(variant))

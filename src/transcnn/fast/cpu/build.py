@@ -1,8 +1,11 @@
-"""Compiles the C++ kernels, once for each kind of CPU, and caches the library; needs nothing but a C++ compiler.
+"""The library of C++ kernels: one that came with the package, or one that is compiled here and cached.
 
-A library runs with all rights of its user, so one is loaded only from a directory that belongs to the user and that
-nobody else can write, and only if it has the SHA-256 that was stored beside it when it was compiled; else it is
-compiled again. :mod:`.support` compares what it computes with PyTorch.
+Wheels made by ``make build`` bring a library for each of :data:`VARIANTS`; where none fits, a C++ compiler is all that
+is needed. A library runs with all rights of its user, so one is loaded only from a directory that belongs to the user
+(a packaged one may be the system's) and that nobody else can write, and only if it has the SHA-256 that was stored
+beside it when it was compiled; else it is compiled again. :mod:`.support` compares what it computes with PyTorch.
+
+This file needs the standard library alone: the build hook of the wheel loads it, too.
 """
 
 from __future__ import annotations
@@ -29,10 +32,18 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
-__all__ = ["isa_support", "library", "rebuild"]
+__all__ = ["compile_variants", "isa_support", "library", "rebuild"]
 
 SOURCES = Path(__file__).parent / "src"
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared"]
+PACKAGED = Path(__file__).parent / "lib"  # in wheels alone
+_AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512vnni", "-mavx512bf16"]
+# Instead of -march=native, the fastest first: flags of the compiler, and those of /proc/cpuinfo that a CPU must have.
+VARIANTS = {
+    "amx": ([*_AVX512, "-mamx-tile", "-mamx-bf16"], "avx512_bf16 avx512_vnni avx512dq avx512vl amx_tile amx_bf16"),
+    "avx512": (_AVX512, "avx512_bf16 avx512_vnni avx512f avx512bw avx512cd avx512dq avx512vl"),
+    "avx2": (["-march=x86-64-v3"], "avx2 fma bmi1 bmi2 f16c movbe abm"),
+}
 # A build for tests (TRANSCNN_NATIVE_DEBUG=1), which ends the process where a kernel reads or writes out of bounds.
 DEBUG = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 TIME_LIMIT = 60.0  # seconds for the compiler, which takes about five
@@ -45,9 +56,10 @@ _rebuilt = 0  # how often in this process
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The kernels; None where they can't be compiled, which the log explains (level INFO).
+    """The kernels; None where there are none and they can't be compiled, which the log explains (level INFO).
 
-    The compiler is ``$CXX`` (which may have arguments: ``ccache g++``) or else g++; the library is cached in
+    A packaged library is taken where one fits the CPU, unless ``TRANSCNN_NATIVE=compile``. Otherwise the compiler is
+    ``$CXX`` (which may have arguments: ``ccache g++``) or else g++; the library is cached in
     ``$XDG_CACHE_HOME/transcnn`` (``~/.cache/transcnn``), under a name that depends on the sources, the compiler and the
     CPU. Processes that start together compile it once. ``TRANSCNN_NATIVE=0`` switches the kernels off.
     ``TRANSCNN_NATIVE_DEBUG=1`` compiles them with the address and undefined behaviour sanitizers; the process must have
@@ -56,7 +68,7 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("TRANSCNN_NATIVE", "1") == "0":
         return None
     try:
-        path = _compiled()
+        path = _packaged() or _compiled()
         # dlopen takes a library of the same name for the same, even if the file was replaced.
         return ctypes.CDLL(os.path.join(path.parent, *["."] * _rebuilt, path.name))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
@@ -68,7 +80,7 @@ def library() -> ctypes.CDLL | None:
 def rebuild() -> ctypes.CDLL | None:
     """Compile the library again, for what :func:`library` gave is wrong; the new one."""
     global _rebuilt
-    _rebuilt += 1
+    _rebuilt += 1  # from now on no packaged one is taken
     path, _ = _target()
     with contextlib.suppress(OSError):
         _stored_hash(path).unlink()
@@ -80,6 +92,54 @@ def isa_support() -> int:
     """What the library computes in on this CPU: bit 0 is fp32, bit 1 bf16; 0 without a library."""
     kernels = library()
     return 0 if kernels is None else int(kernels.isa_support())
+
+
+def compile_variants(folder: Path) -> list[Path]:
+    """Compile a library for each of :data:`VARIANTS` into a folder, for wheels; the libraries and their hashes."""
+    made = []
+    for name, (flags, _) in VARIANTS.items():
+        path = folder / _packaged_name(name)
+        _compile(path, [*_compiler(), *_variant_flags(flags), *(str(file) for file in _sources(".cpp"))])
+        made += [path, _stored_hash(path)]
+    return made
+
+
+def _packaged() -> Path | None:
+    """The packaged library for this CPU; None where there is none that may be loaded, which the log explains."""
+    if _rebuilt or _is_debug() or os.environ.get("TRANSCNN_NATIVE") == "compile" or not PACKAGED.is_dir():
+        return None
+    features = _cpu_features()
+    name = next((name for name, (_, needs) in VARIANTS.items() if set(needs.split()) <= features), None)
+    path = PACKAGED / _packaged_name(name) if name else None
+    if path is None or not path.exists():
+        _log.info("no packaged C++ kernels are for this CPU and these sources")
+        return None
+    try:
+        _refuse_foreign_directory(PACKAGED, system=True)
+    except PermissionError as error:
+        _log.warning("the packaged C++ kernels are not loaded: %s", error)
+        return None
+    if not _is_trusted(path, system=True):
+        _log.warning(
+            "the packaged C++ kernels are not loaded: %s is not what was packaged, or others can write it", path
+        )
+        return None
+    return path
+
+
+def _packaged_name(variant: str) -> str:
+    """A file name that changes with what the library is compiled from."""
+    content = b"".join(path.read_bytes() for path in _sources(".cpp", ".h"))
+    identity = " ".join(_variant_flags(VARIANTS[variant][0])).encode()
+    return f"kernels-{variant}-{hashlib.sha256(identity + content).hexdigest()[:16]}.so"
+
+
+def _variant_flags(flags: list[str]) -> list[str]:
+    return [*flags, *(flag for flag in FLAGS if flag != "-march=native")]
+
+
+def _sources(*suffixes: str) -> list[Path]:
+    return sorted(path for path in SOURCES.iterdir() if path.suffix in suffixes)
 
 
 def _compiled() -> Path:
@@ -97,13 +157,12 @@ def _compiled() -> Path:
 def _target() -> tuple[Path, list[str]]:
     """Where the library belongs, and the command that compiles it, without its output."""
     compiler = _compiler()
-    sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
-    content = b"".join(path.read_bytes() for path in sources)
+    content = b"".join(path.read_bytes() for path in _sources(".cpp", ".h"))
     flags = [*FLAGS, *_debug_flags()]
     identity = "\n".join([_run([*compiler, "--version"]), _cpu(), *flags]).encode()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transcnn"
     path = folder / f"kernels-{hashlib.sha256(identity + content).hexdigest()[:16]}.so"
-    return path, [*compiler, *flags, *(str(source) for source in sources if source.suffix == ".cpp")]
+    return path, [*compiler, *flags, *(str(file) for file in _sources(".cpp"))]
 
 
 def _compiler() -> list[str]:
@@ -116,19 +175,24 @@ def _compiler() -> list[str]:
     return [named] if shutil.which(named) else shlex.split(named)
 
 
-def _refuse_foreign_directory(folder: Path) -> None:
+def _refuse_foreign_directory(folder: Path, *, system: bool = False) -> None:
     found = folder.stat()
-    if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
+    if not _is_own(found, system):
         raise PermissionError(f"{folder} belongs to another user; XDG_CACHE_HOME can name another directory")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PermissionError(f"{folder} can be written by other users (chmod go-w would change that)")
 
 
-def _is_trusted(path: Path) -> bool:
+def _is_own(found: os.stat_result, system: bool) -> bool:
+    """Whether a file is this user's, or the system administrator's where ``system``."""
+    return not hasattr(os, "geteuid") or found.st_uid == os.geteuid() or (system and found.st_uid == 0)
+
+
+def _is_trusted(path: Path, *, system: bool = False) -> bool:
     """Whether the file is the user's, nobody else can write it, and it is what was compiled."""
     try:
         found, expected = path.lstat(), _stored_hash(path).read_text().strip()
-        own = not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
+        own = _is_own(found, system)
         private = stat.S_ISREG(found.st_mode) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
         return own and private and hashlib.sha256(path.read_bytes()).hexdigest() == expected
     except (OSError, UnicodeDecodeError):
@@ -215,6 +279,13 @@ def _run(command: list[str]) -> str:
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, out, err)
     return out
+
+
+def _cpu_features() -> set[str]:
+    """What Linux says of the CPU's instructions; nothing elsewhere."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if platform.machine() == "x86_64" and info.exists() else []
+    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
 
 
 def _cpu() -> str:
