@@ -5,6 +5,7 @@ It shares no code with ``src`` and knows nothing of padding, masks or reshaping;
 
 from __future__ import annotations
 
+import itertools
 import zlib
 
 import numpy as np
@@ -15,92 +16,121 @@ def hmhsa(
     x: Array,
     weights: dict[str, Array],
     head_dim: int,
-    grid_sizes: tuple[int, ...],
-    pool_ratios: tuple[int, ...],
+    grid_sizes: tuple[int | tuple[int, ...], ...],
+    pool_ratios: tuple[int | tuple[int, ...], ...],
     norm: str,
     training: bool = False,
+    mask: Array | None = None,
 ) -> Array:
-    """(B, C, H, W) -> (B, C, H, W); ``weights`` is the module's state_dict, ``norm`` is ``batch`` or ``group``."""
+    """(B, C, *S) -> (B, C, *S) for any number of sizes S, zero where ``mask`` (B, 1, *S) is false.
 
-    def normalise(name: str, y: Array) -> Array:
-        scale, shift = weights[f"{name}.weight"], weights[f"{name}.bias"]
-        if norm == "group":  # one group: each image over all its values
-            mean, var, eps = y.mean((1, 2, 3), keepdims=True), y.var((1, 2, 3), keepdims=True), 1e-6
-        elif training:
-            mean, var, eps = y.mean((0, 2, 3), keepdims=True), y.var((0, 2, 3), keepdims=True), 1e-5
-        else:
-            mean, var = (per_channel(weights[f"{name}.running_{which}"]) for which in ("mean", "var"))
-            eps = 1e-5
-        return (y - mean) / np.sqrt(var + eps) * per_channel(scale) + per_channel(shift)
+    ``weights`` is the module's state_dict, ``norm`` is ``batch`` or ``group``.
+    """
+    ndim = x.ndim - 2
+
+    def normalise(name: str, y: Array, real: Array) -> Array:
+        scale, shift = (per_channel(weights[f"{name}.{which}"], ndim) for which in ("weight", "bias"))
+        if norm == "batch" and not training:
+            mean, var = (per_channel(weights[f"{name}.running_{which}"], ndim) for which in ("mean", "var"))
+            return (y - mean) / np.sqrt(var + 1e-5) * scale + shift
+        mean, var = np.zeros_like(y), np.ones_like(y)
+        if norm == "group":  # one group: each item over all its values
+            for b in range(len(y)):
+                values = y[b][:, real[b, 0]]
+                if values.size:
+                    mean[b], var[b] = values.mean(), values.var()
+            return (y - mean) / np.sqrt(var + 1e-6) * scale + shift
+        for c in range(y.shape[1]):
+            values = y[:, c][real[:, 0]]
+            if values.size:
+                mean[:, c], var[:, c] = values.mean(), values.var()
+        return (y - mean) / np.sqrt(var + 1e-5) * scale + shift
 
     def project(name: str, y: Array) -> Array:
-        bias = weights.get(f"{name}.bias", np.zeros(len(weights[f"{name}.weight"])))
-        return np.einsum("oc,bchw->bohw", weights[f"{name}.weight"][:, :, 0, 0], y) + per_channel(bias)
+        weight = weights[f"{name}.weight"]
+        bias = weights.get(f"{name}.bias", np.zeros(len(weight)))
+        return np.einsum("oc,bc...->bo...", weight.reshape(len(weight), -1), y) + per_channel(bias, ndim)
 
+    mask = np.ones((len(x), 1, *x.shape[2:]), bool) if mask is None else mask
+    x = np.where(mask, x, 0)
     if not grid_sizes:
-        q, k, v = np.split(project("qkv", normalise("norm", x)), 3, axis=1)
-        return project("proj", attention(q, k, v, head_dim))
+        q, k, v = np.split(project("qkv", normalise("norm", x, mask)), 3, axis=1)
+        return np.where(mask, project("proj", attention(q, k, v, head_dim, mask)), 0)
 
     steps = []
-    tokens = x
+    tokens, real = x, mask
     for level, (grid, ratio) in enumerate(zip(grid_sizes, pool_ratios, strict=True)):
         name = f"local.{level}"
-        q, k, v = np.split(project(f"{name}.qkv", normalise(f"{name}.norm", tokens)), 3, axis=1)
+        q, k, v = np.split(project(f"{name}.qkv", normalise(f"{name}.norm", tokens, real)), 3, axis=1)
         inside = np.empty_like(tokens)
-        for rows, columns in patches(tokens, grid):
-            here = (slice(None), slice(None), rows, columns)
-            inside[here] = attention(q[here], k[here], v[here], head_dim)
-        step = normalise(f"{name}.grid_norm", tokens + inside)
+        for patch in patches(tokens, grid):
+            here = (slice(None), slice(None), *patch)
+            inside[here] = attention(q[here], k[here], v[here], head_dim, real[here])
+        step = normalise(f"{name}.grid_norm", tokens + inside, real)
         steps.append(step)
-        tokens = pool(step, ratio)
+        tokens, real = pool(step, ratio, real)
 
     q = project("q", steps[0])
-    k, v = np.split(project("kv", normalise("ds_norm", tokens)), 2, axis=1)
-    y = attention(q, k, v, head_dim) + steps[0]
-    size = 1
+    k, v = np.split(project("kv", normalise("ds_norm", tokens, real)), 2, axis=1)
+    y = attention(q, k, v, head_dim, real) + steps[0]
+    size = [1] * ndim
     for step, ratio in zip(steps[1:], pool_ratios, strict=False):
-        size *= ratio
-        for i, j in np.ndindex(y.shape[2:]):
-            y[:, :, i, j] += step[:, :, i // size, j // size]
-    return project("proj", y)
+        size = [s * r for s, r in zip(size, per_axis(ratio, ndim), strict=True)]
+        for place in np.ndindex(y.shape[2:]):
+            merged = tuple(p // s for p, s in zip(place, size, strict=True))
+            y[(slice(None), slice(None), *place)] += step[(slice(None), slice(None), *merged)]
+    return np.where(mask, project("proj", y), 0)
 
 
-def attention(q: Array, k: Array, v: Array, head_dim: int) -> Array:
-    """softmax(QKᵀ/√d)·V for each image, head and query; maps (B, C, H, W) and twice (B, C, H', W')."""
-    out = np.empty_like(q)
+def attention(q: Array, k: Array, v: Array, head_dim: int, real: Array) -> Array:
+    """softmax(QKᵀ/√d)·V for each item, head and query over the keys that are ``real``; zero where none is.
+
+    Maps (B, C, *S) and twice (B, C, *S'), ``real`` (B, 1, *S').
+    """
+    out = np.zeros_like(q)
     for b in range(q.shape[0]):
-        for start in range(0, q.shape[1], head_dim):
+        for start in range(0, q.shape[1] if real[b].any() else 0, head_dim):
             head = slice(start, start + head_dim)
-            keys = k[b, head].reshape(head_dim, -1)  # (d, M)
-            values = v[b, head].reshape(head_dim, -1)
-            for i, j in np.ndindex(q.shape[2:]):
-                scores = q[b, head, i, j] @ keys / np.sqrt(head_dim)
+            keys = k[b, head][:, real[b, 0]]  # (d, M)
+            values = v[b, head][:, real[b, 0]]
+            for place in np.ndindex(q.shape[2:]):
+                scores = q[(b, head, *place)] @ keys / np.sqrt(head_dim)
                 share = np.exp(scores - scores.max())
-                out[b, head, i, j] = values @ (share / share.sum())
+                out[(b, head, *place)] = values @ (share / share.sum())
     return out
 
 
-def pool(x: Array, ratio: int) -> Array:
-    """The mean of each patch, over the positions that it really has."""
-    batch, channels, height, width = x.shape
-    out = np.empty((batch, channels, -(-height // ratio), -(-width // ratio)))
-    for rows, columns in patches(x, ratio):
-        out[:, :, rows.start // ratio, columns.start // ratio] = x[:, :, rows, columns].mean((2, 3))
-    return out
+def pool(x: Array, ratio: int | tuple[int, ...], real: Array | None = None) -> tuple[Array, Array]:
+    """The mean of each patch over the positions that it really has, and which patches have any."""
+    real = np.ones((len(x), 1, *x.shape[2:]), bool) if real is None else real
+    ratios = per_axis(ratio, x.ndim - 2)
+    sides = [-(-n // r) for n, r in zip(x.shape[2:], ratios, strict=True)]
+    out, kept = np.zeros((*x.shape[:2], *sides)), np.zeros((len(x), 1, *sides), bool)
+    for patch in patches(x, ratio):
+        place = tuple(side.start // r for side, r in zip(patch, ratios, strict=True))
+        for b in range(len(x)):
+            values = x[(b, slice(None), *patch)][:, real[(b, 0, *patch)]]
+            if values.size:
+                out[(b, slice(None), *place)] = values.mean(1)
+                kept[(b, 0, *place)] = True
+    return out, kept
 
 
-def patches(x: Array, size: int) -> list[tuple[slice, slice]]:
-    """Where the size×size patches of a map lie, from the top left corner; those at the border are smaller."""
-    height, width = x.shape[2:]
-    return [
-        (slice(i, min(i + size, height)), slice(j, min(j + size, width)))
-        for i in range(0, height, size)
-        for j in range(0, width, size)
+def patches(x: Array, size: int | tuple[int, ...]) -> list[tuple[slice, ...]]:
+    """Where the patches of a map lie, from the top left corner; those at the border are smaller."""
+    sides = [
+        [slice(i, min(i + s, n)) for i in range(0, n, s)]
+        for n, s in zip(x.shape[2:], per_axis(size, x.ndim - 2), strict=True)
     ]
+    return list(itertools.product(*sides))
 
 
-def per_channel(values: Array) -> Array:
-    return values[None, :, None, None]
+def per_axis(size: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    return (size,) * ndim if isinstance(size, int) else size
+
+
+def per_channel(values: Array, ndim: int = 2) -> Array:
+    return values.reshape(1, -1, *(1,) * ndim)
 
 
 def weights(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Array]:

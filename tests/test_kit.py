@@ -101,18 +101,20 @@ def test_timm_knows_our_names_whichever_is_imported_first() -> None:
 
 
 def test_attention_needs_torch_alone() -> None:
-    roots = {name.partition(".")[0] for name in imports(PACKAGE / "attention.py")}
-    assert roots - set(sys.stdlib_module_names) == {"torch"}
+    for name in ("attention", "masking"):
+        roots = {imported.partition(".")[0] for imported in imports(PACKAGE / f"{name}.py")} - {"transcnn"}
+        assert roots - set(sys.stdlib_module_names) == {"torch"}
 
 
 ARROWS = {
     "errors": set(),
-    "attention": set(),
+    "masking": set(),
+    "attention": {"masking"},
     "checkpoints.published": {"errors"},
     "levels": {"errors"},
     "layers": set(),
-    "blocks": {"attention", "layers"},
-    "backbone": {"attention", "blocks", "layers"},
+    "blocks": {"attention", "layers", "masking"},
+    "backbone": {"attention", "blocks", "layers", "masking"},
     "text": set(),
     "report.fonts": set(),
     "report.plots": {"report.fonts", "errors", "text"},

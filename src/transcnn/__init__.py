@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = [
     "HMHSA",
+    "HMHSA1d",
+    "HMHSA2d",
+    "HMHSA3d",
     "Loaded",
     "TransCNN",
     "attention_maps",
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
     from . import export as export
     from . import fast as fast
     from . import settings as settings
-    from .attention import HMHSA
+    from .attention import HMHSA, HMHSA1d, HMHSA2d, HMHSA3d
     from .backbone import TransCNN
     from .checkpoints.folders import from_pretrained
     from .checkpoints.hub import push_to_hub, save_pretrained
@@ -53,6 +56,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "HMHSA": "attention",
+    "HMHSA1d": "attention",
+    "HMHSA2d": "attention",
+    "HMHSA3d": "attention",
     "Loaded": "checkpoints.loading",
     "TransCNN": "backbone",
     "attention_maps": "explain",

@@ -5,7 +5,8 @@ needs torch alone and favours being read over being fast; :mod:`transcnn.fast` c
 
 Attention over all N = H·W positions of a feature map costs O(N²). H-MHSA computes it step by step: inside small
 grids, then, each small patch of positions merged into one token, inside grids of tokens, and so on; at the end
-every position attends to the few tokens that are left.
+every position attends to the few tokens that are left. Sequences and volumes follow the same formulas: how many
+dimensions a map has is data here, and what is said of H and W holds for L alone and for D, H and W.
 
 Letters
     B  images in the batch              C  channels, C = h·d
@@ -13,10 +14,12 @@ Letters
     g  side of a grid in positions      r  pooling ratio, the side of a merged patch
     G  grids in one map                 N  positions in one grid, g·g
     L  levels                           M  tokens left at the last level
+    *S  the sizes of a map: L of a sequence, H, W of an image, D, H, W of a volume; *S' smaller ones
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,11 +27,20 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["HMHSA", "LocalStep", "default_head_dim"]
+from .masking import check_mask, keep_real, never_none, normalise
+
+__all__ = ["HMHSA", "HMHSA1d", "HMHSA2d", "HMHSA3d", "LocalStep", "default_head_dim"]
+
+Size = int | tuple[int, ...]  # of a grid or a merged patch: its side, or one for each dimension
+SIZES = {1: "L", 2: "H, W", 3: "D, H, W"}
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 class HMHSA(nn.Module):
     """Hierarchical multi-head self-attention over a feature map, (B, C, H, W) -> (B, C, H, W).
+
+    :class:`HMHSA1d` takes sequences (B, C, L), :class:`HMHSA3d` volumes and video (B, C, D, H, W); ``HMHSA2d`` is this.
 
     With X the input, ``Attn(Q, K, V) = softmax(Q·Kᵀ/√d)·V`` for each head, ``Grid_g`` cutting a map into g×g
     grids from its top left corner and ``Pool_r`` average pooling with kernel = stride = r:
@@ -49,18 +61,20 @@ class HMHSA(nn.Module):
     Args:
         dim: Channels C of the map.
         head_dim: Channels d of one head; None takes the largest of 64, 48, 32, 16, 8, 4, 2, 1 that divides ``dim``.
-        grid_sizes: Side of the grids of each local step, in positions of the map that the step works on.
-        pool_ratios: Side of the patches merged after each local step; as many as ``grid_sizes``.
+        grid_sizes: Side of the grids of each local step, in positions of the map that the step works on: a number,
+            or a tuple of one for each dimension, so that ``[(2, 8, 8)]`` is one step with grids of 2x8x8.
+        pool_ratios: Side of the patches merged after each local step, in the same form; as many as ``grid_sizes``.
         norm_layer: Makes a normalisation layer from a number of channels (BatchNorm in TransCNN, GroupNorm with
-            one group in HAT-Net).
+            one group in HAT-Net). None takes the BatchNorm of the map's dimensions.
         bias: Whether the projections have a bias.
         device, dtype: Where and as what the parameters are made.
 
     Raises:
         ValueError: ``head_dim`` does not divide ``dim``, a grid size or ratio is below 1, their numbers differ, or,
-            from ``forward``, the input is no (B, ``dim``, H, W) tensor.
+            from ``forward``, the input is no (B, ``dim``, H, W) tensor or the mask no bool tensor (B, 1, H, W).
     """
 
+    ndim = 2  # of the maps
     fused_attn = True  # whether F.scaled_dot_product_attention computes the attention
 
     def __init__(
@@ -68,28 +82,30 @@ class HMHSA(nn.Module):
         dim: int,
         *,
         head_dim: int | None = None,
-        grid_sizes: Sequence[int] = (8,),
-        pool_ratios: Sequence[int] = (8,),
-        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        grid_sizes: Sequence[Size] = (8,),
+        pool_ratios: Sequence[Size] = (8,),
+        norm_layer: Callable[[int], nn.Module] | None = None,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         head_dim = default_head_dim(dim) if head_dim is None else head_dim
-        grid_sizes, pool_ratios = tuple(grid_sizes), tuple(pool_ratios)
-        _check_arguments(dim, head_dim, grid_sizes, pool_ratios)
+        grid_sizes = tuple(map(_one_if_equal, grid_sizes))
+        pool_ratios = tuple(map(_one_if_equal, pool_ratios))
+        _check_arguments(dim, head_dim, grid_sizes, pool_ratios, self.ndim)
         self.dim = dim
         self.head_dim = head_dim
         self.num_heads = dim // head_dim
         self.grid_sizes = grid_sizes
         self.pool_ratios = pool_ratios
+        make_norm = BATCH_NORMS[self.ndim] if norm_layer is None else norm_layer
 
-        def project(outputs: int) -> nn.Conv2d:
-            return nn.Conv2d(dim, outputs, 1, bias=bias, device=device, dtype=dtype)
+        def project(outputs: int) -> nn.Module:
+            return CONVS[self.ndim](dim, outputs, 1, bias=bias, device=device, dtype=dtype)
 
         def norm() -> nn.Module:
-            return norm_layer(dim).to(device=device, dtype=dtype)
+            return make_norm(dim).to(device=device, dtype=dtype)
 
         self.local = nn.ModuleList(LocalStep(norm(), project(3 * dim), norm(), head_dim, g) for g in grid_sizes)
         if self.local:
@@ -101,36 +117,49 @@ class HMHSA(nn.Module):
             self.qkv = project(3 * dim)
         self.proj = project(dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        _check_input(x, self.dim)
-        if not self.local:
-            q, k, v = self.qkv(self.norm(x)).chunk(3, dim=1)
-            return self.proj(global_attention(q, k, v, self.head_dim, self.fused_attn))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W).
 
-        tokens, ratio = x, 1  # each token stands for ratio×ratio positions
-        steps: list[tuple[Tensor, int]] = []  # A₁ … A_{L-1}, each with its ratio
+        ``mask`` (B, 1, H, W), bool, is true at real positions, where a batch holds items of several sizes filled up to
+        one. What lies outside of it changes nothing inside: those positions are no keys, enter no average and, in
+        GroupNorm and in a BatchNorm that trains, no statistics; outside of it the output is zero. Inside, it is that of
+        each item alone without padding (with the batch's statistics where BatchNorm trains). InstanceNorm is treated
+        as GroupNorm is, norms of each position by itself need nothing; other norms are given zeros for padding. What
+        torch.fx traces takes no mask.
+        """
+        _check_input(x, self.dim, self.ndim, mask)
+        mask = None if isinstance(mask, torch.fx.Proxy) else mask
+        x = keep_real(x, mask)
+        if not self.local:
+            q, k, v = self.qkv(normalise(self.norm, x, mask)).chunk(3, dim=1)
+            return keep_real(self.proj(global_attention(q, k, v, self.head_dim, self.fused_attn, mask)), mask)
+
+        tokens, real, ratio = x, mask, (1,) * self.ndim  # each token stands for a patch of `ratio` positions
+        steps: list[tuple[Tensor, Size]] = []  # A₁ … A_{L-1}, each with its ratio
         for step, pool_ratio in zip(self.local, self.pool_ratios, strict=True):
-            a = step(tokens)  # (B, C, ⌈H/ratio⌉, ⌈W/ratio⌉)
-            steps.append((a, ratio))
-            tokens = self.merge(a, pool_ratio)
-            ratio *= pool_ratio
+            a = step(tokens, real)  # (B, C, ⌈H/ratio⌉, ⌈W/ratio⌉)
+            steps.append((a, _one_if_equal(ratio)))
+            if real is None:
+                tokens = self.merge(a, pool_ratio)
+            else:
+                tokens, real = merge_real(a, pool_ratio, real)
+            ratio = tuple(r * p for r, p in zip(ratio, per_axis(pool_ratio, self.ndim), strict=True))
 
         a1 = steps[0][0]
-        kv = self.kv(self.ds_norm(tokens))  # (B, 2C, ⌈H/ratio⌉, ⌈W/ratio⌉), M tokens
-        y = self.global_step(self.q(a1), kv) + a1
+        kv = self.kv(normalise(self.ds_norm, tokens, real))  # (B, 2C, ⌈H/ratio⌉, ⌈W/ratio⌉), M tokens
+        y = self.global_step(self.q(a1), kv, real) + a1
         for a, level_ratio in steps[1:]:
             y = y + spread(a, level_ratio, a1)
-        return self.proj(y)
+        return keep_real(self.proj(y), mask)
 
-    def merge(self, a: Tensor, ratio: int) -> Tensor:
+    def merge(self, a: Tensor, ratio: Size) -> Tensor:
         """Tokens of the next level, (B, C, H, W) -> (B, C, ⌈H/ratio⌉, ⌈W/ratio⌉)."""
         return merge(a, ratio)
 
-    def global_step(self, q: Tensor, kv: Tensor) -> Tensor:
+    def global_step(self, q: Tensor, kv: Tensor, real: Tensor | None = None) -> Tensor:
         """Attention of all positions to the merged tokens, (B, C, H, W) and (B, 2C, H', W') -> (B, C, H, W)."""
         k, v = kv.chunk(2, dim=1)
-        return global_attention(q, k, v, self.head_dim, self.fused_attn)
+        return global_attention(q, k, v, self.head_dim, self.fused_attn, real)
 
     def set_fused_attn(self, enable: bool) -> None:
         """Compute the attention by ``F.scaled_dot_product_attention`` or, with ``enable=False``, step by step.
@@ -145,15 +174,30 @@ class HMHSA(nn.Module):
         return f"{self.dim}, head_dim={self.head_dim}, grid_sizes={self.grid_sizes}, pool_ratios={self.pool_ratios}"
 
 
+class HMHSA1d(HMHSA):
+    """:class:`HMHSA` over sequences (sound, sensors), (B, C, L) -> (B, C, L); arguments and formulas are its own."""
+
+    ndim = 1
+
+
+class HMHSA3d(HMHSA):
+    """:class:`HMHSA` over volumes or video, (B, C, D, H, W) -> (B, C, D, H, W); arguments and formulas are its own."""
+
+    ndim = 3
+
+
+HMHSA2d = HMHSA
+
+
 class LocalStep(nn.Module):
-    """Attention inside each grid, its input added, normalised: A = GridNorm(X + Attn), (B, C, H, W) -> (B, C, H, W).
+    """Attention inside each grid, its input added, normalised: A = GridNorm(X + Attn), (B, C, *S) -> (B, C, *S).
 
     The layers are made by :class:`HMHSA`; the output channels of ``qkv`` are ordered (q, k, v) × heads × head_dim.
     """
 
     fused_attn = True
 
-    def __init__(self, norm: nn.Module, qkv: nn.Conv2d, grid_norm: nn.Module, head_dim: int, grid_size: int) -> None:
+    def __init__(self, norm: nn.Module, qkv: nn.Module, grid_norm: nn.Module, head_dim: int, grid_size: Size) -> None:
         super().__init__()
         self.norm = norm
         self.qkv = qkv
@@ -161,32 +205,39 @@ class LocalStep(nn.Module):
         self.head_dim = head_dim
         self.grid_size = grid_size
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        qkv = self.qkv(self.norm(x))
-        return self.grid_norm(x + grid_attention(qkv, self.head_dim, self.grid_size, self.fused_attn))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, C, *S) -> (B, C, *S), given which positions are real, (B, 1, *S)."""
+        mask = None if isinstance(mask, torch.fx.Proxy) else mask
+        qkv = self.qkv(normalise(self.norm, x, mask))
+        out = grid_attention(qkv, self.head_dim, self.grid_size, self.fused_attn, mask)
+        return normalise(self.grid_norm, x + out, mask)
 
 
-def grid_attention(qkv: Tensor, head_dim: int, grid_size: int, fused: bool = True) -> Tensor:
-    """Multi-head attention inside each grid_size×grid_size grid, (B, 3C, H, W) -> (B, C, H, W)."""
-    batch, channels, height, width = qkv.shape
-    tokens, mask = cut_into_grids(qkv, grid_size)  # (B·G, N, 3C), (B·G, 1, 1, N)
+def grid_attention(
+    qkv: Tensor, head_dim: int, grid_size: Size, fused: bool = True, mask: Tensor | None = None
+) -> Tensor:
+    """Multi-head attention inside each grid, (B, 3C, *S) -> (B, C, *S); ``mask`` as :class:`HMHSA` takes it."""
+    batch, channels, *sides = qkv.shape
+    tokens, keys = cut_into_grids(qkv, grid_size, mask)  # (B·G, N, 3C), (B·G, 1, 1, N)
     tokens = tokens.unflatten(2, (3, channels // 3 // head_dim, head_dim))  # (B·G, N, 3, h, d)
     q, k, v = tokens.permute(2, 0, 3, 1, 4)  # (B·G, h, N, d) each
-    out = attend(q, k, v, mask, fused)
-    return join_grids(out.transpose(1, 2).flatten(2), grid_size, batch, height, width)
+    out = attend(q, k, v, keys if mask is None else never_none(keys), fused)
+    return join_grids(out.transpose(1, 2).flatten(2), grid_size, batch, sides)
 
 
-def global_attention(q: Tensor, k: Tensor, v: Tensor, head_dim: int, fused: bool = True) -> Tensor:
-    """Every position of ``q`` attends to every token of ``k`` and ``v``.
+def global_attention(
+    q: Tensor, k: Tensor, v: Tensor, head_dim: int, fused: bool = True, mask: Tensor | None = None
+) -> Tensor:
+    """Every position of ``q`` attends to every token of ``k`` and ``v`` (where ``mask``, (B, 1, *S'), is true).
 
-    (B, C, H, W) and twice (B, C, H', W') -> (B, C, H, W).
+    (B, C, *S) and twice (B, C, *S') -> (B, C, *S).
     """
 
     def split(x: Tensor) -> Tensor:
-        return x.flatten(2).unflatten(1, (-1, head_dim)).transpose(2, 3)  # (B, h, H·W, d)
+        return x.flatten(2).unflatten(1, (-1, head_dim)).transpose(2, 3)  # (B, h, N, d)
 
-    out = attend(split(q), split(k), split(v), fused=fused)  # (B, h, H·W, d)
+    keys = None if mask is None else never_none(mask.flatten(2)[:, :, None])  # (B, 1, 1, M)
+    out = attend(split(q), split(k), split(v), keys, fused)  # (B, h, N, d)
     return out.transpose(2, 3).reshape(q.shape)
 
 
@@ -201,60 +252,108 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, fused: b
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def cut_into_grids(x: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
-    """Cut a map into size×size grids from the top left corner, (B, C, H, W) -> (B·G, N, C).
+def cut_into_grids(x: Tensor, size: Size, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Cut a map into grids of ``size`` from the top left corner, (B, C, *S) -> (B·G, N, C).
 
     Where sizes don't divide, border grids are filled up with zeros; the second result then marks the real
     positions from those, (B·G, 1, 1, N) and ready to be an attention mask. It is None where all are real.
+    With ``mask`` (B, 1, *S) it tells those of the mask instead.
     """
-    batch, _, height, width = x.shape
-    rows, columns = _grids(height, size), _grids(width, size)
-    below, beside = rows * size - height, columns * size - width
+    batch, _, *sides = x.shape
+    ndim = len(sides)
+    sizes = per_axis(size, ndim)
+    grids = [_grids(side, g) for side, g in zip(sides, sizes, strict=True)]
+    beyond = [n * g - side for n, g, side in zip(grids, sizes, sides, strict=True)]
     # A graph that is exported for any size can't ask whether sizes divide: it always fills up and masks.
-    ragged = _is_symbolic(height, width) or below or beside
-    x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
-    mask = None
-    if ragged:
-        x = F.pad(x, (0, 0, 0, beside, 0, below))
-        mask = real_positions(height, width, rows, columns, size, x.device)  # (G, N)
-        mask = mask.repeat(batch, 1)[:, None, None]  # (B·G, 1, 1, N)
-    x = x.reshape(batch, rows, size, columns, size, x.shape[3]).transpose(2, 3)  # (B, rows, columns, g, g, C)
-    return x.reshape(batch * rows * columns, size * size, x.shape[5]), mask
+    padding: list[int] = []
+    if _is_symbolic(*sides) or any(beyond):
+        padding = [0, 0, *(n for more in reversed(beyond) for n in (0, more))]
+    keys = None
+
+    def cut(x: Tensor) -> Tensor:  # (B, *S, C) -> (B·G, N, C)
+        if ndim > 1:  # else they lie one behind the other
+            x = x.reshape(batch, *(n for pair in zip(grids, sizes, strict=True) for n in pair), x.shape[-1])
+            x = x.permute(0, *range(1, 2 * ndim, 2), *range(2, 2 * ndim + 1, 2), 2 * ndim + 1)  # (B, grids, sizes, C)
+        return x.reshape(batch * math.prod(grids), math.prod(sizes), x.shape[-1])
+
+    x = channels_last(x)
+    if padding:
+        x = F.pad(x, padding)
+        keys = real_positions(sides, grids, sizes, x.device)  # (G, N)
+        keys = keys.repeat(batch, 1)[:, None, None]  # (B·G, 1, 1, N)
+    if mask is not None:
+        mask = channels_last(mask)
+        keys = cut(F.pad(mask, padding) if padding else mask).mT[:, None]  # (B·G, 1, 1, N)
+    return cut(x), keys
 
 
-def join_grids(x: Tensor, size: int, batch: int, height: int, width: int) -> Tensor:
-    """Put grids back to where :func:`cut_into_grids` took them from, (B·G, N, C) -> (B, C, H, W)."""
-    rows, columns = _grids(height, size), _grids(width, size)
-    x = x.reshape(batch, rows, columns, size, size, x.shape[2]).transpose(2, 3)  # (B, rows, g, columns, g, C)
-    x = x.reshape(batch, rows * size, columns * size, x.shape[5])
-    return x[:, :height, :width].permute(0, 3, 1, 2)
+def join_grids(x: Tensor, size: Size, batch: int, sides: Sequence[int]) -> Tensor:
+    """Put grids back to where :func:`cut_into_grids` took them from, (B·G, N, C) -> (B, C, *S), S being ``sides``."""
+    ndim = len(sides)
+    sizes = per_axis(size, ndim)
+    grids = [_grids(side, g) for side, g in zip(sides, sizes, strict=True)]
+    if ndim > 1:
+        x = x.reshape(batch, *grids, *sizes, x.shape[2])
+        x = x.permute(
+            0, *(n for i in range(1, ndim + 1) for n in (i, ndim + i)), 2 * ndim + 1
+        )  # grid, size, grid, size
+    x = x.reshape(batch, *(n * g for n, g in zip(grids, sizes, strict=True)), x.shape[-1])
+    return channels_first(x[(slice(None), *map(slice, sides))])
 
 
-def merge(x: Tensor, ratio: int) -> Tensor:
-    """Average each ratio×ratio patch, of its real positions only, (B, C, H, W) -> (B, C, ⌈H/r⌉, ⌈W/r⌉)."""
+def merge(x: Tensor, ratio: Size) -> Tensor:
+    """Average each patch of ``ratio``, of its real positions only, (B, C, H, W) -> (B, C, ⌈H/r⌉, ⌈W/r⌉)."""
     if ratio == 1:
         return x
+    if x.ndim == 4:
+        return _average(x, ratio)
+    # By the 2-D operation, which takes patches larger than the map and every dtype, and which ONNX knows.
+    if x.ndim == 3:
+        return _average(x[:, :, None], (1, *per_axis(ratio, 1)))[:, :, 0]
+    depth, *sides = per_axis(ratio, 3)
+    x = _average(x.flatten(1, 2), tuple(sides)).unflatten(1, x.shape[1:3])  # (B, C, D, H', W')
+    return _average(x.flatten(3), (depth, 1)).unflatten(3, x.shape[3:])  # (B, C, D', H', W')
+
+
+def _average(x: Tensor, ratio: Size) -> Tensor:
     if torch.compiler.is_exporting():
-        return _merge_padded(x, ratio)
+        return _average_padded(x, per_axis(ratio, 2))
     return F.avg_pool2d(x, ratio, ratio, ceil_mode=True, count_include_pad=False)
 
 
-def _merge_padded(x: Tensor, ratio: int) -> Tensor:
+def _average_padded(x: Tensor, ratios: tuple[int, ...]) -> Tensor:
     """The same for exported graphs, by whole patches: OpenVINO refuses to pool a map that is smaller than a patch."""
     missing, real = [], []
-    for length in x.shape[2:]:
+    for length, ratio in zip(x.shape[2:], ratios, strict=True):
         patches = _grids(length, ratio)
         missing.append(patches * ratio - length)
         real.append((length - ratio * torch.arange(patches, device=x.device)).clamp(max=ratio).to(x.dtype))
-    means = F.avg_pool2d(F.pad(x, (0, missing[1], 0, missing[0])), ratio, ratio)
-    return means * (ratio / real[0])[:, None] * (ratio / real[1])
+    means = F.avg_pool2d(F.pad(x, (0, missing[1], 0, missing[0])), ratios, ratios)
+    return means * (ratios[0] / real[0])[:, None] * (ratios[1] / real[1])
 
 
-def spread(x: Tensor, ratio: int, like: Tensor) -> Tensor:
+def merge_real(x: Tensor, ratio: Size, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`merge` where ``mask`` is true; also the tokens that stand for any such position, (B, 1, ⌈H/r⌉, ⌈W/r⌉)."""
+    share = merge(mask.to(torch.promote_types(x.dtype, torch.float32)), ratio)  # of each patch that is real
+    tokens = merge(keep_real(x, mask), ratio) / share.masked_fill(share == 0, 1)
+    return tokens.to(x.dtype), share > 0
+
+
+def spread(x: Tensor, ratio: Size, like: Tensor) -> Tensor:
     """Give each merged token's value to all its positions, (B, C, ⌈H/r⌉, ⌈W/r⌉) -> (B, C, H, W) of ``like``."""
-    height, width = like.shape[2:]
-    x = x.repeat_interleave(ratio, dim=2).repeat_interleave(ratio, dim=3)
-    return x[:, :, :height, :width]
+    for dim, r in enumerate(per_axis(ratio, x.ndim - 2), start=2):
+        x = x.repeat_interleave(r, dim=dim)
+    return x[(slice(None), slice(None), *map(slice, like.shape[2:]))]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(B, C, *S) -> (B, *S, C), a view."""
+    return x.permute(0, *range(2, x.ndim), 1)
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """(B, *S, C) -> (B, C, *S), a view."""
+    return x.permute(0, x.ndim - 1, *range(1, x.ndim - 1))
 
 
 def default_head_dim(dim: int) -> int:
@@ -262,24 +361,40 @@ def default_head_dim(dim: int) -> int:
     return next(d for d in (64, 48, 32, 16, 8, 4, 2, 1) if dim % d == 0)
 
 
+def per_axis(size: Size, ndim: int) -> tuple[int, ...]:
+    """One number for each of ``ndim`` dimensions."""
+    return (size,) * ndim if isinstance(size, int) else size
+
+
+def _one_if_equal(size: Size | Sequence[int]) -> Size:
+    """One number where all are equal, so that equal arguments are one."""
+    if isinstance(size, Sequence):
+        return size[0] if len(set(size)) == 1 else tuple(size)
+    return size
+
+
 def _grids(length: int, size: int) -> int:
     """How many grids cover a side, ⌈length/size⌉; without negative numbers, whose division ONNX rounds otherwise."""
     return (length + size - 1) // size
 
 
-def real_positions(height: int, width: int, rows: int, columns: int, size: int, device: torch.device) -> Tensor:
+def real_positions(sides: Sequence[int], grids: Sequence[int], sizes: Sequence[int], device: torch.device) -> Tensor:
     """Which positions of each grid lie inside the map, (G, N)."""
-    y = torch.arange(rows * size, device=device) < height
-    x = torch.arange(columns * size, device=device) < width
-    real = y.view(rows, 1, size, 1) & x.view(1, columns, 1, size)  # (rows, columns, g, g)
-    return real.reshape(rows * columns, size * size)
+    real = torch.ones((), dtype=torch.bool, device=device)
+    for i, (side, n, size) in enumerate(zip(sides, grids, sizes, strict=True)):
+        shape = [1] * (2 * len(sides))
+        shape[i], shape[len(sides) + i] = n, size
+        real = real & (torch.arange(n * size, device=device) < side).view(shape)  # (grids, sizes)
+    return real.reshape(math.prod(grids), math.prod(sizes))
 
 
 def _is_symbolic(*sizes: int) -> bool:
     return torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in sizes)
 
 
-def _check_arguments(dim: int, head_dim: int, grid_sizes: tuple[int, ...], pool_ratios: tuple[int, ...]) -> None:
+def _check_arguments(
+    dim: int, head_dim: int, grid_sizes: tuple[Size, ...], pool_ratios: tuple[Size, ...], ndim: int
+) -> None:
     if dim < 1:
         raise ValueError(f"dim must be 1 or more, got {dim}")
     if head_dim < 1 or dim % head_dim:
@@ -291,17 +406,23 @@ def _check_arguments(dim: int, head_dim: int, grid_sizes: tuple[int, ...], pool_
             f"{grid_sizes} and {pool_ratios}"
         )
     for name, values in (("grid_sizes", grid_sizes), ("pool_ratios", pool_ratios)):
-        if any(not isinstance(value, int) or value < 1 for value in values):
-            raise ValueError(f"{name} must be whole numbers of 1 or more, got {values}")
+        axes = [value if isinstance(value, tuple) else (value,) * ndim for value in values]
+        if any(len(a) != ndim or any(not isinstance(n, int) or n < 1 for n in a) for a in axes):
+            raise ValueError(
+                f"{name} must be whole numbers of 1 or more, got {values}; "
+                f"one for each level, or a tuple of {ndim} for each level"
+            )
 
 
-def _check_input(x: Tensor, dim: int) -> None:
-    if x.ndim != 4:
-        raise ValueError(f"expected a (B, {dim}, H, W) tensor, got {x.ndim} dimensions: {tuple(x.shape)}")
+def _check_input(x: Tensor, dim: int, ndim: int, mask: Tensor | None) -> None:
+    letters = SIZES[ndim]
+    if x.ndim != ndim + 2:
+        raise ValueError(f"expected a (B, {dim}, {letters}) tensor, got {x.ndim} dimensions: {tuple(x.shape)}")
     if x.shape[1] != dim:
         raise ValueError(f"expected {dim} channels, got {x.shape[1]} in {tuple(x.shape)}")
-    if x.shape[2] == 0 or x.shape[3] == 0:
-        raise ValueError(f"expected H and W of 1 or more, got {tuple(x.shape)}")
+    if 0 in x.shape[2:]:
+        raise ValueError(f"expected {letters.replace(', ', ' and ')} of 1 or more, got {tuple(x.shape)}")
+    check_mask(mask, x)
 
 
 # Functions that look at sizes stay whole when torch.fx traces a model (timm's feature extraction does).
