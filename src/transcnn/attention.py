@@ -33,7 +33,8 @@ __all__ = ["HMHSA", "HMHSA1d", "HMHSA2d", "HMHSA3d", "LocalStep", "default_head_
 
 Size = int | tuple[int, ...]  # of a grid or a merged patch: its side, or one for each dimension
 SIZES = {1: "L", 2: "H, W", 3: "D, H, W"}
-CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+CONVS: dict[int, type[Conv]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
@@ -101,7 +102,7 @@ class HMHSA(nn.Module):
         self.pool_ratios = pool_ratios
         make_norm = BATCH_NORMS[self.ndim] if norm_layer is None else norm_layer
 
-        def project(outputs: int) -> nn.Module:
+        def project(outputs: int) -> Conv:
             return CONVS[self.ndim](dim, outputs, 1, bias=bias, device=device, dtype=dtype)
 
         def norm() -> nn.Module:
@@ -197,7 +198,7 @@ class LocalStep(nn.Module):
 
     fused_attn = True
 
-    def __init__(self, norm: nn.Module, qkv: nn.Module, grid_norm: nn.Module, head_dim: int, grid_size: Size) -> None:
+    def __init__(self, norm: nn.Module, qkv: Conv, grid_norm: nn.Module, head_dim: int, grid_size: Size) -> None:
         super().__init__()
         self.norm = norm
         self.qkv = qkv
@@ -429,4 +430,5 @@ def _check_input(x: Tensor, dim: int, ndim: int, mask: Tensor | None) -> None:
 torch.fx.wrap("_check_input")
 torch.fx.wrap("grid_attention")
 torch.fx.wrap("global_attention")
+torch.fx.wrap("merge")
 torch.fx.wrap("spread")

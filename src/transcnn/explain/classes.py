@@ -86,7 +86,7 @@ def _taken(r: Record, gradients: list[Tensor]) -> list[tuple[Tensor, int]]:
         g, _ = cut_into_grids(gradient, grid_size)  # (G, N, C), zeros where positions aren't real
         g = g.unflatten(2, (-1, d)).transpose(1, 2).to(weights.dtype)  # (G, h, N, d)
         tokens = (weights * (g @ v.to(g.dtype).mT)).clamp(min=0).sum((1, 2))  # (G, N)
-        parts.append((join_grids(tokens[..., None], grid_size, 1, *qkv.shape[2:])[0, 0], ratio))
+        parts.append((join_grids(tokens[..., None], grid_size, 1, qkv.shape[2:])[0, 0], ratio))
         ratio *= pool
     weights = token_weights(heads_of(r.q, d), heads_of(r.k, d))  # (h, H·W, M)
     g = heads_of(gradients[-1], d).to(weights.dtype)  # (h, H·W, d)

@@ -102,4 +102,4 @@ def _back_local(qkv: Tensor, share: Tensor, head_dim: int, grid_size: int) -> Te
     """From the output of attention inside grids to its input, (H, W) -> (H, W)."""
     weights = local_weights(qkv, head_dim, grid_size)[0].mean(1)  # (G, N, N)
     tokens, _ = cut_into_grids(share[None, None], grid_size)  # (G, N, 1), zeros where positions aren't real
-    return join_grids(weights.mT @ tokens, grid_size, 1, *share.shape)[0, 0]
+    return join_grids(weights.mT @ tokens, grid_size, 1, share.shape)[0, 0]

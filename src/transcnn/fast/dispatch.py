@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..attention import grid_attention
+from ..attention import channels_first, channels_last, grid_attention
 from .cpu import support
 
 __all__ = [
@@ -55,13 +55,13 @@ def traced() -> bool:
 
 
 def to_nhwc(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H, W, C), a copy only if the memory isn't channels-last."""
-    return x.permute(0, 2, 3, 1).contiguous()
+    """(B, C, *S) -> (B, *S, C), a copy only if the memory isn't channels-last."""
+    return channels_last(x).contiguous()
 
 
 def to_nchw(x: Tensor) -> Tensor:
-    """(B, H, W, C) -> (B, C, H, W), never a copy: the memory is channels-last."""
-    return x.permute(0, 3, 1, 2)
+    """(B, *S, C) -> (B, C, *S), never a copy: the memory is channels-last."""
+    return channels_first(x)
 
 
 # --- C++ kernels on a CPU ---------------------------------------------------------------------------------------------

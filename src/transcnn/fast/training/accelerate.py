@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ...attention import HMHSA, LocalStep
+from ...attention import HMHSA, HMHSA1d, HMHSA3d, LocalStep
 from ...blocks import InvertedResidual
 from ...errors import UserError
 from ..inference.entry import InferenceOnly
-from .attention import KernelHMHSA
+from .attention import KernelHMHSA, KernelHMHSA1d, KernelHMHSA3d
 from .depthwise import KernelDepthwise, is_large_depthwise
 from .layers import KernelBatchNorm2d, KernelPointwise, is_pointwise
 from .local import KernelLocalStep
@@ -22,6 +22,8 @@ __all__ = ["accelerate_training", "plain", "restore_classes"]
 FASTER: dict[type[nn.Module], type[nn.Module]] = {
     LocalStep: KernelLocalStep,
     HMHSA: KernelHMHSA,
+    HMHSA1d: KernelHMHSA1d,
+    HMHSA3d: KernelHMHSA3d,
     InvertedResidual: KernelInvertedResidual,
     nn.BatchNorm2d: KernelBatchNorm2d,
 }

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attention import HMHSA
+from ...attention import HMHSA, HMHSA1d, HMHSA3d, Size, channels_first, channels_last
 from ..cpu import training as cpu
 from ..cpu.call import MAX_HEAD_DIM
 from ..dispatch import fits_cpu
 from ..limits import first_order, refuse_fx
 from .layers import uses_triton
 
-__all__ = ["KernelHMHSA", "fits_training", "grid_attention"]
+__all__ = ["KernelHMHSA", "KernelHMHSA1d", "KernelHMHSA3d", "fits_training", "grid_attention"]
 
 
 def fits_training(x: Tensor, head_dim: int) -> bool:
@@ -29,26 +29,35 @@ def fits_training(x: Tensor, head_dim: int) -> bool:
 class KernelHMHSA(HMHSA):
     """:class:`transcnn.HMHSA` that trains with kernels of this package where they fit."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, C, *S) -> (B, C, *S); with ``mask`` PyTorch's operations run."""
         refuse_fx(x)
-        return super().forward(x)
+        return super().forward(x, mask)
 
-    def merge(self, a: Tensor, ratio: int) -> Tensor:
+    def merge(self, a: Tensor, ratio: Size) -> Tensor:
         """(B, C, H, W) -> (B, C, ⌈H/ratio⌉, ⌈W/ratio⌉)."""
-        if not (torch.is_grad_enabled() and uses_triton(a)):
+        if not (a.ndim == 4 and isinstance(ratio, int) and torch.is_grad_enabled() and uses_triton(a)):
             return super().merge(a, ratio)
         from ..triton.autograd import merge
 
         return merge(a, ratio)
 
-    def global_step(self, q: Tensor, kv: Tensor) -> Tensor:
-        """(B, C, H, W) and (B, 2C, H', W') -> (B, C, H, W)."""
-        queries, tokens = q.permute(0, 2, 3, 1), kv.permute(0, 2, 3, 1)
-        if q.dtype != kv.dtype or not (fits_training(queries, self.head_dim) and fits_training(tokens, self.head_dim)):
-            return super().global_step(q, kv)
-        out = _GlobalAttention.apply(queries.flatten(1, 2), tokens.flatten(1, 2), self.head_dim)
-        return out.view(queries.shape).permute(0, 3, 1, 2)  # pyright: ignore
+    def global_step(self, q: Tensor, kv: Tensor, real: Tensor | None = None) -> Tensor:
+        """(B, C, *S) and (B, 2C, *S') -> (B, C, *S)."""
+        queries, tokens = channels_last(q), channels_last(kv)
+        fits = real is None and q.dtype == kv.dtype
+        if not (fits and fits_training(queries, self.head_dim) and fits_training(tokens, self.head_dim)):
+            return super().global_step(q, kv, real)
+        out = _GlobalAttention.apply(queries.flatten(1, -2), tokens.flatten(1, -2), self.head_dim)
+        return channels_first(out.view(queries.shape))  # pyright: ignore
+
+
+class KernelHMHSA1d(KernelHMHSA, HMHSA1d):
+    """The same of :class:`transcnn.HMHSA1d`."""
+
+
+class KernelHMHSA3d(KernelHMHSA, HMHSA3d):
+    """The same of :class:`transcnn.HMHSA3d`."""
 
 
 def grid_attention(qkv: Tensor, head_dim: int, size: int) -> Tensor:
