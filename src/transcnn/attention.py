@@ -324,13 +324,12 @@ def _average(x: Tensor, ratio: Size) -> Tensor:
 
 def _average_padded(x: Tensor, ratios: tuple[int, ...]) -> Tensor:
     """The same for exported graphs, by whole patches: OpenVINO refuses to pool a map that is smaller than a patch."""
-    missing, real = [], []
-    for length, ratio in zip(x.shape[2:], ratios, strict=True):
-        patches = _grids(length, ratio)
-        missing.append(patches * ratio - length)
-        real.append((length - ratio * torch.arange(patches, device=x.device)).clamp(max=ratio).to(x.dtype))
-    means = F.avg_pool2d(F.pad(x, (0, missing[1], 0, missing[0])), ratios, ratios)
-    return means * (ratios[0] / real[0])[:, None] * (ratios[1] / real[1])
+    below, beside = (_grids(n, ratio) * ratio - n for n, ratio in zip(x.shape[2:], ratios, strict=True))
+
+    def average(x: Tensor) -> Tensor:
+        return F.avg_pool2d(F.pad(x, (0, beside, 0, below)), ratios, ratios)
+
+    return average(x) / average(x.new_ones(1, 1, *x.shape[2:]))  # by how much of a patch is real
 
 
 def merge_real(x: Tensor, ratio: Size, mask: Tensor) -> tuple[Tensor, Tensor]:
