@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from PIL import Image, ImageDraw
 
 from transcnn.checkpoints.loading import load, save_weights
 from transcnn.commands.evaluate import evaluate
-from transcnn.commands.predict import _check_min_score, predict
+from transcnn.commands.predict import predict
 from transcnn.commands.train import train
 from transcnn.data.sets.detect import open_set, open_splits
 from transcnn.data.transforms.detect import DetectTransform
 from transcnn.dense.detectors import DETECTORS, build
 from transcnn.errors import UserError
-from transcnn.report.overlay import OutputFolder, detection_row, image_ids, segmentation_row
+from transcnn.predictor.network import NetworkPredictor
+from transcnn.report.answers import Detections, Segmentation
+from transcnn.report.output_folder import OutputFolder, image_ids
 from transcnn.settings import Augment, Detect, Ema, Optim
 from transcnn.tasks.detect import Detect as DetectTask
 from transcnn.tasks.detect import _f1
@@ -364,10 +367,15 @@ def one_box(count: int = 1) -> dict[str, np.ndarray]:
     return {"boxes": boxes, "labels": np.zeros(count, int), "scores": np.linspace(0.9, 0.3, count)}
 
 
+def detections(file: str, count: int = 1) -> Detections:
+    image = Image.new("RGB", (20, 20))
+    return dataclasses.replace(Detections.of(one_box(count), ["a"], {}), file=file, image=image)
+
+
 def test_a_call_that_finds_nothing_leaves_no_old_predictions(tmp_path):
     for count in (2, 0):
         out = OutputFolder(tmp_path / "out", ["x.png"], coco=True)
-        detection_row(Image.new("RGB", (20, 20)), one_box(count), "x.png", ["a"], {}, out)
+        out.add(detections("x.png", count))
         out.finish()
         assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == count
     OutputFolder(tmp_path / "none").finish()  # a segmenter's
@@ -375,16 +383,19 @@ def test_a_call_that_finds_nothing_leaves_no_old_predictions(tmp_path):
 
 
 def test_a_least_score_for_predictions(tmp_path):
-    out = OutputFolder(tmp_path, ["x.png"], coco=True, min_score=0.6)
-    row = detection_row(Image.new("RGB", (20, 20)), one_box(3), "x.png", ["a"], {}, out)
-    assert [box["score"] for box in row["boxes"]] == [0.9, 0.6]
+    out = OutputFolder(tmp_path, ["x.png"], coco=True)
+    found = detections("x.png", 3).from_score(0.6)
+    assert [box.score for box in found.boxes] == [0.9, 0.6]
+    out.add(found)
     out.finish()
     assert len(json.loads((tmp_path / "predictions.json").read_text())) == 2
+    model = torch.nn.Linear(1, 1)
+    predictor = NetworkPredictor(model, "detect", ["a"], {}, "", {"task_args": {"min_score": 0.05}})
     for wrong in (0.01, 1.5, float("nan")):
         with pytest.raises(UserError, match=r"min_score must be from 0\.05"):
-            _check_min_score(wrong, "detect", {"min_score": 0.05})
+            predictor.check_min_score(wrong)
     with pytest.raises(UserError, match="min_score is for detectors"):
-        _check_min_score(0.5, "classify", None)
+        NetworkPredictor(model, "classify", ["a"], {}, "").check_min_score(0.5)
 
 
 def test_no_input_and_no_other_output_is_written_over(tmp_path):
@@ -396,13 +407,12 @@ def test_no_input_and_no_other_output_is_written_over(tmp_path):
     out = OutputFolder(tmp_path, files, coco=True)
     written = []
     for file in files:
-        row = detection_row(Image.new("RGB", (20, 20)), one_box(), file, ["a"], {}, out)
-        mask = segmentation_row(
-            Image.new("RGB", (20, 20)), np.zeros((20, 20), int), file, ["a"], {"label_ids": [0]}, out, 1
-        )
-        written += [row["overlay"], mask["mask"], mask["overlay"]]
+        found = detections(file)
+        areas = Segmentation.of(np.zeros((20, 20), int), ["a"], {"label_ids": [0]}, 1)
+        written += [*out.add(found).values()]
+        written += [*out.add(dataclasses.replace(areas, file=file, image=found.image)).values()]
     out.finish()
-    assert len(set(written)) == len(written)
+    assert len(set(written)) == len(written) == 15
     assert all((tmp_path / name).read_bytes() == b"original" for name in names)
     assert (tmp_path / "predictions-2.json").is_file()
 
@@ -410,8 +420,7 @@ def test_no_input_and_no_other_output_is_written_over(tmp_path):
 def test_outputs_of_an_earlier_call_are_replaced_elsewhere(tmp_path):
     for _ in range(2):
         out = OutputFolder(tmp_path / "out", [str(tmp_path / "x.png")])
-        row = detection_row(Image.new("RGB", (20, 20)), one_box(), str(tmp_path / "x.png"), ["a"], {}, out)
-        assert Path(row["overlay"]).name == "x_overlay.png"
+        assert Path(out.add(detections(str(tmp_path / "x.png")))["overlay"]).name == "x_overlay.png"
     assert len(list((tmp_path / "out").iterdir())) == 1
 
 

@@ -280,7 +280,7 @@ def test_predict_never_writes_over_a_picture_of_the_users(segmenter, class_image
 
 
 def test_predict_finds_out_at_once_that_a_file_cannot_be_written(run, segmenter, class_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("transcnn.commands.predict._in_batches", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("transcnn.predictor.base.Predictor._in_batches", lambda *_: pytest.fail("work was done"))
     image = str(class_folder / "class_0" / "000.png")
     (tmp_path / "file").touch()
     for csv_path, reason in (

@@ -13,10 +13,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = [
     "HMHSA",
+    "Box",
+    "Classification",
+    "Detections",
+    "Failure",
     "HMHSA1d",
     "HMHSA2d",
     "HMHSA3d",
+    "Label",
     "Loaded",
+    "MultiLabel",
+    "Prediction",
+    "Predictor",
+    "Regression",
+    "Segmentation",
+    "Share",
     "TransCNN",
     "attention_maps",
     "attention_rollout",
@@ -47,26 +58,48 @@ if TYPE_CHECKING:
     from .backbone import TransCNN
     from .checkpoints.folders import from_pretrained
     from .checkpoints.hub import push_to_hub, save_pretrained
-    from .checkpoints.loading import Loaded, load
+    from .checkpoints.loading import Loaded
     from .checkpoints.published import load_checkpoint
     from .explain import attention_maps, attention_rollout
     from .fast import optimize
     from .plugging.plug import load_host, plug, plug_like, plug_spec, plugged_parameters, unplug
+    from .predictor.base import Predictor
+    from .predictor.loading import load
+    from .report.answers import (
+        Box,
+        Classification,
+        Detections,
+        Failure,
+        Label,
+        MultiLabel,
+        Prediction,
+        Regression,
+        Segmentation,
+        Share,
+    )
     from .variants import create_model, list_models
 
 _HOMES = {
+    **dict.fromkeys(
+        (
+            *("Box", "Classification", "Detections", "Failure", "Label", "MultiLabel"),
+            *("Prediction", "Regression", "Segmentation", "Share"),
+        ),
+        "report.answers",
+    ),
     "HMHSA": "attention",
     "HMHSA1d": "attention",
     "HMHSA2d": "attention",
     "HMHSA3d": "attention",
     "Loaded": "checkpoints.loading",
+    "Predictor": "predictor.base",
     "TransCNN": "backbone",
     "attention_maps": "explain",
     "attention_rollout": "explain",
     "create_model": "variants",
     "from_pretrained": "checkpoints.folders",
     "list_models": "variants",
-    "load": "checkpoints.loading",
+    "load": "predictor.loading",
     "load_checkpoint": "checkpoints.published",
     "load_host": "plugging.plug",
     "optimize": "fast",

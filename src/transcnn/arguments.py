@@ -11,13 +11,14 @@ import argparse
 import difflib
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from types import FunctionType
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -91,7 +92,9 @@ class Command:
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.name = name
         self.function = function
-        self.source: Any = getattr(function, "settings_type", function)  # a function, or a dataclass of its arguments
+        self.source: Any = getattr(
+            function, "settings_type", inspect.unwrap(function)
+        )  # a function, or a dataclass of its arguments
         self.groups: dict[str, Any] = {}  # name of a group: its dataclass
         self.arguments: dict[str, Argument] = {}
         docs = _help_of(self.source)
@@ -350,7 +353,16 @@ def _hints(source: Any) -> dict[str, Any]:
         return get_type_hints(source)
     bare = FunctionType(source.__code__, source.__globals__, closure=source.__closure__)
     bare.__annotations__ = {name: kind for name, kind in source.__annotations__.items() if name != "return"}
-    return get_type_hints(bare)
+    return {name: _as_typed(kind) for name, kind in get_type_hints(bare).items()}
+
+
+def _as_typed(kind: Any) -> Any:
+    """A type without the paths that it allows, which are text on the command line."""
+    if get_origin(kind) is list:
+        return list[_as_typed(get_args(kind)[0])]
+    if len(members(kind)) == 1:
+        return kind
+    return Union[tuple(_as_typed(member) for member in members(kind) if member != os.PathLike[str])]  # noqa: UP007
 
 
 def read_settings(values: Mapping[str, Any]) -> TrainSettings:

@@ -245,6 +245,10 @@ class Table:
     split_column: str | None = None
     group: str | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.images, os.PathLike):
+            object.__setattr__(self, "images", os.fspath(self.images))
+
 
 @dataclass(frozen=True)
 class TrainSettings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -20,11 +21,13 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from transcnn.commands import predict as predict_command
+from transcnn.report.answers import Detections
 from transcnn.report.classify import write_report
-from transcnn.report.overlay import OutputFolder, draw_detections, legend, palette
+from transcnn.report.output_folder import OutputFolder
+from transcnn.report.overlay import draw_detections, legend, palette
 from transcnn.report.page import html_table, write_rows
 from transcnn.report.plots import plot_classes, style
+from transcnn.report.predictions import print_table, write_csv
 from transcnn.text import csv_cell, html, json_text, markdown, printable, rich_text
 
 NASTY = [
@@ -207,17 +210,17 @@ def test_predictions_of_all_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[
     """The table, the CSV file and COCO's JSON of predict."""
     rows = [{"file": name, "top": [{"label": name, "score": 0.5}]} for name in NAMES]
     rows += [{"file": name, "error": name} for name in NASTY]
-    predict_command._print_table(rows)
+    print_table(rows)
     written = capsys.readouterr().out
     assert harmless(written)
     assert len(written.splitlines()) == len(rows) + 1
-    predict_command._write_csv(tmp_path / "p.csv", rows, 1)
+    write_csv(tmp_path / "p.csv", rows, 1)
     with (tmp_path / "p.csv").open(newline="", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == len(rows)
     out = OutputFolder(tmp_path / "out", coco=True)
     found = {"boxes": np.array([[1.0, 1, 5, 5]]), "labels": np.array([0]), "scores": np.array([0.9])}
     for name in NASTY:
-        out.add_coco(name, found, [1])
+        out._add_coco(dataclasses.replace(Detections.of(found, ["a"], {}), file=name))
     out.finish()
     kept = json.loads((out.folder / "predictions.json").read_text(encoding="utf-8"))
     assert [row["file_name"] for row in kept] == NASTY
@@ -272,9 +275,9 @@ def test_the_command_line_reads_and_tells_names(tmp_path: Path) -> None:
     assert [row["file"] for row in rows] == files
     assert all("top" in row for row in rows)
     code = (
-        "import sys; from transcnn.commands.predict import _print_table; from transcnn.cli import main; main(['-V']); "
+        "import sys; from transcnn.report.predictions import print_table; from transcnn.cli import main; main(['-V']); "
     )
-    code += "_print_table([{'file': '猫\\x1b', 'top': []}])"
+    code += "print_table([{'file': '猫\\x1b', 'top': []}])"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr

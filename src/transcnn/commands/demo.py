@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..data.paths import StrPath, takes_paths
 from ..demo.guard import Limits
 from ..demo.server import serve
 from ..errors import MAX_SIDE, UserError, check_range, require
@@ -18,11 +19,12 @@ from ..weights import PACKAGED
 __all__ = ["demo"]
 
 
+@takes_paths
 def demo(
-    checkpoint: str = PACKAGED,
+    checkpoint: StrPath = PACKAGED,
     *,
     model: str | None = None,
-    examples: list[str] | None = None,
+    examples: list[StrPath] | None = None,
     img_size: int | None = None,
     host: str = "127.0.0.1",
     port: int | None = None,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..checkpoints.files import make_folder
 from ..checkpoints.loading import Loaded, load
+from ..data.paths import StrPath, takes_paths
 from ..distributed.processes import first_decides, first_here, gather_lists, launch, rank, world
 from ..distributed.runtime import PRECISIONS, check_accelerator, choose_precision, quiet_libraries
 from ..errors import MAX_SEED, MAX_SIDE, UserError, check_range
@@ -25,12 +26,13 @@ VIEWS = {
 }  # how images are evaluated, by task
 
 
+@takes_paths
 def evaluate(
-    checkpoint: str,
-    data: str | None = None,
+    checkpoint: StrPath,
+    data: StrPath | None = None,
     *,
     model: str | None = None,
-    images: str | None = None,
+    images: StrPath | None = None,
     target: list[str] | None = None,
     split: Literal["auto", "train", "val", "test", "all"] = "auto",
     batch_size: int = 128,
@@ -45,7 +47,7 @@ def evaluate(
     num_workers: int = 0,
     window: int | None = None,
     flip: bool = False,
-    out: str | None = None,
+    out: StrPath | None = None,
     report: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:

@@ -6,22 +6,24 @@ from pathlib import Path
 
 from ..checkpoints.files import atomic_write, check_writable
 from ..data.images import BrokenImage, read_image
+from ..data.paths import StrPath, takes_paths
 from ..errors import MAX_SIDE, UserError, check_range, require
 from ..text import printable
 
 __all__ = ["explain"]
 
 
+@takes_paths
 def explain(
-    checkpoint: str,
-    image: str,
+    checkpoint: StrPath,
+    image: StrPath,
     *,
     model: str | None = None,
     query: str | None = None,
     class_name: str | None = None,
     head: int | None = None,
     img_size: int | None = None,
-    out: str | None = None,
+    out: StrPath | None = None,
     quiet: bool = False,
 ) -> str:
     """Plot where a network looks in an image: attention near and far in each stage, Grad-CAM, the top classes.

@@ -6,23 +6,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..checkpoints.files import make_folder
+from ..data.paths import StrPath, takes_paths
 from ..errors import MAX_SIDE, UserError, check_range
 from ..text import printable
 
 __all__ = ["export"]
 
 
+@takes_paths
 def export(
-    checkpoint: str,
+    checkpoint: StrPath,
     *,
     model: str | None = None,
     format: Literal["onnx", "torch", "openvino"] = "onnx",
-    out: str | None = None,
+    out: StrPath | None = None,
     static: int | None = None,
-    images: list[str] | None = None,
+    images: list[StrPath] | None = None,
     tolerance: float | None = None,
     int8: bool = False,
-    calibrate: str | None = None,
+    calibrate: StrPath | None = None,
     max_loss: float = 0.5,
     quiet: bool = False,
 ) -> Any:

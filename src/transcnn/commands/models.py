@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.files import atomic_write, check_writable
+from ..data.paths import StrPath, takes_paths
 from ..errors import MAX_SIDE, check_range
 from ..plugging.cost import describe
 from ..variants import VARIANTS
@@ -13,7 +14,8 @@ from ..variants import VARIANTS
 __all__ = ["models"]
 
 
-def models(names: list[str] | None = None, *, img_size: int | None = None, csv: str | None = None) -> None:
+@takes_paths
+def models(names: list[str] | None = None, *, img_size: int | None = None, csv: StrPath | None = None) -> None:
     """List the networks: parameters, multiply-adds, input size, and the paper's ImageNet accuracy.
 
     Args:

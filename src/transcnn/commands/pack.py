@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..data.packing import PackJob
+from ..data.paths import StrPath, takes_paths
 from ..data.sources.opening import open_source
 from ..data.sources.packed import MANIFEST, read_manifest, sha256
 from ..data.sources.source import abbreviate
@@ -20,10 +21,11 @@ from ..text import printable
 __all__ = ["pack"]
 
 
+@takes_paths
 def pack(
-    data: str | None = None,
+    data: StrPath | None = None,
     *,
-    out: str | None = None,
+    out: StrPath | None = None,
     check: bool = False,
     shard_mb: float = 256,
     seed: int = 0,

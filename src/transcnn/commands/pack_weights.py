@@ -13,6 +13,7 @@ from typing import Any
 from ..checkpoints.files import atomic_write
 from ..checkpoints.hub import model_card
 from ..checkpoints.loading import load, save_weights
+from ..data.paths import StrPath, takes_paths
 from ..errors import UserError
 from ..weights import NOTES
 from .evaluate import evaluate
@@ -26,8 +27,14 @@ LICENCE = "apache-2.0"  # of this package
 PLACES = ("data", "out", "resume", "init_from")  # settings that name a machine's folders
 
 
+@takes_paths
 def pack(
-    run: str, data: str, *, name: str = "transcnn_nano.cifar10", folder: str | None = None, slack: float = 0.05
+    run: StrPath,
+    data: StrPath,
+    *,
+    name: str = "transcnn_nano.cifar10",
+    folder: StrPath | None = None,
+    slack: float = 0.05,
 ) -> Path:
     """Store a run's best weights as ``NAME.safetensors``, with the card ``NAME.md``, and say what that cost.
 

@@ -14,6 +14,7 @@ from torchvision.models import list_models as torchvision_names
 from ..attention import HMHSA
 from ..checkpoints.files import check_writable
 from ..checkpoints.loading import class_names_of, data_config_of, save_weights
+from ..data.paths import StrPath, takes_paths
 from ..errors import MAX_SIDE, UserError, check_range
 from ..plugging.build import build_model
 from ..plugging.cost import count, seconds_per_call
@@ -25,6 +26,7 @@ from ..text import printable, rich_text
 __all__ = ["plug"]
 
 
+@takes_paths
 def plug(
     name: str,
     *,
@@ -37,7 +39,7 @@ def plug(
     num_classes: int = 1000,
     pretrained: bool = False,
     batch_size: int = 4,
-    out: str | None = None,
+    out: StrPath | None = None,
 ) -> None:
     """Show where H-MHSA can go in a network; with --at, what the network costs before and after; with --out, save it.
 

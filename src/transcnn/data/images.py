@@ -26,6 +26,7 @@ __all__ = [
     "BrokenImage",
     "crop_extreme_aspect",
     "folder_identity",
+    "grey_to_eight_bits",
     "is_dir",
     "is_image_name",
     "lies_beside",
@@ -37,6 +38,8 @@ __all__ = [
     "read_oriented",
     "read_slice",
     "to_channels",
+    "to_eight_bits",
+    "upright",
 ]
 
 # What Pillow may open. Formats that start other programs (EPS) or that nobody trains on are left out.
@@ -95,7 +98,7 @@ def read_oriented(source: bytes, pixel_range: Sequence[float] | None = None) -> 
 
     def finish(image: Image.Image) -> Image.Image:
         orientations.append(_orientation(image))
-        return _to_eight_bits(_upright(image), pixel_range)
+        return to_eight_bits(upright(image), pixel_range)
 
     return _decode(io.BytesIO(source), finish=finish), orientations[0]
 
@@ -298,7 +301,7 @@ def _decode(
             image.load()
             if image.format == "PNG":
                 _check_png(file)
-            return finish(image) if finish else _to_eight_bits(_upright(image), pixel_range)
+            return finish(image) if finish else to_eight_bits(upright(image), pixel_range)
     except BrokenImage:
         raise
     except Image.UnidentifiedImageError as error:
@@ -352,14 +355,16 @@ def _orientation(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # damaged EXIF: the pixels are fine
         return image
 
 
-def _to_eight_bits(image: Image.Image, pixel_range: Sequence[float] | None = None) -> Image.Image:
+def to_eight_bits(image: Image.Image, pixel_range: Sequence[float] | None = None) -> Image.Image:
+    """In mode L, LA, RGB or RGBA."""
     if image.mode in MODES.values() and "transparency" not in image.info:
         return image
     if image.mode in ("P", "PA"):
@@ -371,13 +376,13 @@ def _to_eight_bits(image: Image.Image, pixel_range: Sequence[float] | None = Non
     if image.mode in ("La", "RGBa"):  # premultiplied
         return image.convert(image.mode.upper())
     if image.mode[0] in "IF":
-        return _grey_to_eight_bits(np.asarray(image), pixel_range)
+        return grey_to_eight_bits(np.asarray(image), pixel_range)
     if image.mode in MODES.values():
         return image
     return image.convert("RGB")
 
 
-def _grey_to_eight_bits(values: np.ndarray, pixel_range: Sequence[float] | None) -> Image.Image:
+def grey_to_eight_bits(values: np.ndarray, pixel_range: Sequence[float] | None) -> Image.Image:
     """(H, W) of integers or floats -> mode L, some rows at a time, so that large images take little more memory."""
     low, high = pixel_range or ((0, 65535) if values.dtype.kind in "iu" else (0, 1))
     scale = np.float32(255 / max(high - low, 1e-12))

@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from ..errors import UserError
 from .images import list_images
 
-__all__ = ["check_data_exists", "find_images", "is_url"]
+__all__ = ["StrPath", "check_data_exists", "find_images", "is_url", "takes_paths"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+StrPath: TypeAlias = str | os.PathLike[str]
 
 # Schemes of fsspec that only read files elsewhere; those that run programs or unpack archives are not asked.
 SCHEMES = ["http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "hf", "memory"]
+
+
+def takes_paths(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function whose body knows text alone be given paths, and lists of them, wherever it takes ``StrPath``."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return function(*map(_as_text, args), **{name: _as_text(value) for name, value in kwargs.items()})  # pyright: ignore
+
+    return call
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_as_text(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def is_url(data: str) -> bool:
@@ -38,7 +60,7 @@ def find_images(names: Sequence[str]) -> list[str]:
             inside = list(list_images(path))
             if not inside:
                 raise UserError(f"there are no images in the folder {name}")
-        elif glob.has_magic(name) and not path.exists():
+        elif glob.has_magic(name) and not is_url(name) and not path.exists():
             inside = [file for file in sorted(glob.glob(name, recursive=True)) if not Path(file).is_dir()]
             if not inside:
                 raise UserError(f"no file matches {name}")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +19,6 @@ from ..errors import UserError
 from ..explain.figure import describe
 from ..explain.maps import AttentionMap, maps_of
 from ..explain.record import record
-from ..report.overlay import OutputFolder
 from ..tasks import get_task
 from .drawing import draw_look, enlarged, mark_spot
 
@@ -93,15 +90,14 @@ class Viewer:
 
     def answer(self, image: Image.Image, top_k: int = 5) -> dict[str, Any]:
         """What ``transcnn predict`` returns for this image; ``overlay`` is there, where the task has one."""
-        given = self.task.model_input(self.transform, image, "image.png")
-        with tempfile.TemporaryDirectory(prefix="transcnn-demo-") as folder:
-            out = OutputFolder(Path(folder)) if self.task.writes_images else None
-            with self.lock, torch.inference_mode():
-                row = self.task.predict_batch(self.loaded, [given], self.device, top_k, out)[0]
-            if out is None:
-                return row
-            with Image.open(row["overlay"]) as file:
-                overlay = file.convert("RGB")
+        given = self.task.model_input(self.transform, image)
+        with self.lock, torch.inference_mode():
+            prediction = self.task.predict_batch(self.loaded, [given], self.device, top_k)[0]
+        row = prediction.to_dict()
+        del row["file"]
+        if not self.task.writes_images:
+            return row
+        overlay = prediction.plot(image)
         overlay.thumbnail((2 * SHOWN, 2 * SHOWN))
         return {**row, "overlay": overlay}
 

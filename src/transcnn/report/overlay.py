@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import colorsys
-import itertools
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
-from PIL.PngImagePlugin import PngInfo
 
-from ..checkpoints.files import atomic_write, make_folder
-from ..text import json_text, printable
+from ..text import printable
 from .fonts import image_font
 
 __all__ = [
     "SHOWN_SCORE",
-    "OutputFolder",
     "blend",
-    "boxes_as_rows",
-    "detection_row",
     "draw_detections",
-    "image_ids",
     "label_png",
     "largest",
     "legend",
     "palette",
     "run_lengths",
-    "segmentation_row",
+    "with_lines",
 ]
 
 Colours = Sequence[Sequence[int]]
-SOFTWARE = "transcnn"  # the Software entry of images that were written here
 SHOWN_SCORE = 0.5  # detections from this score on are drawn, and count for an image's own score
 
 
@@ -77,6 +67,22 @@ def legend(image: Image.Image, names: Sequence[str], colours: Colours) -> Image.
         top += image.height
         draw.rectangle((left, top, left + size, top + size), fill=tuple(colour), outline="black")
         draw.text((left + size + gap, top + size / 2), name, fill="black", font=font, anchor="lm")
+    return whole
+
+
+def with_lines(image: Image.Image, lines: Sequence[str], least: int = 240) -> Image.Image:
+    """The image, enlarged to ``least`` pixels of width if need be, with lines of text below it."""
+    image = image.convert("RGB")
+    if (factor := min(-(-least // image.width), 4096 // image.height)) > 1:
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    lines = [printable(line) for line in lines]
+    size = max(13, min(28, image.width // 25))
+    font, step = image_font(size, lines), size + size // 2
+    whole = Image.new("RGB", (image.width, image.height + step * len(lines) + size // 2), "white")
+    whole.paste(image)
+    draw = ImageDraw.Draw(whole)
+    for i, line in enumerate(lines):
+        draw.text((size // 2, image.height + step * (i + 0.6)), line, fill="black", font=font, anchor="lm")
     return whole
 
 
@@ -144,194 +150,11 @@ def draw_detections(
     return drawn
 
 
-class OutputFolder:
-    """Where masks and overlays go: a.png, then a-2.png for another folder's a.jpg.
-
-    No input is written over, and of other images only what an earlier call wrote (their ``Software`` entry says so).
-
-    Args:
-        folder: Made when something is written.
-        inputs: The files that are predicted. Where one of them lies in ``folder``, an existing predictions.json stays.
-        coco: Write detections in COCO's format, too.
-        min_score: Detections of a lower score are left out.
-    """
-
-    def __init__(
-        self, folder: Path, inputs: Sequence[str] = (), *, coco: bool = False, min_score: float | None = None
-    ) -> None:
-        self.folder = folder
-        self.inputs = {os.path.realpath(file) for file in inputs}
-        self.replace = os.path.realpath(folder) not in {os.path.dirname(file) for file in self.inputs}
-        self.taken: set[str] = set()
-        self.coco = coco
-        self.min_score = min_score
-        self.detections: dict[str, list[dict[str, Any]]] = {}  # of each image, in the order of the images
-
-    def stem_for(self, file: str) -> Path:
-        """The path, without ending, for what belongs to ``file``."""
-        return self._free(_shortened(Path(file).stem or "image"), (".png", "_overlay.png"))
-
-    def prepare(self) -> None:
-        """Make the folder and see that files can be written there, before any work is done.
-
-        Raises:
-            UserError: They can't.
-        """
-        make_folder(self.folder, ".probe")
-
-    def save(self, image: Image.Image, path: str) -> None:
-        """Write an image as PNG, whole or not at all."""
-        mark = PngInfo()
-        mark.add_text("Software", SOFTWARE)
-        atomic_write(Path(path), lambda temporary: image.save(temporary, format="PNG", pnginfo=mark))
-
-    def add_coco(self, file: str, found: Mapping[str, np.ndarray], label_ids: Sequence[int]) -> None:
-        """Take in an image's detections."""
-        rows = self.detections.setdefault(file, [])
-        for i, (x1, y1, x2, y2) in enumerate(found["boxes"].astype(float).round(2).tolist()):
-            row: dict[str, Any] = {
-                "file_name": file,
-                "category_id": int(label_ids[int(found["labels"][i])]),
-                "score": round(float(found["scores"][i]), 6),
-                "bbox": [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)],
-            }
-            if "masks" in found:
-                row["segmentation"] = run_lengths(found["masks"][i, 0] > 0.5)
-            rows.append(row)
-
-    def finish(self) -> None:
-        """Write ``predictions.json``, where detections were asked for; without any it is an empty list."""
-        if not self.coco:
-            return
-        ids = image_ids(list(self.detections))
-        rows = [{"image_id": ids[file], **row} for file, found in self.detections.items() for row in found]
-        text = json_text(rows, indent=1) + "\n"
-        path = self._free("predictions", (".json",)).with_suffix(".json")
-        atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-    def _free(self, stem: str, endings: Sequence[str]) -> Path:
-        """A path without ending that is no input's and no other output's with any of the endings."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
-        name = next(name for name in names if self._is_free(name, endings))
-        self.taken |= {f"{name}{ending}".casefold() for ending in endings}
-        return self.folder / name
-
-    def _is_free(self, name: str, endings: Sequence[str]) -> bool:
-        for ending in endings:
-            path = self.folder / f"{name}{ending}"
-            if path.name.casefold() in self.taken or os.path.realpath(path) in self.inputs:
-                return False
-            if os.path.lexists(path) and not (_is_ours(path) if ending.endswith(".png") else self.replace):
-                return False
-        return True
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether an image was written by an earlier call."""
-    try:
-        with Image.open(path) as image:
-            return image.info.get("Software") == SOFTWARE and not path.is_symlink()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return False
-
-
-def _shortened(stem: str) -> str:
-    """At most 200 bytes of a name, so that endings and a temporary name still fit."""
-    return os.fsencode(stem)[:200].decode("utf-8", "ignore") if len(os.fsencode(stem)) > 200 else stem
-
-
-def image_ids(files: Sequence[str]) -> dict[str, int | str]:
-    """Of each file the id that COCO's results have: its name where that is a number, as COCO's are, else the name.
-
-    Where two files would have the same one, they are numbered from 1.
-    """
-    stems = [Path(file).stem for file in files]
-    numbers = all(stem.isdecimal() and stem.isascii() for stem in stems)
-    ids: list[int | str] = [int(stem) for stem in stems] if numbers else list(stems)
-    if len(set(ids)) < len(ids):
-        ids = list(range(1, len(files) + 1))
-    return dict(zip(files, ids, strict=True))
-
-
 def largest(labels: np.ndarray, names: Sequence[str], top_k: int) -> list[dict[str, Any]]:
     """``[{"label": ..., "share": ...}, ...]``: the classes with most pixels of a label map (H, W)."""
     shares = np.bincount(labels.ravel(), minlength=len(names)) / labels.size
     order = [i for i in np.argsort(-shares, kind="stable").tolist() if shares[i] > 0]
     return [{"label": names[i], "share": round(float(shares[i]), 6)} for i in order[:top_k]]
-
-
-def segmentation_row(
-    image: Image.Image,
-    labels: np.ndarray,
-    file: str,
-    names: Sequence[str],
-    args: Mapping[str, Any],
-    out: OutputFolder,
-    top_k: int,
-) -> dict[str, Any]:
-    """What ``predict`` returns for a segmented image: shares of classes, and the files ``mask`` and ``overlay``.
-
-    Args:
-        image: Itself.
-        labels: The class of each pixel (H, W).
-        file: Its name.
-        names: Of the classes.
-        args: ``label_ids`` and ``colours`` of the data (None: our own).
-        out: Where they go.
-        top_k: Most classes to list.
-    """
-    colours = args.get("colours") or palette(len(names))
-    stem = out.stem_for(file)
-    row: dict[str, Any] = {
-        "classes": largest(labels, names, top_k),
-        "mask": f"{stem}.png",
-        "overlay": f"{stem}_overlay.png",
-    }
-    out.save(label_png(labels, args["label_ids"], colours), row["mask"])
-    shown: list[int] = np.unique(labels).tolist()
-    blended = blend(image, labels, colours)
-    out.save(legend(blended, [names[i] for i in shown], [colours[i] for i in shown]), row["overlay"])
-    return row
-
-
-def boxes_as_rows(found: Mapping[str, np.ndarray], names: Sequence[str]) -> list[dict[str, Any]]:
-    """``[{"label", "score", "box": [x1, y1, x2, y2]}, ...]``, most confident first."""
-    return [
-        {
-            "label": names[int(found["labels"][i])],
-            "score": round(float(found["scores"][i]), 6),
-            "box": [round(float(value), 2) for value in found["boxes"][i]],
-        }
-        for i in np.argsort(-found["scores"], kind="stable").tolist()
-    ]
-
-
-def detection_row(
-    image: Image.Image,
-    found: Mapping[str, np.ndarray],
-    file: str,
-    names: Sequence[str],
-    args: Mapping[str, Any],
-    out: OutputFolder,
-) -> dict[str, Any]:
-    """What ``predict`` returns for an image with detections: ``boxes``, most confident first, and the file ``overlay``.
-
-    Args:
-        image: Itself.
-        found: As :func:`draw_detections` takes it.
-        file: Its name.
-        names: Of the classes.
-        args: ``label_ids`` of the data.
-        out: Where they go, and where detections gather in COCO's format.
-    """
-    if out.min_score is not None:
-        found = {name: value[found["scores"] >= out.min_score] for name, value in found.items()}
-    row: dict[str, Any] = {"boxes": boxes_as_rows(found, names), "overlay": f"{out.stem_for(file)}_overlay.png"}
-    drawn_from = SHOWN_SCORE if out.min_score is None else out.min_score
-    out.save(draw_detections(image, found, names, palette(len(names)), drawn_from), row["overlay"])
-    out.add_coco(file, found, args.get("label_ids") or list(range(1, len(names) + 1)))
-    return row
 
 
 def run_lengths(mask: np.ndarray) -> dict[str, Any]:

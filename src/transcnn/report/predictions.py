@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,16 +10,9 @@ from typing import Any
 
 from ..text import csv_cell, rich_text
 
-__all__ = ["finite", "print_table", "write_csv"]
+__all__ = ["print_table", "write_csv"]
 
 Row = dict[str, Any]
-
-
-def finite(row: Row) -> Row:
-    """The row, or an error where its numbers are none: JSON has no NaN."""
-    if all(math.isfinite(number) for _, number in _ranked(row)):
-        return row
-    return {"error": "the network's output is not a number (NaN); are its weights damaged?"}
 
 
 def write_csv(path: Path, rows: Sequence[Row], top_k: int, table: Mapping[str, Sequence[Any]] | None = None) -> None:

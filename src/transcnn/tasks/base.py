@@ -24,6 +24,7 @@ from ..distributed.processes import rank, world
 from ..distributed.sharding import Sharded, shard
 from ..errors import UserError
 from ..fast import accelerate_training, record_training
+from ..report.answers import Prediction
 from ..settings import Augment, Optim, TrainSettings, as_plain
 from ..text import printable
 from .statistics import StatisticsWarmup
@@ -52,7 +53,7 @@ class Task(L.LightningModule):
     name: ClassVar[str]
     scored: ClassVar[str] = "images"  # what a class is predicted of
     group: ClassVar[str] = ""  # the argument of ``train`` that holds the task's own settings
-    writes_images: ClassVar[bool] = False  # whether ``predict`` writes masks or overlays
+    writes_images: ClassVar[bool] = False  # whether ``predict`` writes masks or overlays, of whole images one by one
     score: ClassVar[str]  # the metric that people compare, larger is better; logged as val_<score>
     eval_metrics: ClassVar[tuple[str, ...]]  # what ``--eval_metric`` may name, the score first
 
@@ -157,24 +158,21 @@ class Task(L.LightningModule):
         """What one image goes through before a trained model sees it, called as ``transform(image, seed)``."""
 
     @classmethod
-    @abstractmethod
-    def predictions(
-        cls, outputs: Any, class_names: list[str], task_args: dict[str, Any], top_k: int
-    ) -> list[dict[str, Any]]:
-        """A batch of the model's outputs as what ``predict`` returns for each image (``top``, ``boxes``, ``mask``)."""
-
-    @classmethod
-    def model_input(cls, transform: Any, image: Any, file: str) -> Any:
+    def model_input(cls, transform: Any, image: Any) -> Any:
         """What ``predict_batch`` is given for one image; ``transform`` is ``image_transform``'s."""
         return transform(image, 0)
 
     @classmethod
-    def predict_batch(
-        cls, loaded: Any, inputs: list[Any], device: torch.device, top_k: int, out: Any
-    ) -> list[dict[str, Any]]:
-        """``predictions`` for a list of ``model_input``; tasks with ``writes_images`` write them to ``out``."""
-        outputs = loaded.model(torch.stack(inputs).to(device))
-        return cls.predictions(outputs, loaded.class_names, loaded.info.get("task_args") or {}, top_k)
+    @abstractmethod
+    def predict_batch(cls, loaded: Any, inputs: list[Any], device: torch.device, top_k: int) -> list[Prediction]:
+        """What a trained network says about each of several images.
+
+        Args:
+            loaded: As :func:`transcnn.checkpoints.loading.load` gives it, on ``device``.
+            inputs: From ``model_input``.
+            device: Where to compute.
+            top_k: Most classes to list.
+        """
 
     def warnings_about(self, scores: dict[str, Any]) -> list[str]:
         """What looks wrong about scores, a line each: a loss that isn't finite, one class for everything."""

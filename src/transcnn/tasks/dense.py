@@ -69,9 +69,9 @@ class DenseTask(Task):
         """The factor, the largest of training and evaluation, by which an image of these sides is resized."""
 
     @classmethod
-    def model_input(cls, transform: Any, image: Any, file: str) -> Any:
-        """The image as the network sees it, itself, and its file."""
-        return transform(image)[0], image, file
+    def model_input(cls, transform: Any, image: Any) -> Any:
+        """The image as the network sees it, and itself."""
+        return transform(image)[0], image
 
     @classmethod
     def refuse_mixing(cls, augment: Augment) -> None:

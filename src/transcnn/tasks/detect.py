@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from ..data.transforms.detect import DetectTransform
 from ..distributed.processes import gather, gather_lists, world
 from ..errors import require
 from ..plugging.places import eval_mode
+from ..report.answers import Detections, Prediction
 from ..report.dense import best_median_worst, write_dense_report
-from ..report.overlay import SHOWN_SCORE, boxes_as_rows, detection_row, draw_detections, palette
+from ..report.overlay import SHOWN_SCORE, draw_detections, palette
 from ..report.plots import plot_precision_recall
 from ..settings import Augment
 from ..text import rich_text
@@ -88,26 +90,13 @@ class Detect(DenseTask):
         return DetectTransform(in_chans=data_config["input_size"][0], masks=masks)
 
     @classmethod
-    def predictions(
-        cls, outputs: Any, class_names: list[str], task_args: dict[str, Any], top_k: int
-    ) -> list[dict[str, Any]]:
-        """``{"boxes": [{"label", "score", "box": [x1, y1, x2, y2]}, ...]}`` for each image, most confident first."""
-        return [
-            {"boxes": boxes_as_rows({name: value.cpu().numpy() for name, value in found.items()}, class_names)}
-            for found in outputs
-        ]
-
-    @classmethod
-    def predict_batch(
-        cls, loaded: Any, inputs: list[Any], device: torch.device, top_k: int, out: Any
-    ) -> list[dict[str, Any]]:
-        """For each image its boxes and where they were drawn (``overlay``); also in COCO's format for the whole."""
-        rows = []
-        for pixels, image, file in inputs:  # one by one: a hundred masks at the full size of a photograph are large
+    def predict_batch(cls, loaded: Any, inputs: list[Any], device: torch.device, top_k: int) -> list[Prediction]:
+        """The objects in each image."""
+        args, made = loaded.info.get("task_args") or {}, []
+        for pixels, image in inputs:  # one by one: a hundred masks at the full size of a photograph are large
             found = {name: value.cpu().numpy() for name, value in loaded.model([pixels.to(device)])[0].items()}
-            args = loaded.info.get("task_args") or {}
-            rows.append(detection_row(image, found, file, loaded.class_names, args, out))
-        return rows
+            made.append(replace(Detections.of(found, loaded.class_names, args), image=image))
+        return made
 
     def loss(self, batch: Any) -> Tensor:
         """The sum of the detector's losses."""

@@ -19,6 +19,7 @@ from ..data.sources.targets import CLASSES, Targets
 from ..data.transforms.classify import Transform, eval_transform, train_transform
 from ..errors import UserError
 from ..onnx.answers import answers
+from ..report.answers import Prediction, prediction_of
 from ..settings import Augment, Table, TrainSettings, as_plain
 from .base import Task
 
@@ -107,11 +108,11 @@ class ImageTask(Task):
         )
 
     @classmethod
-    def predictions(
-        cls, outputs: Tensor, class_names: list[str], task_args: dict[str, Any], top_k: int
-    ) -> list[dict[str, Any]]:
+    def predict_batch(cls, loaded: Any, inputs: list[Any], device: torch.device, top_k: int) -> list[Prediction]:
         """As an exported file's outputs are read: :func:`transcnn.onnx.answers.answers`."""
-        return answers(cls.name, outputs.float().cpu().numpy(), class_names, task_args, top_k)
+        outputs = loaded.model(torch.stack(inputs).to(device)).float().cpu().numpy()
+        rows = answers(cls.name, outputs, loaded.class_names, loaded.info.get("task_args"), top_k)
+        return [prediction_of(row) for row in rows]
 
     def mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Images are mixed in pairs: of an odd number the last one is left out, a single one is mixed with itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from ..data.sets.splits import Splits
 from ..data.transforms.segment import IGNORE, EvalTransform, TrainTransform
 from ..dense.segmenters import class_weights
 from ..distributed.processes import gather_lists
+from ..report.answers import Prediction, Segmentation
 from ..report.dense import best_median_worst, class_iou, write_segment_report
-from ..report.overlay import blend, largest, palette, segmentation_row
+from ..report.overlay import blend, palette
 from ..settings import Augment
 from ..text import rich_text
 from .dense import DenseTask
@@ -101,24 +103,16 @@ class Segment(DenseTask):
         )
 
     @classmethod
-    def predictions(
-        cls, outputs: Tensor, class_names: list[str], task_args: dict[str, Any], top_k: int
-    ) -> list[dict[str, Any]]:
-        """``{"classes": [{"label": ..., "share": ...}, ...]}`` of logits (B, classes, H, W): the largest areas."""
-        return [{"classes": largest(prediction.cpu().numpy(), class_names, top_k)} for prediction in outputs.argmax(1)]
-
-    @classmethod
-    def predict_batch(
-        cls, loaded: Any, inputs: list[Any], device: torch.device, top_k: int, out: Any
-    ) -> list[dict[str, Any]]:
-        """For each image the classes' shares, and where its label map (``mask``) and overlay were written."""
+    def predict_batch(cls, loaded: Any, inputs: list[Any], device: torch.device, top_k: int) -> list[Prediction]:
+        """The class of each pixel of each image, at its own size."""
         learner = cls(loaded.model, loaded.class_names, loaded.preprocessing, task_args=loaded.info["task_args"])
-        rows = []
-        for pixels, image, file in inputs:
+        made = []
+        for pixels, image in inputs:
             logits = learner.predict_logits(pixels[None].to(device), (image.height, image.width))
             labels = logits[0].argmax(0).cpu().numpy()
-            rows.append(segmentation_row(image, labels, file, loaded.class_names, learner.task_args, out, top_k))
-        return rows
+            found = Segmentation.of(labels, loaded.class_names, learner.task_args, top_k)
+            made.append(replace(found, image=image))
+        return made
 
     @property
     def colours(self) -> list[list[int]]:

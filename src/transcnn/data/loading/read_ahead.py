@@ -1,10 +1,10 @@
-"""Files read by threads while the network computes, in order, a bounded number ahead."""
+"""Images read by threads while the network computes, in order, a bounded number ahead."""
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
@@ -13,31 +13,32 @@ from ..images import BrokenImage
 
 __all__ = ["read_ahead"]
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
 def read_ahead(
-    files: Sequence[str], read: Callable[[str], T], ahead: int
-) -> Generator[tuple[str, T | BrokenImage], None, None]:
+    files: Iterable[S], read: Callable[[S], T], ahead: int
+) -> Generator[tuple[S, T | BrokenImage], None, None]:
     """Each file with what ``read`` makes of it, or the error for one that can't be read, in order.
 
     Decoding and resizing leave Python's lock, so threads overlap them with computing. Whatever ends the iteration
     ends the threads; files that were not begun are left alone.
 
     Args:
-        files: What to read.
-        read: From a file's name to what is wanted; called from several threads.
+        files: What to read: names, or what else ``read`` takes.
+        read: From one of these to what is wanted; called from several threads.
         ahead: How many files may be read before they are asked for.
     """
 
-    def attempt(file: str) -> T | BrokenImage:
+    def attempt(file: S) -> T | BrokenImage:
         try:
             return read(file)
         except BrokenImage as error:
             return error
 
     pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="reader")
-    waiting: deque[tuple[str, Future[T | BrokenImage]]] = deque()
+    waiting: deque[tuple[S, Future[T | BrokenImage]]] = deque()
     todo = iter(files)
     try:
         waiting.extend((file, pool.submit(attempt, file)) for file in islice(todo, ahead))

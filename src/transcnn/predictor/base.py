@@ -1,0 +1,149 @@
+"""What all networks that predict have in common: any image in, in order, and an error in the place of a bad one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from ..data.images import BrokenImage
+from ..data.inputs import ImageInput, input_name, is_one_image, one_by_one, read_input
+from ..data.loading.read_ahead import read_ahead
+from ..errors import UserError, check_range
+from ..onnx.predict import DENSE
+from ..report.answers import Detections, Failure, Prediction
+
+__all__ = ["Predictor"]
+
+
+class Predictor(ABC):
+    """A trained network that says what images show; :func:`transcnn.load` makes one.
+
+    Attributes:
+        model: The network, in evaluation mode; None of an ONNX file.
+        task: ``classify``, ``segment`` or ``detect``.
+        class_names: In the order of the outputs.
+        preprocessing: How images become the network's input, in timm's words.
+        source: Where it was read from.
+        info: All that was stored beside the weights.
+    """
+
+    model: Any
+    task: str
+    class_names: list[str]
+    preprocessing: dict[str, Any]
+    source: str
+    info: dict[str, Any]
+
+    def predict(
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        *,
+        batch_size: int = 32,
+        top_k: int = 5,
+        min_score: float | None = None,
+    ) -> Any:
+        """What an image shows, or each of several.
+
+        Several threads may call it at once; images are read in threads of its own.
+
+        Args:
+            images: One image or any number of them: a path, a URL, the bytes of a file, a binary file object, an image
+                of Pillow's, an array (H, W) or (H, W, C), a tensor (H, W) or (C, H, W), or an array or a tensor of
+                several. Arrays and tensors are of uint8, of uint16, or of floats from 0 to 1, not normalised. Text that
+                strangers wrote doesn't belong here: a path reads this machine's files, a URL this network's.
+            batch_size: Images at a time; to segment or detect they go one by one.
+            top_k: Most classes to list for each image.
+            min_score: To detect: leave out detections of a lower score.
+
+        Returns:
+            Of one image a :class:`Prediction` (:class:`Classification`, :class:`MultiLabel`, :class:`Regression`,
+            :class:`Segmentation` or :class:`Detections`); of several a list of them, in order. An image that can't be
+            read is a :class:`Failure` in its place.
+
+        Raises:
+            UserError: A number that can't be meant, or what is neither an image nor several.
+        """
+        found = [
+            replace(prediction, image=None)
+            for prediction in self.predict_iter(
+                one_by_one(images), batch_size=batch_size, top_k=top_k, min_score=min_score
+            )
+        ]
+        return found[0] if is_one_image(images) else found
+
+    def predict_iter(
+        self,
+        images: Iterable[ImageInput],
+        *,
+        batch_size: int = 32,
+        top_k: int = 5,
+        min_score: float | None = None,
+    ) -> Iterator[Prediction]:
+        """The same for many images one after another, with few of them in memory.
+
+        Predictions of segmenters and detectors still hold their image.
+        """
+        check_range(1, batch_size=batch_size, top_k=top_k)
+        self.check_min_score(min_score)
+        dense = self.task in DENSE
+        make_input, predict_inputs = self._steps(top_k)
+        # Whole photographs take memory, and go one by one anyway.
+        for prediction in self._in_batches(images, 1 if dense else batch_size, make_input, predict_inputs):
+            yield prediction.from_score(min_score) if isinstance(prediction, Detections) else prediction
+
+    @abstractmethod
+    def resize_input(self, img_size: int | None) -> None:
+        """Have images resized to another side than the network was trained at; None leaves it."""
+
+    @abstractmethod
+    def _steps(self, top_k: int) -> tuple[Any, Any]:
+        """From an image to an input, called from several threads, and from a list of inputs to their predictions."""
+
+    def check_min_score(self, min_score: float | None) -> None:
+        """Raise UserError for a least score that isn't for this network, or below what it keeps."""
+        if min_score is None:
+            return
+        if self.task != "detect":
+            raise UserError(f"min_score is for detectors; this network is for the task {self.task}")
+        kept = float((self.info.get("task_args") or {}).get("min_score", 0.0))
+        if not kept <= min_score <= 1:
+            raise UserError(
+                f"min_score must be from {kept:g}, below which this network keeps nothing, to 1, got {min_score}"
+            )
+
+    def _in_batches(
+        self, images: Iterable[ImageInput], batch_size: int, make_input: Any, predict_inputs: Any
+    ) -> Iterator[Prediction]:
+        """One prediction for each image, in order; those that can't be read get their error."""
+        pixel_range = self.preprocessing.get("pixel_range")
+        inputs: list[Any] = []
+        batch: list[tuple[str, Any, BrokenImage | None]] = []
+
+        def predictions() -> Iterator[Prediction]:
+            results = iter(predict_inputs(inputs) if inputs else ())
+            for file, reread, broken in batch:
+                yield _named(next(results), file, reread) if broken is None else Failure(file=file, error=str(broken))
+
+        def read(image: ImageInput) -> Any:
+            return make_input(read_input(image, pixel_range))
+
+        with closing(read_ahead(images, read, 2 * batch_size)) as found:
+            for number, (image, made) in enumerate(found, 1):
+                broken = made if isinstance(made, BrokenImage) else None
+                batch.append((input_name(image, number), partial(read_input, image, pixel_range), broken))
+                inputs += [] if broken else [made]
+                if len(batch) == batch_size:
+                    yield from predictions()
+                    inputs, batch = [], []
+        yield from predictions()
+
+
+def _named(prediction: Prediction, file: str, reread: Any) -> Prediction:
+    """The prediction with its file, or a failure where its scores are no numbers."""
+    if not prediction.is_finite:
+        return Failure(file=file, error="the network's output is not a number (NaN); are its weights damaged?")
+    return replace(prediction, file=file, reread=reread)

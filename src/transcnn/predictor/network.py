@@ -1,0 +1,65 @@
+"""Predictions by a network of PyTorch's."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..checkpoints.loading import Loaded
+from ..distributed.runtime import check_accelerator, choose_precision
+from ..fast.inference.optimize import try_optimize
+from ..report.answers import Prediction
+from ..tasks import get_task
+from .base import Predictor
+
+__all__ = ["NetworkPredictor"]
+
+
+@dataclass
+class NetworkPredictor(Loaded, Predictor):
+    """A :class:`Loaded` that predicts: ``NetworkPredictor(model, task, class_names, preprocessing, source, info)``.
+
+    Threads take turns at the network; images are decoded and resized outside of that.
+
+    Attributes:
+        autocast: The dtype of :func:`torch.autocast`; None for the network's own arithmetic.
+    """
+
+    autocast: torch.dtype | None = None
+    _turn: Any = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, loaded: Loaded, accelerator: str, precision: str, optimize: bool) -> NetworkPredictor:
+        """From what ``checkpoints.loading.load`` gives; the arguments are those of :func:`transcnn.load`."""
+        check_accelerator(accelerator)
+        loaded.model.to("cuda" if torch.cuda.is_available() and accelerator != "cpu" else "cpu")
+        word = choose_precision(precision, accelerator)
+        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(word)
+        fast = try_optimize(loaded.model, dtype) if optimize else None
+        model, dtype = (loaded.model, dtype) if fast is None else (fast, None)  # autocast would do nothing inside
+        return cls(
+            model, loaded.task, loaded.class_names, loaded.preprocessing, loaded.source, loaded.info, autocast=dtype
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_turn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _turn=threading.Lock())
+
+    def _steps(self, top_k: int) -> tuple[Any, Any]:
+        task = get_task(self.task)
+        transform = task.image_transform(self.preprocessing, self.info.get("task_args"))
+        device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+
+        def predict_inputs(inputs: list[Any]) -> list[Prediction]:
+            autocast = torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
+            with self._turn, torch.inference_mode(), autocast:
+                return task.predict_batch(self, inputs, device, top_k)
+
+        return partial(task.model_input, transform), predict_inputs
