@@ -18,7 +18,7 @@ from ..compare.engines import ENGINES, load_reference
 from ..compare.measuring import PAPER, REFERENCE, Case, measure, peak_memory, prepare_case, show_progress, title
 from ..compare.peers import MISSING
 from ..compare.plot import draw
-from ..data.paths import StrPath, takes_paths
+from ..data.paths import StrPath
 from ..distributed.runtime import check_accelerator
 from ..errors import MAX_SIDE, UserError, check_range
 from ..text import printable, rich_text
@@ -26,7 +26,6 @@ from ..text import printable, rich_text
 __all__ = ["compare"]
 
 
-@takes_paths
 def compare(
     models: str | list[str] = "transcnn_tiny,resnet50,swin_tiny_patch4_window7_224,pvt_v2_b1",
     *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..data.paths import StrPath, takes_paths
+from ..data.paths import StrPath
 from ..demo.guard import Limits
 from ..demo.server import serve
 from ..errors import MAX_SIDE, UserError, check_range, require
@@ -19,7 +20,6 @@ from ..weights import PACKAGED
 __all__ = ["demo"]
 
 
-@takes_paths
 def demo(
     checkpoint: StrPath = PACKAGED,
     *,
@@ -73,7 +73,7 @@ def demo(
     largest = round(max_mb * 2**20)
     served = serve(
         loaded,
-        examples,
+        [os.fspath(example) for example in examples or ()] or None,
         run_dir=Path(checkpoint) if Path(checkpoint).is_dir() else None,
         host=host,
         port=port,

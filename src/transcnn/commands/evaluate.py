@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ..checkpoints.files import make_folder
 from ..checkpoints.loading import Loaded, load
-from ..data.paths import StrPath, takes_paths
+from ..data.paths import StrPath, as_text
 from ..distributed.processes import first_decides, first_here, gather_lists, launch, rank, world
 from ..distributed.runtime import PRECISIONS, check_accelerator, choose_precision, quiet_libraries
 from ..errors import MAX_SEED, MAX_SIDE, UserError, check_range
@@ -26,7 +26,6 @@ VIEWS = {
 }  # how images are evaluated, by task
 
 
-@takes_paths
 def evaluate(
     checkpoint: StrPath,
     data: StrPath | None = None,
@@ -85,6 +84,7 @@ def evaluate(
     Raises:
         UserError: No such checkpoint or data, or data of other classes.
     """
+    images = as_text(images)
     check_range(1, batch_size=batch_size)
     check_range(0, num_workers=num_workers)
     check_range(0, MAX_SEED, seed=seed)
@@ -101,28 +101,27 @@ def evaluate(
                 raise UserError(f"{name} is for {tasks} alone; {loaded.source} is for the task {loaded.task}")
         loaded.info["task_args"] = {**(loaded.info.get("task_args") or {}), **views}
         trained = loaded.info.get("settings") or {}
-        if data is None and "data" in trained:
-            data = trained["data"]
-        _set_table(loaded, images, target, learnt_from="data" in trained and _same(data, trained["data"]))
+        chosen: str | None = trained["data"] if data is None and "data" in trained else as_text(data)
+        _set_table(loaded, images, target, learnt_from="data" in trained and _same(chosen, trained["data"]))
         part = first_here(
             lambda: _open(
                 loaded,
-                data,
+                chosen,
                 split,
                 val_fraction=trained.get("val_fraction", 0.1) if val_fraction is None else val_fraction,
                 seed=trained.get("seed", 0) if seed is None else seed,
                 strict=strict_data,
             )
         )
-        learnt = "data" in trained and _same(data, trained["data"]) and (part.split or split) in ("train", "all")
+        learnt = "data" in trained and _same(chosen, trained["data"]) and (part.split or split) in ("train", "all")
         if learnt and rank() == 0 and not quiet:
             print(
                 f"transcnn: the run learnt from these images ({part.split or split}): scores of new ones are lower",
                 file=sys.stderr,
             )
-        target = Path(out) if out else Path(checkpoint) / "eval" if Path(checkpoint).is_dir() else None
-        if target is not None:
-            first_decides(partial(make_folder, target, "metrics.json"))
+        folder = Path(out) if out else Path(checkpoint) / "eval" if Path(checkpoint).is_dir() else None
+        if folder is not None:
+            first_decides(partial(make_folder, folder, "metrics.json"))
         learner, scores, part = measure(
             loaded,
             part,
@@ -133,25 +132,25 @@ def evaluate(
             bar=not quiet,
         )
     if not int(scores["images"]):
-        raise UserError(f"nothing can be scored on {data or 'digits'}: no image of the split has a label that counts")
+        raise UserError(f"nothing can be scored on {chosen or 'digits'}: no image of the split has a label that counts")
     metrics = {
         **learner.summary(scores),
         **views,
         **{name: scores[name] for name in ("precision", "device")},
         "split": part.split or split,
-        "data": data or "digits",
+        "data": chosen or "digits",
         "checkpoint": loaded.source,
     }
     broken = list(dict.fromkeys(gather_lists(part.broken)))
     if rank() > 0:
         return metrics
-    if target is not None:
-        write_results(target, learner, scores, part, metrics, broken, report=report)
+    if folder is not None:
+        write_results(folder, learner, scores, part, metrics, broken, report=report)
     if not quiet:
-        say_what_is_off(learner, scores, broken, target)
+        say_what_is_off(learner, scores, broken, folder)
         learner.print_table(metrics)
-        if target is not None:
-            print(f"written: {printable(target / 'metrics.json')}")
+        if folder is not None:
+            print(f"written: {printable(folder / 'metrics.json')}")
     return metrics
 
 

@@ -6,14 +6,13 @@ from pathlib import Path
 
 from ..checkpoints.files import atomic_write, check_writable
 from ..data.images import BrokenImage, read_image
-from ..data.paths import StrPath, takes_paths
+from ..data.paths import StrPath, as_text
 from ..errors import MAX_SIDE, UserError, check_range, require
 from ..text import printable
 
 __all__ = ["explain"]
 
 
-@takes_paths
 def explain(
     checkpoint: StrPath,
     image: StrPath,
@@ -57,7 +56,7 @@ def explain(
     target = Path(out) if out else Path(f"{Path(image).stem}_explain.png")
     if target.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise UserError(f"out must end in .png, .pdf or .svg, got {target}")
-    check_writable(target, [image])
+    check_writable(target, [as_text(image)])
     with quiet_libraries():
         loaded = load(checkpoint, model)
     loaded.resize_input(img_size)

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..checkpoints.files import make_folder
-from ..data.paths import StrPath, takes_paths
+from ..data.paths import StrPath, as_text
 from ..errors import MAX_SIDE, UserError, check_range
 from ..text import printable
 
 __all__ = ["export"]
 
 
-@takes_paths
 def export(
     checkpoint: StrPath,
     *,
@@ -63,14 +62,14 @@ def export(
     check_range(1, MAX_SIDE, static=static)
     check_range(0, tolerance=tolerance, max_loss=max_loss)
     loaded = load(checkpoint, model)
-    target = Path(out) if out else _default_target(checkpoint, FORMATS[format].suffix)
+    target = Path(out) if out else _default_target(as_text(checkpoint), FORMATS[format].suffix)
     if int8 != (calibrate is not None):
         raise UserError("int8 and calibrate go together: --int8 true --calibrate DATA")
     if int8 and format != "onnx":
         raise UserError(f"int8 is for the format onnx, which OpenVINO reads as well, got {format!r}")
     make_folder(target.parent, target.name)
     checked: dict[str, Any] = {"static": static, "images": images, "tolerance": tolerance}
-    result = export_model(loaded, target, format=format, calibrate=calibrate, max_loss=max_loss, **checked)
+    result = export_model(loaded, target, format=format, calibrate=as_text(calibrate), max_loss=max_loss, **checked)
     if not quiet:
         _print(result, format)
     return result

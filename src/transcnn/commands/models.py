@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.files import atomic_write, check_writable
-from ..data.paths import StrPath, takes_paths
+from ..data.paths import StrPath, as_text
 from ..errors import MAX_SIDE, check_range
 from ..plugging.cost import describe
 from ..variants import VARIANTS
@@ -14,7 +14,6 @@ from ..variants import VARIANTS
 __all__ = ["models"]
 
 
-@takes_paths
 def models(names: list[str] | None = None, *, img_size: int | None = None, csv: StrPath | None = None) -> None:
     """List the networks: parameters, multiply-adds, input size, and the paper's ImageNet accuracy.
 
@@ -45,7 +44,7 @@ def models(names: list[str] | None = None, *, img_size: int | None = None, csv: 
     print("Layers are what the paper counts: all but the products inside attention. Top-1 is the paper's figure on")
     print("ImageNet-1K; everything else was counted just now.")
     if csv:
-        _write_csv(csv, rows)
+        _write_csv(as_text(csv), rows)
 
 
 def _write_csv(path: str, rows: list[dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..data.packing import PackJob
-from ..data.paths import StrPath, takes_paths
+from ..data.paths import StrPath, as_text
 from ..data.sources.opening import open_source
 from ..data.sources.packed import MANIFEST, read_manifest, sha256
 from ..data.sources.source import abbreviate
@@ -21,7 +21,6 @@ from ..text import printable
 __all__ = ["pack"]
 
 
-@takes_paths
 def pack(
     data: StrPath | None = None,
     *,
@@ -56,6 +55,7 @@ def pack(
     Raises:
         UserError: Data that can't be opened, a folder that is not empty or can't be written, or files that are damaged.
     """
+    data, out = as_text(data), as_text(out)
     if check:
         return _check(data, quiet)
     if shard_mb <= 0:

@@ -13,7 +13,7 @@ from typing import Any
 from ..checkpoints.files import atomic_write
 from ..checkpoints.hub import model_card
 from ..checkpoints.loading import load, save_weights
-from ..data.paths import StrPath, takes_paths
+from ..data.paths import StrPath
 from ..errors import UserError
 from ..weights import NOTES
 from .evaluate import evaluate
@@ -27,7 +27,6 @@ LICENCE = "apache-2.0"  # of this package
 PLACES = ("data", "out", "resume", "init_from")  # settings that name a machine's folders
 
 
-@takes_paths
 def pack(
     run: StrPath,
     data: StrPath,

@@ -14,7 +14,7 @@ from torchvision.models import list_models as torchvision_names
 from ..attention import HMHSA
 from ..checkpoints.files import check_writable
 from ..checkpoints.loading import class_names_of, data_config_of, save_weights
-from ..data.paths import StrPath, takes_paths
+from ..data.paths import StrPath
 from ..errors import MAX_SIDE, UserError, check_range
 from ..plugging.build import build_model
 from ..plugging.cost import count, seconds_per_call
@@ -26,7 +26,6 @@ from ..text import printable, rich_text
 __all__ = ["plug"]
 
 
-@takes_paths
 def plug(
     name: str,
     *,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ..checkpoints.files import atomic_write, check_writable
 from ..data.images import is_image_name, list_images
-from ..data.paths import StrPath, find_images, takes_paths
+from ..data.paths import StrPath, as_text, find_images
 from ..data.sources.table import ListedFiles, is_table, list_files
 from ..errors import MAX_SIDE, UserError, check_range
 from ..onnx.predict import DENSE
@@ -29,7 +29,6 @@ __all__ = ["predict"]
 FEW = 16  # images; for fewer, optimizing and loading kernels takes longer than it saves
 
 
-@takes_paths
 def predict(
     checkpoint: StrPath,
     images: StrPath | list[StrPath] | None = None,
@@ -87,7 +86,8 @@ def predict(
     check_range(1, top_k=top_k, batch_size=batch_size)
     check_range(1, MAX_SIDE, img_size=img_size)
     check_range(0, 1, min_score=min_score)
-    names = [images] if isinstance(images, str) else list(images or ())
+    checkpoint, image_dir = as_text(checkpoint), as_text(image_dir)
+    names = [as_text(name) for name in (images if isinstance(images, list) else [images] if images else ())]
     if _means_images(checkpoint, alone=not names):
         checkpoint, names = PACKAGED, [checkpoint, *names]
     named = _listed(names, image_dir, file_column)

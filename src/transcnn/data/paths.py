@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 import glob
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeAlias, TypeVar
+from typing import TypeAlias, overload
 
 from ..errors import UserError
 from .images import list_images
 
-__all__ = ["StrPath", "check_data_exists", "find_images", "is_url", "takes_paths"]
+__all__ = ["StrPath", "as_text", "check_data_exists", "find_images", "is_url"]
 
-P = ParamSpec("P")
-R = TypeVar("R")
 StrPath: TypeAlias = str | os.PathLike[str]
 
 # Schemes of fsspec that only read files elsewhere; those that run programs or unpack archives are not asked.
 SCHEMES = ["http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "hf", "memory"]
 
 
-def takes_paths(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function whose body knows text alone be given paths, and lists of them, wherever it takes ``StrPath``."""
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        return function(*map(_as_text, args), **{name: _as_text(value) for name, value in kwargs.items()})  # pyright: ignore
-
-    return call
-
-
-def _as_text(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_as_text(item) for item in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+@overload
+def as_text(path: StrPath) -> str: ...
+@overload
+def as_text(path: StrPath | None) -> str | None: ...
+def as_text(path: StrPath | None) -> str | None:
+    """A path as text; None stays."""
+    return None if path is None else os.fspath(path)
 
 
 def is_url(data: str) -> bool:

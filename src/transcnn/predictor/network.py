@@ -47,10 +47,10 @@ class NetworkPredictor(Loaded, Predictor):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_turn"}
+        return {name: value for name, value in vars(self).items() if name != "_turn"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _turn=threading.Lock())
+        vars(self).update(state, _turn=threading.Lock())
 
     def _steps(self, top_k: int) -> tuple[Any, Any]:
         task = get_task(self.task)
