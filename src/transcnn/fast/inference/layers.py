@@ -28,7 +28,17 @@ from ..training.depthwise import KernelDepthwise
 from ..training.layers import KernelBatchNorm2d, KernelPointwise
 from .entry import InferenceOnly, entry
 
-__all__ = ["NHWC", "Pointwise", "SpatialConv", "affine", "constant", "fuse", "gemm_fits", "is_plain_conv"]
+__all__ = [
+    "NHWC",
+    "NarrowConv2d",
+    "Pointwise",
+    "SpatialConv",
+    "affine",
+    "constant",
+    "fuse",
+    "gemm_fits",
+    "is_plain_conv",
+]
 
 Affine = tuple[Tensor, Tensor]  # scale and shift of each channel, in double precision
 
@@ -151,6 +161,21 @@ class SpatialConv(InferenceOnly):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, options={self.options}, silu={self.silu}"
+
+
+class NarrowConv2d(nn.Conv2d):
+    """A strided 3x3 convolution of any other CNN, correct in bfloat16 on narrow maps, too (:mod:`transcnn.layers`)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
+        return drop_columns(super().forward(widen(input)), input)
+
+    @staticmethod
+    def fits(conv: nn.Module) -> bool:
+        """Whether a module can be one."""
+        if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros":
+            return False
+        return (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (2, 2), (1, 1), (1, 1))
 
 
 class _NCHWModule(InferenceOnly):

@@ -17,7 +17,7 @@ from .attention import FastHMHSA
 from .blocks import FastBlock, FastDualDownsample, FastStem
 from .entry import InferenceOnly, inference_only
 from .folding import fold_batchnorms
-from .layers import NHWC
+from .layers import NHWC, NarrowConv2d
 from .patterns import is_block, is_conv_downsample, is_dual_downsample, is_hmhsa, is_stem, unhooked
 
 __all__ = ["optimize", "try_optimize"]
@@ -78,7 +78,10 @@ def optimize(
     restore_classes(fast)
     fast = _replace(fast)
     fold_batchnorms(fast)
-    fast = fast.to(memory_format=torch.channels_last)  # pyright: ignore
+    for module in fast.modules():
+        if NarrowConv2d.fits(module):
+            module.__class__ = NarrowConv2d
+    _to_channels_last(fast)
     parts = _computing(fast)
     for part in parts:
         if kind is not None:
@@ -130,6 +133,17 @@ def _faster(module: Any) -> nn.Module | None:
     if is_conv_downsample(module):
         return NHWC((module.conv, module.norm))
     return None
+
+
+def _to_channels_last(module: nn.Module) -> None:
+    """Put weights into that memory format, but for those of peft's layers, which take them for matrices in memory."""
+    if hasattr(module, "base_layer"):
+        return
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    for child in module.children():
+        _to_channels_last(child)
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
