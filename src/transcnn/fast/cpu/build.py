@@ -99,7 +99,8 @@ def compile_variants(folder: Path) -> list[Path]:
     made = []
     for name, (flags, _) in VARIANTS.items():
         path = folder / _packaged_name(name)
-        _compile(path, [*_compiler(), *_variant_flags(flags), *(str(file) for file in _sources(".cpp"))])
+        command = [*_compiler(), *_variant_flags(flags), *(str(file) for file in _sources(".cpp"))]
+        _compile(path, command, DEBUG_TIME_LIMIT)  # nobody waits for an answer
         made += [path, _stored_hash(path)]
     return made
 
@@ -203,13 +204,13 @@ def _stored_hash(path: Path) -> Path:
     return path.with_suffix(".sha256")
 
 
-def _compile(path: Path, command: list[str]) -> None:
+def _compile(path: Path, command: list[str], limit: float | None = None) -> None:
     """Compile into a directory of its own, then move the library and its hash to their places."""
     for stale in path.parent.glob("building-*"):  # of a process that was killed: this one holds the lock
         shutil.rmtree(stale, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="building-", dir=path.parent) as directory:
         made = Path(directory) / path.name
-        _run([*command, "-o", str(made)])
+        _run([*command, "-o", str(made)], limit)
         made.chmod(0o700)
         _stored_hash(made).write_text(hashlib.sha256(made.read_bytes()).hexdigest() + "\n")
         made.replace(path)
@@ -256,7 +257,7 @@ def _time_limit() -> float:
     return DEBUG_TIME_LIMIT if _is_debug() else TIME_LIMIT
 
 
-def _run(command: list[str]) -> str:
+def _run(command: list[str], limit: float | None = None) -> str:
     """What a command prints; it and what it has started are killed when the time is up."""
     environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
     process = subprocess.Popen(
@@ -270,7 +271,7 @@ def _run(command: list[str]) -> str:
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=_time_limit())
+        out, err = process.communicate(timeout=limit or _time_limit())
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
