@@ -139,6 +139,33 @@ def test_exit_codes_of_a_stopped_command(monkeypatch, capsys, error, code):
     assert str(error) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        ImportError("IMPORTANT: please read this\n\nOriginal error was: libgfortran.so: failed to map segment"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("can't start new thread"),
+        RuntimeError("could not create a primitive"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+)
+def test_no_memory_is_one_line(monkeypatch, capsys, error):
+    def starved(names: list[str] | None = None) -> None:
+        """Fail."""
+        raise error
+
+    monkeypatch.setattr(cli, "load_command", lambda name: starved)
+    assert cli.main(["models"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "memory" in told
+    error = RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="something else"):  # a fault of ours is not hidden
+        cli.main(["models"])
+
+
 def test_the_command_line_loads_nothing_heavy_by_itself(fresh_imports):
     assert {"lightning", "matplotlib", "jsonargparse", "sklearn"}.isdisjoint(fresh_imports["transcnn.cli"])
 

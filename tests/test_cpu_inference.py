@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fuzz import little_memory
 from transcnn.attention import HMHSA, LocalStep
 from transcnn.blocks import DualDownsample
 from transcnn.fast import dispatch, optimize
@@ -339,6 +340,17 @@ def test_the_local_step_is_as_near_as_the_plain_one(norm, dtype):
     fast, double = FastLocalStep(step), copy.deepcopy(step).double()
     x = torch.randn(2, 17, 23, 64).to(dtype)
     compare(fast, lambda x: double(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), x, kernel="local_attention")
+
+
+@has_kernels
+def test_a_kernel_without_memory_is_an_error():
+    """Not the end of the process; with memory it goes on."""
+    x, weight = torch.randn(1, 64, 64, 512), torch.randn(1536, 512)
+    packed = cpu.pack_pointwise(weight, torch.zeros(1536))
+    small = cpu.local_attention(x[:, :8, :8], x[:, :8, :8], packed, None, 256, 8)
+    with little_memory(20), pytest.raises(MemoryError, match="local_attention"):  # 34 MB for one grid of 64x64
+        cpu.local_attention(x, x, packed, None, 256, 64)
+    assert torch.equal(cpu.local_attention(x[:, :8, :8], x[:, :8, :8], packed, None, 256, 8), small)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from transcnn.errors import UserError
-from transcnn.report.classify import class_table, confused_pairs, read_history, write_report
+from transcnn.report.classify import class_table, confused_pairs, read_history, save_figures, write_report
 from transcnn.report.plots import (
     Wrong,
     plot_classes,
@@ -306,3 +306,18 @@ def test_precision_recall() -> None:
     assert labels == ["ash", "birch", "mean of 2 classes"]
     np.testing.assert_allclose(figure.axes[0].lines[2].get_ydata(), np.linspace(1, 0.5, 101))
     assert plot_precision_recall({}, "") is None
+
+
+def test_a_figure_is_whole_or_not_there(tmp_path: Path) -> None:
+    """On a disk that is full half way, and where an older one lies."""
+
+    class Cut:
+        def savefig(self, path: Path, format: str) -> None:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    (tmp_path / "old.png").write_bytes(b"whole")
+    for name in ("old.png", "new.png"):
+        with pytest.raises(UserError, match=f"can't write .*{name}: No space left"):
+            save_figures(tmp_path, {name: Cut}, NAMES)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("old.png", b"whole")]

@@ -72,20 +72,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:  # a path that can't be, a disk that is full
         return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-    except (MemoryError, RuntimeError) as error:
-        if not _says_out_of_memory(error):
+    except (MemoryError, RuntimeError, ImportError, SystemError) as error:
+        if (first := _out_of_memory(error)) is None:
             raise
-        first = (str(error) or "the system gives no more").splitlines()[0]
         return _fail(f"not enough memory ({first}); smaller images, batches or networks need less")
     if name == "predict" and all("error" in row for row in result):
         return _fail(f"no file can be read; the first: {result[0]['file']}: {result[0]['error']}")
     return 0
 
 
-def _says_out_of_memory(error: Exception) -> bool:
-    """Whether an error is PyTorch's or Python's about memory, of the CPU or a GPU."""
-    words = ("can't allocate memory", "out of memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+# Of PyTorch, Python, the C++ library, and of the system's loader, whose libraries are the first to find no room.
+NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "not enough memory", "bad_alloc")
+NO_MEMORY += ("failed to map segment", "cannot map zero-fill pages", "can't start new thread", "errno 12]")
+NO_MEMORY += ("could not create a primitive",)  # oneDNN's word for it
+
+
+def _out_of_memory(error: BaseException | None) -> str | None:
+    """What an error, or what it was raised from, says about memory, of the CPU or a GPU, in one line; else None."""
+    while error is not None:
+        lines = str(error).splitlines()
+        if said := [line for line in lines if any(word in line.lower() for word in NO_MEMORY)]:
+            return said[0].strip()
+        if isinstance(error, MemoryError):
+            return lines[0] if lines else "the system gives no more"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def load_command(name: str) -> Callable[..., Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import time
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -306,7 +308,7 @@ def test_the_real_page_is_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     from transcnn.demo.server import serve
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with serve(load(PACKAGED), limits=Limits(file_bytes=2000)) as address:
+    with serve(load(PACKAGED), limits=Limits(file_bytes=2000, head_seconds=1, connections=20)) as address:
         host, _, port = address.removeprefix("http://").rpartition(":")
 
         def answer(method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, Any]:
@@ -344,7 +346,42 @@ def test_the_real_page_is_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert len(stored) == 1
         shown = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "a.png"]
         assert len(shown) >= 4  # the examples stay, which the next visitor clicks
+        assert half_open(host, int(port), 30)
+        assert answer("GET", "/")[0] == 200
     assert list(tmp_path.iterdir()) == []
+
+
+def half_open(host: str, port: int, many: int) -> bool:
+    """Open many connections that never finish a request, however they go about it; whether the server ends them all."""
+    begun = [
+        b"",
+        b"GET / HTTP/1.1\r\nHost: x\r\nX-a: ",
+        b"GET /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n",  # answered; its body never ends
+        b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n",
+    ]
+    with ExitStack() as stack:
+        opened = []
+        for number in range(many):
+            opened.append(stack.enter_context(socket.create_connection((host, port), timeout=20)))
+            with suppress(OSError):
+                opened[-1].sendall(begun[number % len(begun)])
+        end = time.monotonic() + 20
+        while opened and time.monotonic() < end:
+            time.sleep(0.1)
+            opened = [connection for connection in opened if _is_open(connection)]
+        return not opened
+
+
+def _is_open(connection: socket.socket) -> bool:
+    """Whether a connection still takes a byte."""
+    connection.setblocking(False)
+    try:
+        connection.send(b"a")
+        return bool(connection.recv(65536))
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
 
 
 def test_the_flag_for_a_proxy() -> None:

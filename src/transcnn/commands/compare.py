@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..checkpoints.files import make_folder
+from ..checkpoints.files import atomic_write, make_folder
 from ..compare.engines import ENGINES, load_reference
 from ..compare.measuring import PAPER, REFERENCE, Case, measure, peak_memory, prepare_case, show_progress, title
 from ..compare.peers import MISSING
@@ -172,12 +172,16 @@ def _write(folder: Path, rows: list[dict[str, Any]], device: str) -> None:
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    with (folder / "compare.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*rows[0], *machine])
-        writer.writeheader()
-        for row in rows:
-            short = {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in row.items()}
-            writer.writerow({**short, **machine})
+
+    def write(path: Path) -> None:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [*rows[0], *machine])
+            writer.writeheader()
+            for row in rows:
+                short = {key: float(f"{cell:.5g}") if isinstance(cell, float) else cell for key, cell in row.items()}
+                writer.writerow({**short, **machine})
+
+    atomic_write(folder / "compare.csv", write)
 
 
 def _processor() -> str:

@@ -64,12 +64,14 @@ def demo(
         raise UserError(f"port must be from 1 to 65535, got {port}")
     require("gradio", "demo")
     from ..checkpoints.loading import load
+    from ..checkpoints.memory import check_forward
     from ..distributed.runtime import check_accelerator, quiet_libraries
 
     check_accelerator(accelerator)
     with quiet_libraries():
         loaded = load(checkpoint, model)
     loaded.resize_input(img_size)
+    check_forward(loaded, chosen=img_size is not None)
     largest = round(max_mb * 2**20)
     served = serve(
         loaded,

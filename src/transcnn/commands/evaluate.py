@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..checkpoints.files import make_folder
 from ..checkpoints.loading import Loaded, load
+from ..checkpoints.memory import check_forward
 from ..data.paths import StrPath, as_text
 from ..distributed.processes import first_decides, first_here, gather_lists, launch, rank, world
 from ..distributed.runtime import PRECISIONS, check_accelerator, choose_precision, quiet_libraries
@@ -94,6 +95,7 @@ def evaluate(
         launch(accelerator, devices, num_nodes)
         loaded = load(checkpoint, model)
         loaded.resize_input(img_size)
+        check_forward(loaded, -(-batch_size // world()), chosen=img_size is not None)
         views = {name: value for name, value in (("window", window), ("flip", flip)) if value}
         for name in views:
             if loaded.task not in VIEWS[name]:

@@ -48,6 +48,7 @@ def explain(
     check_range(1, MAX_SIDE, img_size=img_size)
     require("matplotlib", "train")
     from ..checkpoints.loading import load  # not before the words of the command line are known to be right
+    from ..checkpoints.memory import check_forward
     from ..distributed.runtime import quiet_libraries
     from ..explain.figure import draw
     from ..explain.image import explain_image
@@ -60,6 +61,7 @@ def explain(
     with quiet_libraries():
         loaded = load(checkpoint, model)
     loaded.resize_input(img_size)
+    check_forward(loaded, chosen=img_size is not None)
     try:
         pixels = read_image(image, loaded.preprocessing.get("pixel_range"))
     except BrokenImage as error:

@@ -55,6 +55,7 @@ def export(
             otherwise.
     """
     from ..checkpoints.loading import load  # not before the words of the command line are known to be right
+    from ..checkpoints.memory import check_forward
     from ..export.exporting import FORMATS, export_model
 
     if format not in FORMATS:
@@ -62,6 +63,7 @@ def export(
     check_range(1, MAX_SIDE, static=static)
     check_range(0, tolerance=tolerance, max_loss=max_loss)
     loaded = load(checkpoint, model)
+    check_forward(loaded)
     target = Path(out) if out else _default_target(as_text(checkpoint), FORMATS[format].suffix)
     if int8 != (calibrate is not None):
         raise UserError("int8 and calibrate go together: --int8 true --calibrate DATA")

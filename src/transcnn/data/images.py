@@ -308,6 +308,8 @@ def _decode(
         raise BrokenImage("not an image, or of a format that is not read here") from error
     except Image.DecompressionBombError as error:
         raise BrokenImage(f"{error}".split(", could")[0]) from error
+    except MemoryError as error:  # a damaged file may ask for more than there is, too
+        raise BrokenImage("not enough memory to decode it") from error
     except Exception as error:  # decoders raise nearly anything on damaged data
         raise BrokenImage(f"damaged: {error or type(error).__name__}") from error
 

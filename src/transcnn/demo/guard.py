@@ -48,6 +48,8 @@ class Limits:
         keep_seconds: That a file is kept.
         uploads: At the same time.
         sessions: Visitors whose last image is kept in memory; with more, the oldest is forgotten.
+        head_seconds: That a connection may take to send a request's head.
+        connections: At the same time.
     """
 
     file_bytes: int = 20 << 20
@@ -57,6 +59,8 @@ class Limits:
     keep_seconds: float = 3600.0
     uploads: int = 8
     sessions: int = 64
+    head_seconds: float = 20.0
+    connections: int = 512
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ def _launch(page: Any, host: str, port: int | None, limits: Limits, open: bool, 
     import gradio as gr
     from starlette.middleware import Middleware
 
+    from .connections import limited_protocol
     from .page import CSS
 
     fonts = ["system-ui", "sans-serif"]
@@ -128,6 +129,9 @@ def _launch(page: Any, host: str, port: int | None, limits: Limits, open: bool, 
         raise UserError(f"port {port or 7860} is taken at {host}; give another --port") from error
     # gradio puts its own middleware outside of all others, one that lets every other page in.
     page.app.middleware_stack = WithoutCors(page.app.middleware_stack or page.app.build_middleware_stack())
+    config = page.server.config  # of uvicorn, which asks it for a protocol at each connection
+    config.http_protocol_class = limited_protocol(limits.head_seconds, limits.connections)
+    config.ws_protocol_class = None  # the page uses no web sockets
     return address.rstrip("/")
 
 

@@ -7,6 +7,7 @@ whole, from normalised images to boxes after non-maximum suppression (:mod:`tran
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -162,7 +163,9 @@ def _write_torch(program: ExportedProgram, path: Path, info: dict[str, Any]) -> 
     # The conditions noted while tracing say how strides came out at the example's size, not what the graph can do: with
     # them the file would refuse sizes that grids divide. What it answers is compared below, such a size among them.
     program._guards_code = []
-    torch.export.save(program, path, extra_files={"transcnn.json": json.dumps(info)})
+    buffer = io.BytesIO()  # PyTorch's own writer ends the process where the disk is full
+    torch.export.save(program, buffer, extra_files={"transcnn.json": json.dumps(info)})
+    path.write_bytes(buffer.getbuffer())
 
 
 def _open_torch(path: Path) -> Run:

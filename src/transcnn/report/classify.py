@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..checkpoints.files import atomic_write
 from ..errors import UserError, require
 from .page import MAX_ROWS, facts_of, heading, html_page, html_table, percent, skipped_files, write_rows
 from .plots import Wrong, plot_classes, plot_confusion, plot_history, plot_images, plot_pairs, plot_wrong, style
@@ -67,7 +69,8 @@ def write_report(
     write_rows(folder / "classes.csv", classes, ["class", "images", "right", "accuracy", "precision", "taken_for"])
     write_rows(folder / "confused.csv", pairs, ["truth", "prediction", "images", "share"])
     page = folder / "index.html"
-    page.write_text(_page(folder, metrics, classes, pairs), encoding="utf-8")
+    text = _page(folder, metrics, classes, pairs)
+    atomic_write(page, lambda path: path.write_text(text, encoding="utf-8"))
     return page
 
 
@@ -79,7 +82,7 @@ def save_figures(folder: Path, figures: Mapping[str, Any], texts: Sequence[str])
             if figure is None:  # nothing to show; no older figure may stand for it
                 (folder / file).unlink(missing_ok=True)
             else:
-                figure.savefig(folder / file)
+                atomic_write(folder / file, partial(figure.savefig, format=Path(file).suffix[1:]))
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..checkpoints.files import atomic_write
 from ..text import printable
 from .classify import read_history, save_figures
 from .page import MAX_ROWS, facts_of, heading, html_page, html_table, percent, skipped_files, write_rows
@@ -136,7 +137,8 @@ def write_dense_report(
             cells = [[_cell(row[name]) for name in head] for row in ranked[:MAX_ROWS]]
             parts += [html_table([HEADS.get(name, name.capitalize()) for name in head], cells)]
     page = folder / "index.html"
-    page.write_text(html_page([*parts, skipped_files(Path(run_dir))], title_of_page), encoding="utf-8")
+    text = html_page([*parts, skipped_files(Path(run_dir))], title_of_page)
+    atomic_write(page, lambda path: path.write_text(text, encoding="utf-8"))
     return page
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.files import atomic_write
 from ..text import csv_cell, html
 
 __all__ = ["facts_of", "heading", "html_page", "html_table", "percent", "skipped_files", "write_rows"]
@@ -165,10 +166,14 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> None:
     """Rows as a CSV file; numbers have six places."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fields)
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(
-                {key: round(value, 6) if isinstance(value, float) else csv_cell(value) for key, value in row.items()}
-            )
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fields)
+            writer.writeheader()
+            for row in rows:
+                writer.writerow(
+                    {k: round(value, 6) if isinstance(value, float) else csv_cell(value) for k, value in row.items()}
+                )
+
+    atomic_write(path, write)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import sys
 from contextlib import ExitStack, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..checkpoints.memory import available_bytes
 from ..errors import UserError
 from ..fast import accelerate_training
 
-__all__ = ["available_bytes", "bytes_kept", "check_memory"]
+__all__ = ["bytes_kept", "check_memory"]
 
 SMALL = 4 << 20  # pixels of a step up to which nothing is estimated: it fits, and small runs shall start at once
 PROBES = (4, 2)  # a step is tried with sides divided by these
@@ -91,19 +90,3 @@ def _kept(body: nn.Module, shape: tuple[int, int, int], dtype: torch.dtype | Non
         total = sum(kept.values()) / 2
         del outputs
     return total
-
-
-def available_bytes() -> int | None:
-    """Memory that is free on this machine, or in the container that this is; None where that isn't known."""
-    if not sys.platform.startswith("linux"):
-        return None
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit.isdecimal():
-            found.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, ValueError, IndexError):
-        pass
-    return min(found, default=None)

@@ -44,12 +44,17 @@ def call(name: str, dtype: torch.dtype, *arguments: Checked | int | None, thread
     Raises:
         ValueError: A tensor has another dtype or shape, is empty, isn't contiguous or isn't a plain one on the CPU; or
             there is no such kernel on this CPU.
+        MemoryError: The kernel, or another that ran at the same time, found none; what it wrote isn't whole.
     """
     library = build.library()
     if library is None or not build.isa_support() & {FP32: 1, torch.bfloat16: 2}.get(dtype, 0):
         raise ValueError(f"there is no kernel {name!r} for {dtype} on this CPU")
     kernel = getattr(library, f"{name}_{'fp32' if dtype == FP32 else 'bf16'}")
-    kernel(*(_argument(name, x) for x in arguments), ctypes.c_long(threads or torch.get_num_threads()))
+    given = [_argument(name, x) for x in arguments]
+    failed = library.allocations_that_failed()
+    kernel(*given, ctypes.c_long(threads or torch.get_num_threads()))
+    if library.allocations_that_failed() != failed:
+        raise MemoryError(f"kernel {name!r} finds no memory")
 
 
 def _argument(kernel: str, x: Checked | int | None) -> ctypes.c_void_p | ctypes.c_long:

@@ -22,7 +22,7 @@ void local_attention(const T* x, const T* normed, T* out, const T* qkv, const fl
             const Grid grid(s, i);
             const long n = grid.positions(), padded = round_up(n, PANEL);
             Scratch& memory = scratch();
-            memory.begin(most * (channels * 4 + head_dim + round_up(head_dim, PANEL)) * sizeof(T) + 1024);
+            if (!memory.begin(most * (channels * 4 + head_dim + round_up(head_dim, PANEL)) * sizeof(T) + 1024)) continue;
             T* own = memory.take<T>(n * channels);
             T* three = memory.take<T>(n * 3 * channels);
             T* keys = memory.take<T>(most * head_dim);
@@ -85,7 +85,7 @@ void global_attention(T* a1, const T* residual, const T* q, const float* q_bias,
             const long count = chunk % chunks == chunks - 1 ? n - start : AT_ONCE;
             T* a = a1 + (image * n + start) * channels;
             Scratch& memory = scratch();
-            memory.begin(2 * MAX_ROWS * channels * sizeof(T) + 1024);
+            if (!memory.begin(2 * MAX_ROWS * channels * sizeof(T) + 1024)) continue;
             T* queries = memory.take<T>(MAX_ROWS * channels);
             T* sum = memory.take<T>(MAX_ROWS * channels);
             multiply(a, channels, count, q, channels, channels, channels,

@@ -139,7 +139,7 @@ void grid_forward(const T* qkv, T* out, float scale, Grids s, long threads) {
             const Grid grid(s, i);
             const long n = grid.positions(), padded = round_up(n, PANEL), three = 3 * s.channels;
             Scratch& memory = scratch();
-            memory.begin(s.max_positions() * (three + s.head_dim + round_up(s.head_dim, PANEL)) * sizeof(T) + 1024);
+            if (!memory.begin(s.max_positions() * (three + s.head_dim + round_up(s.head_dim, PANEL)) * sizeof(T) + 1024)) continue;
             T* own = memory.take<T>(n * three);
             T* keys = memory.take<T>(padded * s.head_dim);
             T* values = memory.take<T>(padded * round_up(s.head_dim, PANEL));
@@ -169,7 +169,7 @@ void grid_backward(const T* qkv, const T* grad, T* dqkv, float scale, Grids s, l
             const Grid grid(s, i);
             const long n = grid.positions(), padded = round_up(n, PANEL), three = 3 * s.channels;
             Scratch& memory = scratch();
-            memory.begin(Head<T>::bytes(padded, s.head_dim) + n * 4 * s.channels * sizeof(T));
+            if (!memory.begin(Head<T>::bytes(padded, s.head_dim) + n * 4 * s.channels * sizeof(T))) continue;
             Head<T> work(memory, padded, s.head_dim);
             T* own = memory.take<T>(n * three);
             T* up = memory.take<T>(n * s.channels);
@@ -213,7 +213,7 @@ void global_forward(const T* q, const T* kv, T* out, float scale, Global s, long
         for (long i = 0; i < s.batch * s.heads(); i++) {
             const long image = i / s.heads(), head = i % s.heads() * s.head_dim;
             Scratch& memory = scratch();
-            memory.begin(padded * (s.head_dim + wide) * sizeof(T) + 1024);
+            if (!memory.begin(padded * (s.head_dim + wide) * sizeof(T) + 1024)) continue;
             T* keys = memory.take<T>(padded * s.head_dim);
             T* values = memory.take<T>(padded * wide);
             const T* k = kv + image * s.tokens * 2 * s.channels + head;
@@ -241,7 +241,7 @@ void global_backward(const T* q, const T* kv, const T* grad, T* dq, T* dkv, floa
         for (long i = 0; i < s.batch * s.heads(); i++) {
             const long image = i / s.heads(), head = i % s.heads() * s.head_dim;
             Scratch& memory = scratch();
-            memory.begin(Head<T>::bytes(padded, s.head_dim));
+            if (!memory.begin(Head<T>::bytes(padded, s.head_dim))) continue;
             Head<T> work(memory, padded, s.head_dim);
             const long there = image * s.tokens * 2 * s.channels + head, start = image * s.positions * s.channels + head;
             work.begin(kv + there, kv + there + s.channels, 2 * s.channels, s.tokens);

@@ -109,7 +109,7 @@ void forward(const T* e, const float* scale, const float* shift, const float* we
             const long channel = item % pieces * some, count = std::min(some, s.channels - channel);
             const long block = map_size(step, s.width, s.size), image = item / pieces * per_image;
             Scratch& memory = scratch();
-            memory.begin(count / LANES * block * 4 + 64);
+            if (!memory.begin(count / LANES * block * 4 + 64)) continue;
             float* map = memory.take<float>(count / LANES * block);
             for (long top = 0; top < s.height; top += step) {
                 const long bottom = std::min(s.height, top + step);
@@ -179,7 +179,7 @@ void backward(const T* m, const T* ds, const float* const* norm2, const T* e, co
             const long channel = item % pieces * some, count = std::min(some, s.channels - channel);
             const long block = map_size(step, s.width, s.size), image = item / pieces * per_image;
             Scratch& memory = scratch();
-            memory.begin(2 * count / LANES * block * 4 + 128);
+            if (!memory.begin(2 * count / LANES * block * 4 + 128)) continue;
             float* input = memory.take<float>(count / LANES * block);
             float* grad = memory.take<float>(count / LANES * block);
             for (long top = 0; top < s.height; top += step) {

@@ -20,7 +20,7 @@ void downsample(const T* x, T* y, const T* weight, const float* bias, long batch
         for (long item = 0; item < batch * down * chunks; item++) {
             const long row = item / chunks, start = item % chunks * AT_ONCE, count = std::min(AT_ONCE, across - start);
             Scratch& memory = scratch();
-            memory.begin(AT_ONCE * channels * sizeof(T) + 64);
+            if (!memory.begin(AT_ONCE * channels * sizeof(T) + 64)) continue;
             T* pooled = memory.take<T>(AT_ONCE * channels);
             const T* upper = x + (row / down * height + row % down * 2) * width * channels;
             const T* lower = row % down * 2 + 1 < height ? upper + width * channels : upper;

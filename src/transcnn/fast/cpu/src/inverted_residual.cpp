@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 
 #include "depthwise.h"
 #include "gemm.h"
@@ -100,7 +101,8 @@ class Piece {
         const long results = block_channels == s.hidden ? 0 : p.images * (p.bottom - p.top) * width * s.outputs;
         Scratch& memory = scratch();
         const long row_size = frame ? (width + 2 * halo) * s.channels : 0;
-        memory.begin((block_channels / LANES * block + results) * 4 + (step * width * block_channels + row_size) * sizeof(T) + 1024);
+        const long floats = block_channels / LANES * block + results, others = step * width * block_channels + row_size;
+        if (!memory.begin(floats * 4 + others * sizeof(T) + 1024)) return;
         map = memory.take<float>(block_channels / LANES * block);
         convolved = memory.take<T>(step * width * block_channels);
         sums = memory.take<float>(results);
@@ -109,6 +111,7 @@ class Piece {
     }
 
     void run() {
+        if (!map) return;  // there was no memory
         for (first = 0; first < s.hidden; first += block_channels) {
             some = std::min(block_channels, s.hidden - first);
             for (long i = 0; i < p.images; i++)
@@ -204,7 +207,7 @@ class Piece {
     const Region p;
     const Frame<T>* frame;
     long width, halo, step, held, line, block, block_channels, first = 0, some = 0;
-    float *map, *sums;
+    float *map = nullptr, *sums;
     T *convolved, *row_buffer;
 };
 
@@ -228,7 +231,11 @@ void all_of(const Work<T>& work, long threads) {
     };
     const bool framed = work.x == work.out && bands * across > 1;
     const long frame_size = framed ? Frame<T>(s, part(0), nullptr).size() : 0;  // no region is larger than the first
-    std::unique_ptr<T[]> frames(new T[pieces * frame_size]);
+    std::unique_ptr<T[]> frames(new (std::nothrow) T[pieces * frame_size]);
+    if (!frames) {
+        failed_allocations++;
+        return;
+    }
 #pragma omp parallel num_threads(threads)
     {
         [[maybe_unused]] typename Tile<T>::Session session;

@@ -1,9 +1,14 @@
-// Which dtypes the CPU's instruction set supports; asks Linux for permission to use AMX.
+// Which dtypes the CPU's instruction set supports; asks Linux for permission to use AMX. And whether memory was lacking.
+
+#include "vec16.h"
 
 #if defined(__AMX_BF16__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+
+// Calls of kernels add to it that found no memory; what they computed is not whole.
+extern "C" long allocations_that_failed() { return failed_allocations; }
 
 // Bit 0: fp32, bit 1: bf16.
 extern "C" long isa_support() {

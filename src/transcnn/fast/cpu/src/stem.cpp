@@ -40,7 +40,7 @@ class Rows {
           plane(w.images.width + 2 + 2 * SOME) {
         const long rows = (bottom - top - 1) * w.second_stride + 3;
         Scratch& memory = scratch();
-        memory.begin((rows * line + AT_ONCE * w.depth) * sizeof(T) + 3 * w.images.channels * plane * 4 + 1024);
+        if (!memory.begin((rows * line + AT_ONCE * w.depth) * sizeof(T) + 3 * w.images.channels * plane * 4 + 1024)) return;
         map = memory.take<T>(rows * line);
         im2col = memory.take<T>(AT_ONCE * w.depth);
         planes = memory.take<float>(3 * w.images.channels * plane);
@@ -49,6 +49,7 @@ class Rows {
     }
 
     void run() {
+        if (!map) return;  // there was no memory
         const long begin = top * w.second_stride - 1, end = (bottom - 1) * w.second_stride + 2;
         for (long y = begin; y < end; y++) {
             T* to = map + (y - begin) * line;
@@ -126,7 +127,7 @@ class Rows {
     const long image, top, bottom;
     const long height, width, line;  // of the map between the convolutions
     const long plane;                // row length of the copied image, with padding
-    T *map, *im2col;
+    T *map = nullptr, *im2col;
     float* planes;
 };
 

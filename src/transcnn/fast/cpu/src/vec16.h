@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -161,24 +162,33 @@ inline float total(Vec16 x) {
 
 constexpr long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
 
+// How often a kernel found no memory and left out part of its work: no exception may leave a thread of OpenMP.
+inline std::atomic<long> failed_allocations{0};
+
 // Scratch memory of one thread, which lives as long as the thread and is reused by each work item.
 //
 // With the address sanitizer, the gaps between the arrays taken from it are poisoned.
 class Scratch {
   public:
     ~Scratch() { release(); }
-    void begin(size_t bytes) {
+    // Whether there is so much; a work item without it is left out, which ``failed_allocations`` tells.
+    [[nodiscard]] bool begin(size_t bytes) {
         bytes += ARRAYS * GAP;
         if (bytes > size) {
             release();
             size = round_up(bytes, 1 << 21);
             memory = static_cast<char*>(std::aligned_alloc(1 << 21, size));
-            if (!memory) std::abort();
+            if (!memory) {
+                size = 0;
+                failed_allocations++;
+                return false;
+            }
         }
         used = 0;
 #if defined(__SANITIZE_ADDRESS__)
         __asan_poison_memory_region(memory, size);
 #endif
+        return true;
     }
     template <class T>
     T* take(long count) {

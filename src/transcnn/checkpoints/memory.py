@@ -1,0 +1,142 @@
+"""What a forward pass takes, told before it is tried: a line instead of the system's kill, or of hours."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..errors import UserError
+from ..plugging.cost import count
+from .loading import Loaded
+
+__all__ = ["available_bytes", "check_forward", "forward_bytes"]
+
+SMALL = 4 << 20  # pixels of a batch up to which nothing is estimated: it fits, and small images shall start at once
+SMALL_IMAGE = 1 << 20  # pixels of an image up to which no multiply-adds are counted
+MAX_MACS = 10**13  # of an image whose size a file chooses: minutes on a CPU, ten times what the largest networks need
+
+
+def check_forward(loaded: Loaded, images: int = 1, *, chosen: bool = False) -> None:
+    """See that a network can be run at the size that its images are resized to, as far as shapes alone tell.
+
+    Args:
+        loaded: The network, with the size.
+        images: Of a batch.
+        chosen: The user gave the size: how long it takes is for them to know.
+
+    Raises:
+        UserError: A batch doesn't fit into this machine's memory, or a file asks for a size that takes hours.
+    """
+    channels, height, width = _shape(loaded)
+    pixels = height * width
+    network: Any = getattr(loaded.model, "body", loaded.model)
+    words = f"{loaded.source}: an image of {width}x{height}, as it asks for, takes"
+    try:
+        if pixels > SMALL_IMAGE and not chosen:
+            macs = count(_OnMeta(network), torch.empty(1, channels, height, width, device="meta")).macs
+            if macs > MAX_MACS:
+                raise UserError(
+                    f"{words} {macs:.1e} multiply-adds; a smaller size can be given where --img_size is one"
+                )
+        free = available_bytes() if pixels * images > SMALL else None
+        if free is not None and (needed := images * forward_bytes(network, (channels, height, width))) > free:
+            raise UserError(
+                f"{words.replace('an image', f'a batch of {images} images')} {needed / 2**30:.1f} GiB of memory or "
+                f"more, and {free / 2**30:.1f} GiB are free: smaller images or batches need less"
+            )
+    except UserError:
+        raise
+    except Exception:  # a network for one size alone, or one that looks at numbers: running it says what is wrong
+        return
+
+
+def _shape(loaded: Loaded) -> tuple[int, int, int]:
+    """Channels, height and width of what a file has images resized to; of one pixel where they keep their size."""
+    channels, height, width = loaded.preprocessing["input_size"]
+    args = loaded.info.get("task_args") or {}
+    if loaded.task == "detect":
+        height = width = min(args.get("short_side", 1), args.get("long_side", 1))
+    elif loaded.task == "segment":
+        height = width = args.get("resize") or 1
+    return channels, height, width
+
+
+class _OnMeta(nn.Module):
+    """A network on the meta device, without a copy of its weights."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._network = [network]  # not a child: its parameters stay where they are
+        state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        self._state = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+
+    def forward(self, x: Tensor) -> Any:
+        return functional_call(self._network[0], self._state, (x,))
+
+
+class _Fused(TorchFunctionMode):
+    """Attention as fused kernels compute it, without a matrix of scores; shapes alone."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention and len(args) >= 3:
+            query, _, value = args[:3]
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+class _Peak(TorchDispatchMode):
+    """Bytes of all tensors that live at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in self._known:
+                storage = tensor.untyped_storage()
+                self._known.add(key)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, key, storage.nbytes())
+        return out
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def forward_bytes(network: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Bytes that the forward pass of one image (C, H, W) holds at its peak, without weights."""
+    network = _OnMeta(network)
+    with torch.no_grad(), _Fused(), _Peak() as tracked:
+        network(torch.empty(1, *shape, device="meta"))
+    return tracked.peak
+
+
+def available_bytes() -> int | None:
+    """Memory that is free on this machine, or in the container that this is; None where that isn't known."""
+    if not sys.platform.startswith("linux"):
+        return None
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit.isdecimal():
+            found.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    except (OSError, ValueError, IndexError):
+        pass
+    return min(found, default=None)
