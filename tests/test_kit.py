@@ -117,9 +117,9 @@ ARROWS = {
     "backbone": {"attention", "blocks", "layers", "masking"},
     "text": set(),
     "report.fonts": set(),
-    "report.plots": {"report.fonts", "errors", "text"},
-    "report.page": {"text", "plain"},
-    "report.classify": {"report.page", "report.plots", "errors", "text"},
+    "report.plots": {"checkpoints.files", "report.fonts", "errors", "text"},
+    "report.page": {"checkpoints.files", "text", "plain"},
+    "report.classify": {"checkpoints.files", "report.page", "report.plots", "errors", "text"},
 }
 
 

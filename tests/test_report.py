@@ -16,6 +16,7 @@ from transcnn.errors import UserError
 from transcnn.report.classify import class_table, confused_pairs, read_history, save_figures, write_report
 from transcnn.report.plots import (
     Wrong,
+    new_figure,
     plot_classes,
     plot_confusion,
     plot_history,
@@ -308,16 +309,18 @@ def test_precision_recall() -> None:
     assert plot_precision_recall({}, "") is None
 
 
-def test_a_figure_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_a_figure_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a disk that is full half way, and where an older one lies."""
 
-    class Cut:
-        def savefig(self, path: Path, format: str) -> None:
-            path.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
+    write = Path.write_bytes
+
+    def cut(path: Path, content: bytes) -> None:
+        write(path, bytes(content)[: len(content) // 2])
+        raise OSError(28, "No space left on device")
 
     (tmp_path / "old.png").write_bytes(b"whole")
+    monkeypatch.setattr(Path, "write_bytes", cut)
     for name in ("old.png", "new.png"):
         with pytest.raises(UserError, match=f"can't write .*{name}: No space left"):
-            save_figures(tmp_path, {name: Cut}, NAMES)
+            save_figures(tmp_path, {name: lambda: new_figure(1, 1)}, NAMES)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("old.png", b"whole")]

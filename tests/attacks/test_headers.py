@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 from refusal import refused
 from safetensors.numpy import save
+from torch import nn
 
 import fuzz
+from transcnn.checkpoints import memory
 from transcnn.checkpoints.arguments import ARGUMENTS, check_model_args
 from transcnn.checkpoints.loading import data_config_of, load, save_weights
 from transcnn.commands.demo import demo
@@ -168,11 +170,44 @@ def test_no_command_does_more(sealed, command, name):
         "predict": lambda: predict(path, [image], quiet=True),
         "explain": lambda: explain(path, image, out="out.png", quiet=True),
         "export": lambda: export(path, out="out.onnx", quiet=True),
-        "demo": lambda: demo(path, port=0, quiet=True),
+        "demo": lambda: demo(path, quiet=True),
         "init_from": lambda: train(data, init_from=path, out="run", **quick),
         "distill": lambda: train(data, out="run", distill=Distill(distill_from=path), **quick),
     }
     refused(actions[command], seconds=20 if command in ("demo", "init_from", "distill") else 1)
+
+
+@pytest.mark.parametrize("size", [[3, 8192, 8192], "memory"])
+def test_a_size_that_takes_hours_or_all_memory_is_refused_before_it_is_tried(sealed, monkeypatch, size):
+    """A small file whose header asks for large images, on a network whose cost grows with the square of the pixels."""
+    if size == "memory":
+        size = [3, 2048, 2304]
+        monkeypatch.setattr(memory, "available_bytes", lambda: 90 << 20)  # the input alone takes 54 MiB, and so on
+    args = {"grid_sizes": None, "pool_ratios": None} if size[1] == 8192 else {}
+    model = build_model("transcnn_test", num_classes=2, **args).eval()
+    path, image = "x.safetensors", "photos/a/0.png"
+    save_weights(Path(path), model, {**INFO, "model_args": args, "data_config": {**CONFIG, "input_size": size}})
+    for name in ("photos/a", "photos/b"):
+        Path(name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(f"{name}/0.png")
+    words = f"an image of {size[2]}x{size[1]}, .* multiply-adds" if size[1] == 8192 else "GiB of memory or more"
+    refused(lambda: predict(path, [image], quiet=True), words, seconds=4)
+    refused(lambda: evaluate(path, "photos", quiet=True), words, seconds=4)
+    refused(lambda: explain(path, image, out="out.png", quiet=True), words, seconds=4)
+    refused(lambda: export(path, out="out.onnx", quiet=True), words, seconds=4)
+    refused(lambda: demo(path, quiet=True), words, seconds=20)
+    monkeypatch.setattr(memory, "available_bytes", lambda: None)
+    assert predict(path, [image], img_size=32, quiet=True)[0]["top"]
+
+
+def test_the_memory_of_a_forward_pass_is_near_what_it_takes():
+    """By its shapes alone: of known networks, the tensors that live at the same time."""
+    shape = (3, 64, 64)
+    relu = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    maps = 8 * 64 * 64 * 4
+    assert memory.forward_bytes(relu, shape) == 2 * maps + 3 * 64 * 64 * 4  # the input, and ReLU's two sides
+    small, large = (memory.forward_bytes(build_model("transcnn_test"), (3, side, side)) for side in (256, 1024))
+    assert 15 < large / small < 17  # fused attention keeps no scores
 
 
 def test_what_the_package_writes_may_be_read():

@@ -128,7 +128,8 @@ def limit(megabytes: int) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "models"])  # which needs none
 def test_little_memory(name, images, run, tmp_path):
     """oneDNN itself reads from address 0 where it finds none (PyTorch's SIGSEGV); everything else is told."""
     refused = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoints.files import atomic_write, check_writable
+from ..checkpoints.files import check_writable
 from ..data.images import BrokenImage, read_image
 from ..data.paths import StrPath, as_text
 from ..errors import MAX_SIDE, UserError, check_range, require
@@ -52,7 +52,7 @@ def explain(
     from ..distributed.runtime import quiet_libraries
     from ..explain.figure import draw
     from ..explain.image import explain_image
-    from ..report.plots import style
+    from ..report.plots import save_figure, style
 
     target = Path(out) if out else Path(f"{Path(image).stem}_explain.png")
     if target.suffix.lower() not in (".png", ".pdf", ".svg"):
@@ -70,7 +70,7 @@ def explain(
     explanation = explain_image(loaded, pixels, place, class_name, head)
     with style([explanation.class_name, *(name for name, _ in explanation.top)]):
         figure = draw(explanation)
-        atomic_write(target, lambda path: figure.savefig(path, format=target.suffix[1:].lower()))
+        save_figure(figure, target)
     if not quiet:
         print(f"written: {printable(target)}")
     return str(target)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.files import atomic_write
-from ..report.plots import BLUE, GREY, ORANGE, draw_bars, new_figure, style
+from ..report.plots import BLUE, GREY, ORANGE, draw_bars, new_figure, save_figure, style
 
 __all__ = ["draw"]
 
@@ -34,7 +32,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         figure = new_figure(8.5, max(3.5, 0.27 * len(done) + 1.2) * len(panels))
         for panel, axes in zip(panels, figure.subplots(len(panels), 1, squeeze=False)[:, 0], strict=True):
             panel(axes, done)
-        atomic_write(path, partial(figure.savefig, format=path.suffix[1:]))
+        save_figure(figure, path)
 
 
 def _speed(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,17 @@ import numpy as np
 from ..checkpoints.files import atomic_write
 from ..errors import UserError, require
 from .page import MAX_ROWS, facts_of, heading, html_page, html_table, percent, skipped_files, write_rows
-from .plots import Wrong, plot_classes, plot_confusion, plot_history, plot_images, plot_pairs, plot_wrong, style
+from .plots import (
+    Wrong,
+    plot_classes,
+    plot_confusion,
+    plot_history,
+    plot_images,
+    plot_pairs,
+    plot_wrong,
+    save_figure,
+    style,
+)
 
 __all__ = ["Wrong", "class_table", "confused_pairs", "read_history", "write_report"]
 
@@ -82,7 +91,7 @@ def save_figures(folder: Path, figures: Mapping[str, Any], texts: Sequence[str])
             if figure is None:  # nothing to show; no older figure may stand for it
                 (folder / file).unlink(missing_ok=True)
             else:
-                atomic_write(folder / file, partial(figure.savefig, format=Path(file).suffix[1:]))
+                save_figure(figure, folder / file)
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------

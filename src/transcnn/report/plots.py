@@ -6,6 +6,7 @@ style and lightness differ as well. Class names that are too long are cut in the
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import re
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ..checkpoints.files import atomic_write
 from ..text import printable
 from .fonts import font_families
 
@@ -42,6 +44,7 @@ __all__ = [
     "plot_pairs",
     "plot_precision_recall",
     "plot_wrong",
+    "save_figure",
     "style",
 ]
 
@@ -94,6 +97,13 @@ def style(texts: Iterable[str] = ()) -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as its file's name ends (.png, .pdf, .svg), whole or not at all; raises UserError."""
+    buffer = io.BytesIO()  # drawn in memory: matplotlib fails in odd ways where the disk is full half way
+    figure.savefig(buffer, format=path.suffix[1:].lower())
+    atomic_write(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
 def new_figure(width: float, height: float, layout: str = "constrained") -> Figure:

@@ -97,8 +97,11 @@ def new_run_dir(out: str | os.PathLike[str] | None, model: str, data: str, lock:
             lock.acquire(path)
         if path.is_dir() and any(path.iterdir()) and not (restarts() and made_by_this_launch(path)):
             raise UserError(f"the run directory {path} is not empty; give another --out, or go on with --resume {path}")
-        (path / ".probe").write_bytes(b"\0" * 4096)
-        (path / ".probe").unlink()
+        probe = path / ".probe"
+        try:
+            probe.write_bytes(b"\0" * 4096)
+        finally:
+            probe.unlink(missing_ok=True)
         if launch_name():
             (path / LAUNCH).write_text(launch_name(), encoding="utf-8")
     except OSError as error:
