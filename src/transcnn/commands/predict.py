@@ -101,6 +101,10 @@ def predict(
         known = ", ".join(predictor.class_names)
         print(f"The packaged network knows ten classes: {known}.", file=sys.stderr)
     predictor.resize_input(img_size)
+    if predictor.model is not None:  # not an ONNX file, for which torch needn't be there
+        from ..checkpoints.memory import check_forward
+
+        check_forward(predictor, min(batch_size, len(files)), chosen=img_size is not None)  # pyright: ignore
     predictor.check_min_score(min_score)
     dense = predictor.task in DENSE
     folder = OutputFolder(Path(out), files, coco=predictor.task == "detect") if dense else None
