@@ -21,6 +21,7 @@ from timm.layers import (
     ClassifierHead,
     calculate_drop_path_rates,
     get_act_layer,
+    get_device_dtype,
     is_scriptable,
     trunc_normal_,
     use_fused_attn,
@@ -242,10 +243,16 @@ class TransCNN(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages after the last of ``indices`` (and the head), and return the indices (timm's interface)."""
+        """Drop the stages after the last of ``indices``, and return the indices (timm's interface).
+
+        The head goes as well, where stages go or ``prune_head`` says so; :meth:`reset_classifier` makes another.
+        """
         wanted = _stage_indices(indices, len(self.stages))
+        shorter = max(wanted) + 1 < len(self.stages)
         self.stages = self.stages[: max(wanted) + 1]
-        if prune_head:
+        if shorter:
+            self.num_features = self.feature_info[max(wanted)]["num_chs"]
+        if prune_head or shorter:  # a head for the last stage's channels fits no other's
             self.reset_classifier(0, "")
         return wanted
 
@@ -254,10 +261,10 @@ class TransCNN(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head for ``num_classes`` (0 for none), with another pooling if given."""
+        """A fresh head for ``num_classes`` (0 for none), on the network's device, with another pooling if given."""
         _check_head(num_classes, self.head.global_pool.pool_type if global_pool is None else global_pool)
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
