@@ -17,9 +17,12 @@ import fuzz
 import transcnn
 from transcnn.checkpoints.hub import save_pretrained
 from transcnn.checkpoints.loading import load
+from transcnn.commands.evaluate import evaluate
 from transcnn.commands.predict import predict
 from transcnn.commands.train import train
 from transcnn.plugging.plug import plug
+from transcnn.settings import TrainSettings
+from transcnn.training.resume import resumed_settings
 
 pytestmark = pytest.mark.usefixtures("sealed")
 
@@ -184,6 +187,37 @@ def test_a_run_that_is_resumed(run, sealed, name):
     info = {**run["transcnn"], **header}
     torch.save({**run, "transcnn": {**info, "settings": {**info["settings"], **settings}}}, "x.ckpt")
     refused(lambda: train(resume="x.ckpt", epochs=2, out="again", quiet=True), seconds=5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "http://198.51.100.1/photos",
+        "HTTPS://198.51.100.1/photos.parquet",
+        "s3://evil/photos",
+        "hf://datasets/evil/evil",
+        "hfds/evil/evil",
+        "torch/mnist:/home/victim",
+    ],
+)
+def test_what_a_run_names_elsewhere_is_not_fetched(run, sealed, name):
+    """Neither to go on with it nor to score it, unless the command line names it, too."""
+    info = run["transcnn"]
+    settings = {**info["settings"], "data": name}
+    torch.save({**run, "transcnn": {**info, "settings": settings}}, "x.ckpt")
+    words = f"names data from elsewhere, {name!r}; if that may be fetched, give it"
+    refused(lambda: train(resume="x.ckpt", epochs=2, out="again", quiet=True), words, seconds=5)
+    refused(lambda: evaluate("x.ckpt", quiet=True), words, seconds=5)
+    given = TrainSettings(data=name, resume="x.ckpt", origins={"data": "the command line"})
+    assert resumed_settings(given, Path("x.ckpt")).data == name
+
+
+@pytest.mark.parametrize("name", ["hf-hub:evil/evil", "https://198.51.100.1/x.safetensors"])
+def test_a_teacher_that_a_run_names_elsewhere_is_not_fetched(run, sealed, name):
+    info = run["transcnn"]
+    settings = {**info["settings"], "distill": {**info["settings"]["distill"], "distill_from": name}}
+    torch.save({**run, "transcnn": {**info, "settings": settings}}, "x.ckpt")
+    refused(lambda: train(resume="x.ckpt", epochs=2, out="again", quiet=True), "distill_from from elsewhere", seconds=5)
 
 
 def test_a_run_is_resumed_without_what_it_began_from(run):

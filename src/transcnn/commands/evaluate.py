@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ..checkpoints.files import make_folder
 from ..checkpoints.loading import Loaded, load
 from ..checkpoints.memory import check_forward
-from ..data.paths import StrPath, as_text
+from ..data.paths import StrPath, as_text, is_fetched
 from ..distributed.processes import first_decides, first_here, gather_lists, launch, rank, world
 from ..distributed.runtime import PRECISIONS, check_accelerator, choose_precision, quiet_libraries
 from ..errors import MAX_SEED, MAX_SIDE, UserError, check_range
@@ -104,6 +104,11 @@ def evaluate(
         loaded.info["task_args"] = {**(loaded.info.get("task_args") or {}), **views}
         trained = loaded.info.get("settings") or {}
         chosen: str | None = trained["data"] if data is None and "data" in trained else as_text(data)
+        if data is None and chosen is not None and is_fetched(chosen):
+            raise UserError(
+                f"{loaded.source} names data from elsewhere, {chosen!r}; if that may be fetched, give it: "
+                f"transcnn eval {checkpoint} {chosen}"
+            )
         _set_table(loaded, images, target, learnt_from="data" in trained and _same(chosen, trained["data"]))
         part = first_here(
             lambda: _open(

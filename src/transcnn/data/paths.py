@@ -12,7 +12,7 @@ from typing import TypeAlias, overload
 from ..errors import UserError
 from .images import list_images
 
-__all__ = ["StrPath", "as_text", "check_data_exists", "find_images", "is_url"]
+__all__ = ["StrPath", "as_text", "check_data_exists", "find_images", "is_fetched", "is_url"]
 
 StrPath: TypeAlias = str | os.PathLike[str]
 
@@ -33,6 +33,14 @@ def is_url(data: str) -> bool:
     """Whether this is a URL that is read here."""
     scheme = re.match(r"(\w+)://", data)
     return bool(scheme) and scheme.group(1).lower() in SCHEMES
+
+
+def is_fetched(name: str) -> bool:
+    """Whether data or a network of this name comes from elsewhere: a URL, ``hfds/``, ``torch/``, a repository."""
+    if is_url(name):
+        return True
+    elsewhere = name.partition("/")[0].lower() in ("torch", "hfds") or re.match(r"hf[-_]hub:", name.lower())
+    return bool(elsewhere) and not os.path.exists(name)
 
 
 def find_images(names: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from ..checkpoints.bounded import registered
 from ..checkpoints.files import remove_stale_temporaries
 from ..checkpoints.header import check_header
 from ..checkpoints.loading import read_info
+from ..data.paths import is_fetched
 from ..distributed.processes import gather, rank, restarts, world
 from ..errors import UserError
 from ..settings import TrainSettings
@@ -99,12 +100,23 @@ def resumed_settings(given: TrainSettings, checkpoint: Path) -> TrainSettings:
         saved = read_settings(values)
     except UserError as error:
         raise UserError(f"{checkpoint} is damaged: {error}") from error
+    _refuse_to_fetch(given, saved, checkpoint)
     changed = PRESENT | {name for name in given.origins if name in FREE}
     for name in given.origins:
         if name.partition(".")[0] not in changed and (now := given.value_of(name)) != (then := saved.value_of(name)):
             raise UserError(f"a resumed run keeps its settings: {name} is {_short(then)} there, got {_short(now)}")
     origins = {item.name: str(checkpoint) for item in fields(saved)} | {name: given.origin_of(name) for name in changed}
     return replace(saved, origins=origins, **{name: getattr(given, name) for name in changed})
+
+
+def _refuse_to_fetch(given: TrainSettings, saved: TrainSettings, checkpoint: Path) -> None:
+    """A run may be anybody's: what it names is fetched from elsewhere only if the user names it, too."""
+    for name, value in (("data", saved.data), ("distill.distill_from", saved.distill.distill_from)):
+        if value and is_fetched(value) and name not in given.origins:
+            raise UserError(
+                f"{checkpoint} names {name} from elsewhere, {value!r}; if that may be fetched, give it again: "
+                f"transcnn train --resume {checkpoint.parent} --{name} {value}"
+            )
 
 
 def located(s: TrainSettings) -> TrainSettings:
