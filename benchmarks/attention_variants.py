@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from transcnn import HMHSA, TransCNN
 from transcnn.attention import LocalStep, global_attention, merge
-from transcnn.backbone import NORM_LAYERS, _init_weights
+from transcnn.backbone import _init_weights, norm_layers
 
 VARIANTS: dict[str, str] = {
     "none": "no attention: inverted residuals alone",
@@ -93,7 +93,7 @@ def attention_host(
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     model = create_model(host, **kwargs)
     assert isinstance(model, TransCNN)
-    norm = NORM_LAYERS["batchnorm2d"]
+    norm = norm_layers()["batchnorm2d"]
     for info, stage in zip(model.feature_info, model.stages, strict=True):
         for i, block in enumerate(stage.blocks):  # pyright: ignore
             block.attn = exchanged(variant, block.attn, max(1, side // info["reduction"]), i, norm)

@@ -27,7 +27,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .masking import check_mask, keep_real, never_none, normalise
+from .masking import check_mask, keep_real, never_none, normalise, unless_traced
 
 __all__ = ["HMHSA", "HMHSA1d", "HMHSA2d", "HMHSA3d", "LocalStep", "default_head_dim"]
 
@@ -129,7 +129,7 @@ class HMHSA(nn.Module):
         torch.fx traces takes no mask.
         """
         _check_input(x, self.dim, self.ndim, mask)
-        mask = None if isinstance(mask, torch.fx.Proxy) else mask
+        mask = unless_traced(mask)
         x = keep_real(x, mask)
         if not self.local:
             q, k, v = self.qkv(normalise(self.norm, x, mask)).chunk(3, dim=1)
@@ -208,7 +208,7 @@ class LocalStep(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, C, *S) -> (B, C, *S), given which positions are real, (B, 1, *S)."""
-        mask = None if isinstance(mask, torch.fx.Proxy) else mask
+        mask = unless_traced(mask)
         qkv = self.qkv(normalise(self.norm, x, mask))
         out = grid_attention(qkv, self.head_dim, self.grid_size, self.fused_attn, mask)
         return normalise(self.grid_norm, x + out, mask)
@@ -337,6 +337,11 @@ def merge_real(x: Tensor, ratio: Size, mask: Tensor) -> tuple[Tensor, Tensor]:
     share = merge(mask.to(torch.promote_types(x.dtype, torch.float32)), ratio)  # of each patch that is real
     tokens = merge(keep_real(x, mask), ratio) / share.masked_fill(share == 0, 1)
     return tokens.to(x.dtype), share > 0
+
+
+def coarser(mask: Tensor, stride: Size) -> Tensor:
+    """Which patches of ``stride`` hold a real position, (B, 1, H, W) -> (B, 1, ⌈H/s⌉, ⌈W/s⌉)."""
+    return merge(mask.float(), stride) > 0
 
 
 def spread(x: Tensor, ratio: Size, like: Tensor) -> Tensor:

@@ -28,18 +28,24 @@ from timm.layers import (
 )
 from torch import Tensor, nn
 
-from .attention import HMHSA
+from .attention import BATCH_NORMS, CONVS, HMHSA, SIZES, HMHSA1d, HMHSA3d, Size, coarser
 from .blocks import Block, ConvDownsample, DualDownsample, InvertedResidual, Stage, Stem, dilate
+from .masking import check_mask, keep_real, unless_traced
 
-__all__ = ["NORM_LAYERS", "TransCNN"]
+__all__ = ["TransCNN", "norm_layers"]
 
-NORM_LAYERS: dict[str, Callable[..., nn.Module]] = {
-    "batchnorm2d": nn.BatchNorm2d,
-    "groupnorm1": partial(nn.GroupNorm, 1, eps=1e-6),
-}
+ATTENTIONS = {1: HMHSA1d, 2: HMHSA, 3: HMHSA3d}
 POOLS = ("avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax", "")
+AVERAGES = ("avg", "fast", "fastavg", "")
 STEM_STRIDES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}  # of the stem's two convolutions
-Levels = int | Sequence[int]  # one stage's grid sizes or pool ratios: a number a level; none means plain attention
+# One stage's grid sizes or pool ratios: an entry a level, a number or one for each dimension; none is plain attention.
+Levels = int | Sequence[Size]
+
+
+def norm_layers(ndim: int = 2) -> dict[str, Callable[[int], nn.Module]]:
+    """The norms by name, for maps of so many dimensions; ``batchnorm`` is that of any."""
+    group = partial(nn.GroupNorm, 1, eps=1e-6)
+    return {f"batchnorm{ndim}d": BATCH_NORMS[ndim], "groupnorm1": group, "batchnorm": BATCH_NORMS[ndim]}
 
 
 class TransCNN(nn.Module):
@@ -62,17 +68,19 @@ class TransCNN(nn.Module):
         kernel_sizes: Side of the depthwise convolutions.
         head_dim: Channels of one attention head, for all stages or each; must divide ``dims``.
         grid_sizes: Side of the grids, for each stage a number a level (an int stands for one level);
-            an empty tuple or None means plain attention.
+            an empty tuple or None means plain attention. A tuple in the place of a number holds one for each dimension.
         pool_ratios: Side of the merged patches, in the same form; levels that the stage lacks grids for are ignored
             where the ratio is 1.
         design: ``transcnn`` or ``hatnet``: order of layers in the inverted residual, kind of downsampling.
         stem_width: Channels of the stem's first convolution.
         stem_stride: 4 as published; 2 or 1 for small images.
-        norm_layer: ``batchnorm2d`` (TransCNN), ``groupnorm1`` (HAT-Net), or anything that makes a layer from a
-            number of channels.
+        norm_layer: ``batchnorm`` (TransCNN; also ``batchnorm2d``, or as many dimensions as there are),
+            ``groupnorm1`` (HAT-Net), or anything that makes a layer from a number of channels.
         act_layer: timm's name of the activation.
         drop_rate: Dropout before the head's linear layer.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
+        ndim: 2 for images; 1 for sequences (B, ``in_chans``, L), 3 for volumes or video (B, ``in_chans``, D, H, W),
+            whose stages are never dilated: leave ``output_stride`` as it is.
         device, dtype: Where and as what the parameters are made.
 
     Raises:
@@ -97,10 +105,11 @@ class TransCNN(nn.Module):
         design: str = "transcnn",
         stem_width: int = 16,
         stem_stride: int = 4,
-        norm_layer: str | Callable[[int], nn.Module] = "batchnorm2d",
+        norm_layer: str | Callable[[int], nn.Module] = "batchnorm",
         act_layer: str = "silu",
         drop_rate: float = 0.2,
         drop_path_rate: float = 0.0,
+        ndim: int = 2,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -126,10 +135,14 @@ class TransCNN(nn.Module):
             design=design,
             stem_stride=stem_stride,
             output_stride=output_stride,
+            ndim=ndim,
         )
+        if ndim != 2:
+            output_stride = stem_stride * 2**stages
         _check_head(num_classes, global_pool)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        make_norm = NORM_LAYERS[norm_layer] if isinstance(norm_layer, str) else norm_layer
+        make_norm = norm_layers(ndim)[norm_layer] if isinstance(norm_layer, str) else norm_layer
+        conv = CONVS[ndim]
 
         def norm(channels: int) -> nn.Module:
             return make_norm(channels).to(**dd)
@@ -141,12 +154,12 @@ class TransCNN(nn.Module):
             if i == 0:
                 return nn.Identity()
             if design == "hatnet":
-                return ConvDownsample(dims[i - 1], dims[i], norm_layer=norm, **dd)
-            return DualDownsample(dims[i - 1], dims[i], norm_layer=norm, act_layer=act, **dd)
+                return ConvDownsample(dims[i - 1], dims[i], norm_layer=norm, ndim=ndim, **dd)
+            return DualDownsample(dims[i - 1], dims[i], norm_layer=norm, act_layer=act, ndim=ndim, **dd)
 
         def block(i: int, drop_path: float) -> Block:
             grids = _levels(grid_sizes[i])
-            attn = HMHSA(
+            attn = ATTENTIONS[ndim](
                 dims[i],
                 head_dim=head_dims[i],
                 grid_sizes=grids,
@@ -162,21 +175,23 @@ class TransCNN(nn.Module):
                 pre_norm=design == "hatnet",
                 norm_layer=norm,
                 act_layer=act,
+                ndim=ndim,
                 **dd,
             )
             return Block(attn, irb, drop_path, proj_norm=norm(dims[i]) if design == "hatnet" else None)
 
         strides = STEM_STRIDES[stem_stride]
         self.stem = Stem(
-            nn.Conv2d(in_chans, stem_width, 3, stride=strides[0], padding=1, **dd),
+            conv(in_chans, stem_width, 3, stride=strides[0], padding=1, **dd),
             norm(stem_width),
             act(),
-            nn.Conv2d(stem_width, dims[0], 3, stride=strides[1], padding=1, **dd),
+            conv(stem_width, dims[0], 3, stride=strides[1], padding=1, **dd),
         )
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.stages = nn.Sequential(
             *(Stage(downsample(i), [block(i, rate) for rate in rates[i]]) for i in range(stages))  # pyright: ignore
         )
+        self.ndim = ndim
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = dims[-1]
@@ -196,17 +211,58 @@ class TransCNN(nn.Module):
                 dilate(stage, beyond // 2)  # pyright: ignore
         self.apply(_init_weights)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images to the last stage's map, (B, in_chans, H, W) -> (B, num_features, H', W')."""
-        return self.stages(self.stem(x))
+    def forward_features(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Images to the last stage's map, (B, in_chans, H, W) -> (B, num_features, H', W').
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool and classify, (B, num_features, H', W') -> (B, num_classes), or (B, C) with ``pre_logits``."""
+        With a mask the map is zero outside of :meth:`feature_mask`.
+        """
+        mask = unless_traced(mask)
+        if mask is None:
+            return self.stages(self.stem(x))
+        check_mask(mask, x)
+        x, mask = self.stem(x, mask), self._after_stem(mask)
+        for stage in self.stages:
+            x, mask = stage(x, mask), stage.coarser(mask)  # pyright: ignore
+        return x
+
+    def _after_stem(self, mask: Tensor) -> Tensor:
+        return coarser(mask, self.feature_info[0]["reduction"])
+
+    def feature_mask(self, mask: Tensor) -> Tensor:
+        """Which positions of the last stage's map are real, (B, 1, H, W) -> (B, 1, H', W')."""
+        mask = self._after_stem(mask)
+        for stage in self.stages:
+            mask = stage.coarser(mask)  # pyright: ignore
+        return mask
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False, mask: Tensor | None = None) -> Tensor:
+        """Pool and classify, (B, num_features, H', W') -> (B, num_classes), or (B, C) with ``pre_logits``.
+
+        ``mask`` (B, 1, H', W') tells the real positions, of which alone the average is taken.
+        """
+        mask = unless_traced(mask)
+        pool = self.head.global_pool.pool_type
+        if mask is not None:
+            if pool not in AVERAGES:
+                raise ValueError(f"with a mask, global_pool must be one of {AVERAGES}, got {pool!r}")
+            share = mask.flatten(1).to(x.dtype).mean(1)  # of the positions, which an average over all divides by
+            share = share.masked_fill(share == 0, 1) if pool else torch.ones_like(share)
+            x = keep_real(x, mask) / share.view(-1, *(1,) * (x.ndim - 1))
+        if self.ndim != 2 and pool:
+            x = x.flatten(2)[..., None]  # (B, C, N, 1), which pools to the same
         return self.head(x, pre_logits=pre_logits)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, in_chans, H, W) -> (B, num_classes).
+
+        ``mask`` (B, 1, H, W), bool, is true at real positions, where items of several sizes are filled up to one. Each
+        item's answer then is its answer without padding (where BatchNorms train: with the batch's statistics, which are
+        those of real positions).
+        """
+        mask = unless_traced(mask)
+        if mask is None:
+            return self.forward_head(self.forward_features(x))
+        return self.forward_head(self.forward_features(x, mask), mask=self.feature_mask(mask))
 
     def forward_intermediates(
         self,
@@ -288,7 +344,7 @@ class TransCNN(nn.Module):
         return set()
 
 
-def _levels(sizes: Levels | None) -> tuple[int, ...]:
+def _levels(sizes: Levels | None) -> tuple[Size, ...]:
     return (sizes,) if isinstance(sizes, int) else tuple(sizes or ())
 
 
@@ -304,7 +360,7 @@ def _stage_indices(indices: int | Sequence[int] | None, stages: int) -> list[int
 
 def _init_weights(module: nn.Module) -> None:
     """Truncated normal of standard deviation 0.02, biases 0; norms keep PyTorch's 1 and 0."""
-    if isinstance(module, nn.Conv2d | nn.Linear):
+    if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -319,12 +375,20 @@ def _check_arguments(
     in_chans: int,
     **one_of: Any,
 ) -> None:
-    choices = {"design": ("transcnn", "hatnet"), "stem_stride": tuple(STEM_STRIDES), "output_stride": (8, 16, 32)}
+    choices = {
+        "design": ("transcnn", "hatnet"),
+        "stem_stride": tuple(STEM_STRIDES),
+        "output_stride": (8, 16, 32),
+        "ndim": tuple(SIZES),
+    }
     for name, value in one_of.items():
         if value not in choices[name]:
             raise ValueError(f"{name} must be one of {choices[name]}, got {value!r}")
-    if isinstance(norm_layer, str) and norm_layer not in NORM_LAYERS:
-        raise ValueError(f"norm_layer must be one of {tuple(NORM_LAYERS)} or a callable, got {norm_layer!r}")
+    if one_of["ndim"] != 2 and one_of["output_stride"] != 32:
+        raise ValueError(f"output_stride must be 32 where ndim={one_of['ndim']}, got {one_of['output_stride']}")
+    norms = norm_layers(one_of["ndim"])
+    if isinstance(norm_layer, str) and norm_layer not in norms:
+        raise ValueError(f"norm_layer must be one of {tuple(norms)} or a callable, got {norm_layer!r}")
     try:
         get_act_layer(act_layer)
     except KeyError:

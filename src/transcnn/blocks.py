@@ -1,11 +1,15 @@
 """What a stage of TransCNN and HAT-Net is made of: blocks, and the downsampling before them.
 
-All take and give maps (B, C, H, W). Letters as in :mod:`transcnn.attention`.
+All take and give maps (B, C, H, W), or sequences (B, C, L) or volumes (B, C, D, H, W) where ``ndim`` is 1 or 3, and,
+where items of several sizes are filled up to one, which positions of those are real, (B, 1, H, W). Padding is zero
+before every convolution that mixes positions, and enters no statistics and no maximum. Letters as in
+:mod:`transcnn.attention`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +18,11 @@ from timm.layers import DropPath
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
-from .attention import HMHSA
+from .attention import CONVS, HMHSA, coarser
 from .layers import strided
+from .masking import keep_real, normalise, unless_traced
+
+MAX_POOLS: dict[int, Any] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 
 __all__ = ["Block", "ConvDownsample", "DualDownsample", "InvertedResidual", "Stage", "Stem", "dilate"]
 
@@ -27,12 +34,22 @@ class Stem(nn.Sequential):
     four pixels wide.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, in_chans, H, W) -> (B, C, H', W')."""
-        x = input
+        x, mask = input, unless_traced(mask)
+        if mask is not None:
+            return self._masked(x, mask)
         for layer in self:
             x = strided(layer, x)
         return x
+
+    def _masked(self, x: Tensor, mask: Tensor) -> Tensor:
+        for layer in self:
+            if isinstance(layer, nn.modules.conv._ConvNd):
+                x, mask = strided(layer, keep_real(x, mask)), coarser(mask, layer.stride)
+            else:
+                x = normalise(layer, x, mask)
+        return keep_real(x, mask)
 
 
 class InvertedResidual(nn.Module):
@@ -51,13 +68,14 @@ class InvertedResidual(nn.Module):
         pre_norm: bool,
         norm_layer: Callable[[int], nn.Module],
         act_layer: Callable[[], nn.Module],
+        ndim: int = 2,
         **dd: Any,
     ) -> None:
         super().__init__()
-        hidden = dim * expansion
-        expand = nn.Conv2d(dim, hidden, 1, bias=False, **dd)
-        depthwise = nn.Conv2d(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden, bias=False, **dd)
-        project = nn.Conv2d(hidden, dim, 1, bias=False, **dd)
+        hidden, conv = dim * expansion, CONVS[ndim]
+        expand = conv(dim, hidden, 1, bias=False, **dd)
+        depthwise = conv(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden, bias=False, **dd)
+        project = conv(hidden, dim, 1, bias=False, **dd)
         if pre_norm:
             self.conv1 = nn.Sequential(norm_layer(dim), expand, act_layer())
             self.conv2 = nn.Sequential(depthwise, act_layer())
@@ -66,9 +84,16 @@ class InvertedResidual(nn.Module):
             self.conv2 = nn.Sequential(depthwise, norm_layer(hidden), act_layer())
         self.conv3 = nn.Sequential(project, norm_layer(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        return self.conv3(self.conv2(self.conv1(x)))
+        mask = unless_traced(mask)
+        if mask is None:
+            return self.conv3(self.conv2(self.conv1(x)))
+        for layers in (self.conv1, self.conv2, self.conv3):
+            for layer in layers:
+                x = normalise(layer, x, mask)
+            x = keep_real(x, mask)
+        return x
 
 
 class Block(nn.Module):
@@ -89,10 +114,14 @@ class Block(nn.Module):
         if proj_norm is not None:
             self.proj_norm = _as_buffers(proj_norm)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        x = x + self.drop_path(self.attn(x))
-        return x + self.drop_path(self.irb(x))
+        mask = unless_traced(mask)
+        if mask is None:
+            x = x + self.drop_path(self.attn(x))
+            return x + self.drop_path(self.irb(x))
+        x = x + self.drop_path(self.attn(x, mask))
+        return x + self.drop_path(self.irb(x, mask))
 
 
 def _as_buffers(module: nn.Module) -> nn.Module:
@@ -106,14 +135,20 @@ def _as_buffers(module: nn.Module) -> nn.Module:
 class ConvDownsample(nn.Module):
     """HAT-Net's downsampling: conv3x3/2, norm; (B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
 
-    def __init__(self, in_chs: int, out_chs: int, *, norm_layer: Callable[[int], nn.Module], **dd: Any) -> None:
+    def __init__(
+        self, in_chs: int, out_chs: int, *, norm_layer: Callable[[int], nn.Module], ndim: int = 2, **dd: Any
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_chs, out_chs, 3, stride=2, padding=1, **dd)
+        self.conv = CONVS[ndim](in_chs, out_chs, 3, stride=2, padding=1, **dd)
         self.norm = norm_layer(out_chs)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
-        return self.norm(strided(self.conv, x))
+        mask = unless_traced(mask)
+        if mask is None:
+            return self.norm(strided(self.conv, x))
+        real = coarser(mask, self.conv.stride)
+        return keep_real(normalise(self.norm, strided(self.conv, x), real), real)
 
 
 class DualDownsample(nn.Module):
@@ -126,24 +161,34 @@ class DualDownsample(nn.Module):
         *,
         norm_layer: Callable[[int], nn.Module],
         act_layer: Callable[[], nn.Module],
+        ndim: int = 2,
         **dd: Any,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_chs, out_chs, 3, stride=2, padding=1, **dd)
+        self.conv = CONVS[ndim](in_chs, out_chs, 3, stride=2, padding=1, **dd)
         self.norm1 = norm_layer(out_chs)
-        self.pool: nn.Module = nn.MaxPool2d(2, ceil_mode=True)  # rounds odd sizes up, as the strided convolution does
-        self.residual = nn.Conv2d(in_chs, out_chs, 1, **dd)
+        self.pool: nn.Module = MAX_POOLS[ndim](
+            2, ceil_mode=True
+        )  # rounds odd sizes up, as the strided convolution does
+        self.residual = CONVS[ndim](in_chs, out_chs, 1, **dd)
         self.norm2 = norm_layer(out_chs)
         self.act = act_layer()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
-        return self.act(self.norm1(strided(self.conv, x)) + self.norm2(self.residual(self._pooled(x))))
+        mask = unless_traced(mask)
+        if mask is None:
+            return self.act(self.norm1(strided(self.conv, x)) + self.norm2(self.residual(self._pooled(x))))
+        real = coarser(mask, self.conv.stride)
+        pooled = keep_real(self._pooled(x.masked_fill(~mask, -torch.inf)), real)
+        y = normalise(self.norm1, strided(self.conv, x), real) + normalise(self.norm2, self.residual(pooled), real)
+        return keep_real(self.act(y), real)
 
     def _pooled(self, x: Tensor) -> Tensor:
-        if type(self.pool) is nn.MaxPool2d and torch.compiler.is_exporting():
+        if type(self.pool) in MAX_POOLS.values() and torch.compiler.is_exporting():
             # The same for exported graphs: OpenVINO refuses to pool a map of one row or column.
-            return F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-torch.inf), 2)
+            ndim = x.ndim - 2
+            return MAX_POOLS[ndim](2)(F.pad(x, (0, 1) * ndim, value=-torch.inf))
         return self.pool(x)
 
 
@@ -174,9 +219,26 @@ class Stage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.grad_checkpointing = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def coarser(self, mask: Tensor) -> Tensor:
+        """Which positions of this stage's map are real, given those of its input's."""
+        conv = getattr(self.downsample, "conv", None)  # the first stage has none
+        return mask if conv is None else coarser(mask, conv.stride)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
+        mask = unless_traced(mask)
+        if mask is not None:
+            return self._masked(x, mask)
         x = self.downsample(x)
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
+
+    def _masked(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.downsample(x) if isinstance(self.downsample, nn.Identity) else self.downsample(x, mask)
+        blocks = [partial(block, mask=self.coarser(mask)) for block in self.blocks]
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint_seq(blocks, x)
+        for block in blocks:
+            x = block(x)
+        return x

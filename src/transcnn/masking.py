@@ -7,9 +7,15 @@ A mask is (B, 1, *S), bool, for maps (B, C, *S), S being L, or H, W, or D, H, W.
 from __future__ import annotations
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
-__all__ = ["check_mask", "keep_real", "never_none", "normalise"]
+__all__ = ["check_mask", "keep_real", "never_none", "normalise", "unless_traced"]
+
+
+def unless_traced(mask: Tensor | None) -> Tensor | None:
+    """``mask``; None where torch.fx traces, which gives every argument a stand-in: what it traces takes no mask."""
+    return None if isinstance(mask, torch.fx.Proxy) else mask
 
 
 def keep_real(x: Tensor, mask: Tensor | None) -> Tensor:

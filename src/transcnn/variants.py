@@ -1,4 +1,4 @@
-"""The networks by name: TransCNN's and HAT-Net's published sizes, and three of ours.
+"""The networks by name: TransCNN's and HAT-Net's published sizes, and five of ours.
 
 Importing this module registers every name of ``VARIANTS`` with timm, so ``timm.create_model`` knows them.
 """
@@ -64,6 +64,35 @@ VARIANTS: dict[str, dict[str, Any]] = {
         stem_width=8,
         grid_sizes=(4, 4, 2, None),
         pool_ratios=(4, 2, 2, None),
+        drop_rate=0.0,
+    ),
+}
+
+# Ours for sequences and volumes. timm's registry doesn't hold them: its networks take images.
+VARIANTS_ND: dict[str, dict[str, Any]] = {
+    "transcnn1d_nano": dict(
+        ndim=1,
+        in_chans=1,
+        dims=(24, 48, 64, 96, 128),
+        depths=(1, 1, 1, 2, 2),
+        expansions=(2, 2, 2, 2, 3),
+        kernel_sizes=(9, 9, 9, 9, 9),
+        head_dim=None,
+        grid_sizes=(64, 64, 64, 64, None),
+        pool_ratios=(32, 16, 8, 4, None),
+        drop_rate=0.0,
+    ),
+    "transcnn3d_nano": dict(
+        ndim=3,
+        in_chans=1,
+        dims=(24, 48, 96),
+        depths=(1, 2, 2),
+        expansions=(2, 2, 2),
+        kernel_sizes=(3, 3, 3),
+        head_dim=None,
+        stem_stride=2,
+        grid_sizes=(4, 4, None),
+        pool_ratios=(4, 2, None),
         drop_rate=0.0,
     ),
 }
@@ -206,18 +235,28 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
 
     Args:
         name: One of :func:`list_models`, with a tag or without (``transcnn_tiny.in1k``), or whatever timm knows,
-            ``local-dir:DIRECTORY`` and ``hf-hub:ID`` included.
+            ``local-dir:DIRECTORY`` and ``hf-hub:ID`` included; or one for sequences or volumes, ``transcnn1d_nano`` or
+            ``transcnn3d_nano``, which have no published weights and one input channel unless told otherwise.
         pretrained: Load the published weights; they are downloaded once and kept in torch.hub's cache.
         kwargs: ``num_classes``, ``in_chans``, ``features_only`` and the like, and any argument of :class:`TransCNN`.
 
     Raises:
         ValueError: No such network, or an argument outside its values.
     """
+    if name in VARIANTS_ND:
+        if pretrained:
+            raise ValueError(f"there are no weights of {name}; pretrained must be False")
+        kwargs = resolve_auto(VARIANTS_ND[name], {**VARIANTS_ND[name], **kwargs}, pretrained)
+        kwargs.pop("img_size", None)  # any size works
+        return TransCNN(**kwargs)
     if ":" not in name and not is_model(name):
-        raise ValueError(f"no network is called {name!r}; this package has {', '.join(VARIANTS)}")
+        raise ValueError(f"no network is called {name!r}; this package has {', '.join((*VARIANTS, *VARIANTS_ND))}")
     return timm.create_model(name, pretrained=pretrained, **kwargs)
 
 
 def list_models() -> list[str]:
-    """The names of this package's networks; ``timm.create_model`` knows them too."""
+    """The names of this package's networks for images; ``timm.create_model`` knows them too.
+
+    :func:`create_model` also makes ``transcnn1d_nano`` for sequences and ``transcnn3d_nano`` for volumes.
+    """
     return list(VARIANTS)

@@ -95,6 +95,7 @@ ARGUMENTS: dict[str, Kind] = {
             sr_ratios init_channels initial_chs final_chs base_dim base_dims reg_tokens block_reduce_first hidden_sizes
             patch_sizes strides bn_size""",
         _levels: "grid_sizes pool_ratios",
+        _ints(1, 3, none=False): "ndim",
         _depths: "depth depths layers block_config num_blocks serial_depths parallel_depth depth_token_only",
         _ints(1, MAX_SIDE, 1): "img_size",
         _factors: """expansions expand_ratio mlp_ratio mlp_ratios width_factor width_mult depth_mult conv_ratio

@@ -26,7 +26,7 @@ from timm.layers import use_fused_attn
 from torch import Tensor, nn
 
 from ..attention import HMHSA, default_head_dim
-from ..backbone import NORM_LAYERS
+from ..backbone import norm_layers
 from ..errors import UserError
 from .places import Example, Place, call, default_levels, find, run
 
@@ -61,7 +61,7 @@ class Plug:
     hooked: bool = False  # whether a forward hook runs the branch
 
     def attention(self, like: Tensor | None) -> HMHSA:
-        norm = NORM_LAYERS[self.norm_layer] if isinstance(self.norm_layer, str) else self.norm_layer
+        norm = norm_layers()[self.norm_layer] if isinstance(self.norm_layer, str) else self.norm_layer
         made = {} if like is None else {"device": like.device, "dtype": like.dtype}
         attention = HMHSA(
             self.dim,
@@ -154,8 +154,8 @@ def plug(
     """
     if mode not in ("add", "replace"):
         raise UserError(f"mode must be 'add' or 'replace', got {mode!r}")
-    if isinstance(norm_layer, str) and norm_layer not in NORM_LAYERS:
-        raise UserError(f"norm_layer must be one of {', '.join(NORM_LAYERS)} or a callable, got {norm_layer!r}")
+    if isinstance(norm_layer, str) and norm_layer not in norm_layers():
+        raise UserError(f"norm_layer must be one of {', '.join(norm_layers())} or a callable, got {norm_layer!r}")
     if (grid_sizes is None) != (pool_ratios is None):
         raise UserError(f"give both of grid_sizes and pool_ratios or none, got {grid_sizes} and {pool_ratios}")
     places = find(model, at, example)

@@ -26,12 +26,11 @@ from ...attention import (
     real_positions,
     spread,
 )
-from ...errors import UserError
 from ..cpu import inference as cpu
 from ..cpu.call import MAX_HEAD_DIM
 from ..dispatch import fits_triton, to_nchw, to_nhwc, uses_triton_grids
 from .attend import attend
-from .entry import InferenceOnly, entry
+from .entry import InferenceOnly, entry, refuse_mask
 from .layers import Pointwise, affine, constant, fuse, gemm_fits
 from .tiles import Tile, in_tiles
 
@@ -212,12 +211,6 @@ class FastHMHSA(InferenceOnly):
             return self.proj(y, None if residual is None else residual[tile])
 
         return in_tiles(compute, a1, 3 * self.dim, out=a1)  # a tile of which is read before it is written
-
-
-def refuse_mask(mask: Tensor | None) -> None:
-    """An optimized network knows no masks."""
-    if mask is not None:
-        raise UserError("an optimized network takes no mask; give it items of one size, or use the original network")
 
 
 def _as_map(a1: Tensor, further: list[tuple[Tensor, tuple[int, ...]]]) -> tuple[Tensor, list[tuple[Tensor, int]]]:

@@ -11,7 +11,7 @@ from ..cpu import inference as cpu
 from ..cpu.call import KERNEL_SIZES
 from ..dispatch import fits_cpu, to_nchw, to_nhwc
 from .attention import FastHMHSA
-from .entry import InferenceOnly, entry
+from .entry import InferenceOnly, entry, refuse_mask
 from .layers import NHWC, Pointwise, SpatialConv, fuse, gemm_fits
 from .tiles import Tile, in_tiles
 
@@ -65,7 +65,7 @@ class FastInvertedResidual(InferenceOnly):
 
 
 class FastBlock(InferenceOnly):
-    """A block of TransCNN or HAT-Net for inference, (B, C, H, W) -> (B, C, H, W)."""
+    """A block of TransCNN or HAT-Net for inference, (B, C, *S) -> (B, C, *S)."""
 
     def __init__(self, attn: HMHSA, irb: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -77,8 +77,9 @@ class FastBlock(InferenceOnly):
         return self.attn.proj.weight
 
     @entry
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, C, *S) -> (B, C, *S)."""
+        refuse_mask(mask)
         x = to_nhwc(x)
         x = self.attn.forward_nhwc(x, residual=x)
         *first, last = self.irb
@@ -93,7 +94,7 @@ class FastBlock(InferenceOnly):
 
 
 class FastDualDownsample(InferenceOnly):
-    """TransCNN's downsampling for inference, (B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
+    """TransCNN's downsampling for inference, (B, C, *S) -> (B, C', *⌈S/2⌉)."""
 
     def __init__(
         self, conv: Iterable[nn.Module], pool: nn.Module, residual: Iterable[nn.Module], act: nn.Module
@@ -127,10 +128,10 @@ class FastStem(NHWC):
         self._pack = cpu.Packed(cpu.pack_stem)
 
     @entry
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', H', W')."""
-        if not self._matches_pattern():
-            return super().forward(x)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, C, *S) -> (B, C', *S')."""
+        if mask is not None or not self._matches_pattern():
+            return super().forward(x, mask)
         first, second = self._convolutions()
         widths = len(first.weight), len(second.weight)
         matches = x.ndim == 4 and x.shape[1] == first.weight.shape[1]
@@ -158,6 +159,9 @@ def _fuse_inverted_residual(layers: nn.Sequential) -> nn.Sequential:
     row = list(layers)
     for i, three in enumerate(zip(row, row[1:], row[2:], strict=False)):
         expand, depthwise, project = three
-        if isinstance(expand, Pointwise) and isinstance(depthwise, SpatialConv) and isinstance(project, Pointwise):
+        matches = (
+            isinstance(expand, Pointwise) and isinstance(depthwise, SpatialConv) and isinstance(project, Pointwise)
+        )
+        if matches and depthwise.weight.ndim == 4:  # tiles are of maps with rows and columns
             return nn.Sequential(*row[:i], FastInvertedResidual(expand, depthwise, project), *row[i + 3 :])
     return layers

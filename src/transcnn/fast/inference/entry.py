@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...errors import UserError
 
-__all__ = ["InferenceOnly", "entry", "inference_only"]
+__all__ = ["InferenceOnly", "entry", "inference_only", "refuse_mask"]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 METHODS = ("forward", "forward_features", "forward_head", "forward_intermediates", "get_intermediate_layers")
@@ -72,6 +72,12 @@ def entry(method: Method) -> Method:
             return method(self, *(_cast(x, like.dtype) if like is not None else x for x in args))
 
     return enter  # pyright: ignore
+
+
+def refuse_mask(mask: Tensor | None) -> None:
+    """An optimized network knows no masks."""
+    if mask is not None:
+        raise UserError("an optimized network takes no mask; give it items of one size, or use the original network")
 
 
 def inference_only(model: nn.Module, cast: bool = True) -> nn.Module:

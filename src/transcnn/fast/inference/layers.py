@@ -1,8 +1,8 @@
 """Layers for inference: on channels-last (NHWC) tensors, norms folded, activations fused.
 
 A map (B, C, H, W) whose memory is channels-last is, without a copy, a (B, H, W, C) tensor, on which a 1x1 convolution
-is one matrix product. Every layer here takes and returns (B, H, W, C). They equal the modules that they are made from
-up to rounding.
+is one matrix product. Every layer here takes and returns (B, H, W, C), or (B, *S, C) of a sequence or a volume. They
+equal the modules that they are made from up to rounding.
 
 Folding. In evaluation a BatchNorm is ``a·x + b`` with fixed a and b for each channel, so it folds into the
 convolution before it, or into a 1x1 convolution after it. GridNorm follows a sum, ``a·(X + Attn) + b``: as the rows
@@ -14,19 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from timm.layers import GroupNorm1
 from torch import Tensor, nn
 
+from ...attention import BATCH_NORMS, CONVS, Conv, channels_first, channels_last
 from ...layers import drop_columns, widen
 from ..cpu import inference as cpu
 from ..dispatch import HALF_DTYPES, autotune, eager_cpu, fits_cpu, fits_triton, hooked, to_nchw, to_nhwc, traced
 from ..training.depthwise import KernelDepthwise
 from ..training.layers import KernelBatchNorm2d, KernelPointwise
-from .entry import InferenceOnly, entry
+from .entry import InferenceOnly, entry, refuse_mask
 
 __all__ = [
     "NHWC",
@@ -34,12 +35,15 @@ __all__ = [
     "Pointwise",
     "SpatialConv",
     "affine",
+    "channels_last_memory",
     "constant",
     "fuse",
     "gemm_fits",
     "is_plain_conv",
 ]
 
+CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+MEMORY = {4: torch.channels_last, 5: torch.channels_last_3d}
 Affine = tuple[Tensor, Tensor]  # scale and shift of each channel, in double precision
 
 
@@ -49,11 +53,16 @@ def constant(tensor: Tensor, like: Tensor) -> nn.Parameter:
         return nn.Parameter(tensor.to(like.dtype, copy=True).contiguous(), requires_grad=False)
 
 
+def channels_last_memory(tensor: Tensor) -> Tensor:
+    """A weight or map (B, C, *S) whose memory is (B, *S, C), which PyTorch has for 2-D and 3-D; others as they are."""
+    return tensor.contiguous(memory_format=MEMORY[tensor.ndim]) if tensor.ndim in MEMORY else tensor
+
+
 def affine(norm: nn.Module) -> Affine | None:
     """The scale and shift that a BatchNorm applies in evaluation; None for any other layer."""
-    if type(norm) not in (nn.BatchNorm2d, KernelBatchNorm2d) or hooked(norm):
+    if type(norm) not in (*BATCH_NORMS.values(), KernelBatchNorm2d) or hooked(norm):
         return None
-    assert isinstance(norm, nn.BatchNorm2d)
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
     if norm.running_mean is None or norm.running_var is None:  # it normalises by the batch's own statistics
         return None
     scale = (norm.running_var.double() + norm.eps).rsqrt()
@@ -71,7 +80,7 @@ class Pointwise(InferenceOnly):
     ``silu`` fuses that activation, ``forward(x, residual)`` adds to the result.
     """
 
-    def __init__(self, conv: nn.Conv2d, before: Affine | None = None, after: Affine | None = None) -> None:
+    def __init__(self, conv: Conv, before: Affine | None = None, after: Affine | None = None) -> None:
         super().__init__()
         weight = conv.weight.detach().double().flatten(1)  # (C', C)
         bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach().double()
@@ -123,40 +132,40 @@ class Pointwise(InferenceOnly):
 
 
 class SpatialConv(InferenceOnly):
-    """Any other convolution, with the norm after it folded in, (B, H, W, C) -> (B, H', W', C')."""
+    """Any other convolution, with the norm after it folded in, (B, *S, C) -> (B, *S', C')."""
 
-    def __init__(self, conv: nn.Conv2d, after: Affine | None = None) -> None:
+    def __init__(self, conv: Conv, after: Affine | None = None) -> None:
         super().__init__()
         weight = conv.weight.detach().double()
         bias = None if conv.bias is None else conv.bias.detach().double()
         if after is not None:
-            weight = weight * after[0][:, None, None, None]
+            weight = weight * after[0].view(-1, *(1,) * (weight.ndim - 1))
             bias = after[1] if bias is None else bias * after[0] + after[1]
         self.weight = constant(weight, conv.weight)
-        self.weight.data = self.weight.data.to(memory_format=torch.channels_last)
+        self.weight.data = channels_last_memory(self.weight.data)
         self.bias = None if bias is None else constant(bias, conv.weight)
         self.options = (conv.stride, conv.padding, conv.dilation, conv.groups)
         self.silu = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H', W', C')."""
+        """(B, *S, C) -> (B, *S', C')."""
         if (self.silu or self.bias is not None) and x.dtype == self.weight.dtype and fits_triton(x):
             return self._on_gpu(x.contiguous())
         y = self._convolve(x, self.bias)
         y = F.silu(y, inplace=True) if self.silu else y
-        return y.permute(0, 2, 3, 1).contiguous()
+        return to_nhwc(y)
 
     def _convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        x = x.permute(0, 3, 1, 2)
+        x = channels_first(x)
         if tuple(self.weight.shape[2:]) == (3, 3) and self.options == ((2, 2), (1, 1), (1, 1), 1):
             return drop_columns(F.conv2d(widen(x), self.weight, bias, 2, 1), x)
-        return F.conv2d(x, self.weight, bias, *self.options)  # pyright: ignore
+        return CONVOLVE[x.ndim - 2](x, self.weight, bias, *self.options)
 
     def _on_gpu(self, x: Tensor) -> Tensor:
         """The same with bias and SiLU in one pass, for which PyTorch's operations need two."""
         from ..triton.norms import affine_silu
 
-        y = self._convolve(x, None).permute(0, 2, 3, 1).contiguous()
+        y = to_nhwc(self._convolve(x, None))
         return affine_silu(y, None, self.bias, self.silu, out=y)
 
     def extra_repr(self) -> str:
@@ -179,32 +188,32 @@ class NarrowConv2d(nn.Conv2d):
 
 
 class _NCHWModule(InferenceOnly):
-    """Any module that takes (B, C, H, W), on (B, H, W, C) -> (B, H', W', C')."""
+    """Any module that takes (B, C, *S), on (B, *S, C) -> (B, *S', C')."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H', W', C')."""
-        return self.module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+        """(B, *S, C) -> (B, *S', C')."""
+        return to_nhwc(self.module(channels_first(x)))
 
 
 class _GroupNorm1(InferenceOnly):
-    """GroupNorm with one group, (B, H, W, C) -> (B, H, W, C)."""
+    """GroupNorm with one group, (B, *S, C) -> (B, *S, C)."""
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
-        x = x.contiguous()
-        return F.group_norm(x.permute(0, 3, 1, 2), 1, self.weight, self.bias, self.eps).permute(0, 2, 3, 1)
+        """(B, *S, C) -> (B, *S, C)."""
+        x = channels_first(x.contiguous())
+        return channels_last(F.group_norm(x, 1, self.weight, self.bias, self.eps))
 
 
 def fuse(layers: Iterable[nn.Module]) -> nn.Sequential:
-    """Norms, convolutions and activations on (B, C, H, W), as layers on (B, H, W, C) with all folded that can be."""
+    """Norms, convolutions and activations on (B, C, *S), as layers on (B, *S, C) with all folded that can be."""
     row = [layer for layer in _flatten(layers) if type(layer) not in (nn.Identity, nn.Dropout)]
     fused: list[nn.Module] = []
     i, before = 0, None
@@ -231,21 +240,22 @@ def fuse(layers: Iterable[nn.Module]) -> nn.Sequential:
 
 
 class NHWC(InferenceOnly):
-    """Layers on (B, H, W, C) where others take and return maps, (B, C, H, W) -> (B, C', H', W')."""
+    """Layers on (B, *S, C) where others take and return maps, (B, C, *S) -> (B, C', *S')."""
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
         self.layers = fuse(layers)
 
     @entry
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', H', W')."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, C, *S) -> (B, C', *S')."""
+        refuse_mask(mask)
         return to_nchw(self.layers(to_nhwc(x)))
 
 
 def gemm_fits(first: Pointwise, x: Tensor, *channels: int) -> bool:
     """Whether a C++ kernel runs on this input of ``first``; inputs that don't match fail as in PyTorch."""
-    matches = x.dtype == first.weight.dtype and x.shape[3] == first.weight.shape[1]
+    matches = x.dtype == first.weight.dtype and x.shape[-1] == first.weight.shape[1]
     return matches and fits_cpu(x, *channels)
 
 
@@ -257,17 +267,17 @@ def _flatten(layers: Iterable[nn.Module]) -> Iterable[nn.Module]:
             yield layer
 
 
-def is_plain_conv(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+def is_plain_conv(module: nn.Module) -> TypeGuard[Conv]:
     """Whether this is a convolution of exactly PyTorch's or our classes, padded with zeros."""
-    kinds = (nn.Conv2d, KernelDepthwise, KernelPointwise)
+    kinds = (*CONVS.values(), KernelDepthwise, KernelPointwise)
     return type(module) in kinds and module.padding_mode == "zeros"
 
 
 def _is_pointwise(conv: nn.Module) -> bool:
     if not is_plain_conv(conv):
         return False
-    padded = conv.padding not in ((0, 0), 0, "valid")
-    return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and not padded
+    padded = conv.padding != "valid" and any(conv.padding)
+    return set(conv.kernel_size) == set(conv.stride) == {1} and conv.groups == 1 and not padded
 
 
 def _onednn(x: Tensor) -> bool:

@@ -17,7 +17,7 @@ from .attention import FastHMHSA
 from .blocks import FastBlock, FastDualDownsample, FastStem
 from .entry import InferenceOnly, inference_only
 from .folding import fold_batchnorms
-from .layers import NHWC, NarrowConv2d
+from .layers import NHWC, NarrowConv2d, channels_last_memory
 from .patterns import is_block, is_conv_downsample, is_dual_downsample, is_hmhsa, is_stem, unhooked
 
 __all__ = ["optimize", "try_optimize"]
@@ -140,8 +140,7 @@ def _to_channels_last(module: nn.Module) -> None:
     if hasattr(module, "base_layer"):
         return
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-        if tensor.ndim == 4:
-            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+        tensor.data = channels_last_memory(tensor.data)
     for child in module.children():
         _to_channels_last(child)
 

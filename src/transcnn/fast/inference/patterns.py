@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 from timm.layers import DropPath
 from torch import nn
 
-from ...attention import HMHSA, LocalStep
+from ...attention import HMHSA, HMHSA1d, HMHSA3d, LocalStep
 from ...blocks import Block, ConvDownsample, DualDownsample, InvertedResidual, Stem
 from ..dispatch import hooked
 from .layers import is_plain_conv
@@ -34,7 +34,7 @@ def is_block(module: Any) -> bool:
 
 def is_hmhsa(module: Any) -> bool:
     """An H-MHSA with its local steps and projections."""
-    if type(module) is not HMHSA:
+    if type(module) not in (HMHSA, HMHSA1d, HMHSA3d):
         return False
     steps = [step for step in module.local if type(step) is LocalStep]
     projections = [module.q, module.kv] if module.local else [module.qkv]

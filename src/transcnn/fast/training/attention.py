@@ -45,6 +45,8 @@ class KernelHMHSA(HMHSA):
     def global_step(self, q: Tensor, kv: Tensor, real: Tensor | None = None) -> Tensor:
         """(B, C, *S) and (B, 2C, *S') -> (B, C, *S)."""
         queries, tokens = channels_last(q), channels_last(kv)
+        if self.ndim == 1:  # PyTorch has no channels-last for sequences
+            queries, tokens = queries.contiguous(), tokens.contiguous()
         fits = real is None and q.dtype == kv.dtype
         if not (fits and fits_training(queries, self.head_dim) and fits_training(tokens, self.head_dim)):
             return super().global_step(q, kv, real)

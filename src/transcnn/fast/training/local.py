@@ -40,6 +40,7 @@ class KernelLocalStep(LocalStep):
             fits = fits_training(tokens, self.head_dim)
             out = to_nchw(grid_attention(tokens, self.head_dim, size)) if fits else None
         elif x.ndim == 3:
+            tokens = tokens.contiguous()  # PyTorch has no channels-last for sequences
             fits = fits_training(tokens, self.head_dim)
             out = channels_first(grid_attention(tokens[:, None], self.head_dim, size)[:, 0]) if fits else None
         else:

@@ -31,9 +31,11 @@ __all__ = ["KernelInvertedResidual"]
 class KernelInvertedResidual(InvertedResidual):
     """:class:`transcnn.blocks.InvertedResidual` that trains with kernels of this package where they fit."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         refuse_fx(x)
+        if mask is not None or x.ndim != 4:
+            return super().forward(x, mask)
         if not (self.training and torch.is_grad_enabled() and self._matches_pattern()):
             return super().forward(x)
         before, (norm1, act1, conv, norm2, act2) = self._layers()

@@ -1,0 +1,198 @@
+"""Networks for sequences and volumes: masks, the fast paths, and H-MHSA in hosts of one and three dimensions."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import transcnn
+from transcnn.backbone import TransCNN
+from transcnn.errors import UserError
+from transcnn.fast import accelerate_training, optimize, plain
+from transcnn.levels import auto_levels, further_levels
+
+LARGEST = {1: (403,), 2: (37, 52), 3: (11, 13, 18)}
+SMALL = dict(
+    num_classes=5,
+    in_chans=2,
+    dims=(16, 32),
+    depths=(1, 1),
+    expansions=(2, 2),
+    kernel_sizes=(5, 3),
+    head_dim=16,
+    stem_width=8,
+    stem_stride=2,
+    drop_rate=0.0,
+)
+LEVELS = {
+    1: dict(grid_sizes=((16, 4), None), pool_ratios=((4, 2), None)),
+    2: dict(grid_sizes=((4, (2, 4)), None), pool_ratios=((2, (2, 1)), None)),
+    3: dict(grid_sizes=((4, (1, 2, 2)), None), pool_ratios=(((1, 2, 2), 2), None)),
+}
+DESIGNS = {"transcnn": {}, "hatnet": dict(design="hatnet", norm_layer="groupnorm1")}
+
+
+def make(ndim: int, design: str = "transcnn", dtype: torch.dtype = torch.float64) -> TransCNN:
+    """A small network whose every parameter and buffer matters."""
+    torch.manual_seed(0)
+    model = TransCNN(ndim=ndim, dtype=dtype, **SMALL, **LEVELS[ndim], **DESIGNS[design]).eval()
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            scale = name.endswith("running_var") or (value.ndim == 1 and name.endswith("weight"))
+            noise = torch.randn_like(value)
+            value.copy_(0.6 + 0.1 * noise.abs() if scale else noise / max(value[0].numel(), 1) ** 0.5)
+    return model
+
+
+def padded(ndim: int) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Items of several sizes, and one batch of them with its mask; the padding is not a number."""
+    sizes = [LARGEST[ndim], tuple(n // 2 + 1 for n in LARGEST[ndim]), (3, 2, 1)[:ndim]]
+    items = [torch.randn(1, 2, *size, dtype=torch.float64) for size in sizes]
+    batch = torch.full((3, 2, *LARGEST[ndim]), torch.nan, dtype=torch.float64)
+    mask = torch.zeros(3, 1, *LARGEST[ndim], dtype=torch.bool)
+    for i, item in enumerate(items):
+        here = tuple(map(slice, item.shape[2:]))
+        batch[(i, slice(None), *here)], mask[(i, 0, *here)] = item[0], True
+    return items, batch, mask
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("ndim", LEVELS)
+def test_a_padded_batch_answers_as_each_item_alone(ndim: int, design: str) -> None:
+    model = make(ndim, design)
+    items, batch, mask = padded(ndim)
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch, mask), torch.cat([model(item) for item in items]), rtol=1e-9, atol=1e-9)
+        assert (
+            model.forward_features(batch, mask)[~model.feature_mask(mask).expand(-1, 32, *[-1] * ndim)].abs().sum() == 0
+        )
+    model.train().set_grad_checkpointing()
+    model(batch, mask).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_batchnorm_that_trains_sees_real_positions_alone() -> None:
+    """Items of one size padded train as without padding: outputs, gradients and running statistics."""
+    model, x = make(1).train(), torch.randn(3, 2, 48, dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    batch = nn.functional.pad(x, (0, 32), value=5.0)
+    mask = (torch.arange(80) < 48).expand(3, 1, 80)
+    y, expected = model(batch, mask), twin(x)
+    torch.testing.assert_close(y, expected)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    for ours, theirs in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_masks_that_cannot_be_are_named() -> None:
+    model = make(1)
+    with pytest.raises(ValueError, match=r"mask must be a bool tensor \(1, 1, 40\), got torch.bool \(1, 1, 39\)"):
+        model(torch.zeros(1, 2, 40).double(), torch.ones(1, 1, 39, dtype=torch.bool))
+    model.reset_classifier(5, "max")
+    with pytest.raises(ValueError, match="with a mask, global_pool must be one of"):
+        model(torch.zeros(1, 2, 40).double(), torch.ones(1, 1, 40, dtype=torch.bool))
+    with pytest.raises(UserError, match="an optimized network takes no mask"):
+        optimize(make(1))(torch.zeros(1, 2, 40), torch.ones(1, 1, 40, dtype=torch.bool))
+    with pytest.raises(ValueError, match="output_stride must be 32 where ndim=3, got 16"):
+        TransCNN(ndim=3, output_stride=16)
+    with pytest.raises(ValueError, match=r"norm_layer must be one of .*batchnorm1d.*, got 'batchnorm2d'"):
+        TransCNN(ndim=1, norm_layer="batchnorm2d")
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["kernels", "plain"])
+@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("ndim", LEVELS)
+def test_optimized(ndim: int, design: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr("transcnn.fast.cpu.support.supports", lambda dtype: False)
+    exact, model = make(ndim, design), make(ndim, design, torch.float32)
+    model.load_state_dict(exact.state_dict())
+    fast = optimize(model)
+    dividing = {1: (256,), 2: (32, 64), 3: (8, 16, 8)}[ndim]
+    with torch.no_grad():
+        for size in (LARGEST[ndim], dividing, (1, 1, 1)[:ndim]):
+            x = torch.randn(2, 2, *size)
+            expected = exact(x.double())
+            assert (fast(x) - expected).norm() <= 2e-5 * expected.norm(), size
+            bf16 = optimize(model, "bf16")(x)
+            assert (bf16 - expected).norm() <= 0.1 * expected.norm(), size
+    assert not any(isinstance(module, transcnn.HMHSA) for module in fast.modules())
+
+
+@pytest.mark.parametrize("ndim", LEVELS)
+def test_trains_by_kernels(ndim: int) -> None:
+    exact, model = make(ndim).train(), make(ndim, dtype=torch.float32).train()
+    model.load_state_dict(exact.state_dict())
+    accelerate_training(model)
+    dividing = {1: (256,), 2: (32, 64), 3: (8, 16, 8)}[ndim]
+    for size in (LARGEST[ndim], dividing):
+        x = torch.randn(2, 2, *size)
+        if ndim > 1:
+            x = x.to(memory_format=torch.channels_last if ndim == 2 else torch.channels_last_3d)
+        y, expected = model(x), exact(x.double())
+        torch.testing.assert_close(y.double(), expected, rtol=2e-4, atol=2e-4)
+        y.square().sum().backward()
+        expected.square().sum().backward()
+        for (name, ours), theirs in zip(model.named_parameters(), exact.parameters(), strict=True):
+            worst = (ours.grad.double() - theirs.grad).norm() / (theirs.grad.norm() + exact.head.fc.weight.grad.norm())
+            assert worst <= 1e-3, name
+    assert {type(m) for m in plain(model).modules()} == {type(m) for m in exact.modules()}
+
+
+class Network3d(nn.Module):
+    """A small CNN for volumes, of PyTorch's layers alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv3d(1, 8, 3, 2, 1, bias=False), nn.BatchNorm3d(8), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv3d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm3d(16), nn.ReLU())
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(self.stem(x)).mean((2, 3, 4)))
+
+
+def test_any_cnn_of_three_dimensions_is_optimized() -> None:
+    model = Network3d().eval()
+    for _ in range(3):
+        model.train()(torch.randn(2, 1, 9, 8, 7))
+    fast, x = optimize(model.eval()), torch.randn(2, 1, 9, 8, 7)
+    torch.testing.assert_close(fast(x), model(x).detach())
+    assert not any(isinstance(module, nn.BatchNorm3d) for module in fast.modules())
+    assert fast.stem[0].weight.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize(("name", "size"), [("transcnn1d_nano", (700,)), ("transcnn3d_nano", (16, 20, 9))])
+def test_named_networks(name: str, size: tuple[int, ...]) -> None:
+    model = transcnn.create_model(name, num_classes=10).eval()
+    assert sum(p.numel() for p in model.parameters()) <= 1_000_000
+    assert model(torch.zeros(2, 1, *size)).shape == (2, 10)
+    assert transcnn.create_model(name, num_classes=0, in_chans=3)(torch.zeros(2, 3, *size)).shape == (
+        2,
+        model.num_features,
+    )
+    with pytest.raises(ValueError, match=f"there are no weights of {name}"):
+        transcnn.create_model(name, pretrained=True)
+    large = transcnn.create_model(
+        name, grid_sizes="auto", pool_ratios="auto", img_size=2**18 if len(size) == 1 else 256
+    )
+    assert len(large.stages[0].blocks[0].attn.local) > 1
+
+
+def test_levels_leave_few_tokens_in_any_dimension() -> None:
+    for sides in [(8_192,), (2**20,), (16,) * 3, (256,) * 3, (16, 112, 112), (2, 300, 7)]:
+        grids, ratios = further_levels(sides)
+        left = list(sides)
+        for ratio in ratios:
+            each = (ratio,) * len(left) if isinstance(ratio, int) else ratio
+            left = [-(-n // r) for n, r in zip(left, each, strict=True)]
+        assert max(left) <= {1: 144, 3: 5}[len(sides)]
+        assert all(max(g) if isinstance(g, tuple) else g in (64, 4) for g in grids)
+    assert further_levels((16, 112, 112)) == ((4, 4, 4), (4, (1, 4, 4), (1, 2, 2)))
+    assert auto_levels(((64,), None), ((16,), None), 2**16, 4, ndim=1) == (((64, 64), (64,)), ((16, 16), (64,)))
