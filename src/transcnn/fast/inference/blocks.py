@@ -159,9 +159,8 @@ def _fuse_inverted_residual(layers: nn.Sequential) -> nn.Sequential:
     row = list(layers)
     for i, three in enumerate(zip(row, row[1:], row[2:], strict=False)):
         expand, depthwise, project = three
-        matches = (
-            isinstance(expand, Pointwise) and isinstance(depthwise, SpatialConv) and isinstance(project, Pointwise)
-        )
-        if matches and depthwise.weight.ndim == 4:  # tiles are of maps with rows and columns
+        if isinstance(expand, Pointwise) and isinstance(depthwise, SpatialConv) and isinstance(project, Pointwise):
+            if depthwise.weight.ndim != 4:
+                break  # its tiles have rows and columns
             return nn.Sequential(*row[:i], FastInvertedResidual(expand, depthwise, project), *row[i + 3 :])
     return layers
