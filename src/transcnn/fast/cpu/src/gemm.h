@@ -192,8 +192,8 @@ inline void transpose(const int32_t* from, long ldf, int32_t* to, long ldt) {
 #define EXCHANGE(from, to, distance, low, high)                  \
     for (int i = 0; i < 16; i++)                                 \
         if (!(i & distance)) {                                   \
-            to[i] = __builtin_shuffle(from[i], from[i + distance], low);             \
-            to[i + distance] = __builtin_shuffle(from[i], from[i + distance], high); \
+            to[i] = shuffled(from[i], from[i + distance], low);             \
+            to[i + distance] = shuffled(from[i], from[i + distance], high); \
         }
     const Bits low1 = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
     const Bits low2 = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};

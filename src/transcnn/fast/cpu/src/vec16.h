@@ -1,6 +1,6 @@
 // Vectors of sixteen floats, loads and stores as fp32 or bf16, exp and SiLU; scratch memory of a thread.
 //
-// GCC compiles them to what the CPU has: one register of AVX-512, two of AVX2, four of NEON.
+// GCC and Clang compile them to what the CPU has: one register of AVX-512, two of AVX2, four of NEON.
 
 #pragma once
 
@@ -146,11 +146,30 @@ inline Vec16 silu(Vec16 x) {
     return x * inverse(exponential<T>(-x) + 1.0f);
 }
 
+// The lanes of x, or of x and y one after the other, at these places.
+#if defined(__clang__)
+template <class V>
+inline V shuffled(V x, V y, Bits places) {
+    V out;
+    for (int i = 0; i < LANES; i++) out[i] = places[i] < LANES ? x[places[i]] : y[places[i] - LANES];
+    return out;
+}
+
+template <class V>
+inline V shuffled(V x, Bits places) { return shuffled(x, x, places); }
+#else
+template <class V>
+inline V shuffled(V x, V y, Bits places) { return __builtin_shuffle(x, y, places); }
+
+template <class V>
+inline V shuffled(V x, Bits places) { return __builtin_shuffle(x, places); }
+#endif
+
 // Reduces the sixteen lanes of x to one value.
 template <class F>
 inline float folded(Vec16 x, F f) {
     const Bits places = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    for (int away = LANES / 2; away; away /= 2) x = f(x, __builtin_shuffle(x, places ^ away));
+    for (int away = LANES / 2; away; away /= 2) x = f(x, shuffled(x, places ^ away));
     return x[0];
 }
 
