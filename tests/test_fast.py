@@ -290,6 +290,15 @@ def test_only_norms_that_alone_read_a_convolution_are_folded():
     assert error(optimize(model)(x), model(x)) <= 1e-6
 
 
+@pytest.mark.parametrize("below", ["drop", "act"])
+@torch.no_grad()
+def test_what_is_hooked_inside_a_norm_with_activation_stays(below):
+    model = fill(timm.create_model("test_efficientnet", num_classes=3))
+    getattr(model.blocks[2][0].bn1, below).register_forward_hook(lambda module, inputs, output: 1.5 * output)
+    x = torch.randn(2, 24, 8, 8)
+    assert error(optimize(model).blocks[2](x), model.blocks[2](x)) <= 1e-5
+
+
 @pytest.mark.parametrize("hook", ["none", "block", "attention", "residual"])
 @pytest.mark.parametrize("kind", ["transcnn", "hatnet", "large kernels"])
 @torch.no_grad()

@@ -214,7 +214,37 @@ def error(ours: Tensor, exact: Tensor) -> float:
     return float((ours.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30))
 
 
-ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+LEAST = {torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 1e-3}  # errors that are never too large
+CAST = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 4e-3, torch.float16: 1e-3}  # one rounding of the output
+
+
+@torch.no_grad()
+def errors_of_rounding(
+    model: nn.Module, method: str, x: Tensor, exact: list[Tensor], dtype: torch.dtype
+) -> list[float]:
+    """For each output the largest error that the plain network has when it is computed in ``dtype``.
+
+    Where attention is sharp, one rounding more or less decides, and the error of a single computation says little. So
+    it is computed under autocast, with weights and input in the dtype, and three times in double precision with every
+    weight and the input off by up to one rounding.
+    """
+    with torch.autocast("cpu", dtype):
+        found = [call(model, method, x.float())]
+    with suppress(RuntimeError):  # hooks or plugged modules may need one dtype
+        found.append(call(copy.deepcopy(model).to(dtype), method, x))
+    generator = torch.Generator().manual_seed(2)
+
+    def off(value: Tensor) -> Tensor:
+        return value * (1 + torch.finfo(dtype).eps * (torch.rand(value.shape, generator=generator).double() - 0.5))
+
+    for _ in range(3):
+        changed = copy.deepcopy(model).double()
+        for parameter in changed.parameters():
+            parameter.data = off(parameter.data)
+        found.append(call(changed, method, off(x.double())))
+    return [
+        max(error(one[i], whole) if one[i].isfinite().all() else 0.0 for one in found) for i, whole in enumerate(exact)
+    ]
 
 
 def check(case: dict[str, Any]) -> None:
@@ -235,8 +265,12 @@ def check(case: dict[str, Any]) -> None:
         with torch.no_grad():
             expected = call(copy.deepcopy(original).double(), case["method"], given.double())
             theirs = call(original, case["method"], given.float())
-            with torch.autocast("cpu", dtype, enabled=case["dtype"] is not None):
-                rounded = call(original, case["method"], given.float())
+        if dtype == torch.float32:
+            bounds = [10 * error(their, exact) for their, exact in zip(theirs, expected, strict=True)]
+        else:
+            # Of 198 outputs the largest ratio was 1.4 in bf16 and 2 in fp16. (Against autocast's error alone, of one
+            # computation, it was 16, and the factor of 4 with 3e-2 and 5e-3 on top that this took hid a lost hook.)
+            bounds = [2 * e for e in errors_of_rounding(original, case["method"], given, expected, dtype)]
     except (RuntimeError, ValueError):  # wrong channels, no images, ...
         with pytest.raises((RuntimeError, ValueError)), torch.no_grad():
             call(fast, case["method"], x)
@@ -254,17 +288,15 @@ def check(case: dict[str, Any]) -> None:
             return
         ours = call(fast, case["method"], x)
     assert len(ours) == len(expected)
-    for our, their, exact in zip(ours, rounded, expected, strict=True):
+    for our, bound, exact in zip(ours, bounds, expected, strict=True):
         assert our.shape == exact.shape
         assert our.dtype == x.dtype
         assert not our.requires_grad
-        if exact.numel() == 0 or not their.isfinite().all():
+        if exact.numel() == 0:
             continue
-        bound = (10 if dtype == torch.float32 else 4) * error(their, exact) + ROUNDING[dtype]  # plain's own rounding
-        bound += {torch.float16: 1e-3, torch.bfloat16: 1e-2}.get(x.dtype, 0)
         if dtype == torch.float16 and exact.abs().max() > 1e3:
             continue  # beyond what fp16 holds, somewhere within
-        assert error(our, exact) <= bound
+        assert error(our, exact) <= bound + LEAST[dtype] + CAST[x.dtype]
     assert plain(model) is model
     with torch.no_grad():  # neither optimize nor plain has changed what the model computes
         for one, other in zip(call(model, case["method"], given.float()), theirs, strict=True):

@@ -41,7 +41,7 @@ HELP_GROUPS = {
     "run": ("seed", "eval_metric", "early_stop", "save_every", "nonfinite", "max_nonfinite", "dry_run", "quiet"),
     "machine": (
         *("accelerator", "devices", "num_nodes", "strategy", "precision"),
-        *("channels_last", "cuda_graphs", "grad_checkpointing"),
+        *("channels_last", "cuda_graphs", "grad_checkpointing", "optimize"),
     ),
 }
 
@@ -305,6 +305,8 @@ class TrainSettings:
         channels_last: The memory format that is usually quicker.
         cuda_graphs: On one GPU, capture the launches of a step and replay them: up to three times as fast where
             batches are small. For classify and segment.
+        optimize: Score images (on a CPU in each epoch, too) by the network as transcnn.optimize makes it: the same
+            scores up to rounding, several times as fast.
         accelerator: cpu, gpu, or auto.
         devices: Processes on this machine, each with a device of its own. Under torchrun or Slurm theirs count.
         num_nodes: Machines; the same command runs on each, with MASTER_ADDR, MASTER_PORT and NODE_RANK set.
@@ -356,6 +358,7 @@ class TrainSettings:
     grad_checkpointing: bool = False
     channels_last: bool = True
     cuda_graphs: bool = False
+    optimize: bool = True
     accelerator: str = "auto"
     devices: int = 1
     num_nodes: int = 1

@@ -39,6 +39,7 @@ def evaluate(
     img_size: int | None = None,
     precision: Literal["auto", "32", "bf16", "16"] | None = None,
     accelerator: str = "auto",
+    optimize: bool = True,
     devices: int = 1,
     num_nodes: int = 1,
     val_fraction: float | None = None,
@@ -66,6 +67,8 @@ def evaluate(
         precision: Arithmetic; 32 is exact, auto is bf16 where the CPU has it. Without it, what the run was scored
             with, else 32.
         accelerator: cpu, gpu, or auto.
+        optimize: For more than a few images, run the network as transcnn.optimize makes it: the same scores up to
+            rounding, several times as fast.
         devices: Processes on this machine, each with a device and a share of the images. Under torchrun or Slurm
             theirs count.
         num_nodes: Machines; the same command runs on each, with MASTER_ADDR, MASTER_PORT and NODE_RANK set.
@@ -136,6 +139,7 @@ def evaluate(
             num_workers=num_workers,
             precision=precision or _precision_of(loaded.info, accelerator),
             accelerator=accelerator,
+            optimize=optimize,
             bar=not quiet,
         )
     if not int(scores["images"]):
@@ -143,7 +147,7 @@ def evaluate(
     metrics = {
         **learner.summary(scores),
         **views,
-        **{name: scores[name] for name in ("precision", "device")},
+        **{name: scores[name] for name in ("precision", "device", "path")},
         "split": part.split or split,
         "data": chosen or "digits",
         "checkpoint": loaded.source,

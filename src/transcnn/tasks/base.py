@@ -24,12 +24,15 @@ from ..distributed.processes import rank, world
 from ..distributed.sharding import Sharded, shard
 from ..errors import UserError
 from ..fast import accelerate_training, record_training
+from ..fast.inference.optimize import try_optimize
 from ..report.answers import Prediction
 from ..settings import Augment, Optim, TrainSettings, as_plain
 from ..text import printable
 from .statistics import StatisticsWarmup
 
 __all__ = ["Task"]
+
+ENOUGH = 64  # images; to score fewer, making and loading what scores them takes longer than it saves
 
 
 class Task(L.LightningModule):
@@ -47,6 +50,7 @@ class Task(L.LightningModule):
         seed: Every random draw of step n follows from this and n alone, so that a resumed run draws the same.
         channels_last: Whether images are given to the model in that memory format.
         cuda_graphs: Whether a GPU plays training's forward and backward passes back (``fast.record_training``).
+        optimize: Whether splits of ``ENOUGH`` images or more are scored by the network as ``fast.optimize`` makes it.
         task_args: The task's own settings, and what it learnt from the data; plain values, kept with the weights.
     """
 
@@ -70,6 +74,7 @@ class Task(L.LightningModule):
         seed: int = 0,
         channels_last: bool = False,
         cuda_graphs: bool = False,
+        optimize: bool = False,
         task_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -83,10 +88,13 @@ class Task(L.LightningModule):
         self.seed = seed
         self.channels_last = channels_last
         self.cuda_graphs = cuda_graphs
+        self.optimize = optimize
         self.task_args = task_args or {}
         self.updates_per_epoch = 1  # set before fitting
         self.warnings: list[str] = []  # about the last validation
         self._recorded: Callable[[Any], Any] | None = None
+        self._fast: tuple[nn.Module, ...] = ()  # the network that a split is scored by; in a tuple, for it is no part
+        self.path = "plain"  # or "optimized": how the last split was scored
         self._statistics: StatisticsWarmup | None = None  # while training
         self.lr_factor = 1.0  # less after a run has gone back, see faults.SkipNonFinite
 
@@ -216,11 +224,18 @@ class Task(L.LightningModule):
 
     def forward(self, x: Any) -> Any:
         """Images to the model's output."""
+        if self._fast:
+            return self._fast[0](x)
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         # A captured graph would keep the momentum that norms have while it is captured.
         warming = self._statistics is not None and self._statistics.running
         return self.model(x) if self._recorded is None or warming else self._recorded(x)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """What computes the scores: an optimized copy of the network while a split is scored, else the network."""
+        return self._fast[0] if self._fast else self.model
 
     def configure_model(self) -> None:
         """Train with kernels of our own, and share the weights out where the strategy says so."""
@@ -264,13 +279,29 @@ class Task(L.LightningModule):
         if world() > 1:
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
+        if self.trainer.strategy.root_device.type == "cpu":  # a GPU would tune kernels for sizes that training lacks
+            self._optimize(self.trainer.val_dataloaders)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation scores as ``val_...``; ``warnings`` is what looks wrong about them."""
+        self._fast = ()
         scores = self.scores()
         self.warnings = self.warnings_about(scores)
         numbers = {f"val_{name}": value for name, value in scores.items() if isinstance(value, int | float)}
         self.log_dict(numbers, rank_zero_only=False)
+
+    def on_test_epoch_start(self) -> None:
+        """Make the network that scores the split."""
+        self._optimize(self.trainer.test_dataloaders)
+
+    def _optimize(self, loader: Any) -> None:
+        """Score the images of ``loader`` by an optimized copy of the network, if asked for and worth it."""
+        fast = None
+        if self.optimize and len(loader.dataset) >= ENOUGH and not isinstance(self.trainer.strategy, Sharded):
+            dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+            fast = try_optimize(self.model, dtypes.get(str(self.trainer.precision)))
+        self._fast = () if fast is None else (fast,)
+        self.path = "plain" if fast is None else "optimized"
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Score one batch of any split."""
@@ -278,6 +309,7 @@ class Task(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Keep the scores for whoever asked (``evaluate.measure``)."""
+        self._fast = ()
         self.test_scores = self.scores()
 
     def configure_optimizers(self) -> Any:

@@ -108,7 +108,8 @@ class Detect(DenseTask):
     def evaluate_batch(self, batch: Any, batch_idx: int) -> None:
         """Collect predicted and true boxes, and each image's own score with its index in the split."""
         images, targets = batch
-        outputs = (self.model([image])[0] for image in images) if self.masks else self.model(images)
+        network = self.evaluated
+        outputs = (network([image])[0] for image in images) if self.masks else network(images)
         for found, target in zip(outputs, targets, strict=True):
             index, self._seen = self.sample_index(self._seen), self._seen + 1
             if not target["counts"]:

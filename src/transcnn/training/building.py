@@ -49,6 +49,7 @@ def make_learner(
         seed=s.seed,
         channels_last=s.channels_last,
         cuda_graphs=s.cuda_graphs,
+        optimize=s.optimize,
         task_args=task_args,
     )
     if s.distill.distill_from:

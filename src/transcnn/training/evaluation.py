@@ -34,17 +34,22 @@ def measure(
     num_workers: int = 0,
     precision: str = "32",
     accelerator: str = "auto",
+    optimize: bool = True,
     limit: int | None = None,
     bar: bool = False,
 ) -> tuple[Task, dict[str, Any], Any]:
     """The task that counted, a model's scores on one split of a data set, and the split as the network saw it.
 
-    They are ``Task.scores``, and ``seconds``, ``precision`` (Lightning's word) and ``device``.
+    They are ``Task.scores``, and ``seconds``, ``precision`` (Lightning's word), ``device`` and ``path``, which is
+    ``optimized`` or ``plain``.
 
-    ``bar`` shows how far it is, where standard error is a terminal.
+    With ``optimize`` a larger split is scored by the network as ``fast.optimize`` makes it. ``bar`` shows how far it
+    is, where standard error is a terminal.
     """
     task_args = loaded.info.get("task_args") or {}
-    learner = get_task(loaded.task)(loaded.model, loaded.class_names, loaded.preprocessing, task_args=task_args)
+    learner = get_task(loaded.task)(
+        loaded.model, loaded.class_names, loaded.preprocessing, optimize=optimize, task_args=task_args
+    )
     settings = {"batch_size": batch_size, "num_workers": num_workers, "rank": rank(), "world_size": world()}
     loader = learner.split_loader(part, loaded.preprocessing, task_args, **settings)
     trainer = L.Trainer(
@@ -60,6 +65,7 @@ def measure(
     began = time.monotonic()
     trainer.test(learner, loader, verbose=False)
     computed = {"precision": str(trainer.precision), "device": trainer.strategy.root_device.type}
+    computed["path"] = learner.path
     scores = {**learner.test_scores, "seconds": time.monotonic() - began, **computed}
     return learner, scores, loader.dataset
 

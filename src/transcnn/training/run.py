@@ -259,11 +259,12 @@ def _finish(
         batch_size=2 * s.batch_size // world(),
         precision=s.precision,
         accelerator=s.accelerator,
+        optimize=s.optimize,
         limit=s.limit_batches,
     )
     broken = list(dict.fromkeys(gather_lists(splits.broken)))
     metrics = learner.summary(scores)
-    metrics |= {name: scores[name] for name in ("precision", "device")}
+    metrics |= {name: scores[name] for name in ("precision", "device", "path")}
     metrics |= {"split": split, "data": splits.name, "chosen_on": "val", "chosen_by": keep.metric, **keep.figures}
     metrics |= {"best_epoch": keep.best_epoch, "epochs": trainer.current_epoch, "train_seconds": round(keep.seconds, 1)}
     if not trainer.is_global_zero:

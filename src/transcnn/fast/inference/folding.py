@@ -82,7 +82,10 @@ def _pairs(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def _foldable(norm: nn.Module) -> bool:
     """Whether this is a BatchNorm with fixed statistics, PyTorch's or timm's with an activation of its own."""
-    return affine(norm) is not None or (type(norm) is BatchNormAct2d and norm.running_mean is not None)
+    if type(norm) is not BatchNormAct2d:
+        return affine(norm) is not None
+    plain = type(norm.drop) is nn.Identity and not any(map(hooked, norm.modules()))
+    return plain and norm.running_mean is not None
 
 
 def _after_norm(norm: nn.Module) -> nn.Module:

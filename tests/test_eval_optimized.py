@@ -1,0 +1,116 @@
+"""Scores are computed by the optimized network, in evaluation and in training's validation, and they are the same."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from transcnn.checkpoints.loading import load
+from transcnn.commands.evaluate import evaluate
+from transcnn.commands.train import train
+from transcnn.data.sets.classify import open_set
+from transcnn.settings import Detect, Segment
+from transcnn.tasks import base
+from transcnn.training.evaluation import measure
+
+PACKAGED = "transcnn_nano.cifar10"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 images of blobs, eight in each of ten class folders."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for name in load(PACKAGED).class_names:
+        (folder / name).mkdir()
+        for i in range(8):
+            small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8))
+            small.resize((40, 33), Image.Resampling.BICUBIC).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_an_optimized_network_scores_alike(photos):
+    scores, paths = {}, {}
+    for optimize in (True, False):
+        loaded = load(PACKAGED)
+        part = open_set(str(photos), "all", class_names=loaded.class_names, val_fraction=0.1, seed=0, strict=True)
+        learner, found, _ = measure(loaded, part, batch_size=32, accelerator="cpu", optimize=optimize)
+        scores[optimize], paths[optimize] = found, found["path"]
+        assert learner.evaluated is loaded.model  # the copy is gone
+    assert paths == {True: "optimized", False: "plain"}
+    assert len(scores[True]["confusion"].nonzero()) > 15
+    assert torch.equal(scores[True]["confusion"], scores[False]["confusion"])
+    assert scores[True]["loss"] == pytest.approx(scores[False]["loss"], rel=1e-5)
+    assert scores[True]["loss"] != scores[False]["loss"]  # two ways of computing
+
+
+def test_eval_says_how_it_was_computed(photos, tmp_path, caplog, monkeypatch):
+    settings: dict[str, Any] = dict(split="all", accelerator="cpu", quiet=True, out=tmp_path)
+    metrics = evaluate(PACKAGED, photos, **settings)
+    assert (metrics["path"], metrics["precision"], metrics["device"]) == ("optimized", "32-true", "cpu")
+    assert evaluate(PACKAGED, photos, optimize=False, **settings)["path"] == "plain"
+    with caplog.at_level(logging.INFO), monkeypatch.context() as patch:
+        patch.setattr("transcnn.fast.inference.optimize._replace", lambda model: 1 / 0)
+        assert evaluate(PACKAGED, photos, **settings)["path"] == "plain"
+    assert "TransCNN runs as it is, for it can't be optimized: division by zero" in caplog.text
+
+
+def shapes(folder: Path, count: int = 6) -> Path:
+    """Images of squares with label maps and boxes: ``images/{train,val}``, ``labels/``, ``annotations/``."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        sheet: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "square"}]}
+        for kind in ("images", "labels"):
+            (folder / kind / part).mkdir(parents=True)
+        for i in range(count):
+            x, y, side = rng.integers(0, 24), rng.integers(0, 24), rng.integers(14, 30)
+            pixels = rng.integers(0, 90, (64, 64, 3)).astype(np.uint8)
+            pixels[y : y + side, x : x + side] += 150
+            labels = np.zeros((64, 64), np.uint8)
+            labels[y : y + side, x : x + side] = 1
+            Image.fromarray(pixels).save(folder / "images" / part / f"{i}.png")
+            Image.fromarray(labels).save(folder / "labels" / part / f"{i}.png")
+            sheet["images"].append({"id": i, "file_name": f"{i}.png", "width": 64, "height": 64})
+            box = [int(x), int(y), int(side), int(side)]
+            sheet["annotations"].append(
+                {"id": i, "image_id": i, "category_id": 1, "bbox": box, "area": int(side) ** 2, "iscrowd": 0}
+            )
+        (folder / "annotations").mkdir(exist_ok=True)
+        (folder / "annotations" / f"{part}.json").write_text(json.dumps(sheet))
+    return folder
+
+
+@pytest.mark.parametrize("task", ["classify", "segment", "detect"])
+@pytest.mark.usefixtures("no_report")
+def test_validation_in_training_scores_alike(
+    task: str, tmp_path: Path, make_class_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "ENOUGH", 1)
+    data = make_class_folder(splits=("train", "val"), classes=2) if task == "classify" else shapes(tmp_path / "data")
+    extra: dict[str, Any] = {
+        "segment": {"segment": Segment(decoder_channels=64)},
+        "detect": {"detect": Detect(fpn_channels=16, short_side=64, long_side=64, min_score=0.01)},
+    }.get(task, {})
+    settings = {
+        **dict(task=task, model="transcnn_test", img_size=None if task == "detect" else 32, epochs=1, batch_size=4),
+        **dict(lr=5e-3, precision="32", accelerator="cpu", num_workers=0, quiet=True, **extra),
+    }
+    made, rows = {}, {}
+    for optimize in (True, False):
+        made[optimize] = train(str(data), **settings, optimize=optimize, out=str(tmp_path / f"run-{optimize}"))
+        with (made[optimize].run_dir / "metrics.csv").open() as file:
+            rows[optimize] = next(csv.DictReader(file))
+    assert [made[optimize].metrics["path"] for optimize in (True, False)] == ["optimized", "plain"]
+    weights = [(result.run_dir / "best.safetensors").read_bytes()[-10_000:] for result in made.values()]
+    assert weights[0] == weights[1]  # what is learnt is the same bit for bit
+    for name in [name for name in rows[True] if name.startswith("val_")]:
+        assert float(rows[True][name]) == pytest.approx(float(rows[False][name]), rel=1e-3, abs=1e-3), name
