@@ -16,6 +16,7 @@ __all__ = [
     "Box",
     "Classification",
     "Detections",
+    "Embedding",
     "Failure",
     "HMHSA1d",
     "HMHSA2d",
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
         Box,
         Classification,
         Detections,
+        Embedding,
         Failure,
         Label,
         MultiLabel,
@@ -82,7 +84,7 @@ if TYPE_CHECKING:
 _HOMES = {
     **dict.fromkeys(
         (
-            *("Box", "Classification", "Detections", "Failure", "Label", "MultiLabel"),
+            *("Box", "Classification", "Detections", "Embedding", "Failure", "Label", "MultiLabel"),
             *("Prediction", "Regression", "Segmentation", "Share"),
         ),
         "report.answers",

@@ -25,6 +25,7 @@ COMMANDS = {
     "train": ("transcnn.commands.train:train", "train a network on images"),
     "eval": ("transcnn.commands.evaluate:evaluate", "score a trained network on a data set"),
     "predict": ("transcnn.commands.predict:predict", "name what images show"),
+    "embed": ("transcnn.commands.embed:embed", "images as vectors: neighbours, near-duplicates, search"),
     "explain": ("transcnn.commands.explain:explain", "plot where a network looks in an image"),
     "compare": ("transcnn.commands.compare:compare", "networks side by side: speed, memory, size"),
     "plug": ("transcnn.commands.plug:plug", "where H-MHSA can go in a CNN, and what it costs there"),

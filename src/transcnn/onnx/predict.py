@@ -19,13 +19,27 @@ from ..checkpoints.header import check_header
 from ..data.images import MAX_ASPECT_RATIO, crop_extreme_aspect, to_channels
 from ..errors import MAX_SIDE, UserError, first_line, require
 
-__all__ = ["DENSE", "OnnxModel", "to_input"]
+__all__ = ["DENSE", "OnnxModel", "open_session", "to_input"]
 
 DENSE = ("segment", "detect")  # tasks whose answers lie in the image; those of all others are about it as a whole
 
 INTERPOLATIONS = {
     name: getattr(Image.Resampling, name.upper()) for name in ("nearest", "bilinear", "bicubic", "lanczos")
 }
+
+
+def open_session(model: str | bytes, title: str, accelerator: str, threads: int = 0) -> Any:
+    """ONNX Runtime's session of a file's path or of its content, which messages call ``title``."""
+    ort = require("onnxruntime", "export")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors; failures are raised anyway
+    try:
+        return ort.InferenceSession(model, options, providers=_providers(ort, accelerator))
+    except UserError:
+        raise
+    except Exception as error:  # ONNX Runtime has a class of its own for each cause
+        raise UserError(f"can't read {title}: {first_line(error)}") from error
 
 
 class OnnxModel:
@@ -45,16 +59,9 @@ class OnnxModel:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, accelerator: str = "auto", threads: int = 0) -> None:
-        ort = require("onnxruntime", "export")
         if not Path(path).is_file():
             raise UserError(f"no such file: {path}")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3  # errors; failures are raised anyway
-        try:
-            self.session = ort.InferenceSession(os.fspath(path), options, providers=_providers(ort, accelerator))
-        except Exception as error:  # ONNX Runtime has a class of its own for each cause
-            raise UserError(f"can't read {path}: {first_line(error)}") from error
+        self.session = open_session(os.fspath(path), str(path), accelerator, threads)
         try:
             stored = self.session.get_modelmeta().custom_metadata_map
             self.info: dict[str, Any] = {key: json.loads(value) for key, value in stored.items()}

@@ -14,7 +14,7 @@ from ..data.inputs import ImageInput, input_name, is_one_image, one_by_one, read
 from ..data.loading.read_ahead import read_ahead
 from ..errors import UserError, check_range
 from ..onnx.predict import DENSE
-from ..report.answers import Detections, Failure, Prediction
+from ..report.answers import Detections, Embedding, Failure, Prediction
 
 __all__ = ["Predictor"]
 
@@ -95,6 +95,47 @@ class Predictor(ABC):
         for prediction in self._in_batches(images, 1 if dense else batch_size, make_input, predict_inputs):
             yield prediction.from_score(min_score) if isinstance(prediction, Detections) else prediction
 
+    def embed(
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        *,
+        layer: str | None = None,
+        normalize: bool = False,
+        batch_size: int = 32,
+    ) -> Any:
+        """The features of an image, or of each of several: what is alike has vectors that are.
+
+        Args:
+            images: As for :meth:`predict`.
+            layer: Whose output is averaged over the image: a module by its dotted name, of an ONNX file a tensor.
+                Without it, what a classifier's last layer is given, or the backbone's last map of a network that
+                segments or detects.
+            normalize: Vectors of length 1, so that a product of two is the cosine of their angle.
+            batch_size: Images at a time.
+
+        Returns:
+            Of one image an :class:`Embedding`, of several a list; a :class:`Failure` for one that can't be read.
+
+        Raises:
+            UserError: No such layer, or what is neither an image nor several.
+        """
+        found = list(self.embed_iter(one_by_one(images), layer=layer, normalize=normalize, batch_size=batch_size))
+        return found[0] if is_one_image(images) else found
+
+    def embed_iter(
+        self,
+        images: Iterable[ImageInput],
+        *,
+        layer: str | None = None,
+        normalize: bool = False,
+        batch_size: int = 32,
+    ) -> Iterator[Prediction]:
+        """The same for many images one after another, with few of them in memory."""
+        check_range(1, batch_size=batch_size)
+        make_input, embed_inputs = self._embed_steps(layer)
+        for found in self._in_batches(images, 1 if self.task in DENSE else batch_size, make_input, embed_inputs):
+            yield found.normalized() if normalize and isinstance(found, Embedding) else found
+
     @abstractmethod
     def resize_input(self, img_size: int | None) -> None:
         """Have images resized to another side than the network was trained at; None leaves it."""
@@ -102,6 +143,10 @@ class Predictor(ABC):
     @abstractmethod
     def _steps(self, top_k: int) -> tuple[Any, Any]:
         """From an image to an input, called from several threads, and from a list of inputs to their predictions."""
+
+    @abstractmethod
+    def _embed_steps(self, layer: str | None) -> tuple[Any, Any]:
+        """From an image to an input, and from a list of inputs to their embeddings."""
 
     def check_min_score(self, min_score: float | None) -> None:
         """Raise UserError for a least score that isn't for this network, or below what it keeps."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,9 +14,10 @@ import torch
 from ..checkpoints.loading import Loaded
 from ..distributed.runtime import check_accelerator, choose_precision
 from ..fast.inference.optimize import try_optimize
-from ..report.answers import Prediction
+from ..report.answers import Embedding, Prediction
 from ..tasks import get_task
 from .base import Predictor
+from .features import features_of
 
 __all__ = ["NetworkPredictor"]
 
@@ -53,13 +55,35 @@ class NetworkPredictor(Loaded, Predictor):
         vars(self).update(state, _turn=threading.Lock())
 
     def _steps(self, top_k: int) -> tuple[Any, Any]:
-        task = get_task(self.task)
-        transform = task.image_transform(self.preprocessing, self.info.get("task_args"))
-        device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+        task, device = get_task(self.task), self._device
 
         def predict_inputs(inputs: list[Any]) -> list[Prediction]:
-            autocast = torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
-            with self._turn, torch.inference_mode(), autocast:
+            with self._computing(device):
                 return task.predict_batch(self, inputs, device, top_k)
 
-        return partial(task.model_input, transform), predict_inputs
+        return self._make_input(), predict_inputs
+
+    def _embed_steps(self, layer: str | None) -> tuple[Any, Any]:
+        device, features = self._device, features_of(self.model, self.task, layer)
+
+        def embed_inputs(inputs: list[Any]) -> list[Prediction]:
+            with self._computing(device):
+                vectors = features(inputs, device).float().cpu().numpy()
+            return [Embedding(vector=vector) for vector in vectors]
+
+        return self._make_input(), embed_inputs
+
+    def _make_input(self) -> Any:
+        task = get_task(self.task)
+        return partial(task.model_input, task.image_transform(self.preprocessing, self.info.get("task_args")))
+
+    @property
+    def _device(self) -> torch.device:
+        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+
+    @contextmanager
+    def _computing(self, device: torch.device) -> Iterator[None]:
+        """One thread's turn at the network."""
+        autocast = torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
+        with self._turn, torch.inference_mode(), autocast:
+            yield

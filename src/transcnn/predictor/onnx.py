@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import MAX_SIDE, UserError, check_range
+from ..errors import MAX_SIDE, UserError, check_range, first_line
 from ..onnx.answers import answers
 from ..onnx.dense import class_map, detections
-from ..onnx.predict import DENSE, OnnxModel, to_input
-from ..report.answers import Detections, Prediction, Segmentation, prediction_of
+from ..onnx.features import add_output, pooled
+from ..onnx.predict import DENSE, OnnxModel, open_session, to_input
+from ..report.answers import Detections, Embedding, Prediction, Segmentation, prediction_of
 from .base import Predictor
 
 __all__ = ["OnnxPredictor"]
@@ -33,6 +34,8 @@ class OnnxPredictor(Predictor):
 
     def __init__(self, path: str | os.PathLike[str], accelerator: str = "cpu") -> None:
         self.network = OnnxModel(path, accelerator=accelerator)
+        self._accelerator = accelerator
+        self._sessions: dict[str | None, tuple[Any, str]] = {}  # by layer
         self.model = None
         self.task, self.class_names = self.network.task, self.network.class_names
         self.preprocessing, self.info = self.network.data_config, self.network.info
@@ -62,6 +65,23 @@ class OnnxPredictor(Predictor):
 
             return partial(to_input, data_config=self.preprocessing), predict_inputs
         return _unchanged, lambda images: [self._dense(image, top_k) for image in images]
+
+    def _embed_steps(self, layer: str | None) -> tuple[Any, Any]:
+        if self.task in DENSE:
+            raise UserError(f"features of a file are a classifier's; this one is for the task {self.task}")
+        if layer not in self._sessions:
+            content, name = add_output(self.source, layer)
+            self._sessions[layer] = open_session(content, self.source, self._accelerator), name
+        session, name = self._sessions[layer]
+
+        def embed_inputs(inputs: list[np.ndarray]) -> list[Prediction]:
+            try:
+                (found,) = session.run([name], {session.get_inputs()[0].name: np.stack(inputs)})
+            except Exception as error:  # ONNX Runtime has a class of its own for each cause
+                raise UserError(f"{self.source} can't be run: {first_line(error)}") from error
+            return [Embedding(vector=vector) for vector in pooled(found, len(inputs), name)]
+
+        return partial(to_input, data_config=self.preprocessing), embed_inputs
 
     def _dense(self, image: Image.Image, top_k: int) -> Prediction:
         args = self.info.get("task_args") or {}

@@ -18,6 +18,7 @@ __all__ = [
     "Box",
     "Classification",
     "Detections",
+    "Embedding",
     "Failure",
     "Label",
     "MultiLabel",
@@ -208,6 +209,28 @@ def prediction_of(row: Mapping[str, Any]) -> Prediction:
         return Regression(values=row["values"])
     top = tuple(Label(**entry) for entry in row["top"])
     return MultiLabel(top=top, labels=tuple(row["labels"])) if "labels" in row else Classification(top=top)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding(Prediction):
+    """What a layer of the network makes of an image: its pooled features (``vector``), (C,) of float32."""
+
+    vector: np.ndarray = field(repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"file", "vector": [...]}``."""
+        return {"file": self.file, "vector": self.vector.tolist()}
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(np.isfinite(self.vector).all())
+
+    def normalized(self) -> Embedding:
+        """The same of length 1."""
+        return replace(self, vector=self.vector / max(float(np.linalg.norm(self.vector)), 1e-12))
+
+    def _drawn(self, image: Image.Image) -> Image.Image:
+        return image
 
 
 @dataclass(frozen=True, kw_only=True)

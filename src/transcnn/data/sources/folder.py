@@ -7,6 +7,7 @@ import os
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -126,7 +127,9 @@ def _class_folders(root: Path, class_names: Sequence[str] | None = None) -> Sour
         )
     labels = np.repeat([classes.index(label) for label in found], [counts[label] for label in found])
     broken = [(printable(path[len(paths.root) + 1 :]), "not an image by its name") for path in others]
-    return Source(labels.astype(np.int64), classes, paths.load, paths.name, broken, raw=paths.raw, size_of=paths.size)
+    labels = labels.astype(np.int64)
+    read: dict[str, Any] = {"raw": paths.raw, "size_of": paths.size, "path_of": paths.path}
+    return Source(labels, classes, paths.load, paths.name, broken, **read)
 
 
 def _list_class(folder: Path, outside: Sequence[Path], others: list[str]) -> Iterable[str]:

@@ -48,6 +48,7 @@ class Source:
         broken: (name, reason) of what was found but is no image at all.
         raw: Index -> the image's bytes as they lie there, where there are any; raises BrokenImage.
         size_of: Index -> the size of the image's file in bytes, where that is known without reading it.
+        path_of: Index -> the path of the image's file on this machine, where it is one.
         groups: For each image the file that it lies in, where going from one to another is slow; else None.
         together: For each image its group, whose images are held back together or not at all; else None.
     """
@@ -60,6 +61,7 @@ class Source:
     raw: Callable[[int], bytes] | None = None
     groups: np.ndarray | None = None
     size_of: Callable[[int], int] | None = None
+    path_of: Callable[[int], str] | None = None
     together: np.ndarray | None = None
 
     def __post_init__(self) -> None:

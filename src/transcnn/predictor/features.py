@@ -1,0 +1,81 @@
+"""Pooled features of a network's layers."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..onnx.predict import DENSE
+
+__all__ = ["features_of"]
+
+Features = Callable[[list[Any], torch.device], Tensor]
+
+
+def features_of(model: nn.Module, task: str, layer: str | None) -> Features:
+    """From a list of a task's inputs and the model's device to their features (B, C).
+
+    Args:
+        model: In evaluation mode.
+        task: What it is for.
+        layer: Whose output is pooled, a module's dotted name; without it what the classifier's last layer is given, or
+            the backbone's last map.
+
+    Raises:
+        UserError: No such layer.
+    """
+    if layer is not None:
+        modules = dict(model.named_modules())
+        if not layer or layer not in modules:
+            near = difflib.get_close_matches(layer, modules, n=3)
+            raise UserError(f"the network has no layer {layer!r}{f'; near: {chr(44).join(near)}' if near else ''}")
+        return partial(_watched, model, task, modules[layer], layer)
+    if task in DENSE:
+        return partial(_watched, model, task, model.body, "the backbone")  # pyright: ignore
+    if not (hasattr(model, "forward_head") and hasattr(model, "forward_features")):
+        raise UserError(f"{type(model).__name__} doesn't say which are its features: give a layer")
+    return partial(_before_the_head, model)
+
+
+def _before_the_head(model: Any, inputs: list[Tensor], device: torch.device) -> Tensor:
+    return _pooled(model.forward_head(model.forward_features(torch.stack(inputs).to(device)), pre_logits=True), "head")
+
+
+def _watched(
+    model: nn.Module, task: str, module: nn.Module, name: str, inputs: list[Any], device: torch.device
+) -> Tensor:
+    """What a module gives while the model runs."""
+    given: list[Any] = []
+    handle = module.register_forward_hook(lambda _module, _inputs, output: given.append(output))
+    try:
+        if task in DENSE:
+            (pixels, _), *_ = inputs  # whole images go one by one
+            model([pixels.to(device)] if task == "detect" else pixels[None].to(device))
+        else:
+            model(torch.stack(inputs).to(device))
+    finally:
+        handle.remove()
+    if not given:
+        raise UserError(f"{name} did not run, so it has no output")
+    return _pooled(given[-1], name)
+
+
+def _pooled(output: Any, name: str) -> Tensor:
+    """(B, C, H, W), tokens (B, N, C) or (B, C) -> (B, C); of several outputs the last."""
+    while not isinstance(output, Tensor):
+        if isinstance(output, Mapping):
+            output = list(output.values())
+        if not isinstance(output, list | tuple) or not output:
+            raise UserError(f"{name} gives no tensor, but {type(output).__name__}")
+        output = output[-1]
+    if output.ndim == 3:
+        return output.mean(1)
+    if output.ndim not in (2, 4):
+        raise UserError(f"{name} gives {tuple(output.shape)}, not features of images")
+    return output if output.ndim == 2 else output.mean((2, 3))

@@ -1,0 +1,221 @@
+"""Images as vectors: ``embed`` of networks and files, neighbours, near-duplicates, search."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import fuzz
+import transcnn
+from transcnn.checkpoints.loading import data_config_of
+from transcnn.commands.embed import embed
+from transcnn.dense.build import build_network
+from transcnn.errors import UserError
+from transcnn.predictor.network import NetworkPredictor
+from transcnn.vectors.file import Vectors, read_vectors, write_vectors
+from transcnn.vectors.neighbours import duplicates, knn_accuracy, nearest
+from transcnn.weights import PACKAGED
+
+QUIET: dict[str, Any] = dict(accelerator="cpu", quiet=True)
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Any:
+    return transcnn.load(PACKAGED)
+
+
+def test_the_vector_is_what_the_head_is_given(classifier, class_image):
+    image = class_image(1, 1)
+    found = classifier.embed(image)
+    assert isinstance(found, transcnn.Embedding)
+    assert found.vector.shape == (classifier.model.num_features,)
+    logits = classifier.model.get_classifier()(torch.from_numpy(found.vector)).softmax(0)
+    assert classifier.predict(image).score == pytest.approx(logits.max().item(), abs=1e-5)
+    unit = classifier.embed([image, b"none"], normalize=True)
+    np.testing.assert_allclose(unit[0].vector, found.vector / np.linalg.norm(found.vector), rtol=1e-5)
+    assert isinstance(unit[1], transcnn.Failure)
+    stage = classifier.embed(image, layer="stages.1").vector
+    x = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 255
+    mean, std = (torch.tensor(classifier.preprocessing[key])[:, None, None] for key in ("mean", "std"))
+    with torch.inference_mode():
+        maps = classifier.model.forward_intermediates((x - mean) / std, intermediates_only=True)
+    np.testing.assert_allclose(stage, maps[1][0].mean((1, 2)).numpy(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r"no layer 'stages\.9'; near: stages"):
+        classifier.embed(image, layer="stages.9")
+    assert not any(module._forward_hooks for module in classifier.model.modules())
+
+
+@pytest.mark.parametrize("task", ["segment", "detect"])
+def test_dense_networks_give_their_backbones_last_map(class_image, task):
+    args: dict[str, Any] = {"decoder": "fpn", "decoder_channels": 64, "resize": None, "label_ids": [0, 1]}
+    if task == "detect":
+        args = {"detector": "retinanet", "fpn_channels": 16, "short_side": 64, "long_side": 96, "anchor_size": 16}
+        args |= {"min_score": 0.05, "max_found": 5, "side_range": [1.0, 1.0]}
+    network = build_network(task, "transcnn_test", args, num_classes=2, in_chans=3).eval()
+    predictor = NetworkPredictor(network, task, ["a", "b"], data_config_of(network, 3, 64), "", {"task_args": args})
+    found = predictor.embed([class_image(0, 0), class_image(1, 1, (50, 40))])
+    assert [one.vector.shape for one in found] == [(32,), (32,)]
+
+
+def test_an_exported_file_gives_the_same(tmp_path, class_image):
+    """Of a file with a head: features before it are a tensor of the graph."""
+    onnx = pytest.importorskip("onnx")
+    weights = np.random.default_rng(0).normal(size=(3, 2)).astype(np.float32)
+    make = onnx.helper.make_node
+    nodes = [
+        make("GlobalAveragePool", ["images"], ["pooled"]),
+        make("Flatten", ["pooled"], ["flat"]),
+        make("Gemm", ["flat", "w"], ["product"]),
+        make("Identity", ["product"], ["logits"]),
+    ]
+    images = onnx.helper.make_tensor_value_info("images", 1, ["n", 3, "h", "w"])
+    logits = onnx.helper.make_tensor_value_info("logits", 1, ["n", 2])
+    graph = onnx.helper.make_graph(nodes, "g", [images], [logits], [onnx.numpy_helper.from_array(weights, "w")])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    info = {"class_names": ["a", "b"], "data_config": fuzz.CONFIG, "task": "classify"}
+    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in info.items()})
+    onnx.save(model, tmp_path / "model.onnx")
+    predictor = transcnn.load(tmp_path / "model.onnx")
+    image = class_image(2, 2)
+    found, wide = predictor.embed([image, image]), predictor.embed(image, layer="pooled")
+    assert found[0].vector.shape == (3,)
+    np.testing.assert_allclose(found[0].vector, wide.vector, rtol=1e-5)
+    scores = np.exp(found[0].vector @ weights)
+    assert predictor.predict(image).score == pytest.approx((scores / scores.sum()).max(), abs=1e-5)
+    with pytest.raises(UserError, match="has no tensor 'none'"):
+        predictor.embed(image, layer="none")
+
+
+def test_labels_splits_and_names_are_kept(split_folder, tmp_path):
+    (split_folder / "train" / "class_0" / "bad.png").write_bytes(b"no image")
+    found = embed(PACKAGED, split_folder, out=tmp_path / "v.parquet", knn=3, **QUIET)
+    assert found["images"] == 48
+    assert [Path(name).name for name in found["errors"]] == ["bad.png"]
+    vectors = read_vectors(tmp_path / "v.parquet")
+    assert vectors.values.shape == (48, found["size"])
+    assert vectors.files[0] == str(split_folder / "train" / "class_0" / "000.png")
+    assert (vectors.labels[0], vectors.splits[0], vectors.splits[-1]) == ("class_0", "train", "val")
+    assert vectors.about == {"network": PACKAGED, "layer": None, "normalized": False, "img_size": None}
+    assert found["knn"]["split"] == "val"
+    assert found["knn"]["images"] == 24
+    again = embed(tmp_path / "v.parquet", knn=3, **QUIET)
+    assert again["knn"] == found["knn"]
+    embed(PACKAGED, split_folder / "val", out=tmp_path / "v.npy", **QUIET)
+    npy = read_vectors(tmp_path / "v.npy")
+    np.testing.assert_allclose(npy.values, vectors.values[24:], atol=1e-5)
+    assert npy.labels == vectors.labels[24:]
+
+
+def test_duplicates_between_splits_come_first(split_folder, tmp_path, capsys):
+    photo = split_folder / "train" / "class_1" / "001.png"
+    shutil.copy(photo, split_folder / "val" / "class_2" / "leak.png")
+    Image.open(photo).save(split_folder / "train" / "class_1" / "again.jpg", quality=95)
+    found = embed(PACKAGED, split_folder, duplicates=0.97, csv=tmp_path / "pairs.csv", accelerator="cpu")
+    pairs = {tuple(sorted(Path(name).name for name in row["files"])): row for row in found["duplicates"]}
+    assert pairs["001.png", "leak.png"]["similarity"] == 1
+    assert ("001.png", "again.jpg") in pairs, sorted(pairs)
+    assert found["duplicates"][0]["splits"] == ["train", "val"]
+    assert "of them between splits" in capsys.readouterr().out
+    with (tmp_path / "pairs.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(found["duplicates"])
+
+
+def test_search_finds_the_image_itself_first(class_folder, tmp_path):
+    embed(PACKAGED, class_folder, out=tmp_path / "v.parquet", **QUIET)
+    photo = class_folder / "class_1" / "003.png"
+    for call in ((tmp_path / "v.parquet",), (PACKAGED, tmp_path / "v.parquet")):
+        found = embed(*call, search=photo, top=3, **QUIET)["search"]
+        assert found[0]["file"] == str(photo)
+        assert found[0]["similarity"] == pytest.approx(1, abs=1e-4)
+        assert len(found) == 3
+    with pytest.raises(UserError, match=r"can't read .*none\.png"):
+        embed(tmp_path / "v.parquet", search="none.png", **QUIET)
+
+
+def test_what_was_not_meant_is_said_in_one_line(class_folder, monkeypatch):
+    for settings, message in (
+        ({}, "say what for"),
+        ({"out": "v.txt"}, r"out must end in \.parquet or \.npy"),
+        ({"knn": 0}, "knn must be 1 or more"),
+        ({"knn": 24}, "knn must be below the number of labelled images, 24"),
+        ({"duplicates": 1.5}, "duplicates must be from -1 to 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            embed(PACKAGED, class_folder, **settings, **QUIET)
+    with pytest.raises(UserError, match="IMAGES is missing"):
+        embed(PACKAGED, knn=3, **QUIET)
+    with pytest.raises(UserError, match="labels come with one data set"):
+        embed(PACKAGED, [class_folder, class_folder], knn=3, **QUIET)
+    monkeypatch.setattr("transcnn.vectors.neighbours.MOST_PAIRS", 10)
+    with pytest.raises(UserError, match=r"more than 10 pairs"):
+        embed(PACKAGED, class_folder, duplicates=-1, **QUIET)
+
+
+@given(st.integers(0, 1000), st.floats(-1, 1), st.integers(2, 40))
+def test_pairs_are_those_of_a_loop(seed, threshold, count):
+    vectors = np.random.default_rng(seed).normal(size=(count, 3))
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    wanted = {
+        (i, j): float(unit[i] @ unit[j])
+        for i in range(count)
+        for j in range(i + 1, count)
+        if abs(unit[i] @ unit[j] - threshold) > 1e-5
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transcnn.vectors.neighbours.BLOCK", 7)
+        found = {(pair.first, pair.second): pair.similarity for pair in duplicates(vectors, threshold)}
+    for pair, similarity in wanted.items():
+        assert (pair in found) == (similarity > threshold)
+        assert similarity < threshold or found[pair] == pytest.approx(similarity, abs=1e-5)
+    best = nearest(vectors, vectors[0], 1)[0]
+    assert best == (0, pytest.approx(1, abs=1e-5))
+
+
+def test_neighbours_leave_themselves_out():
+    """Two clusters; the odd one of each other's label is wrong only because its own label doesn't count."""
+    vectors = np.array([[1, 0], [1, 0.1], [1, -0.1], [0, 1], [0.1, 1], [-0.1, 1.0]])
+    labels = ["a", "a", "b", "b", "b", "a"]
+    assert knn_accuracy(vectors, labels, [""] * 6, 1)["top1"] == pytest.approx(100 * 2 / 6, abs=40)
+    assert knn_accuracy(vectors, ["a"] * 3 + ["b"] * 3, [""] * 6, 2)["top1"] == 100
+    splits = ["train", "train", "test", "train", "train", "test"]
+    found = knn_accuracy(vectors, labels, splits, 2)
+    assert (found["split"], found["images"], found["top1"]) == ("test", 2, 0.0)
+    with pytest.raises(UserError, match="two or more"):
+        knn_accuracy(vectors, ["a"] * 6, [""] * 6, 1)
+
+
+def test_strangers_files_of_vectors(tmp_path):
+    """What they say is looked up on this machine alone; anything else is one line."""
+    names = (["x.png"], [""], [""])
+    for network in ("hf-hub:somebody/network", "/no/such/run", 7, {"a": 1}):
+        write_vectors(tmp_path / "v.parquet", Vectors(np.ones((1, 4), np.float32), *names, {"network": network}))
+        with pytest.raises(UserError, match="doesn't say which network on this machine made it"):
+            embed(tmp_path / "v.parquet", search="x.png", **QUIET)
+    tables = [
+        pa.table({"file": ["a"], "label": [""], "split": [""], "vector": pa.array([[1.0]])}),
+        pa.table({"file": ["a"], "label": [""], "split": [""], "vector": ["text"]}),
+        pa.table({"file": ["a"]}),
+    ]
+    for table in tables:
+        pq.write_table(table, tmp_path / "v.parquet")
+        with pytest.raises(UserError, match="vector"):
+            embed(tmp_path / "v.parquet", duplicates=0.9, **QUIET)
+    write_vectors(tmp_path / "nan.parquet", Vectors(np.full((1, 4), np.nan, np.float32), *names))
+    (tmp_path / "v.npy").write_bytes(np.lib.format.magic(1, 0) + b"\x10\x00{'descr': '<f4'")
+    np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    (tmp_path / "objects.csv").write_text("file\na\n")
+    for name in ("nan.parquet", "v.npy", "objects.npy", "none.parquet"):
+        with pytest.raises(UserError, match=name.replace(".", r"\.")):
+            embed(tmp_path / name, duplicates=0.9, **QUIET)
