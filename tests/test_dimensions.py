@@ -196,3 +196,53 @@ def test_levels_leave_few_tokens_in_any_dimension() -> None:
         assert all(max(g) if isinstance(g, tuple) else g in (64, 4) for g in grids)
     assert further_levels((16, 112, 112)) == ((4, 4, 4), (4, (1, 4, 4), (1, 2, 2)))
     assert auto_levels(((64,), None), ((16,), None), 2**16, 4, ndim=1) == (((64, 64), (64,)), ((16, 16), (64,)))
+
+
+# --- seeing inside ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ndim", LEVELS)
+def test_attention_maps_are_the_weights_that_forward_uses(ndim: int) -> None:
+    """With the values of the layers they give the output, at a position at the border and one inside."""
+    levels = {1: ((5, 3), (3, 2)), 2: ((4, (2, 3)), ((3, 2), 2)), 3: ((3, (1, 2, 2)), ((1, 2, 2), 2))}[ndim]
+    attn = {1: transcnn.HMHSA1d, 2: transcnn.HMHSA2d, 3: transcnn.HMHSA3d}[ndim](
+        8, head_dim=4, grid_sizes=levels[0], pool_ratios=levels[1], dtype=torch.float64
+    ).eval()
+    x = torch.randn(1, 8, *(23, 11, 5)[:ndim], dtype=torch.float64)
+    place = tuple(n - 1 for n in x.shape[2:])
+    seen: dict[nn.Module, torch.Tensor] = {}
+    for module in (attn.local[0].qkv, attn.kv):
+        module.register_forward_hook(lambda module, args, output: seen.__setitem__(module, output))
+    attn.local[0].grid_norm.register_forward_pre_hook(lambda module, args: seen.__setitem__(module, args[0]))
+    for query in (place, tuple(n // 2 for n in x.shape[2:])):
+        heads = [transcnn.attention_maps(attn, x, query, head=head) for head in (0, 1)]
+        assert [(m.step, m.level) for m in heads[0]] == [("local", 1), ("local", 2), ("global", 3)]
+        here = (0, slice(None), *query)
+        v = seen[attn.local[0].qkv].chunk(3, dim=1)[2][0].unflatten(0, (2, 4))
+        local = torch.cat([(v[h] * maps[0].weights).flatten(1).sum(1) for h, maps in enumerate(heads)])
+        torch.testing.assert_close(local, (seen[attn.local[0].grid_norm] - x)[here])
+        for m in heads[0]:
+            assert abs(float(m.weights.sum()) - 1) < 1e-9
+            assert abs(float(m.pixels.sum()) - 1) < 1e-9
+            assert m.pixels.shape == x.shape[2:]
+            assert int((m.weights > 0).sum()) == m.seen
+            assert len(m.box) == 2 * ndim
+    rollout = transcnn.attention_rollout(attn, x, place)
+    assert rollout.shape == x.shape[2:]
+    assert abs(float(rollout.sum()) - 1) < 1e-9
+
+
+def test_seeing_inside_networks_for_sequences_and_volumes() -> None:
+    for name, size in [("transcnn1d_nano", (700,)), ("transcnn3d_nano", (12, 16, 9))]:
+        model = transcnn.create_model(name, num_classes=3).eval()
+        x = torch.randn(1, *size)
+        maps = transcnn.attention_maps(model, x, tuple(n // 2 for n in size))
+        assert {m.pixels.shape for m in maps} == {torch.Size(size)}
+        for values in (transcnn.explain.grad_cam(model, x), transcnn.explain.gradient_attention(model, x)):
+            assert values.shape == size
+    with pytest.raises(UserError, match=r"expected one input, \(C, D, H, W\) or \(1, C, D, H, W\), got \(1, 700\)"):
+        transcnn.attention_maps(model, torch.zeros(1, 700), (3,))
+    with pytest.raises(
+        UserError, match=r"the query \(depth, row, column\) must be within \(0, 0, 0\) and \(11, 15, 8\)"
+    ):
+        transcnn.attention_maps(model, x, (3, 4))

@@ -92,8 +92,8 @@ class HMHSA(nn.Module):
     ) -> None:
         super().__init__()
         head_dim = default_head_dim(dim) if head_dim is None else head_dim
-        grid_sizes = tuple(map(_one_if_equal, grid_sizes))
-        pool_ratios = tuple(map(_one_if_equal, pool_ratios))
+        grid_sizes = tuple(map(one_if_equal, grid_sizes))
+        pool_ratios = tuple(map(one_if_equal, pool_ratios))
         _check_arguments(dim, head_dim, grid_sizes, pool_ratios, self.ndim)
         self.dim = dim
         self.head_dim = head_dim
@@ -135,16 +135,16 @@ class HMHSA(nn.Module):
             q, k, v = self.qkv(normalise(self.norm, x, mask)).chunk(3, dim=1)
             return keep_real(self.proj(global_attention(q, k, v, self.head_dim, self.fused_attn, mask)), mask)
 
-        tokens, real, ratio = x, mask, (1,) * self.ndim  # each token stands for a patch of `ratio` positions
+        tokens, real, ratio = x, mask, per_axis(1, self.ndim)  # each token stands for a patch of `ratio` positions
         steps: list[tuple[Tensor, Size]] = []  # A₁ … A_{L-1}, each with its ratio
         for step, pool_ratio in zip(self.local, self.pool_ratios, strict=True):
             a = step(tokens, real)  # (B, C, ⌈H/ratio⌉, ⌈W/ratio⌉)
-            steps.append((a, _one_if_equal(ratio)))
+            steps.append((a, ratio))
             if real is None:
                 tokens = self.merge(a, pool_ratio)
             else:
                 tokens, real = merge_real(a, pool_ratio, real)
-            ratio = tuple(r * p for r, p in zip(ratio, per_axis(pool_ratio, self.ndim), strict=True))
+            ratio = product(ratio, pool_ratio)
 
         a1 = steps[0][0]
         kv = self.kv(normalise(self.ds_norm, tokens, real))  # (B, 2C, ⌈H/ratio⌉, ⌈W/ratio⌉), M tokens
@@ -371,7 +371,12 @@ def per_axis(size: Size, ndim: int) -> tuple[int, ...]:
     return (size,) * ndim if isinstance(size, int) else size
 
 
-def _one_if_equal(size: Size | Sequence[int]) -> Size:
+def product(ratio: tuple[int, ...], by: Size) -> tuple[int, ...]:
+    """The ratio of tokens that are merged once more."""
+    return tuple(r * b for r, b in zip(ratio, per_axis(by, len(ratio)), strict=True))
+
+
+def one_if_equal(size: Size | Sequence[int]) -> Size:
     """One number where all are equal, so that equal arguments are one."""
     if isinstance(size, Sequence):
         return size[0] if len(set(size)) == 1 else tuple(size)

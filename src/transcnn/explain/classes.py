@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..attention import cut_into_grids, join_grids
+from ..attention import cut_into_grids, join_grids, product
 from ..checkpoints.loading import Loaded
 from ..errors import UserError
 from .geometry import carry, smooth
@@ -40,7 +40,9 @@ def grad_cam(
     logits, records = record(module, x, gradients=True)
     last = check_stage(records, -1 if stage is None else stage)[-1]
     gradient = torch.autograd.grad(_logit(logits, target), last.output)[0].float()
-    weighted = gradient.mean((2, 3), keepdim=True) * last.output.detach().float()  # (1, C, H', W')
+    weighted = (
+        gradient.mean(tuple(range(2, gradient.ndim)), keepdim=True) * last.output.detach().float()
+    )  # (1, C, H', W')
     return _to_one(smooth(weighted.sum(1)[0].clamp(min=0), tuple(x.shape[2:])))  # pyright: ignore
 
 
@@ -63,7 +65,7 @@ def gradient_attention(
         UserError: No such class or stage, or a model of another output.
     """
     module, x = as_input(model, image)
-    size = (x.shape[2], x.shape[3])
+    size = tuple(x.shape[2:])
     logits, records = record(module, x, gradients=True)
     chosen = check_stage(records, stage)
     inner = [tensor for r in chosen for tensor in (*r.mixed, r.summed)]
@@ -76,10 +78,10 @@ def gradient_attention(
     return _to_one(total)
 
 
-def _taken(r: Record, gradients: list[Tensor]) -> list[tuple[Tensor, int]]:
+def _taken(r: Record, gradients: list[Tensor]) -> list[tuple[Tensor, tuple[int, ...]]]:
     """Σ (A ⊙ ∂logit/∂A)⁺ over heads and queries for each token of each step, (H_l, W_l), and the tokens' ratio."""
     d = r.attn.head_dim
-    parts, ratio = [], 1
+    parts, ratio = [], (1,) * r.attn.ndim
     steps = zip(r.qkv, gradients[:-1], r.attn.grid_sizes, r.attn.pool_ratios, strict=True)
     for qkv, gradient, grid_size, pool in steps:
         weights, v = local_weights(qkv, d, grid_size)  # (G, h, N, N), (G, h, N, d)
@@ -87,7 +89,7 @@ def _taken(r: Record, gradients: list[Tensor]) -> list[tuple[Tensor, int]]:
         g = g.unflatten(2, (-1, d)).transpose(1, 2).to(weights.dtype)  # (G, h, N, d)
         tokens = (weights * (g @ v.to(g.dtype).mT)).clamp(min=0).sum((1, 2))  # (G, N)
         parts.append((join_grids(tokens[..., None], grid_size, 1, qkv.shape[2:])[0, 0], ratio))
-        ratio *= pool
+        ratio = product(ratio, pool)
     weights = token_weights(heads_of(r.q, d), heads_of(r.k, d))  # (h, H·W, M)
     g = heads_of(gradients[-1], d).to(weights.dtype)  # (h, H·W, d)
     tokens = (weights * (g @ heads_of(r.v, d).to(g.dtype).mT)).clamp(min=0).sum((0, 1))  # (M,)

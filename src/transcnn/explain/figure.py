@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..attention import per_axis, product
 from ..report.plots import BLUE, GREY, ORANGE, new_figure
 from ..text import printable
 from .geometry import edges
@@ -149,13 +150,14 @@ def _step_name(row: int, levels: int) -> str:
 
 def describe(m: AttentionMap) -> str:
     """Two lines about one map in plain words."""
-    tall, wide = (_first_step(n, had) * m.ratio for n, had in zip(m.size, m.map_size, strict=True))
+    sides = zip(m.size, m.map_size, per_axis(m.ratio, 2), strict=True)
+    tall, wide = (_first_step(n, had) * ratio for n, had, ratio in sides)
     cell = f"{min(tall, m.size[0])}×{min(wide, m.size[1])} pixels"
     strongest = float(m.weights.max()) * m.seen
     share = "An even look: from all alike." if strongest < 1.05 else f"Brightest: {strongest:.1f} × an even share."
     if m.grid_size is not None:
         return f"Sees {m.seen} cells of {cell} (white frame).\n{share}"
-    what = "averages over" if m.ratio > 1 else "cells of"
+    what = "averages over" if m.ratio != 1 else "cells of"
     return f"Sees {m.seen} {what} {cell}.\n{share}"
 
 
@@ -220,22 +222,22 @@ class Marks:
 def marks_of(m: AttentionMap) -> Marks:
     """Where to draw what over a map."""
     ys, xs = (edges(n, had) for n, had in zip(m.size, m.map_size, strict=True))
-    ratio = m.ratio if m.grid_size is not None else 1
+    ratios = per_axis(m.ratio if m.grid_size is not None else 1, 2)
     (top, bottom), (left, right) = (
         (lines[place * ratio], lines[min((place + 1) * ratio, len(lines) - 1)])
-        for lines, place in zip((ys, xs), m.query, strict=True)
+        for lines, place, ratio in zip((ys, xs), m.query, ratios, strict=True)
     )
     spot = (top, left, bottom, right)
-    if m.grid_size is None:
-        return Marks((), (), spot, (0, 0, *m.size))
-    step = m.grid_size * m.ratio
-    sides = [3 * lines[min(step, len(lines) - 1)] for lines in (ys, xs)]
     window = (0.0, 0.0, float(m.size[0]), float(m.size[1]))
+    if m.grid_size is None:
+        return Marks((), (), spot, window)
+    down, across = product(per_axis(m.grid_size, 2), m.ratio)
+    sides = [3 * lines[min(step, len(lines) - 1)] for lines, step in ((ys, down), (xs, across))]
     if sides[0] < m.size[0] and sides[1] < m.size[1]:
         middles = (m.box[0] + m.box[2]) / 2, (m.box[1] + m.box[3]) / 2
         low = [min(max(0.0, c - s / 2), n - s) for c, s, n in zip(middles, sides, m.size, strict=True)]
         window = (low[0], low[1], low[0] + sides[0], low[1] + sides[1])
-    return Marks(ys[:-1:step][1:], xs[:-1:step][1:], spot, window)
+    return Marks(ys[:-1:down][1:], xs[:-1:across][1:], spot, window)
 
 
 def heat(image: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -266,7 +268,7 @@ def _show(axes: Axes, image: np.ndarray, size: Sequence[int]) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _frame(axes: Axes, box: tuple[float, float, float, float], colour: str, width: float) -> None:
+def _frame(axes: Axes, box: Sequence[float], colour: str, width: float) -> None:
     """A rectangle (top, left, bottom, right) in pixels."""
     from matplotlib.patches import Rectangle
 

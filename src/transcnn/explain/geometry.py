@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..attention import Size, per_axis
+
+MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 __all__ = ["carry", "cell_of", "edges", "smooth"]
 
@@ -30,32 +36,34 @@ def edges(fine: int, coarse: int) -> list[int]:
     return torch.searchsorted(cell_of(fine, coarse), torch.arange(coarse + 1)).tolist()
 
 
-def carry(values: Tensor, size: tuple[int, int], side: int | None = None) -> Tensor:
+def carry(values: Tensor, size: Sequence[int], side: Size | None = None) -> Tensor:
     """Bring a map to another size, its sum kept: a cell's value is shared evenly by, or summed over, what it covers.
 
-    (..., h, w) -> (..., H, W); ``side`` as in :func:`cell_of`.
+    (..., *s) -> (..., *S), S being ``size``; ``side`` as in :func:`cell_of`, or one for each dimension.
     """
-    for dim, length in ((-2, size[0]), (-1, size[1])):
+    ndim = len(size)
+    sides = (None,) * ndim if side is None else per_axis(side, ndim)
+    for dim, length, each in zip(range(-ndim, 0), size, sides, strict=True):
         had = values.shape[dim]
         if length == had:
             continue
         if length > had:
-            cell = cell_of(length, had, side).to(values.device)
-            shares = values / cell.bincount(minlength=had).clamp(min=1).unsqueeze(-1 if dim == -2 else 0)
-            values = shares.index_select(dim, cell)
+            cell = cell_of(length, had, each).to(values.device)
+            covered = cell.bincount(minlength=had).clamp(min=1).view(-1, *(1,) * (-1 - dim))
+            values = (values / covered).index_select(dim, cell)
         else:
-            cell = cell_of(had, length, side).to(values.device)
+            cell = cell_of(had, length, each).to(values.device)
             shape = list(values.shape)
             shape[dim] = length
             values = values.new_zeros(shape).index_add(dim, cell, values)
     return values
 
 
-def smooth(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bring a map to an image's size by linear interpolation between the middles of its cells, (h, w) -> (H, W)."""
+def smooth(values: Tensor, size: Sequence[int]) -> Tensor:
+    """Bring a map to an image's size by linear interpolation between the middles of its cells, (*s) -> (*S)."""
     sides = [int((cell_of(n, had) == 0).sum()) for n, had in zip(size, values.shape, strict=True)]
     whole = [side * had for side, had in zip(sides, values.shape, strict=True)]
     even = all(w >= n for w, n in zip(whole, size, strict=True))  # cells of one side, the last ones cut off
-    target = tuple(whole) if even else size
-    larger = F.interpolate(values[None, None], target, mode="bilinear", align_corners=False)[0, 0]
-    return larger[: size[0], : size[1]]
+    target = list(whole if even else size)
+    larger = F.interpolate(values[None, None], target, mode=MODES[len(size)], align_corners=False)[0, 0]
+    return larger[tuple(map(slice, size))]

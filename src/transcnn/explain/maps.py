@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..attention import Size, one_if_equal, per_axis, product
 from ..checkpoints.loading import Loaded
 from ..errors import UserError
 from .geometry import carry, cell_of, edges
@@ -21,6 +23,8 @@ __all__ = ["AttentionMap", "attention_maps", "maps_of"]
 class AttentionMap:
     """The attention of one position in one step of one block: a row of the softmax.
 
+    What is said of rows and columns, or height and width, is one number of a sequence and three of a volume.
+
     Attributes:
         name: The H-MHSA module's dotted name.
         stage: Its stage, from 0.
@@ -29,8 +33,8 @@ class AttentionMap:
         head: ``mean`` or a head's number.
         weights: How much goes to each token, (h', w'); the sum is 1, outside of the grid all is 0.
         query: Row and column of the position that asks: among the step's tokens, in the global step on the map.
-        ratio: Side of the patch of the map's positions that one token stands for.
-        grid_size: Side of the grids in tokens; None in the global step.
+        ratio: Side of the patch of the map's positions that one token stands for; one a dimension where they differ.
+        grid_size: Side of the grids in tokens, likewise; None in the global step.
         map_size: Height and width of the block's map.
         size: Height and width of the image.
     """
@@ -41,11 +45,11 @@ class AttentionMap:
     level: int
     head: Literal["mean"] | int
     weights: Tensor
-    query: tuple[int, int]
-    ratio: int
-    grid_size: int | None
-    map_size: tuple[int, int]
-    size: tuple[int, int]
+    query: tuple[int, ...]
+    ratio: Size
+    grid_size: Size | None
+    map_size: tuple[int, ...]
+    size: tuple[int, ...]
 
     @property
     def pixels(self) -> Tensor:
@@ -53,33 +57,33 @@ class AttentionMap:
         return carry(carry(self.weights, self.map_size, side=self.ratio), self.size)
 
     @property
-    def box(self) -> tuple[int, int, int, int]:
+    def box(self) -> tuple[int, ...]:
         """Top, left, bottom and right of what the position can see, in pixels: its grid, or the image."""
         if self.grid_size is None:
-            return 0, 0, *self.size
-        ends = []
-        for place, count, pixels in zip(self.query, self.map_size, self.size, strict=True):
-            first = place // self.grid_size * self.grid_size * self.ratio
+            return *(0 for _ in self.size), *self.size
+        starts, ends = [], []
+        ndim = len(self.size)
+        sides = zip(per_axis(self.grid_size, ndim), per_axis(self.ratio, ndim), strict=True)
+        for place, count, pixels, (grid, ratio) in zip(self.query, self.map_size, self.size, sides, strict=True):
+            first = place // grid * grid * ratio
             lines = edges(pixels, count)
-            ends.append((lines[first], lines[min(first + self.grid_size * self.ratio, count)]))
-        return ends[0][0], ends[1][0], ends[0][1], ends[1][1]
+            starts.append(lines[first])
+            ends.append(lines[min(first + grid * ratio, count)])
+        return *starts, *ends
 
     @property
     def seen(self) -> int:
         """How many tokens the position can see; an even share is 1 / ``seen``."""
         if self.grid_size is None:
             return self.weights.numel()
-        sides = [
-            min(p // self.grid_size * self.grid_size + self.grid_size, n) - p // self.grid_size * self.grid_size
-            for p, n in zip(self.query, self.weights.shape, strict=True)
-        ]
-        return sides[0] * sides[1]
+        grids = per_axis(self.grid_size, self.weights.ndim)
+        return math.prod(min(g, n - p // g * g) for p, n, g in zip(self.query, self.weights.shape, grids, strict=True))
 
 
 def attention_maps(
     model: nn.Module | Loaded,
     image: ImageLike,
-    query: tuple[int, int],
+    query: tuple[int, ...],
     stage: int | None = None,
     head: Literal["mean"] | int = "mean",
 ) -> list[AttentionMap]:
@@ -91,8 +95,9 @@ def attention_maps(
 
     Args:
         model: A network, or what :func:`transcnn.checkpoints.loading.load` gives.
-        image: (C, H, W) or (1, C, H, W), normalised; or a PIL image or a file, normalised here, of its own size.
-        query: Row and column of a pixel.
+        image: (C, H, W) or (1, C, H, W), normalised; or a PIL image or a file, normalised here, of its own size. For
+            networks of sequences (C, L), of volumes (C, D, H, W), or one of those with a batch of 1.
+        query: Row and column of a pixel; of a sequence ``(position,)``, of a volume depth, row and column.
         stage: One stage only, from 0, or negative from the end; in networks that aren't ours, neighbouring H-MHSA
             with maps of one shape count as a stage. None is all.
         head: ``mean`` over the heads, or one head's number.
@@ -103,20 +108,19 @@ def attention_maps(
     module, x = as_input(model, image)
     check_query(query, x.shape[2:])
     _, records = record(module, x)
-    return [m for r in check_stage(records, stage) for m in maps_of(r, query, tuple(x.shape[2:]), head)]  # pyright: ignore
+    return [m for r in check_stage(records, stage) for m in maps_of(r, query, tuple(x.shape[2:]), head)]
 
 
-def check_query(query: tuple[int, int], size: Sequence[int]) -> None:
+def check_query(query: tuple[int, ...], size: Sequence[int]) -> None:
     """Refuse what is no pixel of the image."""
-    height, width = size
-    if len(query) != 2 or not (0 <= query[0] < height and 0 <= query[1] < width):
-        raise UserError(
-            f"the query (row, column) must be within (0, 0) and ({height - 1}, {width - 1}), got {tuple(query)}"
-        )
+    if len(query) != len(size) or not all(0 <= q < n for q, n in zip(query, size, strict=True)):
+        names = {1: "(position,)", 2: "(row, column)", 3: "(depth, row, column)"}[len(size)]
+        last = tuple(n - 1 for n in size)
+        raise UserError(f"the query {names} must be within {(0,) * len(size)} and {last}, got {tuple(query)}")
 
 
 def maps_of(
-    r: Record, query: tuple[int, int], size: tuple[int, int], head: Literal["mean"] | int = "mean"
+    r: Record, query: tuple[int, ...], size: tuple[int, ...], head: Literal["mean"] | int = "mean"
 ) -> list[AttentionMap]:
     """The maps of one record for a pixel of an image of ``size``."""
     heads = r.attn.num_heads
@@ -126,30 +130,37 @@ def maps_of(
     def choose(rows: Tensor) -> Tensor:  # (h, ...) -> (...)
         return (rows.mean(0) if head == "mean" else rows[head]).cpu()
 
-    y, x = (int(cell_of(n, had)[q]) for n, had, q in zip(size, r.size, query, strict=True))
-    maps, ratio = [], 1
+    asks = tuple(int(cell_of(n, had)[q]) for n, had, q in zip(size, r.size, query, strict=True))
+    maps: list[AttentionMap] = []
+    ratio = per_axis(1, r.attn.ndim)
     for level, (qkv, grid_size, pool) in enumerate(zip(r.qkv, r.attn.grid_sizes, r.attn.pool_ratios, strict=True), 1):
-        place = (y // ratio, x // ratio)
+        place = tuple(p // n for p, n in zip(asks, ratio, strict=True))
         rows = choose(_local_row(qkv, place, r.attn.head_dim, grid_size))
-        common = (ratio, grid_size, r.size, size)
+        common = (one_if_equal(ratio), grid_size, r.size, size)
         maps.append(AttentionMap(r.name, r.stage, "local", level, head, rows, place, *common))
-        ratio *= pool
-    q = heads_of(r.q, r.attn.head_dim)[:, y * r.size[1] + x, None]  # (h, 1, d)
-    rows = token_weights(q, heads_of(r.k, r.attn.head_dim)).unflatten(2, r.k.shape[2:])[:, 0]  # (h, h', w')
+        ratio = product(ratio, pool)
+    q = heads_of(r.q[here(asks)], r.attn.head_dim)  # (h, 1, d)
+    rows = token_weights(q, heads_of(r.k, r.attn.head_dim)).unflatten(2, r.k.shape[2:])[:, 0]  # (h, *S')
     maps.append(
-        AttentionMap(r.name, r.stage, "global", len(r.qkv) + 1, head, choose(rows), (y, x), ratio, None, r.size, size)
+        AttentionMap(
+            r.name, r.stage, "global", len(r.qkv) + 1, head, choose(rows), asks, one_if_equal(ratio), None, r.size, size
+        )
     )
     return maps
 
 
-def _local_row(qkv: Tensor, place: tuple[int, int], head_dim: int, grid_size: int) -> Tensor:
-    """The weights of one token inside its grid, on the map of all tokens, (h, H, W)."""
-    height, width = qkv.shape[2:]
-    top, left = (p // grid_size * grid_size for p in place)
-    own = qkv[:, :, top : top + grid_size, left : left + grid_size]
-    q, k, _ = own[0].flatten(1).unflatten(0, (3, -1, head_dim)).mT  # (h, n, d) each, n the grid's real positions
-    n = (place[0] - top) * own.shape[3] + place[1] - left
-    row = token_weights(q[:, n, None], k)  # (h, 1, n)
-    full = torch.zeros(len(row), height, width, dtype=row.dtype, device=row.device)
-    full[:, top : top + grid_size, left : left + grid_size] = row.unflatten(2, own.shape[2:])[:, 0]
+def here(place: Sequence[int]) -> tuple[slice, ...]:
+    """An index of one position of a map (1, C, *S)."""
+    return (slice(None), slice(None), *(slice(p, p + 1) for p in place))
+
+
+def _local_row(qkv: Tensor, place: tuple[int, ...], head_dim: int, grid_size: Size) -> Tensor:
+    """The weights of one token inside its grid, on the map of all tokens, (h, *S)."""
+    sizes = per_axis(grid_size, len(place))
+    grid = tuple(slice(p // g * g, p // g * g + g) for p, g in zip(place, sizes, strict=True))
+    k = qkv[(slice(None), slice(None), *grid)]  # (1, 3C, *s), s the sizes that the grid really has
+    q, own = (x.chunk(3, dim=1)[i] for x, i in ((qkv[here(place)], 0), (k, 1)))
+    row = token_weights(heads_of(q, head_dim), heads_of(own, head_dim))  # (h, 1, n)
+    full = torch.zeros(len(row), *qkv.shape[2:], dtype=row.dtype, device=row.device)
+    full[(slice(None), *grid)] = row.unflatten(2, k.shape[2:])[:, 0]
     return full

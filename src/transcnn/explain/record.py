@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..attention import HMHSA, cut_into_grids
+from ..attention import HMHSA, SIZES, Size, cut_into_grids
 from ..checkpoints.loading import Loaded, data_config_of
 from ..data.images import BrokenImage, read_image, to_channels
 from ..errors import UserError
@@ -64,13 +64,13 @@ class Record:
     output: Tensor = field(init=False)
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the map."""
-        return self.x.shape[2], self.x.shape[3]
+    def size(self) -> tuple[int, ...]:
+        """Height and width of the map (length of a sequence; depth, height and width of a volume)."""
+        return tuple(self.x.shape[2:])
 
 
 def as_input(model: nn.Module | Loaded, image: ImageLike) -> tuple[nn.Module, Tensor]:
-    """The module and its input (1, C, H, W), on the module's device.
+    """The module and its input (1, C, H, W), on the module's device; (1, C, L) or (1, C, D, H, W) as its H-MHSA takes.
 
     A tensor is taken as normalised already. A PIL image or a file is normalised as the model wants it and keeps its
     size: any size works.
@@ -95,9 +95,13 @@ def as_input(model: nn.Module | Loaded, image: ImageLike) -> tuple[nn.Module, Te
         mean, std = channel_stats(config["mean"], in_chans), channel_stats(config["std"], in_chans)
         pixels = tvf.pil_to_tensor(to_channels(image, in_chans)).float() / 255
         image = tvf.normalize(pixels, list(mean), list(std))
-    image = image[None] if image.ndim == 3 else image
-    if image.ndim != 4 or len(image) != 1:
-        raise UserError(f"expected one image, (C, H, W) or (1, C, H, W), got {tuple(image.shape)}")
+    ndim = next((m.ndim for m in module.modules() if isinstance(m, HMHSA)), 2)
+    image = image[None] if image.ndim == ndim + 1 else image
+    if image.ndim != ndim + 2 or len(image) != 1:
+        letters = f"C, {SIZES[ndim]}"
+        raise UserError(
+            f"expected one {'image' if ndim == 2 else 'input'}, ({letters}) or (1, {letters}), got {tuple(image.shape)}"
+        )
     like = next(module.parameters(), image)
     return module, image.detach().to(device=like.device, dtype=like.dtype)
 
@@ -211,13 +215,13 @@ def token_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
     return scores.softmax(dim=-1)
 
 
-def local_weights(qkv: Tensor, head_dim: int, grid_size: int) -> tuple[Tensor, Tensor]:
-    """Weights and values inside each grid, (1, 3C, H, W) -> (G, h, N, N) and (G, h, N, d)."""
+def local_weights(qkv: Tensor, head_dim: int, grid_size: Size) -> tuple[Tensor, Tensor]:
+    """Weights and values inside each grid, (1, 3C, *S) -> (G, h, N, N) and (G, h, N, d)."""
     tokens, mask = cut_into_grids(qkv, grid_size)  # (G, N, 3C)
     q, k, v = tokens.unflatten(2, (3, -1, head_dim)).permute(2, 0, 3, 1, 4)  # (G, h, N, d) each
     return token_weights(q, k, mask), v
 
 
 def heads_of(x: Tensor, head_dim: int) -> Tensor:
-    """(1, C, H, W) -> (h, H·W, d)."""
+    """(1, C, *S) -> (h, N, d)."""
     return x[0].flatten(1).unflatten(0, (-1, head_dim)).mT

@@ -68,6 +68,8 @@ def deletion_insertion(
     """
     module, x = as_input(model, image)
     size = tuple(x.shape[2:])
+    if x.ndim != 4:
+        raise UserError(f"deletion and insertion are for images (1, C, H, W), got {tuple(x.shape)}")
     if tuple(values.shape) != size:
         raise UserError(f"the map must be of the image's size {size}, got {tuple(values.shape)}")
     if steps < 1:

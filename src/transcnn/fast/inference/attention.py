@@ -23,6 +23,7 @@ from ...attention import (
     join_grids,
     merge,
     per_axis,
+    product,
     real_positions,
     spread,
 )
@@ -184,7 +185,7 @@ class FastHMHSA(InferenceOnly):
             a = step(merged)
             steps.append((a, ratio))
             merged = _merge(a, pool_ratio)
-            ratio = tuple(r * p for r, p in zip(ratio, per_axis(pool_ratio, self.ndim), strict=True))
+            ratio = product(ratio, pool_ratio)
         (a1, _), *further = steps
         merged = merged if self.norm_kv is None else self.norm_kv(merged)
         kv = self.kv(merged).flatten(1, -2)  # (B, M, 2C)
