@@ -5,7 +5,7 @@
 #   make coverage  the same with the coverage of src, which takes half as long again
 #   make bench     fail if the fast path isn't well ahead of the plain one on this machine (half a minute)
 #   make faults    the long tests: those of killed, starved and restarted runs, which write results/faults.csv, and
-#                  all others that are marked slow, which make test leaves out
+#                  all others that are marked slow, which make test leaves out; and the fuzzers with 20 times the cases
 #   make lint      format, lint and types; changes nothing
 #   make format    put the format right
 #   make install   .venv with every extra, nothing else
@@ -29,6 +29,8 @@ WORKERS ?= 2
 # Threads that wait for each other sleep meanwhile, as tests of several threads share cores with other processes.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 PARALLEL := $(PYTEST) -n $(WORKERS) --dist worksteal
+
+FUZZERS := tests/attacks tests/test_fuzz.py tests/test_cli_fuzz.py tests/test_fast_property.py
 
 .PHONY: help demo test coverage bench faults lint format install build figures docs screenshots clean
 .DEFAULT_GOAL := help
@@ -78,6 +80,7 @@ bench: $(VENV)/.installed-dev
 faults: $(VENV)/.installed-dev
 	TRANSCNN_FAULTS=results/faults.csv $(PYTEST) tests/faults -m 'slow or not slow'
 	$(PARALLEL) tests --ignore tests/faults -m slow
+	TRANSCNN_FUZZ_CASES=20000 TRANSCNN_CASES=600 $(PARALLEL) $(FUZZERS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import random
 import resource
 import sys
@@ -36,6 +37,7 @@ from transcnn.data.images import BrokenImage, read_ids, read_image
 from transcnn.errors import UserError
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
+CASES = int(os.environ.get("TRANSCNN_FUZZ_CASES", "1000"))  # of each kind; make faults asks for more
 SLOW = 20.0  # seconds of the CPU that no input of some kilobytes may take (first imports are in it)
 
 
@@ -353,7 +355,8 @@ TARGETS: dict[str, tuple[Callable[[bytes, Path], None], Callable[[], list[bytes]
 # --- changing them ----------------------------------------------------------------------------------------------------
 
 NODES = (None, True, 0, -1, 1 << 31, 1 << 63, 10**30, 1e308, float("nan"), float("inf"), "", "x", "../../etc/passwd",
-         "/", "\0", "\ud800", [], {}, [[]], [1], {"a": 1}, "9" * 5000, [0] * 300)  # fmt: skip
+         "/", "\0", "\ud800", "a\nb", "\x1b[2J\x9b31m", "\u202e", "[/b]", "<img src=x onerror=alert(1)>", "=1+1",
+         "z" * 100_000, [], {}, [[]], [1], {"a": 1}, "9" * 5000, [0] * 300)  # fmt: skip
 NUMBERS = (b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\xff" * 8, b"9999999999", b"-1", b"NaN")
 
 
@@ -441,8 +444,13 @@ def change(name: str, content: bytes, draw: random.Random) -> bytes:
     if name == "onnx":
         import onnx
 
+        if draw.random() < 0.1:  # names and texts that are no UTF-8, of the same length
+            old = draw.choice((b"logits", b"images", b"class_names", b"bicubic", b'"c"', b"classify", b"Identity"))
+            return content.replace(old, old[:1] + draw.choice((b"\xff", b"\n", b"\x1b", b"\0", b"<")) + old[2:])
         model = onnx.load_from_string(content)
         stored = draw.choice(model.metadata_props)
+        if draw.random() < 0.1:
+            stored.key = draw.choice([node for node in NODES if isinstance(node, str) and node != "\ud800"])
         stored.value = json.dumps(mutate_value(json.loads(stored.value), draw))
         return model.SerializeToString()
     if name == "checkpoint":
@@ -457,12 +465,15 @@ def change(name: str, content: bytes, draw: random.Random) -> bytes:
 
 
 def thousand(name: str, share: float = 1.0) -> None:
-    """The same thousand files of a kind at each call (or a share of them); raises AssertionError where one fails."""
+    """The same thousand files of a kind at each call (or a share of them), more where ``CASES`` says so.
+
+    Raises AssertionError where one fails.
+    """
     draw, seeds = random.Random(name), TARGETS[name][1]()
     for content in seeds:
         problem = attempt(name, content)
         assert not problem, f"a good file isn't read: {problem}"
-    count, refusals = round(1000 * share), 0
+    count, refusals = round(CASES * share), 0
     with little_memory(2000):
         for case in range(count):
             content = change(name, draw.choice(seeds), draw)

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from PIL import Image
 
+import fuzz
 from transcnn import cli
 from transcnn.arguments import Argument, Command, members
 from transcnn.errors import UserError
@@ -49,7 +50,7 @@ def test_every_flag_reads_or_refuses_every_value_in_one_line(name):
     draw = random.Random(5)
     for argument in command.arguments.values():
         values = list(values_of(argument))
-        for value in draw.sample(values, min(len(values), 4 if command.groups else 10)):
+        for value in draw.sample(values, min(len(values), (4 if command.groups else 10) * fuzz.CASES // 1000)):
             words = [] if argument.name in needed else ["something"] * len(needed)
             words += [f"--{other}=something" for other in needed if argument.name in needed and other != argument.name]
             try:
@@ -113,7 +114,7 @@ def test_commands_end_with_one_line(name, made, tmp_path, monkeypatch, capsys):
     draw = random.Random(3)
     cases = [(argument.name, value) for argument in command.arguments.values() for value in ODD]
     cases = [(flag, value) for flag, value in cases if flag not in NOT_RUN]
-    for flag, value in draw.sample(cases, min(len(cases), 6)):
+    for flag, value in draw.sample(cases, min(len(cases), 6 * fuzz.CASES // 1000)):
         ends_well([name, *BASE[name], f"--{flag}={value}"], capsys)
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import tarfile
 import time
 import tracemalloc
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import fuzz
 from transcnn.data.images import BrokenImage, list_images, read_image
 from transcnn.data.names import distinct_names, match_names
 from transcnn.data.sets.classify import open_set
@@ -372,8 +374,10 @@ def fuzz_names(draw: random.Random) -> Callable[[Path], Any]:
 @pytest.mark.parametrize(("make", "count"), [(fuzz_table, 400), (fuzz_annotations, 400), (fuzz_names, 200)])
 def test_anything_ends_in_a_result_or_in_one_line(make: Callable[..., Any], count: int, tmp_path: Path) -> None:
     lines: list[str] = []
+    count = count * fuzz.CASES // 1000
     for case in range(count):
-        folder = tmp_path / str(case)
+        folder = tmp_path / "case"
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         attempt = make(random.Random(case))
         try:

@@ -21,6 +21,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+import fuzz
 from transcnn.report.answers import Detections
 from transcnn.report.classify import write_report
 from transcnn.report.output_folder import OutputFolder
@@ -72,7 +73,7 @@ def made_up(count: int) -> list[str]:
     return [*NASTY, *("".join(draw.choices(PIECES, k=draw.randint(1, 8))) for _ in range(count - len(NASTY)))]
 
 
-NAMES = made_up(1000)
+NAMES = made_up(fuzz.CASES)
 
 
 def harmless(text: str) -> bool:
@@ -282,3 +283,38 @@ def test_the_command_line_reads_and_tells_names(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "\\u732b\\x1b" in done.stdout
+
+
+def test_class_names_of_an_onnx_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What an exported file says of itself is written by anybody; so are the texts that ONNX has room for."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from transcnn.cli import main
+
+    names = list(dict.fromkeys([*NASTY, *NAMES[:1000]]))
+    helper = onnx.helper
+    weight = np.random.default_rng(0).normal(size=(3, len(names))).astype(np.float32)
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["images"], ["x"], name="\x1b[2J"),
+        helper.make_node("Flatten", ["x"], ["y"]),
+    ]
+    nodes.append(helper.make_node("MatMul", ["y", "w"], ["logits"]))
+    images = helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, ["b\n", 3, "h", "[/b]"])
+    logits = helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["b\n", len(names)])
+    graph = helper.make_graph(nodes, "<img>", [images], [logits], [onnx.numpy_helper.from_array(weight, "w")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    model.doc_string = model.producer_name = "\x1b[2J" * 10_000
+    about = {"class_names": names, "data_config": fuzz.CONFIG, "task": "classify", "[/b]\n\x1b": "x" * 1_000_000}
+    helper.set_model_props(model, {key: json.dumps(value) for key, value in about.items()})
+    onnx.save(model, tmp_path / "x.onnx")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "x.png")
+    argv = ["predict", str(tmp_path / "x.onnx"), str(tmp_path / "x.png"), f"--top_k={len(names)}", "--accelerator=cpu"]
+    for more in ([f"--csv={tmp_path / 'x.csv'}"], ["--json"]):
+        assert main([*argv, *more]) == 0
+        written = capsys.readouterr().out
+        assert harmless(written)
+        assert "two\\nlines.png" in written
+        assert len(written.splitlines()) < 10 or "--json" in more
+    assert harmless((tmp_path / "x.csv").read_text(encoding="utf-8"))
+    found = json.loads(written)[0]["top"]
+    assert {row["label"] for row in found} >= {name for name in NASTY if name}

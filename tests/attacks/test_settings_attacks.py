@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 
+import fuzz
 from transcnn import cli
 from transcnn.commands.train import train
 from transcnn.errors import UserError
@@ -321,7 +322,7 @@ def test_a_thousand_recipes_are_read_or_refused_in_one_line(watch: Watch) -> Non
         "[" * 30,
         "\ud7ff",
     ]
-    for _ in range(1000):
+    for _ in range(fuzz.CASES):
         text = yaml.safe_dump(changed(random, plain), allow_unicode=True)
         if random.random() < 0.4:
             at = random.randrange(len(text))
