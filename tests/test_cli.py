@@ -195,3 +195,18 @@ def test_train_eval_predict_end_to_end(class_folder, tmp_path, capsys):
     assert "top-1" in capsys.readouterr().out
     assert cli.main(["predict", run, str(class_folder / "class_0"), "--json", "--accelerator", "cpu"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 8
+
+
+def test_tables_cut_no_name_at_80_columns(monkeypatch, capsys):
+    """Tables fit where names are short; where they are long, the terminal breaks lines."""
+    monkeypatch.setenv("COLUMNS", "80")
+    short, long = ["transcnn_medium", "hatnet_large"], "vit_tiny_patch16_384.augreg_in21k_ft_in1k"
+    assert cli.main(["models", *short]) == 0
+    table = capsys.readouterr().out.partition("Layers are")[0]
+    assert all(f" {name} " in table for name in short)
+    assert "multiply-adds" in table
+    assert max(len(line) for line in table.splitlines()) <= 80
+    assert cli.main(["models", long]) == 0
+    assert long in capsys.readouterr().out
+    assert cli.main(["plug", "test_resnet", "--img_size", "64"]) == 0
+    assert " layer2 " in capsys.readouterr().out

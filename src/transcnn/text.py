@@ -13,9 +13,10 @@ import unicodedata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from rich.text import Text
 
-__all__ = ["csv_cell", "html", "json_text", "markdown", "printable", "rich_text"]
+__all__ = ["csv_cell", "html", "json_text", "markdown", "print_whole", "printable", "rich_text"]
 
 JOINERS = "\u200c\u200d"  # within words and emoji
 
@@ -30,7 +31,18 @@ def rich_text(value: Any, style: str = "") -> Text:
     """For a table on the terminal: no markup is read."""
     from rich.text import Text
 
-    return Text(printable(value), style)
+    return Text(printable(value), style, overflow="fold")  # in a narrow column it goes on in the next line
+
+
+def print_whole(table: Table) -> None:
+    """Print a table on standard output, as wide as it is: a narrower terminal breaks lines, and no name is cut."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    console = Console(highlight=False)
+    needed = Measurement.get(console, console.options.update(width=1 << 16), table).maximum
+    console.width = max(console.width, needed)
+    console.print(table)
 
 
 def html(value: Any) -> str:

@@ -251,9 +251,13 @@ def test_tables_of_eval(task: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert shown in written
 
 
-def test_the_tables_of_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
-    """Settings may be anything, too."""
+def test_the_tables_of_a_dry_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings may be anything, too; at 80 columns no name of one is cut."""
     from transcnn.cli import main
+    from transcnn.settings import TrainSettings, as_plain
+    from transcnn.training.dryrun import flat
+
+    monkeypatch.setenv("COLUMNS", "80")
 
     name = "[/b]\x1b[2J\n=1+1"
     assert (
@@ -262,6 +266,8 @@ def test_the_tables_of_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     written = capsys.readouterr().out
     assert harmless(written)
     assert "[/b]\\x1b[2J\\n=1+1" in written
+    assert all(f" {name} " in written for name, _ in flat(as_plain(TrainSettings())))
+    assert max(len(line) for line in written.splitlines()) <= 80
 
 
 def test_the_command_line_reads_and_tells_names(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import platform
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from ..compare.plot import draw
 from ..data.paths import StrPath
 from ..distributed.runtime import check_accelerator
 from ..errors import MAX_SIDE, UserError, check_range
-from ..text import printable, rich_text
+from ..text import print_whole, printable, rich_text
 
 __all__ = ["compare"]
 
@@ -117,7 +116,6 @@ def compare(
 
 
 def _print(cases: list[Case]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
@@ -126,12 +124,12 @@ def _print(cases: list[Case]) -> None:
         "engine",
         "dtype",
         "size",
-        "params M",
+        "params\nM",
         "GMACs",
         "images/s",
         "± %",
-        "ns/pixel",
-        "peak MB",
+        "ns/\npixel",
+        "peak\nMB",
         "difference",
     )
     for head in heads:
@@ -154,7 +152,7 @@ def _print(cases: list[Case]) -> None:
             show(case.peak_mb, ".0f"),
             show(case.difference, ".0e"),
         )
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    print_whole(table)
     for case in cases:
         if case.note:
             print(printable(f"{title(case)}: {case.note}"))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ..checkpoints.files import make_folder
 from ..data.paths import StrPath, as_text
 from ..errors import MAX_SIDE, UserError, check_range
-from ..text import printable
+from ..text import print_whole, printable
 
 __all__ = ["export"]
 
@@ -86,7 +86,6 @@ def _default_target(checkpoint: str, suffix: str) -> Path:
 
 
 def _print(result: Any, format: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
@@ -96,7 +95,7 @@ def _print(result: Any, format: str) -> None:
         size = f"{row.batch}x{row.height}x{row.width}"
         numbers = (f"{row.difference:.1e}", f"{row.relative:.1e}", f"{row.torch_ms:.2f}", f"{row.file_ms:.2f}")
         table.add_row(size, *numbers)
-    Console(highlight=False).print(table)
+    print_whole(table)
     size = sum(file.stat().st_size for file in (result.file, result.file.with_suffix(".bin")) if file.exists())
     if "int8" in result.info:
         score = result.info["int8"]

@@ -9,6 +9,7 @@ from ..checkpoints.files import atomic_write, check_writable
 from ..data.paths import StrPath, as_text
 from ..errors import MAX_SIDE, check_range
 from ..plugging.cost import describe
+from ..text import print_whole, rich_text
 from ..variants import VARIANTS
 
 __all__ = ["models"]
@@ -25,7 +26,6 @@ def models(names: list[str] | None = None, *, img_size: int | None = None, csv: 
     Raises:
         UserError: No such network.
     """
-    from rich.console import Console
     from rich.table import Table
 
     check_range(1, MAX_SIDE, img_size=img_size)
@@ -33,14 +33,14 @@ def models(names: list[str] | None = None, *, img_size: int | None = None, csv: 
         check_writable(Path(csv))
     rows = [describe(name, img_size) for name in names or VARIANTS]
     table = Table(box=None, header_style="bold")
-    for column in ("name", "parameters", "multiply-adds", "of which layers", "input", "top-1 (paper)"):
+    for column in ("name", "parameters", "multiply-adds", "of which\nlayers", "input", "top-1\n(paper)"):
         table.add_column(column, justify="left" if column == "name" else "right")
     for row in rows:
         top1 = "-" if row["paper_top1"] is None else f"{row['paper_top1']:.1f} %"
         size = "x".join(str(side) for side in row["input_size"])
         counts = [f"{row['params'] / 1e6:.2f} M", *(f"{row[key] / 1e9:.3f} G" for key in ("macs", "layer_macs"))]
-        table.add_row(row["name"], *counts, size, top1)
-    Console(highlight=False).print(table)
+        table.add_row(rich_text(row["name"]), *counts, size, top1)
+    print_whole(table)
     print("Layers are what the paper counts: all but the products inside attention. Top-1 is the paper's figure on")
     print("ImageNet-1K; everything else was counted just now.")
     if csv:

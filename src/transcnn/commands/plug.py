@@ -21,7 +21,7 @@ from ..plugging.cost import count, seconds_per_call
 from ..plugging.places import Place, backbone, default_levels, eval_mode, example_for, find
 from ..plugging.plug import plug as plug_in
 from ..plugging.plug import plug_spec, plugged
-from ..text import printable, rich_text
+from ..text import print_whole, printable, rich_text
 
 __all__ = ["plug"]
 
@@ -136,7 +136,6 @@ def _print_costs(name: str, at: list[str], before: dict[str, float], after: dict
 
 
 def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", title=title or None, title_justify="left")
@@ -144,7 +143,7 @@ def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...
         table.add_column(column, justify="right" if i else "left")
     for row in rows:
         table.add_row(*map(rich_text, row))
-    Console(highlight=False).print(table)
+    print_whole(table)
 
 
 def _save(path: Path, name: str, model: nn.Module, in_chans: int) -> None:

@@ -31,7 +31,7 @@ from ..tasks.base import Task
 from ..text import rich_text
 from .callbacks import Ema
 
-__all__ = ["assumed_splits", "dry_run"]
+__all__ = ["assumed_splits", "dry_run", "flat"]
 
 IMAGENET = 1_281_167  # training images of ImageNet-1K, which is what 1,000 classes are taken for
 CPU_IMAGES = 2  # a step on a CPU is tried with so many images: more take long, and memory that there may not be
@@ -211,14 +211,14 @@ def _print(s: TrainSettings, learner: Task, splits: Any, figures: dict[str, Any]
     console.print(table)
     settings = Table(box=None, header_style="bold")
     for title in ("setting", "value", "from"):
-        settings.add_column(title)
-    for name, value in _flat(as_plain(s)):
+        settings.add_column(title, no_wrap=title == "setting", overflow="fold")
+    for name, value in flat(as_plain(s)):
         settings.add_row(name, rich_text(value), rich_text(s.origin_of(name)))
     console.print()
     console.print(settings)
 
 
-def _flat(settings: dict[str, Any]) -> list[tuple[str, Any]]:
+def flat(settings: dict[str, Any]) -> list[tuple[str, Any]]:
     """Names and values, those of groups as ``group.name``."""
     rows = []
     for name, value in settings.items():
