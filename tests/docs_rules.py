@@ -38,7 +38,7 @@ INSTEAD = [
 SLOW = [
     r"^(data|plug|export|share|tutorial|large-images|segmentation|detection)\.md:",
     r"compare",
-    r"grad_cam|HiResCAM|transcnn_tiny",
+    r"grad_cam|transcnn_tiny",
 ]
 
 # What isn't run, and why; our commands among it are parsed, Python is compiled.
@@ -49,6 +49,7 @@ NOT_RUN = [
         r": python (-m transcnn\.commands\.pack_weights|benchmarks/)",
         "measures for minutes; benchmarks are written to be repeated",
     ),
+    (r"HiResCAM", "needs the extra cam, which brings OpenCV; tests/test_explain.py runs the package where it is there"),
     (r": transcnn demo", "serves until it is stopped; tests/test_demo.py does that"),
     (r"(train|eval \S+) torch/", "torchvision's data sets, which must be downloaded"),
     (r"push_to_hub\(", "needs the hub; tests/test_share.py runs it against a stand-in"),

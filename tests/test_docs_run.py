@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shlex
 import shutil
@@ -189,6 +190,38 @@ def test_a_page_does_all_that_it_says(page: Path, place: Path) -> None:
         shutil.copytree("bccd.tar", "shapes")
     ran, parsed = run(page, True, names_of(page))
     assert ran + parsed > 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_the_tutorial_prints_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its images, its training as it stands, and the lines that are promised for its end.
+
+    Rounding differs from CPU to CPU. With the environment variable ``TRANSCNN_TUTORIAL`` set, what comes out is
+    written into the page, and the picture of the star is drawn again.
+    """
+    page = ROOT / "docs" / "tutorial.md"
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text(encoding="utf-8")
+    promised = re.search(r"^```\n(epoch .*?\n)```", text, re.MULTILINE | re.DOTALL)
+    assert promised
+    told = [step for step in steps(page) if step[0] == "python" or re.search("train shapes|star.png", step[1])]
+    assert len(told) == 3
+    exec(compile(told[0][1], page.name, "exec"), {})
+    assert main(shlex.split(told[1][1])[1:]) == 0
+    lines = re.sub(r"  [\d,]+ images/s.*", "", capsys.readouterr().out).splitlines()[-3:]
+    assert main(shlex.split(told[2][1])[1:]) == 0
+    if os.environ.get("TRANSCNN_TUTORIAL"):
+        page.write_text(text.replace(promised[1], "\n".join([*lines, ""])), encoding="utf-8")
+        shutil.copy("star.png", ROOT / "docs" / "images" / "tutorial_star.png")
+        return
+    for line, expected in zip(lines, promised[1].splitlines(), strict=True):
+        number = r"(?<![\w/])\d+(?:\.\d+)?(?![/\w])"
+        assert re.sub(number, "#", line) == re.sub(number, "#", expected)
+        for got, wanted in zip(re.findall(number, line), re.findall(number, expected), strict=True):
+            assert abs(float(got) - float(wanted)) <= (4 if float(wanted) > 10 else 0.1), (line, expected)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -267,7 +267,8 @@ class TrainSettings:
         batch_size: Images a step, of all processes together; each of N takes batch_size / N. (In timm and Lightning it
             is the batch of one process.) So results don't depend on N, nor does what lr has to be.
         lr: Learning rate (see lr_batch).
-        img_size: Side of the images that the network is given; without it, what the network was made for. To segment,
+        img_size: Side of the images that the network is given; without it, what the network was made for, or to
+            classify larger images from scratch what suits them, up to 224. To segment,
             side of the crops that are learnt from; whole images are evaluated.
         in_chans: Channels of the images, 1 to 4; without it 1 for grey images, else 3.
         out: The run's directory, new or empty; without it runs/DATE-TIME-MODEL-DATA.

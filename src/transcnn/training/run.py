@@ -46,6 +46,7 @@ from .data_record import check_unchanged, keep_split, read_record, record_of, wr
 from .dryrun import assumed_splits, dry_run
 from .evaluation import measure, say_what_is_off, write_results
 from .faults import SkipNonFinite
+from .input_size import choose_img_size
 from .loading import LoaderWatch
 from .memory import check_memory
 from .progress import TrainBar
@@ -74,6 +75,8 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None, lock: R
     splits = assumed or first_here(lambda: task_class.open_data(s.data, task_args, **opened))
     record = None if s.dry_run else _check_data(s, splits, resumed)
     task_args = {**task_args, **splits.task_args}
+    if resumed is None and assumed is None:
+        s = choose_img_size(s, splits, quiet=s.quiet or rank() > 0)
     network, args = make_network(s, splits, task_args, resumed)
     config = data_config_of(network, splits.in_chans, s.img_size)
     if splits.pixel_range is not None:
