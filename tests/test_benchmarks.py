@@ -316,3 +316,52 @@ def test_peers_get_one_recipe_and_maps_of_one_resolution(tmp_path: Path, monkeyp
     assert list(rows) == list(weights_peers.NETWORKS)
     assert all(3.2e6 < float(row["params"]) < 4e6 for row in rows.values())
     assert all(1.3e8 < float(row["macs"]) < 2.6e8 for row in rows.values())
+
+
+# --- answers.py ---------------------------------------------------------------------------------------------------
+
+
+def test_odd_photos_are_all_read_and_answered(tmp_path: Path) -> None:
+    import answers
+
+    files = answers.odd_photos(tmp_path, 26)
+    images = [answers.read_image(file) for file in files]
+    assert {(1, 1), (3000, 10), (10, 3000), (127, 255)} <= {image.size for image in images}
+    modes = set()
+    for file in files:
+        with Image.open(file) as opened:
+            modes.add(opened.mode)
+    assert modes >= {"L", "P", "RGBA", "I;16", "CMYK", "LA", "1", "RGB"}
+    loaded = answers.load("transcnn_nano.cifar10")
+    plain, fast = (answers.by_torch(loaded, model) for model in (loaded.model, answers.optimize(loaded.model)))
+    found = [answers.compare("classify", plain(image), fast(image), {}) for image in images[:6]]
+    assert not any(row["differs"] or row["unexplained"] for row in found)
+    assert 0 < max(row["difference"] for row in found) < 1e-4
+
+
+def test_answers_that_differ_are_told_from_rounding() -> None:
+    import answers
+    import numpy as np
+
+    def pixels(*logits: float) -> Any:
+        numbers = np.array([[[0.0, 0.0]], [logits]])  # two classes of two pixels
+        return answers.Answer(numbers, numbers.argmax(0))
+
+    row = answers.compare("segment", pixels(1e-6, 1.0), pixels(-1e-6, 1.0), {})
+    assert (row["differs"], row["places"], row["unexplained"]) == (True, 1, False)
+    row = answers.compare("segment", pixels(0.1, 1.0), pixels(0.1, -1e-3), {})
+    assert (row["differs"], row["places"], row["unexplained"]) == (True, 1, False)
+    wrong = pixels(0.1, 1.0)
+    wrong.told = 1 - wrong.told
+    assert answers.compare("segment", pixels(0.1, 1.0), wrong, {})["unexplained"]
+
+    def boxes(*rows: tuple[float, ...]) -> Any:
+        return np.array(rows).reshape(-1, 6)
+
+    sure, faint, args = (0, 0, 9, 9, 1, 0.9), (20, 20, 30, 30, 0, 0.0502), {"min_score": 0.05, "max_found": 100}
+    same = answers.compare_boxes(boxes(sure, faint), boxes(sure, faint), args)
+    assert (same["differs"], same["difference"]) == (False, 0)
+    lost = answers.compare_boxes(boxes(sure, faint), boxes(sure), args)
+    assert (lost["differs"], lost["unexplained"]) == (True, False)
+    assert answers.compare_boxes(boxes(sure, faint), boxes(faint), args)["unexplained"]
+    assert answers.compare_boxes(boxes(sure), boxes((0, 0, 9, 9, 2, 0.9)), args)["unexplained"]

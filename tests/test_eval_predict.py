@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transcnn.checkpoints.loading import data_config_of, load, save_weights
 from transcnn.commands.evaluate import evaluate
 from transcnn.commands.explain import explain
-from transcnn.commands.models import models
+from transcnn.commands.models import models, read_figures
 from transcnn.commands.predict import FEW, predict
 from transcnn.commands.train import train
 from transcnn.data.images import read_image
@@ -27,6 +27,7 @@ from transcnn.errors import UserError
 from transcnn.plugging.build import build_model
 from transcnn.plugging.cost import describe
 from transcnn.tasks import get_task
+from transcnn.variants import PAPER_TOP1, VARIANTS, create_model
 
 
 @pytest.fixture
@@ -232,6 +233,20 @@ def test_models_are_the_published_ones(tmp_path, capsys):
     assert rows[1]["paper_top1"] == ""
     with pytest.raises(UserError, match="img_size"):
         describe("transcnn_test", -1)
+
+
+def test_figures_of_networks_are_kept_as_they_are_counted():
+    hint = "write the file anew: python -m transcnn.commands.models"
+    kept = read_figures()
+    assert list(kept) == list(VARIANTS), hint
+    for name, row in kept.items():
+        with torch.device("meta"):
+            model = create_model(name)
+        assert sum(p.numel() for p in model.parameters()) == row["params"], hint
+        assert list(model.pretrained_cfg["input_size"]) == row["input_size"], hint
+        assert PAPER_TOP1.get(name) == row["paper_top1"], hint
+    for name in ("transcnn_test", "transcnn_nano", "hatnet_tiny"):
+        assert describe(name) == kept[name], hint
 
 
 def test_eval_shows_a_bar_on_terminals_alone(run, class_folder, capfd, monkeypatch):
