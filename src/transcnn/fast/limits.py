@@ -47,6 +47,6 @@ class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore
         raise UserError(
-            "kernels of accelerate_training have no second derivatives; "
-            "call transcnn.fast.plain(model) before the forward pass"
+            "kernels of accelerate_training have no second derivatives; call transcnn.fast.plain(model) before the "
+            "forward pass, and on a CPU run that within torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
         )

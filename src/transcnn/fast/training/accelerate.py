@@ -45,6 +45,7 @@ def accelerate_training(model: nn.Module) -> nn.Module:
 
     Modules of exactly PyTorch's and our classes change their class; :func:`plain` changes it back. Call that before
     torch.fx traces the network or gradients of gradients are computed (``create_graph=True``), which raise an error.
+    PyTorch's own attention has no second derivatives on a CPU but by ``SDPBackend.MATH``.
     """
     for module in model.modules():
         faster = next((faster for faster, fits in FASTER_CONVS.items() if fits(module)), FASTER.get(type(module)))
