@@ -31,6 +31,7 @@ def demo(
     allowed_hosts: list[str] | None = None,
     max_mb: float = 20,
     accelerator: str = "auto",
+    optimize: bool = True,
     open: bool = False,
     quiet: bool = False,
 ) -> None:
@@ -51,6 +52,7 @@ def demo(
         allowed_hosts: Further names that the page may be asked for under, such as that of a proxy in front of it.
         max_mb: Largest file that may be uploaded, in megabytes; ten times that is kept at most.
         accelerator: cpu, gpu, or auto.
+        optimize: Predict by the network as transcnn.optimize makes it: the same answers up to rounding, sooner.
         open: Also open the page in this machine's browser.
         quiet: Print nothing but errors.
 
@@ -82,6 +84,7 @@ def demo(
         allowed_hosts=allowed_hosts or (),
         limits=Limits(file_bytes=largest, stored_bytes=10 * largest),
         accelerator=accelerator,
+        optimize=optimize,
         open=open,
     )
     with _until_signal(), served as address:

@@ -31,6 +31,7 @@ def serve(
     allowed_hosts: Sequence[str] = (),
     limits: Limits | None = None,
     accelerator: str = "auto",
+    optimize: bool = True,
     open: bool = False,
 ) -> Iterator[str]:
     """The page of a network, served while the context lasts; gives its address.
@@ -43,6 +44,7 @@ def serve(
         allowed_hosts: Further names that the page may be asked for under.
         limits: Bounds of what visitors send and leave behind.
         accelerator: cpu, gpu, or auto.
+        optimize: Whether predictions come from the network as ``fast.optimize`` makes it.
         open: Also open it in this machine's browser.
 
     Raises:
@@ -61,7 +63,7 @@ def serve(
         from .viewer import Viewer
 
         shown = find_examples(loaded, examples, folder / "examples", run_dir)
-        page = build_page(Viewer(loaded, device), shown, keep_files=round(limits.keep_seconds))
+        page = build_page(Viewer(loaded, device, optimize), shown, keep_files=round(limits.keep_seconds))
         kept: set[Path] = set()  # the examples and gradio's copies of them: they stay
         try:
             guard = {"names": names, "limits": limits, "folder": folder, "kept": kept}

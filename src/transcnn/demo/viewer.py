@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..explain.figure import describe
 from ..explain.maps import AttentionMap, maps_of
 from ..explain.record import record
+from ..fast.inference.optimize import try_optimize
 from ..tasks import get_task
 from .drawing import draw_look, enlarged, mark_spot
 
@@ -67,11 +68,15 @@ class Viewer:
     Args:
         loaded: As :func:`transcnn.checkpoints.loading.load` gives it.
         device: Where to compute.
+        optimize: Whether predictions come from the network as :func:`transcnn.fast.optimize` makes it; attention, which
+            hooks watch, is always that of the network itself.
     """
 
-    def __init__(self, loaded: Loaded, device: str | torch.device = "cpu") -> None:
+    def __init__(self, loaded: Loaded, device: str | torch.device = "cpu", optimize: bool = True) -> None:
         self.loaded = loaded
         self.model = loaded.model.to(device).eval()
+        fast = try_optimize(self.model) if optimize else None
+        self.predicting = loaded if fast is None else replace(loaded, model=fast)
         self.device = torch.device(device)
         self.task = get_task(loaded.task)
         self.pixel_range = loaded.preprocessing.get("pixel_range")
@@ -92,7 +97,7 @@ class Viewer:
         """What ``transcnn predict`` returns for this image; ``overlay`` is there, where the task has one."""
         given = self.task.model_input(self.transform, image)
         with self.lock, torch.inference_mode():
-            prediction = self.task.predict_batch(self.loaded, [given], self.device, top_k)[0]
+            prediction = self.task.predict_batch(self.predicting, [given], self.device, top_k)[0]
         row = prediction.to_dict()
         del row["file"]
         if not self.task.writes_images:

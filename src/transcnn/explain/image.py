@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 from typing import Any
 
@@ -19,6 +20,7 @@ from .record import record
 
 __all__ = ["explain_image", "find_class"]
 
+_log = logging.getLogger(__name__)
 MAX_SIDE = 800  # pixels of the photograph in each panel
 
 
@@ -37,6 +39,7 @@ def explain_image(
     from ..explain.figure import Explanation
     from ..tasks import get_task
 
+    _log.info("the network runs as it is, not optimized: explaining needs gradients, and hooks that watch attention")
     if loaded.task != "classify":
         raise UserError(f"explain is for classifiers; {loaded.source} is for the task {loaded.task}")
     transform = get_task(loaded.task).image_transform(loaded.preprocessing)
