@@ -146,7 +146,7 @@ def wrong_imports(name: str, known: set[str]) -> set[str]:
     if name != "__main__":
         barred = barred | {"cli"}
     if room == "data":
-        barred = barred | {other.partition(".")[0] for other in known} - {"data", "errors", "settings", "text"}
+        barred = barred | {other.partition(".")[0] for other in known} - {"data", "errors", "plain", "settings", "text"}
     return {other for other in known if other.partition(".")[0] in barred}
 
 

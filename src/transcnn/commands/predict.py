@@ -19,6 +19,8 @@ from ..data.sources.table import ListedFiles, is_table, list_files
 from ..errors import MAX_SIDE, UserError, check_range
 from ..onnx.predict import DENSE
 from ..predictor.loading import load
+from ..report.answers import Detections
+from ..report.dataset_writer import DatasetWriter
 from ..report.output_folder import OutputFolder
 from ..report.predictions import print_table, write_csv
 from ..text import json_text
@@ -46,6 +48,7 @@ def predict(
     accelerator: str = "auto",
     optimize: bool = True,
     out: StrPath = "predictions",
+    format: Literal["coco", "voc", "yolo"] | None = None,
     strict: bool = False,
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
@@ -71,6 +74,8 @@ def predict(
             rounding, several times as fast.
         out: Folder for the images of a network that segments or detects: label maps and overlays; boxes also as
             predictions.json in COCO's format.
+        format: To detect: also write the boxes as a data set in this format, with copies of the images, into a folder
+            of this name in out: for a tool to correct them in, or for transcnn train.
         strict: Let a file that can't be read be an error (exit code 1), once all others are done.
         quiet: Print nothing but errors.
 
@@ -107,13 +112,18 @@ def predict(
         check_forward(predictor, min(batch_size, len(files)), chosen=img_size is not None)  # pyright: ignore
     predictor.check_min_score(min_score)
     dense = predictor.task in DENSE
+    writer = _dataset_writer(predictor, Path(out), format)
     folder = OutputFolder(Path(out), files, coco=predictor.task == "detect") if dense else None
     if folder is not None:
         folder.prepare()
-    predictions = predictor.predict_iter(files, batch_size=batch_size, top_k=top_k, min_score=min_score)
-    rows = [{**found.to_dict(), **(folder.add(found) if folder is not None else {})} for found in predictions]
-    if folder is not None:
-        folder.finish()
+    rows = []
+    for found in predictor.predict_iter(files, batch_size=batch_size, top_k=top_k, min_score=min_score):
+        rows.append({**found.to_dict(), **(folder.add(found) if folder is not None else {})})
+        if writer is not None and isinstance(found, Detections):
+            writer.add(found)
+    for output in (folder, writer):
+        if output is not None:
+            output.finish()
     if csv:
         atomic_write(Path(csv), lambda path: write_csv(path, rows, top_k, table))
     if json:
@@ -129,6 +139,17 @@ def predict(
         if not quiet:
             print(summary, file=sys.stderr)
     return rows
+
+
+def _dataset_writer(predictor: Any, out: Path, format: Any) -> DatasetWriter | None:
+    """What writes detections as a data set; None where nothing is to."""
+    if format is None:
+        return None
+    if predictor.task != "detect":
+        raise UserError(f"format is for detectors; this network is for the task {predictor.task}")
+    names = predictor.class_names
+    ids = (predictor.info.get("task_args") or {}).get("label_ids") or list(range(1, len(names) + 1))
+    return DatasetWriter(out / format, format, names, ids)
 
 
 def _listed(images: Sequence[str], image_dir: str | None, file_column: str | None) -> ListedFiles | None:

@@ -33,6 +33,7 @@ __all__ = [
     "list_images",
     "padding_of",
     "read_bytes",
+    "read_colours",
     "read_ids",
     "read_image",
     "read_oriented",
@@ -55,6 +56,7 @@ BOMB_PIXELS, BOMB_RATIO = 1 << 24, 10_000  # images of more pixels, and more a b
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 MAX_ASPECT_RATIO = 8  # the ends of longer images are not looked at in classification
 MIN_SHORT_SIDE = 8  # pixels that a detector leaves of a short side
+LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")  # formats that may change pixels
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # by number of channels
 
 
@@ -136,11 +138,25 @@ def read_ids(source: bytes) -> tuple[np.ndarray, list[int] | None]:
     if not len(source):
         raise BrokenImage("empty file")
     image = _decode(io.BytesIO(source), finish=lambda image: image)
-    if image.format in ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000"):
+    if image.format in LOSSY:
         raise BrokenImage(f"a label map must not be {image.format}, which changes class ids")
     if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
         raise BrokenImage(f"a label map must hold class ids (grey or palette), not {image.mode} colours")
     return np.asarray(image).astype(np.int32), image.getpalette() if image.mode == "P" else None
+
+
+def read_colours(source: bytes) -> np.ndarray:
+    """Read a label map whose pixels are colours: (H, W, 3) of uint8.
+
+    Raises:
+        BrokenImage: As for :func:`read_ids`, but for grey images and palettes, whose colours count.
+    """
+    if not len(source):
+        raise BrokenImage("empty file")
+    image = _decode(io.BytesIO(source), finish=lambda image: image)
+    if image.format in LOSSY:
+        raise BrokenImage(f"a label map must not be {image.format}, which changes colours")
+    return np.asarray(image.convert("RGB"))
 
 
 def to_channels(image: Image.Image, in_chans: int) -> Image.Image:

@@ -16,7 +16,7 @@ from ..text import json_text
 from .answers import Detections, Prediction, Segmentation
 from .overlay import label_png
 
-__all__ = ["OutputFolder", "image_ids"]
+__all__ = ["OutputFolder", "image_ids", "shortened"]
 
 SOFTWARE = "transcnn"  # the Software entry of images that were written here
 
@@ -42,7 +42,7 @@ class OutputFolder:
 
     def stem_for(self, file: str) -> Path:
         """The path, without ending, for what belongs to ``file``."""
-        return self._free(_shortened(Path(file).stem or "image"), (".png", "_overlay.png"))
+        return self._free(shortened(Path(file).stem or "image"), (".png", "_overlay.png"))
 
     def prepare(self) -> None:
         """Make the folder and see that files can be written there, before any work is done.
@@ -128,7 +128,7 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def _shortened(stem: str) -> str:
+def shortened(stem: str) -> str:
     """At most 200 bytes of a name, so that endings and a temporary name still fit."""
     return os.fsencode(stem)[:200].decode("utf-8", "ignore") if len(os.fsencode(stem)) > 200 else stem
 

@@ -1,4 +1,4 @@
-"""Splits of a data set for detection: images with boxes (and masks) from COCO's JSON or Pascal VOC's XML.
+"""Splits of a data set for detection: images with boxes (and masks) from COCO's JSON, Pascal VOC's XML or YOLO's text.
 
     splits = open_splits("bccd.tar")
     splits.train.read(0)        # image, {"boxes": (N, 4) x1 y1 x2 y2, "labels": (N,), "crowd": (N,), "area": (N,), ...}
@@ -22,11 +22,12 @@ from ...errors import UserError
 from ..images import BrokenImage, is_image_name, read_oriented
 from ..names import distinct_names
 from ..sources.annotations import AnnotatedImage, Annotations, align
-from ..sources.coco import is_coco_file, read_coco
+from ..sources.coco import find_coco, read_coco
 from ..sources.files import Files, open_files
 from ..sources.masks import decode_mask
 from ..sources.source import abbreviate, check_fraction, first_reasons
 from ..sources.voc import is_voc_file, read_voc
+from ..sources.yolo import find_yolo, read_yolo
 from .dense_dataset import DenseDataset, DenseSource
 from .fault_tolerant import channels_of, set_pixel_range
 from .splits import Splits, choose_split, make_splits, split_off
@@ -48,7 +49,8 @@ def open_splits(
     Args:
         data: A folder or tar with ``images/`` and ``annotations/{train,val,test}.json`` (COCO; its own layout of
             ``train2017/`` and ``annotations/instances_train2017.json`` too), or with ``JPEGImages/``,
-            ``Annotations/*.xml`` and ``ImageSets/Main/*.txt`` (Pascal VOC).
+            ``Annotations/*.xml`` and ``ImageSets/Main/*.txt`` (Pascal VOC), or with ``data.yaml`` (YOLO); as they are
+            kept, and as Roboflow, CVAT and Label Studio export them.
         settings: ``anchor_size`` None has the smallest anchors follow the boxes.
         val_fraction, seed, strict, in_chans: As for classification.
 
@@ -184,15 +186,17 @@ def _find(data: str | None) -> Annotations:
     names = files.names()
     found = Annotations(files)
     images = [name for name in names if is_image_name(name.rpartition("/")[2])]
-    annotation_files = [name for name in names if is_coco_file(name)]
+    annotation_files = find_coco(files, names)
     if annotation_files:
         for name in annotation_files:
             read_coco(found, name, images)
+    elif yolo := find_yolo(files, names):
+        read_yolo(found, yolo, names)
     elif any(is_voc_file(name) for name in names):
         read_voc(found, names, images)
     if not any(found.splits.values()):
         raise UserError(
-            f"no annotated images in {data!r}; expected images/ with annotations/{{train,val,test}}.json (COCO), or "
-            f"JPEGImages/ with Annotations/*.xml (Pascal VOC){first_reasons(found.broken)}"
+            f"no annotated images in {data!r}; expected images/ with annotations/{{train,val,test}}.json (COCO), "
+            f"JPEGImages/ with Annotations/*.xml (Pascal VOC), or data.yaml (YOLO){first_reasons(found.broken)}"
         )
     return found

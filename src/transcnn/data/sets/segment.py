@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ...errors import UserError
-from ..images import BrokenImage, read_ids, read_oriented
+from ..images import BrokenImage, read_oriented
 from ..names import distinct_names
 from ..sources.annotations import Alignment
 from ..sources.label_maps import Pair, PairedFiles, find_pairs
@@ -198,7 +198,7 @@ def _load(
     pair = pairs[i]
     image, orientation = read_oriented(pair.image(), pixel_range)
     try:
-        values, _ = read_ids(pair.label())
+        values, _ = pair.ids()
     except BrokenImage as error:
         raise BrokenImage(f"its label map: {error}") from error
     if orientation >= 5 and values.shape == (image.width, image.height) != (image.height, image.width):
@@ -227,7 +227,7 @@ def _classes(found: PairedFiles, ignore_index: int | None) -> tuple[list[str], I
     names, palette = found.names, None
     for pair in pairs[:8]:
         try:
-            palette = read_ids(pair.label())[1]
+            palette = pair.ids()[1]
             break
         except BrokenImage:
             continue
@@ -235,7 +235,7 @@ def _classes(found: PairedFiles, ignore_index: int | None) -> tuple[list[str], I
         top = _largest(pairs, ignored)
         names = {value: str(value) for value in range(top + 1)}
     kept = [value for value in sorted(names) if value not in ignored]
-    colours = None
+    colours = [found.colours.colours[value] for value in kept] if found.colours is not None else None
     if palette and kept and 3 * max(kept) + 3 <= len(palette):
         colours = [palette[3 * value : 3 * value + 3] for value in kept]
     return distinct_names(names[value] for value in kept), Ids(kept, ignored), colours
@@ -246,7 +246,7 @@ def _largest(pairs: Sequence[Pair], ignored: set[int]) -> int:
     top = 0
     for pair in pairs:
         try:
-            values = np.unique(read_ids(pair.label())[0])
+            values = np.unique(pair.ids()[0])
         except BrokenImage:
             continue
         top = max([top, *(value for value in values.tolist() if value not in ignored)])
@@ -259,7 +259,7 @@ def _too_few_classes(data: str, found: PairedFiles, names: Sequence[str]) -> str
     problem = ""
     for pair in [pair for pairs in found.splits.values() for pair in pairs][:EXAMINED]:
         try:
-            values |= set(np.unique(read_ids(pair.label())[0]).tolist())
+            values |= set(np.unique(pair.ids()[0]).tolist())
         except BrokenImage as error:  # noqa: PERF203
             problem = problem or f"{pair.name!r}: {error}"
     if not values:
@@ -285,7 +285,7 @@ def _check_classes(data: str, found: PairedFiles, ids: Ids, names: Sequence[str]
             break
         examined += 1
         try:
-            values, _ = read_ids(pairs[i].label())
+            values, _ = pairs[i].ids()
             indices = ids(values)
         except BrokenImage:
             continue

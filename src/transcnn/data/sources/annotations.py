@@ -31,12 +31,14 @@ class AnnotatedImage:
     areas: list[float] = field(default_factory=list)  # in pixels, for COCO's small, medium and large; 0: the box's
     masks: list[Any] = field(default_factory=list)  # COCO's segmentation: polygons or run lengths; None without
     size: tuple[float, float] | None = None  # width and height, where the annotation says them
+    normalized: bool = False  # boxes and masks are parts of the image's width and height, not pixels
 
     def add(self, box: list[float], label: int, crowd: bool = False, mask: Any = None, area: float = 0.0) -> str:
         """Add an object; returns what is wrong with it, if it can't be used."""
         x1, y1, x2, y2 = box
         if not (np.isfinite(box).all() and x2 > x1 and y2 > y1):
-            return f"a box of {x2 - x1:g}x{y2 - y1:g} pixels is left out"
+            unit = "of the image" if self.normalized else "pixels"
+            return f"a box of {x2 - x1:g}x{y2 - y1:g} {unit} is left out"
         if x2 <= 0 or y2 <= 0:
             return "a box outside of the image is left out"
         self.boxes.append(box)
@@ -145,6 +147,8 @@ def align(item: AnnotatedImage, image_size: tuple[int, int], orientation: int) -
     Raises:
         BrokenImage: The annotation is for an image of another size, which neither scale nor orientation explains.
     """
+    if item.normalized:
+        return Alignment((1.0, 1.0), scale=(float(image_size[0]), float(image_size[1])))
     if item.size is None or item.size == image_size:
         return Alignment(item.size or image_size)
     (w, h), (width, height) = item.size, image_size

@@ -9,10 +9,11 @@ from typing import Any
 
 from ...errors import UserError
 from .annotations import AnnotatedImage, Annotations, ImageFinder
+from .files import Files
 from .masks import check_segmentation
 from .source import abbreviate, first_line, split_of_name
 
-__all__ = ["is_coco_file", "read_coco"]
+__all__ = ["find_coco", "is_coco_file", "read_coco"]
 
 
 def is_coco_file(name: str) -> bool:
@@ -21,6 +22,15 @@ def is_coco_file(name: str) -> bool:
     if not base.endswith(".json") or base.startswith(("captions", "person_keypoints")):
         return False
     return "annotations" in folder.split("/") or "_annotations" in base or base == "annotations.json"
+
+
+def find_coco(files: Files, names: Sequence[str]) -> list[str]:
+    """The annotation files by their names; else ``result.json``, as Label Studio calls its one."""
+    found = [name for name in names if is_coco_file(name)]
+    if found:
+        return found
+    others = [name for name in names if name.lower() in ("result.json", "result_coco.json")]
+    return [name for name in others if b'"categories"' in files.read(name)]
 
 
 @dataclass
@@ -48,6 +58,8 @@ def read_coco(found: Annotations, name: str, images: Sequence[str]) -> None:
             (_key(e["id"]), str(e["file_name"]), _size(e.get("width"), e.get("height"))) for e in content["images"]
         ]
         annotations = content.get("annotations", [])
+        for value in _groups(content["categories"], annotations):
+            del categories[value]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, MemoryError) as error:
         raise UserError(f"{name} is no COCO annotation file: {first_line(error)}") from error
     for value, label in categories.items():
@@ -64,6 +76,19 @@ def read_coco(found: Annotations, name: str, images: Sequence[str]) -> None:
     for item in items:
         sheet.broken += [(item.file, "a box outside of the image is left out")] * item.drop_outside()
     found.splits.setdefault(split, []).extend(items)
+
+
+def _groups(categories: list[Any], annotations: Any) -> set[int]:
+    """Categories that are no class, such as Roboflow writes: the supercategory of all others, without a box."""
+    above = {str(entry.get("supercategory")) for entry in categories}
+    if len(above - {"none", "None", ""}) != 1 or len(categories) < 2:
+        return set()
+    used = {str(entry.get("category_id")) for entry in annotations if isinstance(entry, dict)}
+    return {
+        int(entry["id"])
+        for entry in categories
+        if str(entry["name"]) in above and entry.get("supercategory") in ("none", None) and str(entry["id"]) not in used
+    }
 
 
 def _add_images(

@@ -58,6 +58,10 @@ def dense_layout(data: str) -> str | None:
         return None
     if any(re.search(r"(^|/)annotations/.*\.(json|xml)$", name) for name in names):
         return "detect"
+    if any(re.fullmatch(r"([^/]+/)?[^/]+\.ya?ml", name) for name in names) and any(
+        re.search(r"(^|/)labels/.*\.txt$", name) for name in names
+    ):
+        return "detect"
     both = all(any(re.search(rf"(^|/){folder}/", name) for name in names) for folder in ("images", "labels"))
     return "segment" if both else None
 

@@ -10,14 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...errors import UserError
-from ..images import BrokenImage, is_image_name, lies_beside
+from ..images import BrokenImage, is_image_name, lies_beside, read_colours, read_ids
+from .class_files import ColourTable, read_class_file
 from .files import Files, open_files
-from .source import SPLITS, first_reasons
+from .source import SPLITS, first_reasons, split_of_name
 
 __all__ = ["Pair", "PairedFiles", "find_pairs"]
 
-MAX_ID = 65535
 IMAGE_FOLDERS = ("images", "image", "img", "imgs", "jpegimages")
 LABEL_FOLDERS = ("labels", "label", "annotations", "masks", "mask")
 VOC = [
@@ -28,12 +30,20 @@ VOC = [
 
 @dataclass
 class Pair:
-    """Where one image and its label map are read from; ``sizes`` are those of the two files in bytes."""
+    """Where one image and its label map are read from; ``sizes`` are those of the two files in bytes.
+
+    ``colours`` says which class a colour of the label map is, where it doesn't hold ids.
+    """
 
     name: str
     image: Callable[[], bytes]
     label: Callable[[], bytes]
     sizes: Callable[[], tuple[int, int]]
+    colours: ColourTable | None = None
+
+    def ids(self) -> tuple[np.ndarray, list[int] | None]:
+        """The class ids (H, W), and the palette if there is one; raises BrokenImage."""
+        return read_ids(self.label()) if self.colours is None else (self.colours.ids(read_colours(self.label())), None)
 
 
 @dataclass
@@ -44,6 +54,7 @@ class PairedFiles:
     splits: dict[str, list[Pair]]  # by "train", "val", "test", or "" where it isn't split
     unmatched: dict[str, list[tuple[str, str]]]
     names: dict[int, str] | None
+    colours: ColourTable | None = None
 
 
 def find_pairs(data: str | None) -> PairedFiles:
@@ -59,11 +70,14 @@ def find_pairs(data: str | None) -> PairedFiles:
             )
         return (_voc if name == "voc" else _cityscapes)(root or "data")
     files = open_files(data)
-    found = PairedFiles(files.name, {}, {}, _class_file(files, Path(data)))
+    names, colours = read_class_file(files, Path(data))
+    found = PairedFiles(files.name, {}, {}, names, colours)
     images: dict[tuple[str, str], str] = {}
     labels: dict[tuple[str, str], str] = {}
-    for name in files.names():
-        found_as = _parse_path(name)
+    there = files.names()
+    beside = _labels_beside(there)
+    for name in there:
+        found_as = beside.get(name) or _parse_path(name)
         if found_as is not None:
             kind, split, stem = found_as
             if kind == "other":
@@ -73,7 +87,7 @@ def find_pairs(data: str | None) -> PairedFiles:
     for key, name in sorted(images.items()):
         if key in labels:
             sizes = partial(_sizes, files, name, labels[key])
-            pair = Pair(name, partial(files.read, name), partial(files.read, labels[key]), sizes)
+            pair = Pair(name, partial(files.read, name), partial(files.read, labels[key]), sizes, colours)
             found.splits.setdefault(key[0], []).append(pair)
         elif key[0] in {split for split, _ in labels}:  # a split without any labels is none
             found.unmatched.setdefault(key[0], []).append((name, "no label map of this name"))
@@ -109,26 +123,29 @@ def _parse_path(name: str) -> tuple[str, str, str] | None:
     return kind, split, os.path.splitext("/".join(words))[0]
 
 
-def _class_file(files: Files, path: Path) -> dict[int, str] | None:
-    """Names by id from ``classes.txt`` in the data or beside it."""
-    beside = path.parent / "classes.txt"
-    try:
-        text = files.read("classes.txt").decode()
-    except BrokenImage:
-        if path.is_dir() or not beside.is_file():
-            return None
-        text = beside.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"classes.txt of {path.name} is not in UTF-8") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    numbered = [re.fullmatch(r"(\d{1,9})\s*[\s:,]\s*(.*)", line) for line in lines]
-    ids = [int(match[1]) for match in numbered if match]
-    names = {int(match[1]): match[2] for match in numbered if match}
-    if not (len(names) == len(ids) == len(lines) and all(names.values())):
-        names = dict(enumerate(lines))
-    if max(names, default=0) > MAX_ID:
-        raise UserError(f"classes.txt of {path.name} has the id {max(names)}; class ids are from 0 to {MAX_ID}")
-    return names
+def _labels_beside(names: list[str]) -> dict[str, tuple[str, str, str]]:
+    """Label maps that lie otherwise than in a folder ``labels``, as ``_parse_path`` gives them.
+
+    ``x_mask.png`` beside ``x.jpg``, as Roboflow writes it, and CamVid's own ``LabeledApproved_full/x_L.png`` for
+    ``701_StillsRaw_full/x.png``.
+    """
+    there = [name for name in names if is_image_name(name.rpartition("/")[2])]
+    stems = {os.path.splitext(name)[0]: name for name in there}
+    found: dict[str, tuple[str, str, str]] = {}
+    for stem, name in stems.items():
+        image = stems.get(stem.removesuffix("_mask")) if stem.endswith("_mask") else None
+        if image is not None:
+            split = next((s for word in stem.split("/")[:-1] if (s := split_of_name(word, ""))), "")
+            key = stem.removesuffix("_mask")
+            found[name], found[image] = ("label", split, key), ("image", split, key)
+    camvid = [name for name in there if re.search(r"(^|/)LabeledApproved[^/]*/", name)]
+    bases = {name.rpartition("/")[2].rpartition(".")[0]: name for name in there if name not in set(camvid)}
+    for name in camvid:
+        key = name.rpartition("/")[2].rpartition(".")[0].removesuffix("_L")
+        found[name] = ("label", "", key)
+        if key in bases:
+            found[bases[key]] = ("image", "", key)
+    return found
 
 
 def _voc(root: str) -> PairedFiles:
