@@ -120,7 +120,9 @@ def test_boxes_and_label_maps_count_as_labels_and_are_held_back_too(tmp_path):
 
     def add(i: int) -> None:
         Image.new("RGB", (20, 20), (i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
-        Image.fromarray(np.arange(400, dtype=np.uint8).reshape(20, 20) % 3).save(tmp_path / "labels" / f"{i}.png")
+        Image.fromarray(np.arange(400, dtype=np.uint8).reshape(20, 20) % 3).save(
+            tmp_path / "labels" / f"{i}.png", compress_level=0
+        )
         sheet["images"].append({"id": i, "file_name": f"{i}.png"})
         sheet["annotations"].append({"id": i, "image_id": i, "category_id": 1, "bbox": [1, 2, 9, 9]})
         (tmp_path / "annotations" / "train.json").write_text(json.dumps(sheet))
@@ -144,7 +146,9 @@ def test_boxes_and_label_maps_count_as_labels_and_are_held_back_too(tmp_path):
     keep_split(detect, opened)
     with pytest.raises(UserError, match=r"with other labels of 'images/3\.png'"):
         check_unchanged(detect, record_of(opened), accept=False)
-    Image.fromarray(np.random.default_rng(0).integers(0, 3, (20, 20), np.uint8)).save(tmp_path / "labels" / "2.png")
+    label, size = tmp_path / "labels" / "2.png", (tmp_path / "labels" / "2.png").stat().st_size
+    Image.fromarray(np.arange(1, 401).astype(np.uint8).reshape(20, 20) % 3).save(label, compress_level=0)
+    assert label.stat().st_size == size  # its content alone says that it is another
     opened = open_segment(str(tmp_path))
     keep_split(segment, opened)
     with pytest.raises(UserError, match=r"with other labels of 'images/2\.png'"):

@@ -21,8 +21,8 @@ MAX_NAMED = 200_000  # images of all splits up to which each one's entry is kept
 def record_of(splits: Any) -> dict[str, Any]:
     """Class names, and of each split the number of images, a digest, and for each image name, label and size.
 
-    Labels are indices of classes, a checksum of an image's boxes, or the size of its label map; the size is the image's
-    in bytes, -1 where it isn't known without reading it.
+    Labels are indices of classes, or a checksum of an image's boxes or of its label map; the size is the image's in
+    bytes, -1 where it isn't known without reading it.
     """
     present = {name: part for name in ("train", "val", "test") if (part := getattr(splits, name)) is not None}
     named = sum(map(len, present.values())) <= MAX_NAMED

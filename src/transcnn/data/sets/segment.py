@@ -10,7 +10,9 @@ that are not ignored; ``task_args["label_ids"]`` says which id each index stands
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -33,6 +35,7 @@ __all__ = ["class_shares", "open_set", "open_splits"]
 logger = logging.getLogger(__name__)
 
 EXAMINED = 32  # label maps of a split that are looked at for which classes occur
+MAX_READ = 20_000  # label maps of a split up to which each one's checksum is taken
 VOID = {"void", "unlabelled", "unlabeled", "ignore", "ignored"}  # names that are no class
 
 
@@ -187,7 +190,11 @@ def _make_set(
 
 
 def _entry(pairs: list[Pair], i: int) -> tuple[str, int]:
+    """The label map's checksum, of many its size, and the image's size."""
     image, label = pairs[i].sizes()
+    if len(pairs) <= MAX_READ:
+        with suppress(BrokenImage, OSError):  # which shows when it is used
+            return f"{zlib.crc32(pairs[i].label()):08x}", image
     return str(label), image
 
 
