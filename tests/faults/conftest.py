@@ -29,12 +29,16 @@ def account() -> Callable[..., None]:
     return take_down
 
 
-def pytest_sessionfinish() -> None:
-    """Write the table, and show it on the page about faults."""
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the table, and show it on the page about faults; where ``-k`` chose some tests, the other rows stay."""
     target = os.environ.get("TRANSCNN_FAULTS")
     if not target or not ROWS:
         return
-    rows = sorted(ROWS, key=lambda row: row["fault"])
+    kept: list[dict[str, Any]] = []
+    if session.config.getoption("keyword") and os.path.exists(target):
+        with open(target, newline="", encoding="utf-8") as file:
+            kept = list(csv.DictReader(file))
+    rows = sorted({row["fault"]: row for row in [*kept, *ROWS]}.values(), key=lambda row: row["fault"])
     with open(target, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
