@@ -211,6 +211,23 @@ def read_parquet(content: bytes, folder: Path) -> None:
             train.name_of(i)  # pyright: ignore
 
 
+def read_csv(content: bytes, folder: Path, name: str = "x.csv") -> None:
+    from transcnn.data.sources.opening import open_source
+    from transcnn.settings import Table
+
+    (folder / name).write_bytes(content)
+    (folder / "a.png").write_bytes(image())
+    train = open_source(str(folder / name), Table(target=["label"])).train
+    for i in range(len(train) if train else 0):
+        with suppress(BrokenImage):
+            train.load(i)  # pyright: ignore
+            train.name_of(i)  # pyright: ignore
+
+
+def read_json_lines(content: bytes, folder: Path) -> None:
+    read_csv(content, folder, "x.jsonl")
+
+
 def read_classes(content: bytes, folder: Path) -> None:
     from transcnn.data.sets.segment import open_splits
 
@@ -348,6 +365,8 @@ TARGETS: dict[str, tuple[Callable[[bytes, Path], None], Callable[[], list[bytes]
     "folder": (read_folder, lambda: [folder_seed()], 1),
     "onnx": (read_onnx, onnx_seeds, 0.5),
     "parquet": (read_parquet, lambda: [parquet_seed()], 0.5),
+    "csv": (read_csv, lambda: [b"file,label\na.png,cat\n./a.png,dog\n", b"label;path\n1;a.png\n2;C:\\x\\a.png\n"], 0.5),
+    "jsonl": (read_json_lines, lambda: [b'{"file": "a.png", "label": "x"}\n{"file": "b.png", "label": ["y"]}\n'], 0.5),
     "classes": (read_classes, lambda: [b"cat\ndog\n", b"0 sky\n7 road\n255 void\n"], 0.3),
 }
 

@@ -29,6 +29,7 @@ from transcnn.data.sets.detect import open_splits as open_detect
 from transcnn.data.sets.segment import open_splits as open_segment
 from transcnn.data.sources.files import open_files
 from transcnn.data.sources.opening import open_source
+from transcnn.data.sources.table import read_table
 from transcnn.errors import UserError
 
 SECONDS = 20.0  # that nothing here may take
@@ -247,6 +248,20 @@ def test_tars_that_lie_about_sizes_and_places(tmp_path: Path, content: bytes) ->
             with pytest.raises(BrokenImage):
                 read_image(files.read(name))
     assert sorted(tmp_path.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl"])
+def test_a_table_of_many_names_and_many_short_lines(tmp_path: Path, name: str) -> None:
+    """A megabyte of which nearly all cells are empty: 24 GB of them."""
+    names = [f"n{i}" for i in range(9000)]
+    head, line = (json.dumps(dict.fromkeys(names, 1)), "{}") if name == "x.jsonl" else (",".join(names), "a")
+    (tmp_path / name).write_text("\n".join([head, *[line] * 300_000]))
+    began = time.process_time()
+    with pytest.raises(UserError, match="far more cells than text"):
+        read_table(tmp_path / name)
+    assert time.process_time() - began < 5
+    (tmp_path / name).write_text("\n".join([head, *[line] * 9]))
+    assert len(read_table(tmp_path / name)) == (10 if name == "x.jsonl" else 9)
 
 
 # --- anything ---------------------------------------------------------------------------------------------------------

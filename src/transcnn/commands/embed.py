@@ -146,6 +146,7 @@ class _Network:
         accelerator: str,
     ) -> None:
         self.name, self.layer, self.normalize = name, layer, normalize
+        self.chosen = img_size is not None
         self.model, self.img_size, self.precision, self.accelerator = model, img_size, precision, accelerator
 
     def follow(self, about: dict[str, Any], path: Path) -> None:
@@ -164,7 +165,7 @@ class _Network:
 
     def embed(self, items: list[Item], batch_size: int, errors: dict[str, str], quiet: bool) -> Vectors:
         """Vectors of all images that can be read; the others' reasons go to ``errors``."""
-        predictor = self._load(optimize=self.layer is None and len(items) >= FEW)
+        predictor = self._load(self.layer is None and len(items) >= FEW, min(batch_size, len(items)))
         found = predictor.embed_iter(
             (item.image for item in items), layer=self.layer, normalize=self.normalize, batch_size=batch_size
         )
@@ -190,12 +191,16 @@ class _Network:
             raise UserError(f"can't read {found.file}: {found.error}")
         return found.vector
 
-    def _load(self, optimize: bool) -> Any:
+    def _load(self, optimize: bool, images: int = 1) -> Any:
         if not self.name:
             raise UserError(f"{self.path} doesn't say which network on this machine made it: name it before the file")
         accelerator, precision = self.accelerator, self.precision
         predictor = load(self.name, self.model, accelerator=accelerator, precision=precision, optimize=optimize)
         predictor.resize_input(self.img_size)
+        if predictor.model is not None:  # not an ONNX file, for which torch needn't be there
+            from ..checkpoints.memory import check_forward
+
+            check_forward(predictor, images, chosen=self.chosen)  # pyright: ignore
         return predictor
 
 

@@ -9,6 +9,7 @@ import csv
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ FILE_COLUMNS = ("file", "file_name", "filename", "path", "image")
 METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")  # as Hugging Face datasets name it
 DELIMITERS = ",;\t|"
 MAX_COLUMNS = 10_000
+SPARE_CELLS = 10_000_000  # that a file may have empty, beside one for each of its bytes
 
 
 @dataclass
@@ -190,6 +192,7 @@ def _read_csv(path: Path, lines: Any) -> TableRows:
             else:
                 cells.append([*row, *[""] * (len(names) - len(row))][: len(names)])
                 rows.append(reader.line_num)
+                _refuse_empty(path, len(rows) * len(names))
     except csv.Error as error:
         raise UserError(f"can't read {path} as CSV: line {reader.line_num}: {first_line(error)}") from error
     columns = [list(column) for column in zip(*cells, strict=True)] or [[] for _ in names]
@@ -207,9 +210,15 @@ def _header(path: Path, row: list[str]) -> list[str]:
     names = [name or f"column {i + 1}" for i, name in enumerate(names)]
     if len(names) > MAX_COLUMNS:
         raise UserError(f"{path} has {len(names):,} columns; at most {MAX_COLUMNS:,} are read")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
         raise UserError(f"{path} has several columns named {abbreviate(twice)}")
     return names
+
+
+def _refuse_empty(path: Path, cells: int) -> None:
+    """Refuse a small file of many names and many short lines: nearly all of its cells are empty, and take memory."""
+    if cells > SPARE_CELLS and cells > SPARE_CELLS + path.stat().st_size:
+        raise UserError(f"{path} has far more cells than text; leave out columns that are nearly always empty")
 
 
 def _read_json_lines(path: Path, lines: Any) -> TableRows:
@@ -231,9 +240,10 @@ def _read_json_lines(path: Path, lines: Any) -> TableRows:
                 if len(columns) >= MAX_COLUMNS:
                     raise UserError(f"{path} has more than {MAX_COLUMNS:,} different names in its lines")
                 columns[name] = [None] * len(rows)
+        rows.append(number)
+        _refuse_empty(path, len(rows) * len(columns))
         for name, column in columns.items():
             column.append(entry.get(name))
-        rows.append(number)
     return TableRows(path, columns, rows, broken)
 
 
