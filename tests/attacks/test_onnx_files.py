@@ -12,6 +12,7 @@ from PIL import Image
 from refusal import refused
 
 import fuzz
+from transcnn.checkpoints import available
 from transcnn.commands.predict import predict
 from transcnn.onnx.predict import OnnxModel
 
@@ -61,6 +62,13 @@ CHANGES: list[tuple[int, dict[str, Any]]] = [
 def test_a_file_that_is_not_what_it_says(seed, info):
     write(seed, **info)
     refused(look)
+
+
+def test_images_that_no_memory_holds(monkeypatch):
+    """A kilobyte that asks for batches of 8,192 pixels squared."""
+    write(CLASSIFY, data_config={**fuzz.CONFIG, "input_size": [3, 8192, 8192]})
+    monkeypatch.setattr(available, "available_bytes", lambda: 2 << 30)
+    refused(look, "as it asks for, take 2.2 GiB of memory")
 
 
 @pytest.mark.parametrize("seed", [CLASSIFY, SEGMENT, DETECT])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import UserError
 from ..plugging.cost import count
+from .available import available_bytes
 from .loading import Loaded
 
-__all__ = ["available_bytes", "check_forward", "forward_bytes"]
+__all__ = ["check_forward", "forward_bytes"]
 
 SMALL = 4 << 20  # pixels of a batch up to which nothing is estimated: it fits, and small images shall start at once
 SMALL_IMAGE = 1 << 20  # pixels of an image up to which no multiply-adds are counted
@@ -124,19 +123,3 @@ def forward_bytes(network: nn.Module, shape: tuple[int, int, int]) -> int:
     with torch.no_grad(), _Fused(), _Peak() as tracked:
         network(torch.empty(1, *shape, device="meta"))
     return tracked.peak
-
-
-def available_bytes() -> int | None:
-    """Memory that is free on this machine, or in the container that this is; None where that isn't known."""
-    if not sys.platform.startswith("linux"):
-        return None
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit.isdecimal():
-            found.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, ValueError, IndexError):
-        pass
-    return min(found, default=None)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from ..checkpoints.available import check_inputs
 from ..checkpoints.files import atomic_write, check_writable
 from ..data.images import is_image_name, list_images
 from ..data.paths import StrPath, as_text, find_images
@@ -106,10 +107,13 @@ def predict(
         known = ", ".join(predictor.class_names)
         print(f"The packaged network knows ten classes: {known}.", file=sys.stderr)
     predictor.resize_input(img_size)
+    if predictor.task not in DENSE:
+        check_inputs(predictor.preprocessing["input_size"], min(batch_size, len(files)), predictor.source)
     if predictor.model is not None:  # not an ONNX file, for which torch needn't be there
         from ..checkpoints.memory import check_forward
 
-        check_forward(predictor, min(batch_size, len(files)), chosen=img_size is not None)  # pyright: ignore
+        images_at_once = 1 if predictor.task in DENSE else min(batch_size, len(files))
+        check_forward(predictor, images_at_once, chosen=img_size is not None)  # pyright: ignore
     predictor.check_min_score(min_score)
     dense = predictor.task in DENSE
     writer = _dataset_writer(predictor, Path(out), format)

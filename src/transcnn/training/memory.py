@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoints.memory import available_bytes
+from ..checkpoints.available import available_bytes
 from ..errors import UserError
 from ..fast import accelerate_training
 
