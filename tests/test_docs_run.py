@@ -212,7 +212,8 @@ def test_the_tutorial_prints_what_it_says(
     )
     exec(compile(draw[1], page.name, "exec"), {})
     assert main(shlex.split(learn[1])[1:]) == 0
-    printed = re.sub(r"  [\d,]+ images/s.*", "", capfd.readouterr().out).splitlines()
+    told = capfd.readouterr()
+    printed = re.sub(r"  [\d,]+ images/s.*", "", told.err + told.out).splitlines()
     words = [line.split()[0] for line in promised[1].splitlines()]
     lines = [[line for line in printed if line.startswith(word)][-1] for word in words]
     assert main(shlex.split(explain[1])[1:]) == 0

@@ -120,6 +120,8 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "names-in-names": {"class_names": [["a"], ["b"]]},
     "settings": {"settings": {"a": [[0] * 1000] * 1000}},
     "side": {"data_config": {**CONFIG, "input_size": [3, 1 << 20, 1 << 20]}},
+    "enlarged": {"data_config": {**CONFIG, "input_size": [3, 4096, 4096], "crop_pct": 0.05}},
+    "enlarged-one-way": {"data_config": {**CONFIG, "input_size": [3, 8, 4096], "crop_pct": 0.05}},
     "crop": {"data_config": {**CONFIG, "crop_mode": "evil"}},
 }  # fmt: skip
 

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 
-__all__ = ["available_bytes", "check_inputs"]
+__all__ = ["available_bytes", "check_inputs", "input_shape"]
 
 BATCHES = 3  # of inputs that are there at once: one that is computed, and two that are read ahead
 
 
-def check_inputs(input_size: Sequence[int], images: int, source: str) -> None:
-    """See that batches of inputs (C, H, W) of float32 fit into memory, whatever the network takes.
+def input_shape(loaded: Any) -> tuple[int, int, int]:
+    """Channels, height and width of what a network has images resized to; of one pixel where they keep their size."""
+    channels, height, width = loaded.preprocessing["input_size"]
+    args = loaded.info.get("task_args") or {}
+    if loaded.task == "detect":
+        height = width = min(args.get("short_side", 1), args.get("long_side", 1))
+    elif loaded.task == "segment":
+        height = width = args.get("resize") or 1
+    return channels, height, width
+
+
+def check_inputs(loaded: Any, images: int) -> None:
+    """See that batches of inputs of float32 fit into memory, whatever the network itself takes.
 
     Raises:
         UserError: They don't.
     """
-    needed, free = BATCHES * images * math.prod(input_size) * 4, available_bytes()
+    shape = input_shape(loaded)
+    needed, free = BATCHES * images * math.prod(shape) * 4, available_bytes()
     if free is not None and needed > free:
         raise UserError(
-            f"{source}: batches of {images} images of {input_size[2]}x{input_size[1]}, as it asks for, take "
+            f"{loaded.source}: batches of {images} images of {shape[2]}x{shape[1]}, as it asks for, take "
             f"{needed / 2**30:.1f} GiB of memory or more, and {free / 2**30:.1f} GiB are free: "
             "smaller images or batches need less"
         )

@@ -19,6 +19,7 @@ from .arguments import check_task_args, short
 __all__ = ["check_class_names", "check_data_config", "check_header", "refused"]
 
 MAX_CLASSES = 1 << 16
+MAX_RESIZED = 10_000  # pixels of a side before the margin is cropped
 MAX_NAME = 1000  # characters of a class's name
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random")
 CROP_MODES = ("center", "squash", "border")
@@ -104,6 +105,8 @@ def check_data_config(config: Any) -> None:
         raise ValueError(f"there is no interpolation {short(config['interpolation'])}")
     if not _is_finite(config["crop_pct"]) or not 0.05 <= config["crop_pct"] <= 2:
         raise ValueError(f"crop_pct must be from 0.05 to 2, got {short(config['crop_pct'])}")
+    if max(sides) / config["crop_pct"] > MAX_RESIZED:  # images are made so large, and cropped then
+        raise ValueError(f"crop_pct {short(config['crop_pct'])} of {max(sides)} pixels can't be meant")
     pixel_range = config.get("pixel_range", [0, 1])
     if not isinstance(pixel_range, list) or len(pixel_range) != 2 or not all(_is_finite(v) for v in pixel_range):
         raise ValueError(f"pixel_range must be two numbers, got {short(pixel_range)}")

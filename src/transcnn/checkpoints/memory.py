@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import UserError
 from ..plugging.cost import count
-from .available import available_bytes
+from .available import available_bytes, input_shape
 from .loading import Loaded
 
 __all__ = ["check_forward", "forward_bytes"]
@@ -36,7 +36,7 @@ def check_forward(loaded: Loaded, images: int = 1, *, chosen: bool = False) -> N
     Raises:
         UserError: A batch doesn't fit into this machine's memory, or a file asks for a size that takes hours.
     """
-    channels, height, width = _shape(loaded)
+    channels, height, width = input_shape(loaded)
     pixels = height * width
     network: Any = getattr(loaded.model, "body", loaded.model)
     words = f"{loaded.source}: an image of {width}x{height}, as it asks for, takes"
@@ -57,17 +57,6 @@ def check_forward(loaded: Loaded, images: int = 1, *, chosen: bool = False) -> N
         raise
     except Exception:  # a network for one size alone, or one that looks at numbers: running it says what is wrong
         return
-
-
-def _shape(loaded: Loaded) -> tuple[int, int, int]:
-    """Channels, height and width of what a file has images resized to; of one pixel where they keep their size."""
-    channels, height, width = loaded.preprocessing["input_size"]
-    args = loaded.info.get("task_args") or {}
-    if loaded.task == "detect":
-        height = width = min(args.get("short_side", 1), args.get("long_side", 1))
-    elif loaded.task == "segment":
-        height = width = args.get("resize") or 1
-    return channels, height, width
 
 
 class _OnMeta(nn.Module):

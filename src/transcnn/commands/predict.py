@@ -107,13 +107,12 @@ def predict(
         known = ", ".join(predictor.class_names)
         print(f"The packaged network knows ten classes: {known}.", file=sys.stderr)
     predictor.resize_input(img_size)
-    if predictor.task not in DENSE:
-        check_inputs(predictor.preprocessing["input_size"], min(batch_size, len(files)), predictor.source)
+    at_once = 1 if predictor.task in DENSE else min(batch_size, len(files))
+    check_inputs(predictor, at_once)
     if predictor.model is not None:  # not an ONNX file, for which torch needn't be there
         from ..checkpoints.memory import check_forward
 
-        images_at_once = 1 if predictor.task in DENSE else min(batch_size, len(files))
-        check_forward(predictor, images_at_once, chosen=img_size is not None)  # pyright: ignore
+        check_forward(predictor, at_once, chosen=img_size is not None)  # pyright: ignore
     predictor.check_min_score(min_score)
     dense = predictor.task in DENSE
     writer = _dataset_writer(predictor, Path(out), format)
