@@ -210,7 +210,7 @@ def test_lists_are_written_as_words_or_in_brackets():
 
 
 @pytest.mark.parametrize(
-    ("files", "flags", "code", "reported"),
+    ("files", "flags", "code", "told"),
     [
         (["good.png"], [], 0, ""),
         (["good.png", "bad.png"], [], 0, "1 of 2 files can't be read"),
