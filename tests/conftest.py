@@ -100,10 +100,10 @@ def _no_network() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def fresh_imports() -> dict[str, Any]:
-    """Names of the packages that a new interpreter has loaded after each of three imports, one after another.
+    """Names of the packages that a new interpreter has loaded after each of four imports, one after another.
 
-    Keys are what was imported: "torch, timm", "transcnn" and "transcnn.cli". Under "seconds" stands the CPU time
-    of the second, under "rooms" what is found in the package after it.
+    Keys are what was imported: "torch, timm", "transcnn", "transcnn.cli" and "transcnn.predictor". Under "seconds"
+    stands the CPU time of the second, under "rooms" what is found in the package after it.
     """
     code = """
 import json, sys, time
@@ -118,6 +118,8 @@ found["transcnn"] = loaded()
 found["rooms"] = [transcnn.fast.optimize.__name__, transcnn.explain.attention_maps.__name__]
 import transcnn.cli
 found["transcnn.cli"] = loaded()
+import transcnn.predictor.network
+found["transcnn.predictor"] = loaded()
 print(json.dumps(found))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)

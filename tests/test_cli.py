@@ -168,6 +168,7 @@ def test_no_memory_is_one_line(monkeypatch, capsys, error):
 
 def test_the_command_line_loads_nothing_heavy_by_itself(fresh_imports):
     assert {"lightning", "matplotlib", "jsonargparse", "sklearn"}.isdisjoint(fresh_imports["transcnn.cli"])
+    assert {"lightning", "torchmetrics", "matplotlib", "scipy"}.isdisjoint(fresh_imports["transcnn.predictor"])
 
 
 def test_train_eval_predict_end_to_end(class_folder, tmp_path, capsys):

@@ -20,7 +20,7 @@ from ..explain.figure import describe
 from ..explain.maps import AttentionMap, maps_of
 from ..explain.record import record
 from ..fast.inference.optimize import try_optimize
-from ..tasks import get_task
+from ..tasks.inference import get_inference
 from .drawing import draw_look, enlarged, mark_spot
 
 __all__ = ["Look", "Stage", "Viewer", "Visit"]
@@ -78,7 +78,7 @@ class Viewer:
         fast = try_optimize(self.model) if optimize else None
         self.predicting = loaded if fast is None else replace(loaded, model=fast)
         self.device = torch.device(device)
-        self.task = get_task(loaded.task)
+        self.task = get_inference(loaded.task)
         self.pixel_range = loaded.preprocessing.get("pixel_range")
         self.transform = self.task.image_transform(loaded.preprocessing, loaded.info.get("task_args"))
         self.lock = threading.Lock()

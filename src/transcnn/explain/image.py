@@ -37,12 +37,12 @@ def explain_image(
         UserError: No such class or pixel, or no classifier with H-MHSA.
     """
     from ..explain.figure import Explanation
-    from ..tasks import get_task
+    from ..tasks.inference import get_inference
 
     _log.info("the network runs as it is, not optimized: explaining needs gradients, and hooks that watch attention")
     if loaded.task != "classify":
         raise UserError(f"explain is for classifiers; {loaded.source} is for the task {loaded.task}")
-    transform = get_task(loaded.task).image_transform(loaded.preprocessing)
+    transform = get_inference(loaded.task).image_transform(loaded.preprocessing)
     pixels = transform.prepare(image)  # (C, H, W), uint8
     x = transform.finish(pixels[None], np.zeros(1, np.uint64)).to(next(loaded.model.parameters()).device)
     size = (x.shape[2], x.shape[3])

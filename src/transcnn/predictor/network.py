@@ -15,7 +15,7 @@ from ..checkpoints.loading import Loaded
 from ..distributed.runtime import check_accelerator, choose_precision
 from ..fast.inference.optimize import try_optimize
 from ..report.answers import Embedding, Prediction
-from ..tasks import get_task
+from ..tasks.inference import get_inference
 from .base import Predictor
 from .features import features_of
 
@@ -55,7 +55,7 @@ class NetworkPredictor(Loaded, Predictor):
         vars(self).update(state, _turn=threading.Lock())
 
     def _steps(self, top_k: int) -> tuple[Any, Any]:
-        task, device = get_task(self.task), self._device
+        task, device = get_inference(self.task), self._device
 
         def predict_inputs(inputs: list[Any]) -> list[Prediction]:
             with self._computing(device):
@@ -74,7 +74,7 @@ class NetworkPredictor(Loaded, Predictor):
         return self._make_input(), embed_inputs
 
     def _make_input(self) -> Any:
-        task = get_task(self.task)
+        task = get_inference(self.task)
         return partial(task.model_input, task.image_transform(self.preprocessing, self.info.get("task_args")))
 
     @property

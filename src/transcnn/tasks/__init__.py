@@ -10,7 +10,7 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from .base import Task
 
-__all__ = ["TASKS", "get_task"]
+__all__ = ["TASKS", "check_task", "get_task"]
 
 # name -> module:class, imported when asked for
 TASKS = {"classify": "classify:Classify", "segment": "segment:Segment", "detect": "detect:Detect"}
@@ -18,7 +18,12 @@ TASKS = {"classify": "classify:Classify", "segment": "segment:Segment", "detect"
 
 def get_task(name: str) -> type[Task]:
     """The class of a task."""
-    if name not in TASKS:
-        raise UserError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
+    check_task(name)
     module, cls = TASKS[name].split(":")
     return getattr(importlib.import_module(f".{module}", __name__), cls)
+
+
+def check_task(name: str) -> None:
+    """Raise UserError for a name that isn't a task's."""
+    if name not in TASKS:
+        raise UserError(f"task must be one of {', '.join(TASKS)}, got {name!r}")

@@ -25,9 +25,9 @@ from ..distributed.sharding import Sharded, shard
 from ..errors import UserError
 from ..fast import accelerate_training, record_training
 from ..fast.inference.optimize import try_optimize
-from ..report.answers import Prediction
 from ..settings import Augment, Optim, TrainSettings, as_plain
 from ..text import printable
+from .inference import Inference
 from .statistics import StatisticsWarmup
 
 __all__ = ["Task"]
@@ -35,7 +35,7 @@ __all__ = ["Task"]
 ENOUGH = 64  # images; to score fewer, making and loading what scores them takes longer than it saves
 
 
-class Task(L.LightningModule):
+class Task(Inference, L.LightningModule):
     """A model with what it learns and how it is scored.
 
     Args:
@@ -57,7 +57,6 @@ class Task(L.LightningModule):
     name: ClassVar[str]
     scored: ClassVar[str] = "images"  # what a class is predicted of
     group: ClassVar[str] = ""  # the argument of ``train`` that holds the task's own settings
-    writes_images: ClassVar[bool] = False  # whether ``predict`` writes masks or overlays, of whole images one by one
     score: ClassVar[str]  # the metric that people compare, larger is better; logged as val_<score>
     eval_metrics: ClassVar[tuple[str, ...]]  # what ``--eval_metric`` may name, the score first
 
@@ -159,28 +158,6 @@ class Task(L.LightningModule):
     @abstractmethod
     def scores(self) -> dict[str, Any]:
         """The scores of all batches since the last call; numbers are logged, other things are for the report."""
-
-    @staticmethod
-    @abstractmethod
-    def image_transform(data_config: dict[str, Any], task_args: dict[str, Any] | None = None) -> Any:
-        """What one image goes through before a trained model sees it, called as ``transform(image, seed)``."""
-
-    @classmethod
-    def model_input(cls, transform: Any, image: Any) -> Any:
-        """What ``predict_batch`` is given for one image; ``transform`` is ``image_transform``'s."""
-        return transform(image, 0)
-
-    @classmethod
-    @abstractmethod
-    def predict_batch(cls, loaded: Any, inputs: list[Any], device: torch.device, top_k: int) -> list[Prediction]:
-        """What a trained network says about each of several images.
-
-        Args:
-            loaded: As :func:`transcnn.checkpoints.loading.load` gives it, on ``device``.
-            inputs: From ``model_input``.
-            device: Where to compute.
-            top_k: Most classes to list.
-        """
 
     def warnings_about(self, scores: dict[str, Any]) -> list[str]:
         """What looks wrong about scores, a line each: a loss that isn't finite, one class for everything."""

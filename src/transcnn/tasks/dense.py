@@ -15,6 +15,7 @@ from ..data.sets.dense_dataset import DenseDataset
 from ..errors import UserError
 from ..settings import Augment
 from .base import Task
+from .inference import DenseInference
 
 __all__ = ["DenseTask"]
 
@@ -22,10 +23,8 @@ SAMPLED = 16  # images of a split that are looked at for their sizes
 MAX_BATCH = 8  # whole images that are held at a time to be evaluated; more gains nothing
 
 
-class DenseTask(Task):
+class DenseTask(DenseInference, Task):
     """A task whose predictions are drawn, and whose loaders give whole images with what is in them."""
-
-    writes_images = True
 
     @classmethod
     @abstractmethod
@@ -67,11 +66,6 @@ class DenseTask(Task):
     @abstractmethod
     def enlargement(cls, short: int, long: int, task_args: dict[str, Any]) -> float:
         """The factor, the largest of training and evaluation, by which an image of these sides is resized."""
-
-    @classmethod
-    def model_input(cls, transform: Any, image: Any) -> Any:
-        """The image as the network sees it, and itself."""
-        return transform(image)[0], image
 
     @classmethod
     def refuse_mixing(cls, augment: Augment) -> None:

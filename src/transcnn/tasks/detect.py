@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,20 @@ from ..data.transforms.detect import DetectTransform
 from ..distributed.processes import gather, gather_lists, world
 from ..errors import require
 from ..plugging.places import eval_mode
-from ..report.answers import Detections, Prediction
 from ..report.dense import best_median_worst, write_dense_report
 from ..report.overlay import SHOWN_SCORE, draw_detections, palette
 from ..report.plots import plot_precision_recall
 from ..settings import Augment
 from ..text import rich_text
 from .dense import DenseTask
+from .inference import DetectInference
 
 __all__ = ["Detect"]
 
 SIZES = ("small", "medium", "large")  # below 32², below 96² pixels, above: COCO's
 
 
-class Detect(DenseTask):
+class Detect(DetectInference, DenseTask):
     """Detection, scored by COCO's mAP: precision averaged over recall, classes and IoU from 0.50 to 0.95.
 
     Batches are (list of images (C, H, W) from 0 to 1, list of targets).
@@ -82,21 +81,6 @@ class Detect(DenseTask):
         """The short side becomes ``short_side``, in training up to ``side_range`` times that, the long one fits."""
         side = task_args["short_side"] * max(1.0, *task_args["side_range"])
         return min(side / short, task_args["long_side"] / long)
-
-    @staticmethod
-    def image_transform(data_config: dict[str, Any], task_args: dict[str, Any] | None = None) -> DetectTransform:
-        """The image as it is; the detector resizes and normalises it."""
-        masks = (task_args or {}).get("detector") == "maskrcnn"
-        return DetectTransform(in_chans=data_config["input_size"][0], masks=masks)
-
-    @classmethod
-    def predict_batch(cls, loaded: Any, inputs: list[Any], device: torch.device, top_k: int) -> list[Prediction]:
-        """The objects in each image."""
-        args, made = loaded.info.get("task_args") or {}, []
-        for pixels, image in inputs:  # one by one: a hundred masks at the full size of a photograph are large
-            found = {name: value.cpu().numpy() for name, value in loaded.model([pixels.to(device)])[0].items()}
-            made.append(replace(Detections.of(found, loaded.class_names, args), image=image))
-        return made
 
     def loss(self, batch: Any) -> Tensor:
         """The sum of the detector's losses."""

@@ -16,17 +16,16 @@ from ..data.sets.image_dataset import ImageDataset
 from ..data.sets.splits import Splits
 from ..data.sources.files import dense_layout
 from ..data.sources.targets import CLASSES, Targets
-from ..data.transforms.classify import Transform, eval_transform, train_transform
+from ..data.transforms.classify import train_transform
 from ..errors import UserError
-from ..onnx.answers import answers
-from ..report.answers import Prediction, prediction_of
 from ..settings import Augment, Table, TrainSettings, as_plain
 from .base import Task
+from .inference import ImageInference
 
 __all__ = ["ImageTask"]
 
 
-class ImageTask(Task):
+class ImageTask(ImageInference, Task):
     """A task with one answer an image: a class, labels, numbers. Batches are (images (B, C, H, W), labels (B, ...))."""
 
     targets: ClassVar[Targets] = CLASSES
@@ -92,27 +91,6 @@ class ImageTask(Task):
         """A loader of (images, labels) over one split."""
         transform = cls.image_transform(data_config)
         return make_loader(split.with_transform(transform, pixel_range=data_config.get("pixel_range")), **settings)
-
-    @staticmethod
-    def image_transform(data_config: dict[str, Any], task_args: dict[str, Any] | None = None) -> Transform:
-        """Resize, crop, normalise, as ``data_config`` says."""
-        in_chans, *size = data_config["input_size"]
-        return eval_transform(
-            tuple(size),
-            in_chans=in_chans,
-            mean=data_config["mean"],
-            std=data_config["std"],
-            interpolation=data_config["interpolation"],
-            crop_pct=data_config["crop_pct"],
-            crop_mode=data_config.get("crop_mode") or "center",
-        )
-
-    @classmethod
-    def predict_batch(cls, loaded: Any, inputs: list[Any], device: torch.device, top_k: int) -> list[Prediction]:
-        """As an exported file's outputs are read: :func:`transcnn.onnx.answers.answers`."""
-        outputs = loaded.model(torch.stack(inputs).to(device)).float().cpu().numpy()
-        rows = answers(cls.name, outputs, loaded.class_names, loaded.info.get("task_args"), top_k)
-        return [prediction_of(row) for row in rows]
 
     def mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Images are mixed in pairs: of an odd number the last one is left out, a single one is mixed with itself."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,23 +17,22 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from ..data.sets.dense_dataset import DenseDataset
 from ..data.sets.segment import open_set, open_splits
 from ..data.sets.splits import Splits
-from ..data.transforms.segment import IGNORE, EvalTransform, TrainTransform
+from ..data.transforms.segment import IGNORE, TrainTransform
 from ..dense.segmenters import class_weights
 from ..distributed.processes import gather_lists
-from ..report.answers import Prediction, Segmentation
 from ..report.dense import best_median_worst, class_iou, write_segment_report
 from ..report.overlay import blend, palette
 from ..settings import Augment
 from ..text import rich_text
 from .dense import DenseTask
-from .sliding import sliding_window_inference
+from .inference import SegmentInference, logits_of_pixels
 
 __all__ = ["Segment"]
 
 MAX_PIXELS = 1 << 22  # pixels times images that are evaluated together
 
 
-class Segment(DenseTask):
+class Segment(SegmentInference, DenseTask):
     """Semantic segmentation: cross entropy, Dice or both, scored by the mean IoU over all pixels of a set.
 
     Training batches are (images (B, C, h, w), label maps (B, h, w)); others are lists of images (C, h, w) and of label
@@ -92,28 +90,6 @@ class Segment(DenseTask):
         window = task_args.get("window")
         return min(factor, window / long) if window else factor
 
-    @staticmethod
-    def image_transform(data_config: dict[str, Any], task_args: dict[str, Any] | None = None) -> EvalTransform:
-        """Normalise the whole image, resized if the settings say so."""
-        return EvalTransform(
-            in_chans=data_config["input_size"][0],
-            mean=data_config["mean"],
-            std=data_config["std"],
-            resize=(task_args or {}).get("resize"),
-        )
-
-    @classmethod
-    def predict_batch(cls, loaded: Any, inputs: list[Any], device: torch.device, top_k: int) -> list[Prediction]:
-        """The class of each pixel of each image, at its own size."""
-        learner = cls(loaded.model, loaded.class_names, loaded.preprocessing, task_args=loaded.info["task_args"])
-        made = []
-        for pixels, image in inputs:
-            logits = learner.predict_logits(pixels[None].to(device), (image.height, image.width))
-            labels = logits[0].argmax(0).cpu().numpy()
-            found = Segmentation.of(labels, loaded.class_names, learner.task_args, top_k)
-            made.append(replace(found, image=image))
-        return made
-
     @property
     def colours(self) -> list[list[int]]:
         """Of each class: the data's, or our own."""
@@ -163,11 +139,7 @@ class Segment(DenseTask):
 
     def predict_logits(self, images: Tensor, size: Any) -> Tensor:
         """Logits (B, classes, H, W) at ``size``, with windows and mirroring as the settings say."""
-        window, flip = self.task_args.get("window"), self.task_args.get("flip", False)
-        logits = sliding_window_inference(self, images, len(self.class_names), window=window, flip=flip)
-        if logits.shape[-2:] != tuple(size):
-            logits = F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
-        return logits
+        return logits_of_pixels(self, images, size, len(self.class_names), self.task_args)
 
     def _count(self, logits: Tensor, truth: Tensor, start: int) -> None:
         counted = (truth != IGNORE).sum()
