@@ -137,7 +137,7 @@ def test_former_names_are_understood_and_not_shown(tmp_path, capsys):
     assert cli.main(["train", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "weights_back" not in shown
-    assert "--logit_adjustment" in shown
+    assert "--segment.logit_adjustment" in shown
 
 
 def test_help_begins_with_what_most_runs_need(capsys):
@@ -150,7 +150,19 @@ def test_help_begins_with_what_most_runs_need(capsys):
     headings = [line for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert headings[:3] == ["arguments:", "what most runs need:", "data:"]
     assert [heading.partition(":")[0] for heading in headings[6:]] == list(command.groups)
-    assert all(f"--{name.rpartition('.')[2]}" in shown for name in command.arguments if name != "data")
+    last = {name: name.rpartition(".")[2] for name in command.arguments if name != "data"}
+    assert all(f"--{name if inner in command.shared else inner}" in shown for name, inner in last.items())
+
+
+def test_a_flag_that_several_tasks_have_is_that_of_the_task(tmp_path):
+    (tmp_path / "r.yaml").write_text("task: segment\n")
+    assert settings_of("--class_weights", "balanced").classify.class_weights == "balanced"
+    assert settings_of("--class_weights", "{cat: 2}").classify.class_weights == {"cat": 2}
+    for task in (["--task", "segment"], ["--config", str(tmp_path / "r.yaml")]):
+        settings = settings_of(*task, "--class_weights=log", "--loss", "dice")
+        assert (settings.segment.class_weights, settings.segment.loss) == ("log", "dice")
+        assert settings.classify == TrainSettings().classify
+        assert settings.origins["segment.loss"] == "command line"
 
 
 def test_types_are_told_in_words():
@@ -204,8 +216,11 @@ def test_settings_have_no_traceback_for_what_python_gets_wrong():
 @pytest.mark.parametrize(
     ("argv", "problem"),
     [
-        (["--class_weights", "log"], "class_weights is for the task segment, not for classify"),
-        (["--loss", "dice"], "loss is for the task segment, not for classify"),
+        (["--segment.class_weights", "log"], "class_weights is for the task segment, not for classify"),
+        (["--segment.loss", "dice"], "loss is for the task segment, not for classify"),
+        (["--class_weights", "log"], "classify.class_weights must be one of none, balanced, sqrt or names with values"),
+        (["--task", "detect", "--sampler", "balanced"], "sampler is for the task classify, not for detect"),
+        (["--focal_gamma", "1"], "focal_gamma has no effect without loss focal"),
         (["--resize", "99"], "resize is for the task segment, not for classify"),
         (["--min_score", ".9"], "min_score is for the task detect, not for classify"),
         (["--task", "detect", "--decoder", "unet"], "decoder is for the task segment, not for detect"),

@@ -2,7 +2,8 @@
 
 A function's parameters before ``*`` are the command's positional arguments, all others are flags; its docstring is the
 help. A parameter that is a dataclass is a group: each of its fields has a flag, with or without the group's name
-(``--augment.mixup``, ``--mixup``), and in a recipe stands under the group.
+(``--augment.mixup``, ``--mixup``), and in a recipe stands under the group. A name that several groups have, such as
+``--class_weights``, means that of the task.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import inspect
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, cached_property
@@ -127,11 +129,17 @@ class Command:
                 found[short] = name
         found |= {f"--{name.removesuffix('_name')}": name for name in self.arguments if name == "class_name"}
         former = {new: old for old, new in FORMER_NAMES.items()}
-        for flag, name in list(found.items()):
-            last = name.rpartition(".")[2]
-            if last in former:
-                found[flag.removesuffix(last) + former[last]] = name
+        for name in self.arguments:
+            group, _, last = name.rpartition(".")
+            if last in former and group in ("", "segment"):  # where the former names were
+                found |= {f"--{former[last]}": name, f"--{group}.{former[last]}": name}
         return found
+
+    @cached_property
+    def shared(self) -> set[str]:
+        """Names that arguments of several groups have, such as ``loss``."""
+        counts = Counter(name.rpartition(".")[2] for name in self.arguments if "." in name)
+        return {name for name, count in counts.items() if count > 1}
 
     @cached_property
     def parser(self) -> argparse.ArgumentParser:
@@ -155,6 +163,8 @@ class Command:
                     group.add_argument("--config", action="append", metavar="FILE", help="YAML file that sets any flag")
                 else:
                     self._add(group, self.arguments[name])
+        for name in self.shared:
+            parser.add_argument(f"--{name}", dest=name, help=argparse.SUPPRESS)
         return parser
 
     @property
@@ -176,17 +186,18 @@ class Command:
         return {title: names for title, names in result.items() if names}
 
     def _add(self, group: Any, argument: Argument) -> None:
-        shown = "--" + argument.name.rpartition(".")[2]
+        last = argument.name.rpartition(".")[2]
+        shown = f"--{argument.name if last in self.shared else last}"
         form = {"nargs": "+"} if argument.is_list else {}
         title = argument.name.upper() if argument.positional else _metavar(argument)
         action = group.add_argument(shown, dest=argument.name, metavar=title, help=_help_line(argument), **form)
         action.positional = argument.positional
         for flag, name in self.flags.items():  # other spellings are understood, not shown
-            if name == argument.name and flag != shown:
+            if name == argument.name and flag != shown and flag[2:] not in self.shared:
                 group._option_string_actions[flag] = group._option_string_actions[shown]
 
     def read_words(self, argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-        """The recipes that words name, and the values that they give to arguments."""
+        """The recipes that words name, and what they give to arguments, as text; ``shared`` names stand as they are."""
         cut = argv.index("--") if "--" in argv else len(argv)
         try:
             found, words = self.parser.parse_known_args(self._spell_out(argv[:cut]))
@@ -203,7 +214,7 @@ class Command:
         if words:
             raise UserError(f"too many arguments: {' '.join(words)}")
         recipes = given.pop("config", [])
-        return recipes, {name: self.arguments[name].value(words) for name, words in given.items()}
+        return recipes, given
 
     def _spell_out(self, argv: Sequence[str]) -> list[str]:
         """Flags as argparse knows them: ``--img-size`` is ``--img_size``, a switch without a value gets one."""
@@ -263,11 +274,21 @@ class Command:
             for name, value in self._read_recipe(recipe).items():
                 _put(tree, name, value)
                 origins[name] = recipe
-        for name, value in values.items():
-            _put(tree, name, value)
-            origins[name] = COMMAND_LINE
+        task = values.get("task") or tree.get("task")
+        for name, words in values.items():
+            full = self._of_task(name, task)
+            _put(tree, full, self.arguments[full].value(words))
+            origins[full] = COMMAND_LINE
         arguments = self.check(tree)
         return {**arguments, "origins": origins} if self.groups else arguments
+
+    def _of_task(self, name: str, task: Any) -> str:
+        """The full name of an argument; of one that several groups have, that of the task, else of the first."""
+        if name not in self.shared:
+            return name
+        task = task or self.arguments["task"].default
+        found = [full for full in self.arguments if full.rpartition(".")[2] == name]
+        return next((full for full in found if full == f"{task}.{name}"), found[0])
 
     def _read_recipe(self, file: str) -> dict[str, Any]:
         """What a recipe sets, by full names."""

@@ -17,10 +17,13 @@ from .plain import Arguments
 
 __all__ = [
     "Augment",
+    "Classify",
     "Detect",
     "Distill",
     "Ema",
+    "Multilabel",
     "Optim",
+    "Regress",
     "Segment",
     "Table",
     "TrainSettings",
@@ -168,6 +171,59 @@ class Distill:
 
 
 @dataclass(frozen=True)
+class Classify:
+    """Classification: what is done about classes of very different sizes.
+
+    Args:
+        loss: Cross entropy, or focal loss, in which images that are answered well already count little.
+        focal_gamma: How little (``focal``): the loss times (1 - probability of the truth) to this power.
+        class_weights: Rare classes count more in the loss: by 1 / their images (``balanced``), by the root of that
+            (``sqrt``), or by name, such as {cat: 3, dog: 1}; the mean over the training images is 1.
+        logit_adjustment: Learn with this times the logarithm of the classes' shares added to the logits, so that
+            without it rare classes are found as well (Menon et al., 2007.07314); 1 is for balanced accuracy.
+        sampler: What an epoch goes through: each image once, in random order (``shuffle``), or all classes equally
+            often (``balanced``), the images of rare ones several times and not all of large ones.
+    """
+
+    loss: Literal["ce", "focal"] = "ce"
+    focal_gamma: float = 2.0
+    class_weights: Literal["none", "balanced", "sqrt"] | Arguments = "none"
+    logit_adjustment: float = 0.0
+    sampler: Literal["shuffle", "balanced"] = "shuffle"
+
+
+@dataclass(frozen=True)
+class Multilabel:
+    """Any number of labels an image: a probability for each label by itself.
+
+    Args:
+        loss: Binary cross entropy, or asymmetric loss (Ridnik et al., 2009.14119), in which the many labels that an
+            image doesn't have count little.
+        class_weights: Rare labels count more where an image has them: by images without over with it (``balanced``), or
+            the root of that (``sqrt``).
+        threshold: The probability from which on a label holds; without it, for each label the one of best F1 on the
+            validation split.
+    """
+
+    loss: Literal["bce", "asl"] = "bce"
+    class_weights: Literal["none", "balanced", "sqrt"] = "none"
+    threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class Regress:
+    """Numbers of an image.
+
+    Args:
+        loss: Of numbers standardised by mean and standard deviation of the training images: squared error (``mse``),
+            absolute error (``l1``), or the squared one up to one standard deviation and the absolute one beyond
+            (``huber``), which outliers pull less.
+    """
+
+    loss: Literal["mse", "l1", "huber"] = "mse"
+
+
+@dataclass(frozen=True)
 class Segment:
     """Segmentation: the decoder, the loss, what counts, and how whole images are evaluated.
 
@@ -235,6 +291,7 @@ class Table:
         target: Columns to learn, several with commas or as several words; without it ``label``.
         file_column: Column of the files; without it ``file``, ``file_name``, ``filename``, ``path`` or ``image``.
         split_column: Column that says train, val or test of each row; without it ``split``, if there is one.
+        separator: What divides the labels of a cell (multilabel); without it ``;`` or ``|`` or a comma.
         group: Column whose equal values stay together (a patient's images, a place's) when a validation split is held
             back.
     """
@@ -243,6 +300,7 @@ class Table:
     target: list[str] | None = None
     file_column: str | None = None
     split_column: str | None = None
+    separator: str | None = None
     group: str | None = None
 
     def __post_init__(self) -> None:
@@ -261,7 +319,8 @@ class TrainSettings:
             hfds/..., wds/... as timm's readers know them; without it, the embedded handwritten digits.
             To segment, a folder or tar of images/{train,val,test}/ and labels/{train,val,test}/; to detect,
             of images/ and annotations/{train,val,test}.json in COCO's format, or of Pascal VOC's.
-        task: What is learnt.
+        task: What is learnt: one class an image, several labels (multilabel), numbers (regress), a class for each
+            pixel, or boxes.
         model: A network of this package (see transcnn models) or any other of timm's.
         epochs: Times that the training images are gone through.
         batch_size: Images a step, of all processes together; each of N takes batch_size / N. (In timm and Lightning it
@@ -290,13 +349,18 @@ class TrainSettings:
         table: Which columns of a table are what.
         ema: The average of the weights that is scored and kept.
         distill: Whose predictions are learnt as well.
+        classify: What is peculiar to classification.
+        multilabel: What is peculiar to several labels an image.
+        regress: What is peculiar to numbers.
         segment: What is peculiar to segmentation.
         detect: What is peculiar to detection.
         val_fraction: Share of the training images held back where the data has no validation split.
         strict_data: Stop at the first image that can't be read, instead of leaving it out.
         num_workers: Processes that read images; without it, one for each core but one, and none for images in memory.
-        eval_metric: The validation figure that chooses the best epoch; without it top1, miou or map. ``loss`` ranks
-            epochs where a small validation split gives many the same score.
+        eval_metric: The validation figure that chooses the best epoch; without it top1, miou or map; to classify
+            also balanced_accuracy, macro_f1, macro_precision, auroc; for labels map, macro_f1, micro_f1, exact_match;
+            for numbers mae, rmse, r2, spearman. ``loss`` ranks epochs where a small validation
+            split gives many the same score.
         early_stop: Stop after this many epochs without a better one.
         save_every: Write last.ckpt each this many updates, not only after each epoch.
         nonfinite: What to do about max_nonfinite updates in a row whose gradients are not finite: go back to the last
@@ -323,7 +387,7 @@ class TrainSettings:
 
     data: str | None = None
     _: KW_ONLY
-    task: Literal["classify", "segment", "detect"] = "classify"
+    task: Literal["classify", "multilabel", "regress", "segment", "detect"] = "classify"
     model: str = "transcnn_nano"
     epochs: int = 50
     batch_size: int = 64
@@ -346,6 +410,9 @@ class TrainSettings:
     table: Table = Table()
     ema: Ema = Ema()
     distill: Distill = Distill()
+    classify: Classify = Classify()
+    multilabel: Multilabel = Multilabel()
+    regress: Regress = Regress()
     segment: Segment = Segment()
     detect: Detect = Detect()
     val_fraction: float = 0.1

@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import MAX_SIDE
 from ..plain import check_plain, with_new_names
 
-__all__ = ["ARGUMENTS", "check_model_args", "check_model_name", "check_task_args", "short"]
+__all__ = ["ARGUMENTS", "DENSE", "PRIVATE", "check_model_args", "check_model_name", "check_task_args", "short"]
 
 MAX_SIZE = 1 << 14  # widths, kernels, grids, outputs: no network in use comes near
 MAX_DEPTH = 512  # blocks of a stage
@@ -131,14 +131,33 @@ PLUG: dict[str, Kind] = {
 
 _flag_or_none = Kind("true or false", lambda v: isinstance(v, bool))
 _range = _numbers(1e-3, 1e3, 1, none=False)
-TABLE = ("images", "target", "file_column", "split_column", "group")  # what ``settings.Table`` holds
+TABLE = ("images", "target", "file_column", "split_column", "separator", "group")  # what ``settings.Table`` holds
 _columns = Kind("a name", lambda v: isinstance(v, str) and len(v) <= 4096, nested=1)
 _table = Kind(
     f"names with values of {', '.join(TABLE)}",
     lambda v: isinstance(v, dict) and v.keys() <= {*TABLE} and all(_columns(v[name], name == "target") for name in v),
 )
 TASKS: dict[str, dict[str, Kind]] = {
-    "classify": {"flip": _flag_or_none, "table": _table},
+    "classify": {
+        "flip": _flag_or_none,
+        "table": _table,
+        "loss": _one_of("ce", "focal"),
+        "focal_gamma": _numbers(0, 10, none=False),
+        "class_weights": Kind(
+            "none, balanced, sqrt or numbers by name",
+            lambda v: v in ("none", "balanced", "sqrt") if isinstance(v, str) else isinstance(v, dict),
+            none=False,
+        ),
+        "logit_adjustment": _numbers(0, 10, none=False),
+        "sampler": _one_of("shuffle", "balanced"),
+    },
+    "multilabel": {
+        "table": _table,
+        "loss": _one_of("bce", "asl"),
+        "class_weights": _one_of("none", "balanced", "sqrt"),
+        "threshold": _numbers(0, 1),
+    },
+    "regress": {"table": _table, "loss": _one_of("mse", "l1", "huber")},
     "segment": {
         "decoder": _one_of("fpn", "pspnet", "upernet", "unet"),
         "decoder_channels": _ints(8, 1 << 12),
@@ -163,8 +182,10 @@ TASKS: dict[str, dict[str, Kind]] = {
         "max_found": _ints(1, 10_000, none=False),
     },
 }
+DENSE = ("segment", "detect")  # tasks whose answers lie in the image; those of all others are about it as a whole
+PRIVATE = ("shares", "counts", "without", "table")  # of a task's settings: about the training data and where it lies
 REQUIRED = {
-    "classify": (),
+    "regress": ("mean", "std"),
     "segment": ("decoder",),
     "detect": ("detector", "fpn_channels", "short_side", "long_side", "side_range", "min_score", "max_found"),
 }
@@ -224,7 +245,7 @@ def check_task_args(task: str, args: Mapping[str, Any], classes: int) -> None:
     for name, kind in TASKS[task].items():
         if name in args and not kind(args[name]):
             raise ValueError(f"task_args: {name} must be {kind.says}, got {short(args[name])}")
-    if missing := [name for name in REQUIRED[task] if name not in args]:
+    if missing := [name for name in REQUIRED.get(task, ()) if name not in args]:
         raise ValueError(f"task_args: {missing[0]} is missing")
     for name in ("scale_range", "side_range"):
         if name in args and (not isinstance(args[name], list | tuple) or len(args[name]) != 2):
@@ -243,6 +264,10 @@ def _is_colour(value: Any) -> bool:
 
 _PER_CLASS: dict[str, Check] = {
     "label_ids": lambda v: isinstance(v, str) or (_is_int(v) and abs(v) < 1 << 63),
+    "thresholds": lambda v: _is_number(v) and 0 <= v <= 1,
+    "mean": lambda v: _is_number(v) and abs(v) < 1e30,
+    "std": lambda v: _is_number(v) and 0 < v < 1e30,
+    "counts": lambda v: _is_int(v) and v >= 0,
     "shares": lambda v: _is_number(v) and 0 <= v <= 1,
     "colours": _is_colour,
 }

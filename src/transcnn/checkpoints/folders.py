@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import UserError, first_line
 from ..plain import check_plain
 from ..plugging.build import build_model
-from .arguments import check_plug, short
+from .arguments import DENSE, TASKS, check_plug, check_task_args, short
 from .bounded import build_bounded, registered
 from .header import MAX_CLASSES, check_class_names, check_data_config, refused
 from .published import load_body, load_checkpoint
@@ -80,7 +80,8 @@ def _make(config: dict[str, Any], **kwargs: Any) -> nn.Module:
     if "num_classes" in kwargs and kwargs["num_classes"] != args["num_classes"]:
         names = None
     cfg: Any = getattr(model, "pretrained_cfg", {})
-    for key, value in {**kept, "label_names": names}.items():
+    told = {key: config.get(key) for key in ("task", "task_args")}
+    for key, value in {**kept, "label_names": names, **told}.items():
         if value is not None:
             cfg[key] = tuple(value) if isinstance(value, list) else value
     return model
@@ -133,6 +134,12 @@ def _check_config(config: dict[str, Any]) -> None:
         check_class_names(names)
         if len(names) != classes:
             raise ValueError(f"{len(names)} label_names for {classes} classes")
+    task, task_args = config.get("task") or "classify", config.get("task_args") or {}
+    if task not in TASKS or task in DENSE:
+        raise ValueError(f"there is no task {short(task)} for such a folder")
+    if not isinstance(task_args, dict):
+        raise ValueError(f"task_args must be names with values, got {short(task_args)}")
+    check_task_args(task, task_args, classes)
     if config.get("plug") is not None:
         check_plug(config["plug"])
     stored.update({key: value for key, value in STANDARD.items() if stored.get(key) is None})

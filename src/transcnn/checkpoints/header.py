@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import MAX_SIDE, UserError, first_line
 from ..plain import check_plain
-from .arguments import check_task_args, short
+from .arguments import TASKS, check_task_args, short
 
 __all__ = ["check_class_names", "check_data_config", "check_header", "refused"]
 
@@ -23,7 +23,6 @@ MAX_RESIZED = 10_000  # pixels of a side before the margin is cropped
 MAX_NAME = 1000  # characters of a class's name
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random")
 CROP_MODES = ("center", "squash", "border")
-TASKS = ("classify", "segment", "detect")
 
 
 def check_header(info: dict[str, Any], path: str | os.PathLike[str]) -> None:

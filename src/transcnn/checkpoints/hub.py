@@ -33,6 +33,7 @@ from ..errors import UserError, first_line
 from ..plugging.cost import count
 from ..plugging.plug import plug_spec
 from ..text import json_text, markdown, printable
+from .arguments import DENSE, PRIVATE
 from .files import atomic_write
 from .folders import CONFIG, WEIGHTS
 from .loading import Loaded, data_config_of, load
@@ -82,7 +83,11 @@ def save_pretrained(
                 loaded.model,
                 temporary,
                 safe_serialization=True,
-                model_config={"label_names": loaded.class_names, **({"plug": spec} if spec else {})},
+                model_config={
+                    "label_names": loaded.class_names,
+                    **({"plug": spec} if spec else {}),
+                    **_task_of(loaded),
+                },
                 data_config={key: value for key, value in loaded.preprocessing.items() if key != "test_input_size"},
             )
             _mend_config(Path(temporary, CONFIG))
@@ -93,6 +98,14 @@ def save_pretrained(
     except (OSError, SafetensorError) as error:
         raise UserError(f"can't write to {folder}: {getattr(error, 'strerror', None) or error}") from error
     return folder
+
+
+def _task_of(loaded: Loaded) -> dict[str, Any]:
+    """Of another task than classification, which one, and what makes answers of outputs."""
+    if loaded.task == "classify":
+        return {}
+    args = loaded.info.get("task_args") or {}
+    return {"task": loaded.task, "task_args": {key: value for key, value in args.items() if key not in PRIVATE}}
 
 
 def _to_share(model: nn.Module, licence: str | None) -> nn.Module:
@@ -213,7 +226,7 @@ def _as_loaded(
         class_names=list(class_names or loaded.class_names),
         preprocessing={**loaded.preprocessing, **(data_config or {})},
     )
-    if loaded.task != "classify":
+    if loaded.task in DENSE:
         raise UserError(f"only classifiers can be shared so, got a network for {loaded.task}")
     model = loaded.model
     if not (getattr(model, "pretrained_cfg", None) or {}).get("architecture"):
@@ -252,9 +265,12 @@ def _metrics_of(source: str) -> dict[str, Any]:
 
 
 def _about(loaded: Loaded, name: str) -> str:
-    text = (
-        f"`{name}`, an image classifier for {len(loaded.class_names)} classes, made with the Python package `transcnn`"
-    )
+    count = len(loaded.class_names)
+    kind = {
+        "multilabel": f"a network that says which of {count} labels an image has",
+        "regress": f"a network that estimates {', '.join(map(markdown, loaded.class_names[:20]))} of an image",
+    }.get(loaded.task, f"an image classifier for {count} classes")
+    text = f"`{name}`, {kind}, made with the Python package `transcnn`"
     spec = plug_spec(loaded.model)
     if spec:
         places = ", ".join(f"`{line['at']}`" for line in spec)
@@ -330,7 +346,7 @@ def _usage(loaded: Loaded, packaged: str | None) -> str:
     command = f"transcnn predict {packaged or 'FOLDER'} photo.jpg"
     if packaged:
         lines += ["import timm", "", f'model = timm.create_model("{packaged}", pretrained=True).eval()']
-    elif plug_spec(loaded.model):
+    elif plug_spec(loaded.model) or loaded.task != "classify":
         lines += ['model = transcnn.from_pretrained("THIS REPOSITORY OR FOLDER")']
     else:
         lines += [

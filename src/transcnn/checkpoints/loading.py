@@ -44,7 +44,7 @@ class Loaded:
 
     Attributes:
         model: In evaluation mode.
-        task: ``classify``, ``segment`` or ``detect``.
+        task: ``classify``, ``multilabel``, ``regress``, ``segment`` or ``detect``.
         class_names: In the order of the outputs; equal ones get their index, ``crane (134)`` and ``crane (517)``.
         preprocessing: timm's data config (``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ...).
         source: Where it was read from.
@@ -185,7 +185,9 @@ def _load_pretrained(source: str | os.PathLike[str]) -> Loaded:
     model = from_pretrained(source)
     cfg: Any = model.pretrained_cfg
     config = data_config_of(model, int(model.in_chans))  # pyright: ignore
-    return Loaded(model, "classify", class_names_of(model), config, os.fspath(source), {"model": cfg["architecture"]})
+    info = {"model": cfg["architecture"], "task_args": cfg.get("task_args") or {}}
+    task = cfg.get("task") or "classify"
+    return Loaded(model, task, class_names_of(model), config, os.fspath(source), info)
 
 
 def _load_published(name: str) -> Loaded:

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from ..checkpoints.arguments import DENSE
 from ..checkpoints.available import check_inputs
 from ..checkpoints.files import atomic_write, check_writable
 from ..data.images import is_image_name, list_images
 from ..data.paths import StrPath, as_text, find_images
 from ..data.sources.table import ListedFiles, is_table, list_files
 from ..errors import MAX_SIDE, UserError, check_range
-from ..onnx.predict import DENSE
 from ..predictor.loading import load
 from ..report.answers import Detections
 from ..report.dataset_writer import DatasetWriter

@@ -204,12 +204,18 @@ class _Look:
 def _introduction(viewer: Viewer) -> str:
     names = viewer.loaded.class_names
     some = ", ".join(names[:12]) + (f" and {len(names) - 12:,} more" if len(names) > 12 else "")
-    knows = {"classify": "distinguishes", "segment": "finds the outlines of", "detect": "finds"}[viewer.loaded.task]
-    return f"# What does it see?\n{markdown(viewer.name)} {knows} {len(names):,} things: {markdown(some)}."
+    knows = {
+        "classify": f"distinguishes {len(names):,} things",
+        "multilabel": f"knows {len(names):,} labels",
+        "regress": "estimates",
+        "segment": f"finds the outlines of {len(names):,} things",
+        "detect": f"finds {len(names):,} things",
+    }[viewer.loaded.task]
+    return f"# What does it see?\n{markdown(viewer.name)} {knows}: {markdown(some)}."
 
 
 def _answer_box(viewer: Viewer) -> Any:
-    if viewer.loaded.task == "classify":
+    if viewer.task.whole_image:
         return gr.Label(label="Prediction", num_top_classes=5, elem_id="answer")
     return gr.Image(label="Prediction", interactive=False, buttons=["fullscreen"], height=420, elem_id="answer")
 
@@ -223,6 +229,8 @@ def _said(answer: dict[str, Any]) -> Any:
             name = label if label not in shares else f"{label} ({number + 1})"
             shares[name] = top["score"]
         return shares
+    if "values" in answer:
+        return ", ".join(f"{printable(name)} {number:,.6g}" for name, number in answer["values"].items())
     return answer["overlay"]
 
 

@@ -129,7 +129,7 @@ class Viewer:
         side = min(wanted)
         short, long = sorted(image.size)
         scale = min(side / short, LONGEST * side / long)
-        step = 1 if self.loaded.task == "classify" else 32  # decoders put halves together again
+        step = 1 if self.task.whole_image else 32  # decoders put halves together again
         width, height = (max(step, round(n * scale / step) * step) for n in image.size)
         small = to_channels(image, channels).resize((width, height), Image.Resampling.BICUBIC)
         x = torch.from_numpy(np.atleast_3d(np.asarray(small, np.float32)).transpose(2, 0, 1)) / 255  # (C, h, w)

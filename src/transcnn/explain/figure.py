@@ -33,12 +33,13 @@ class Explanation:
         image: What the network saw, uint8 (h, w) or (h, w, 3), at any resolution.
         query: Row and column of the pixel asked about.
         stages: The maps of one block of each stage, local ones first.
-        top: The most probable classes with their probabilities, highest first.
+        top: The most probable classes with their probabilities, highest first; or numbers by their names.
         class_name: The class that ``cam`` and ``taken`` are about.
         cam: Grad-CAM, (H, W).
         taken: Gradient times attention, (H, W).
         title: Of the whole.
         note: Small print at the foot.
+        shares: Whether ``top`` holds probabilities; else numbers in the data's unit.
     """
 
     image: np.ndarray
@@ -50,6 +51,7 @@ class Explanation:
     taken: np.ndarray
     title: str
     note: str = ""
+    shares: bool = True
 
 
 def draw(e: Explanation) -> Figure:
@@ -67,7 +69,9 @@ def draw(e: Explanation) -> Figure:
     _draw_image(page.panel(lefts[0], top + 0.3), e)
     page.caption(lefts[0], top, "The image", "Blue square: the spot that the\nmaps below are asked about.")
     _draw_answers(page.panel(lefts[1] + 0.08, top + 0.3, PANEL - 0.16), e)
-    page.caption(lefts[1], top, "The prediction", "The most probable classes.")
+    page.caption(
+        lefts[1], top, "The prediction", "The most probable classes." if e.shares else "In the unit of the data."
+    )
     name = f"“{_cut(e.class_name, 13)}”"
     about = (
         (f"Evidence for {name}", "Grad-CAM: the parts of the image that\nraise the score of this class.", e.cam),
@@ -176,9 +180,11 @@ def _draw_answers(axes: Axes, e: Explanation) -> None:
     names, shares = [name for name, _ in e.top], [share for _, share in e.top]
     places = np.arange(len(names))
     colours = [ORANGE if name == e.class_name else BLUE for name in names]
-    axes.barh(places, shares, color=colours, height=0.36)
+    if e.shares:
+        axes.barh(places, shares, color=colours, height=0.36)
     for place, name, share in zip(places, names, shares, strict=True):
-        axes.text(0, place - 0.3, f"{_cut(name, 24)}  {100 * share:.1f} %", va="bottom", ha="left", fontsize=9.5)
+        text = f"{100 * share:.1f} %" if e.shares else f"{share:,.6g}"
+        axes.text(0, place - 0.3, f"{_cut(name, 24)}  {text}", va="bottom", ha="left", fontsize=9.5)
     axes.set(xlim=(0, 1), ylim=(4.45, -0.75))
     axes.axis("off")
     axes.axvline(0, color=GREY, linewidth=1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..checkpoints.loading import Loaded
 from ..data.images import to_channels
 from ..errors import UserError
+from ..onnx.answers import answers
 from .classes import grad_cam, gradient_attention
 from .maps import maps_of
 from .record import record
@@ -40,15 +41,20 @@ def explain_image(
     from ..tasks.inference import get_inference
 
     _log.info("the network runs as it is, not optimized: explaining needs gradients, and hooks that watch attention")
-    if loaded.task != "classify":
+    task = get_inference(loaded.task)
+    if not task.whole_image:
         raise UserError(f"explain is for classifiers; {loaded.source} is for the task {loaded.task}")
-    transform = get_inference(loaded.task).image_transform(loaded.preprocessing)
+    transform = task.image_transform(loaded.preprocessing)
     pixels = transform.prepare(image)  # (C, H, W), uint8
     x = transform.finish(pixels[None], np.zeros(1, np.uint64)).to(next(loaded.model.parameters()).device)
     size = (x.shape[2], x.shape[3])
     logits, records = record(loaded.model, x)
-    shares = logits[0].float().softmax(0)
-    target = int(shares.argmax()) if class_name is None else find_class(class_name, loaded.class_names)
+    said = answers(
+        loaded.task, logits.detach().float().cpu().numpy(), loaded.class_names, loaded.info.get("task_args"), 5
+    )
+    answer = said[0]
+    top = [(entry["label"], entry["score"]) for entry in answer.get("top", ())] or list(answer["values"].items())
+    target = find_class(top[0][0] if class_name is None else class_name, loaded.class_names)
     cam = grad_cam(loaded.model, x, target)
     if query is not None:
         place = _in_crop(query, (image.height, image.width), size, loaded.preprocessing)
@@ -56,18 +62,18 @@ def explain_image(
         peak = int(cam.argmax()) if cam.any() else cam.numel() // 2 + size[1] // 2
         place = divmod(peak, size[1])
     last_blocks = {r.stage: r for r in records}  # the last block of each stage stays
-    best = shares.topk(min(5, len(shares)))
     names = loaded.class_names
     return Explanation(
         image=_shown(image, pixels, loaded.preprocessing),
         query=place,
         stages=[maps_of(r, place, size, "mean" if head is None else head) for r in last_blocks.values()],
-        top=[(names[i], share) for share, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)],
+        top=top[:5],
+        shares="top" in answer,
         class_name=names[target],
         cam=cam.numpy(),
         taken=gradient_attention(loaded.model, x, target).numpy(),
-        title=f"{loaded.info.get('model', type(loaded.model).__name__)} predicts {names[best.indices[0]]}, "
-        f"{100 * best.values[0]:.1f} %",
+        title=f"{loaded.info.get('model', type(loaded.model).__name__)} predicts {top[0][0]}, "
+        + (f"{100 * top[0][1]:.1f} %" if "top" in answer else f"{top[0][1]:,.6g}"),
         note=f"Attention of the last block of each stage, {'mean over heads' if head is None else f'head {head}'}. "
         "Colours go from 0 to each panel's largest value; "
         "an even share is what each cell would get if all were looked at alike.",

@@ -26,6 +26,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from .. import __version__
+from ..checkpoints.arguments import DENSE, PRIVATE
 from ..checkpoints.loading import Loaded
 from ..errors import UserError, first_line, require
 from ..plugging.plug import plug_spec
@@ -36,7 +37,8 @@ __all__ = ["Exported", "export_model"]
 
 INPUT = "images"
 OUTPUT = "logits"
-TOLERANCES = {"classify": 1e-5, "segment": 1e-4, "detect": 1e-4}
+TOLERANCES = {"segment": 1e-4, "detect": 1e-4}
+TOLERANCE = 1e-5  # of all other tasks
 LEAST = (288, 384)  # of a detector's example: its coarsest map, of stride 128, must not be 1 position, a constant
 
 
@@ -89,7 +91,7 @@ def export_model(
                         f"the format {format} can't hold {type(loaded.model).__name__}: {reason}"
                     ) from error
             rows = _compare(loaded, model, kind, file, info, static, images, tolerance)
-            refuse_beyond(rows, TOLERANCES[loaded.task] if tolerance is None else tolerance, out)
+            refuse_beyond(rows, TOLERANCES.get(loaded.task, TOLERANCE) if tolerance is None else tolerance, out)
             if calibrate is not None:
                 from .int8 import note, to_int8
 
@@ -120,7 +122,7 @@ def _compare(
     if loaded.task != "detect":
         # Graphs of torch.export refuse images of a single grid (docs/export.md).
         batches = comparisons(config, static, images, small=kind.suffix != ".pt2")
-        return check(model, run, batches, TOLERANCES[loaded.task] if tolerance is None else None)
+        return check(model, run, batches, TOLERANCES.get(loaded.task, TOLERANCE) if tolerance is None else None)
     names = _outputs(info)
     if static is None:
         return check_detections(
@@ -182,7 +184,7 @@ def _open_torch(path: Path) -> Run:
 def _write_openvino(program: ExportedProgram, path: Path, info: dict[str, Any]) -> None:
     import openvino
 
-    if info.get("task", "classify") == "classify":
+    if info.get("task", "classify") not in DENSE:
         model = openvino.convert_model(program)
     else:  # sizes that are computed, in which these go, OpenVINO reads from ONNX files alone
         require("onnxscript", "export")
@@ -271,7 +273,7 @@ def _describe(loaded: Loaded, static: int | None) -> dict[str, Any]:
     about: dict[str, Any] = {"output": {"name": OUTPUT, "dtype": "float32"}}
     if loaded.task != "classify":
         known_args = loaded.info.get("task_args") or {}
-        about["task_args"] = {key: value for key, value in known_args.items() if key != "shares"}
+        about["task_args"] = {key: value for key, value in known_args.items() if key not in PRIVATE}
     if loaded.task == "detect":
         transform: Any = loaded.model.net.transform  # pyright: ignore
         config |= {"mean": list(transform.image_mean), "std": list(transform.image_std)}

@@ -28,11 +28,17 @@ def steps(task: str, config: dict[str, Any], args: dict[str, Any]) -> list[str]:
     """The steps of a task, the input's first.
 
     Args:
-        task: ``classify``, ``segment`` or ``detect``.
+        task: ``classify``, ``multilabel``, ``regress``, ``segment`` or ``detect``.
         config: timm's data config.
         args: The task's settings.
     """
-    own = {"classify": _classify, "segment": _segment, "detect": _detect}[task]
+    own = {
+        "classify": _classify,
+        "multilabel": _multilabel,
+        "regress": _regress,
+        "segment": _segment,
+        "detect": _detect,
+    }[task]
     return [*_decode(config["input_size"][0]), *own(config, args)]
 
 
@@ -66,6 +72,22 @@ def _as_pillow(interpolation: str) -> str:
 
 
 def _classify(config: dict[str, Any], args: dict[str, Any]) -> list[str]:
+    return [*_whole_image(config), "softmax of the output over its second axis gives probabilities"]
+
+
+def _multilabel(config: dict[str, Any], args: dict[str, Any]) -> list[str]:
+    return [
+        *_whole_image(config),
+        "1 / (1 + exp(-output)) gives each label's probability",
+        "the labels hold whose probability is at least that of task_args.thresholds, 0.5 without it",
+    ]
+
+
+def _regress(config: dict[str, Any], args: dict[str, Any]) -> list[str]:
+    return [*_whole_image(config), "output * task_args.std + task_args.mean are the numbers of class_names"]
+
+
+def _whole_image(config: dict[str, Any]) -> list[str]:
     _, height, width = config["input_size"]
     tall, wide = (math.floor(side / config["crop_pct"]) for side in (height, width))
     mode = config.get("crop_mode") or "center"
@@ -90,7 +112,6 @@ def _classify(config: dict[str, Any], args: dict[str, Any]) -> list[str]:
         f"{width}) / 2 on, {ROUND}; where the image is smaller, fill up with {fill}, half of it before, rounded down",
         NORMALISE,
         ORDER,
-        "softmax of the output over its second axis gives probabilities",
     ]
 
 

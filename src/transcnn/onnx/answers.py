@@ -37,4 +37,21 @@ def _top(scores: np.ndarray, names: Sequence[str], top_k: int) -> list[dict[str,
     return [{"label": names[i], "score": float(scores[i])} for i in order]
 
 
-_ANSWERS: dict[str, Callable[..., list[Answer]]] = {"classify": _classes}
+def _labels(outputs: np.ndarray, names: Sequence[str], args: Mapping[str, Any], top_k: int) -> list[Answer]:
+    """``{"labels": [...], "top": [...]}``: the labels that hold, the most probable first, and probabilities."""
+    thresholds = np.array(args.get("thresholds") or [0.5] * len(names))
+    rows = []
+    for scores in probabilities("multilabel", outputs):
+        order = np.argsort(-scores, kind="stable")
+        holding = [names[i] for i in order if scores[i] >= thresholds[i]]
+        rows.append({"labels": holding, "top": _top(scores, names, top_k)})
+    return rows
+
+
+def _numbers(outputs: np.ndarray, names: Sequence[str], args: Mapping[str, Any], top_k: int) -> list[Answer]:
+    """``{"values": {name: number}}`` in the unit of the data."""
+    mean, std = (np.array(args.get(key) or [other] * len(names)) for key, other in (("mean", 0.0), ("std", 1.0)))
+    return [{"values": dict(zip(names, row.tolist(), strict=True))} for row in outputs * std + mean]
+
+
+_ANSWERS: dict[str, Callable[..., list[Answer]]] = {"classify": _classes, "multilabel": _labels, "regress": _numbers}

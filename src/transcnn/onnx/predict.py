@@ -19,9 +19,7 @@ from ..checkpoints.header import check_header
 from ..data.images import MAX_ASPECT_RATIO, crop_extreme_aspect, to_channels
 from ..errors import MAX_SIDE, UserError, first_line, require
 
-__all__ = ["DENSE", "OnnxModel", "open_session", "to_input"]
-
-DENSE = ("segment", "detect")  # tasks whose answers lie in the image; those of all others are about it as a whole
+__all__ = ["OnnxModel", "open_session", "to_input"]
 
 INTERPOLATIONS = {
     name: getattr(Image.Resampling, name.upper()) for name in ("nearest", "bilinear", "bicubic", "lanczos")

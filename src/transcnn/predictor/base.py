@@ -9,11 +9,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from ..checkpoints.arguments import DENSE
 from ..data.images import BrokenImage
 from ..data.inputs import ImageInput, input_name, is_one_image, one_by_one, read_input
 from ..data.loading.read_ahead import read_ahead
 from ..errors import UserError, check_range
-from ..onnx.predict import DENSE
 from ..report.answers import Detections, Embedding, Failure, Prediction
 
 __all__ = ["Predictor"]

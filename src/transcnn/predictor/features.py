@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.arguments import DENSE
 from ..errors import UserError
-from ..onnx.predict import DENSE
 
 __all__ = ["features_of"]
 

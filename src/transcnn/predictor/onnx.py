@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..checkpoints.arguments import DENSE
 from ..errors import MAX_SIDE, UserError, check_range, first_line
 from ..onnx.answers import answers
 from ..onnx.dense import class_map, detections
 from ..onnx.features import add_output, pooled
-from ..onnx.predict import DENSE, OnnxModel, open_session, to_input
+from ..onnx.predict import OnnxModel, open_session, to_input
 from ..report.answers import Detections, Embedding, Prediction, Segmentation, prediction_of
 from .base import Predictor
 

@@ -25,12 +25,36 @@ PERCENT = (
     "mean_accuracy",
     "map",
     "mask_map",
+    "balanced_accuracy",
+    "macro_precision",
+    "macro_f1",
+    "micro_f1",
+    "exact_match",
     "val_top1",
     "val_miou",
     "val_map",
 )
-NAMES = {"top1": "top-1", "top5": "top-5", "miou": "mIoU", "map": "mAP", "mask_map": "mask mAP"}
-TITLES = {"classify": "classification", "segment": "segmentation", "detect": "detection"}
+NAMES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "miou": "mIoU",
+    "map": "mAP",
+    "mask_map": "mask mAP",
+    "auroc": "AUROC",
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "mae": "MAE",
+    "rmse": "RMSE",
+    "r2": "R²",
+    "spearman": "Spearman",
+}
+TITLES = {
+    "classify": "classification",
+    "multilabel": "multi-label classification",
+    "regress": "regression",
+    "segment": "segmentation",
+    "detect": "detection",
+}
 IN_HEADING = {"task", "split", "data", "images", "checkpoint", "model", "input_size"}
 
 _PAGE = """<!doctype html>

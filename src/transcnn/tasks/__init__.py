@@ -13,7 +13,13 @@ if TYPE_CHECKING:
 __all__ = ["TASKS", "check_task", "get_task"]
 
 # name -> module:class, imported when asked for
-TASKS = {"classify": "classify:Classify", "segment": "segment:Segment", "detect": "detect:Detect"}
+TASKS = {
+    "classify": "classify:Classify",
+    "multilabel": "multilabel:Multilabel",
+    "regress": "regress:Regress",
+    "segment": "segment:Segment",
+    "detect": "detect:Detect",
+}
 
 
 def get_task(name: str) -> type[Task]:

@@ -55,10 +55,12 @@ class Task(Inference, L.LightningModule):
     """
 
     name: ClassVar[str]
+    outputs: ClassVar[str] = "classes"  # what the network has an output for each of
     scored: ClassVar[str] = "images"  # what a class is predicted of
     group: ClassVar[str] = ""  # the argument of ``train`` that holds the task's own settings
-    score: ClassVar[str]  # the metric that people compare, larger is better; logged as val_<score>
+    score: ClassVar[str]  # the metric that people compare; logged as val_<score>
     eval_metrics: ClassVar[tuple[str, ...]]  # what ``--eval_metric`` may name, the score first
+    lower_is_better: ClassVar[tuple[str, ...]] = ("loss",)  # of these
 
     def __init__(
         self,
@@ -121,6 +123,16 @@ class Task(Inference, L.LightningModule):
         read so."""
 
     @classmethod
+    def remarks(cls, splits: Any) -> list[str]:
+        """What is told about the data when training begins, a line each."""
+        return []
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Those of ``eval_metrics`` that are measured with this many classes."""
+        return self.eval_metrics
+
+    @classmethod
     @abstractmethod
     def loaders(
         cls, splits: Any, data_config: dict[str, Any], augment: Augment, task_args: dict[str, Any], **settings: Any
@@ -158,6 +170,10 @@ class Task(Inference, L.LightningModule):
     @abstractmethod
     def scores(self) -> dict[str, Any]:
         """The scores of all batches since the last call; numbers are logged, other things are for the report."""
+
+    def caption(self, truth: Any) -> str:
+        """What stands below a training image on the sheet of samples: its label in words."""
+        return self.class_names[truth] if truth >= 0 else "can't be read"
 
     def warnings_about(self, scores: dict[str, Any]) -> list[str]:
         """What looks wrong about scores, a line each: a loss that isn't finite, one class for everything."""

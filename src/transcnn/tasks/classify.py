@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -12,21 +14,27 @@ from rich.table import Table
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassConfusionMatrix
+from torchmetrics.classification import MulticlassAUROC, MulticlassConfusionMatrix
 
 from ..data.sets.image_dataset import ImageDataset
+from ..data.sets.splits import Splits
 from ..distributed.processes import gather_lists
 from ..errors import UserError
-from ..report.classify import write_report
+from ..report.classify import MAX_MATRIX, write_report
+from ..report.page import NAMES
 from ..text import rich_text
 from .distill import Teacher
 from .image import ImageTask
+from .imbalance import class_figures, macro_figures, remarks_on_classes
+from .losses import ImbalancedCrossEntropy, weights_of
 from .sliding import average
 
 __all__ = ["Classify"]
 
 Row = tuple[int, int, int, float]  # index in the split, true class, predicted class, its probability
 MAX_CORRECT = 12  # correct predictions kept for the report, of as many classes
+MAX_AUROC = 200  # classes
+FIGURES = ("top1", "top5", "balanced_accuracy", "macro_precision", "macro_f1", "auroc", "loss")
 MAX_WRONG = 48  # wrong predictions kept for the report, most confident first
 
 
@@ -38,18 +46,55 @@ class Classify(ImageTask):
 
     name = "classify"
     score = "top1"
-    eval_metrics = ("top1", "loss")
+    group = "classify"
+    eval_metrics = ("top1", "balanced_accuracy", "macro_f1", "macro_precision", "auroc", "loss")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         a, classes = self.augment, len(self.class_names)
         self.teacher: Teacher | None = None
-        self.train_loss: nn.Module = LabelSmoothingCrossEntropy(a.smoothing)
+        self.train_loss: nn.Module = self._make_loss(a.smoothing)
         if a.mixup > 0 or a.cutmix > 0:
             self.mixup = Mixup(a.mixup, a.cutmix, prob=a.mix_prob, label_smoothing=a.smoothing, num_classes=classes)
-            self.train_loss = SoftTargetCrossEntropy()
         self.confusion = MulticlassConfusionMatrix(classes) if classes > 1 else None
+        # It keeps all probabilities until the split is through.
+        self.auroc = MulticlassAUROC(classes) if 1 < classes <= MAX_AUROC else None
         self._forget()
+
+    @classmethod
+    def open_data(cls, data: str | None, task_args: dict[str, Any], **settings: Any) -> Splits:
+        """The splits of a classification data set; ``counts`` are the training images of each class."""
+        splits = super().open_data(data, task_args, **settings)
+        counts = np.bincount(splits.train.labels, minlength=len(splits.class_names)).tolist()
+        weights_of(
+            task_args.get("class_weights", "none"), counts, splits.class_names
+        )  # refuses names that aren't there
+        splits.task_args["counts"] = counts
+        return splits
+
+    @classmethod
+    def remarks(cls, splits: Splits) -> list[str]:
+        """About classes without images, and rare ones."""
+        labels = {name: part.labels for name in ("train", "val", "test") if (part := getattr(splits, name)) is not None}
+        return remarks_on_classes(labels, splits.class_names)
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The AUROC is one of few classes."""
+        return tuple(name for name in self.eval_metrics if name != "auroc" or self.auroc is not None)
+
+    def _make_loss(self, smoothing: float) -> nn.Module:
+        """As the task's settings say; timm's where they say nothing."""
+        args = self.task_args
+        counts = args.get("counts") or [1] * len(self.class_names)
+        weights = weights_of(args.get("class_weights", "none"), counts, self.class_names)
+        gamma = args.get("focal_gamma", 2.0) if args.get("loss") == "focal" else 0.0
+        adjustment = args.get("logit_adjustment", 0.0)
+        if weights is None and not gamma and not adjustment:
+            mixed = self.augment.mixup > 0 or self.augment.cutmix > 0
+            return SoftTargetCrossEntropy() if mixed else LabelSmoothingCrossEntropy(smoothing)
+        shares = torch.tensor(counts, dtype=torch.float32).clamp(min=0.5) / max(1, sum(counts))
+        return ImbalancedCrossEntropy(smoothing, weights, gamma, adjustment * shares.log() if adjustment else None)
 
     def loss(self, batch: Any) -> Tensor:
         """Cross entropy, after resizing and mixing where those are asked for."""
@@ -74,7 +119,10 @@ class Classify(ImageTask):
         logits, labels = self._logits(images)[counted], labels[counted]
         self._loss = self._loss.to(logits.device) + F.cross_entropy(logits, labels, reduction="sum").double()
         self._top5 = self._top5.to(logits.device) + _hits(logits, labels, 5)
-        probability, prediction = logits.softmax(1).max(1)
+        probabilities = logits.softmax(1)
+        if self.auroc is not None and len(labels):
+            self.auroc.update(probabilities, labels)
+        probability, prediction = probabilities.max(1)
         if self.confusion is not None:
             self.confusion.update(prediction, labels)
         wrong = (prediction != labels).cpu()
@@ -104,24 +152,45 @@ class Classify(ImageTask):
         if len(self.class_names) > 5:
             result["top5"] = totals[1].item() / images * 100
         wrong, correct = gather_lists(self._wrong), gather_lists(self._correct)
+        result |= macro_figures(confusion.numpy())
+        if self.auroc is not None:
+            result["auroc"] = self._auroc()
         result |= {"loss": totals[0].item() / images}
         result |= {"images": confusion.sum(), "confusion": confusion, "wrong": _most_confident(wrong)}
         result["correct"] = _best_of_class(correct)
         self._forget()
         return result
 
+    def _auroc(self) -> float:
+        """The mean over the classes of their areas under the curve against all others, 0 to 1; NaN without images."""
+        assert self.auroc is not None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of classes without images, which are left out of the mean
+            if not self.auroc.update_called:  # a process without images takes part in the gathering
+                none = torch.zeros(0, device=self.device)
+                self.auroc.update(none.reshape(0, len(self.class_names)), none.long())
+            return float(self.auroc.compute())
+
     def summary(self, scores: dict[str, Any]) -> dict[str, Any]:
-        """Accuracies in percent: ``top1``, ``top5``, ``class_accuracy`` by name (None for a class without images)."""
+        """Accuracies in percent: ``top1``, ``top5``, ``class_accuracy`` by name (None for a class without images).
+
+        Beside them what counts all classes alike, ``class_precision`` and ``class_f1``, and where there are no more
+        than 100 classes ``confusion``, a list for each true class.
+        """
         confusion = scores["confusion"]
         totals, right = confusion.sum(1).tolist(), confusion.diagonal().tolist()
         per_class = {
             name: round(100 * r / n, 3) if n else None
             for name, r, n in zip(self.class_names, right, totals, strict=True)
         }
-        numbers = {name: round(scores[name], 4) for name in ("top1", "top5", "loss") if name in scores}
+        numbers = {name: round(scores[name], 4) for name in FIGURES if name in scores}
+        more: dict[str, Any] = class_figures(confusion.numpy(), self.class_names)
+        del more["class_recall"]  # class_accuracy is that
+        if len(self.class_names) <= MAX_MATRIX:
+            more["confusion"] = confusion.tolist()
         images, seconds = int(scores["images"]), scores["seconds"]
         speed = {"images": images, "seconds": round(seconds, 2), "images_per_second": round(images / seconds, 1)}
-        return {"task": self.name, **numbers, **speed, "class_accuracy": per_class}
+        return {"task": self.name, **numbers, **speed, "class_accuracy": per_class, **more}
 
     def headline(self, metrics: dict[str, Any]) -> str:
         """For instance ``top-1 98.61 %``."""
@@ -130,20 +199,28 @@ class Classify(ImageTask):
     def print_table(self, metrics: dict[str, Any]) -> None:
         """Accuracies, and the ten classes with the lowest."""
         table = Table(box=None, show_header=False)
-        for name, word in (("top1", "top-1"), ("top5", "top-5")):
+        for name in FIGURES[:-2]:
             if name in metrics:
-                table.add_row(word, f"{metrics[name]:.2f} %")
+                table.add_row(NAMES.get(name, name.replace("_", " ")), f"{metrics[name]:.2f} %")
+        if "auroc" in metrics:
+            table.add_row(NAMES["auroc"], f"{metrics['auroc']:.4f}")
         table.add_row("loss", f"{metrics['loss']:.4f}")
         twice = ", each also mirrored" if metrics.get("flip") else ""
         table.add_row("images", rich_text(f"{metrics['images']:,} ({metrics['split']} of {metrics['data']}{twice})"))
         table.add_row("speed", f"{metrics['images_per_second']:.0f} images/s")
+        console = Console(highlight=False)
+        console.print(table)
         known = [(value, name) for name, value in metrics["class_accuracy"].items() if value is not None]
-        table.add_row()
+        table = Table(box=None)
+        for title in ("class", "accuracy", "precision", "F1"):
+            table.add_column(title)
         for value, name in sorted(known)[:10]:
-            table.add_row(rich_text(name), f"{value:.2f} %")
+            rest = [metrics[key][name] for key in ("class_precision", "class_f1")]
+            table.add_row(rich_text(name), f"{value:.2f} %", *("-" if v is None else f"{v:.2f} %" for v in rest))
         if len(known) > 10:
             table.add_row("...", f"{len(known) - 10} classes above")
-        Console(highlight=False).print(table)
+        console.print()
+        console.print(table)
 
     def write_report(self, folder: Path, scores: dict[str, Any], split: ImageDataset, metrics: dict[str, Any]) -> None:
         """Curves, confusion matrix, classes and the most confident wrong predictions."""
@@ -160,8 +237,9 @@ class Classify(ImageTask):
         write_report(folder, history if history.exists() else None, confusion, names, metrics=shown, **rows)
 
     def _forget(self) -> None:
-        if self.confusion is not None:
-            self.confusion.reset()
+        for metric in (self.confusion, self.auroc):
+            if metric is not None:
+                metric.reset()
         self._loss = torch.zeros((), dtype=torch.float64)
         self._top5 = torch.zeros((), dtype=torch.float64)
         self._seen = 0

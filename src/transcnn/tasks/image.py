@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from ..data.sets.classify import open_set, open_splits
 from ..data.sets.image_dataset import ImageDataset
 from ..data.sets.splits import Splits
 from ..data.sources.files import dense_layout
-from ..data.sources.targets import CLASSES, Targets
+from ..data.sources.targets import Classes, Targets
 from ..data.transforms.classify import train_transform
 from ..errors import UserError
 from ..settings import Augment, Table, TrainSettings, as_plain
@@ -28,7 +29,7 @@ __all__ = ["ImageTask"]
 class ImageTask(ImageInference, Task):
     """A task with one answer an image: a class, labels, numbers. Batches are (images (B, C, H, W), labels (B, ...))."""
 
-    targets: ClassVar[Targets] = CLASSES
+    targets: ClassVar[Callable[[], Targets]] = Classes  # a new one for each data set that is opened
     mixup: Mixup | None = None  # what mixes a batch, where one was asked for
 
     @classmethod
@@ -42,7 +43,7 @@ class ImageTask(ImageInference, Task):
         """The splits of a data set of labelled images."""
         table = Table(**task_args.get("table", {}))
         try:
-            return open_splits(data, table=table, targets=cls.targets, **settings)
+            return open_splits(data, table=table, targets=cls.targets(), **settings)
         except UserError as error:
             if data and (task := dense_layout(data)):
                 raise UserError(f"{data} looks like data to {task}: add --task {task} ({error})") from error
@@ -74,7 +75,8 @@ class ImageTask(ImageInference, Task):
             re_prob=a.reprob,
             re_mode=a.remode,
         )
-        return DataModule(splits, train, cls.image_transform(data_config), **settings)
+        balanced = task_args.get("sampler") == "balanced"
+        return DataModule(splits, train, cls.image_transform(data_config), balanced=balanced, **settings)
 
     @classmethod
     def open_split(
@@ -82,7 +84,7 @@ class ImageTask(ImageInference, Task):
     ) -> ImageDataset:
         """One split of a data set of labelled images."""
         table = Table(**task_args.get("table", {}))
-        return open_set(data, split, class_names=class_names, table=table, targets=cls.targets, **settings)
+        return open_set(data, split, class_names=class_names, table=table, targets=cls.targets(), **settings)
 
     @classmethod
     def split_loader(

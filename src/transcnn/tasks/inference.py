@@ -36,6 +36,7 @@ __all__ = [
 class Inference(ABC):
     """What a task does with a trained network; a task's class is one of these."""
 
+    whole_image: ClassVar[bool] = False  # whether it answers about an image as a whole, by a network as timm makes them
     writes_images: ClassVar[bool] = False  # whether ``predict`` writes masks or overlays, of whole images one by one
 
     @staticmethod
@@ -63,6 +64,8 @@ class Inference(ABC):
 
 class ImageInference(Inference):
     """One answer an image: a class, labels, numbers."""
+
+    whole_image = True
 
     @staticmethod
     def image_transform(data_config: dict[str, Any], task_args: dict[str, Any] | None = None) -> Transform:

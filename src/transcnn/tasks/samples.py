@@ -49,7 +49,7 @@ def _cell(learner: Task, image: Tensor, truth: Any) -> tuple[Image.Image, list[s
         labels = np.where(truth.numpy() < len(names), truth.numpy(), -1)
         found = [names[i] for i in np.unique(labels[labels >= 0])]
         return blend(shown, labels, colours, 0.4), [", ".join(found) or "nothing that counts"]
-    return shown, [names[truth] if truth >= 0 else "can't be read"]
+    return shown, [learner.caption(truth)]
 
 
 def _as_image(pixels: Tensor) -> Image.Image:

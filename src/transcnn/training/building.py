@@ -113,7 +113,7 @@ def _made_new(s: TrainSettings, splits: Any, task_args: dict[str, Any]) -> tuple
         **{**args, **_drop_path(s)},
     )
     # What is plugged, and what a classifier's weights are for.
-    host: torch.nn.Module = network if s.task == "classify" else network.body  # pyright: ignore
+    host: torch.nn.Module = network if get_task(s.task).whole_image else network.body  # pyright: ignore
     held = (info.get("model_args") or {}).get("plug")
     whole = host is network or _kind(info.get("task"), info.get("task_args")) == _kind(s.task, task_args)
     if start and not held:

@@ -8,21 +8,38 @@ from ..errors import MAX_SEED, MAX_SIDE, UserError, check_range
 from ..settings import TrainSettings
 from ..tasks import TASKS
 
-__all__ = ["check", "check_meant"]
+__all__ = ["check", "check_meant", "check_metric"]
 
 CLASSIFY = ("classify",)
+IMAGE = ("classify", "multilabel", "regress")  # one answer an image
 # Settings that only some tasks read; all other settings are for all.
 ONLY_FOR: dict[str, tuple[str, ...]] = {
-    "img_size": ("classify", "segment"),
+    "img_size": (*IMAGE, "segment"),
     "distill": CLASSIFY,
-    "table": CLASSIFY,
+    "table": IMAGE,
+    "table.separator": ("multilabel",),
+    "classify": CLASSIFY,
+    "multilabel": ("multilabel",),
+    "regress": ("regress",),
     "segment": ("segment",),
     "detect": ("detect",),
     **{
-        f"augment.{name}": CLASSIFY
-        for name in ("policy", "pad", "degrees", "zoom", "scale", "ratio", "aa", "reprob", "remode", "mixup", "cutmix")
+        f"augment.{name}": IMAGE
+        for name in (
+            "policy",
+            "pad",
+            "degrees",
+            "zoom",
+            "scale",
+            "ratio",
+            "aa",
+            "reprob",
+            "remode",
+            "sizes",
+            "size_ends",
+        )
     },
-    **{f"augment.{name}": CLASSIFY for name in ("mix_prob", "sizes", "size_ends")},
+    **{f"augment.{name}": ("classify", "multilabel") for name in ("mixup", "cutmix", "mix_prob")},
     "augment.smoothing": ("classify", "segment"),
 }
 # Settings that mean nothing without another one.
@@ -34,6 +51,8 @@ NEEDS = {
     "ema.ema_warmup": "ema.ema",
     "segment.logit_adjustment": "segment.class_weights",
 }
+# Settings that mean nothing but where another one has this value.
+ONLY_WITH = {"classify.focal_gamma": ("classify.loss", "focal")}
 
 
 def check_meant(s: TrainSettings) -> None:
@@ -56,12 +75,14 @@ def check_meant(s: TrainSettings) -> None:
             raise UserError(f"{last} is for the task {' or '.join(tasks)}, not for {s.task}{instead}")
         if name in NEEDS and s.value_of(NEEDS[name]) in (None, False, "none"):
             raise UserError(f"{last} has no effect without {NEEDS[name].rpartition('.')[2]}")
+        if name in ONLY_WITH and s.value_of(ONLY_WITH[name][0]) != ONLY_WITH[name][1]:
+            other, wanted = ONLY_WITH[name]
+            raise UserError(f"{last} has no effect without {other.rpartition('.')[2]} {wanted}")
 
 
 def check(s: TrainSettings, eval_metrics: tuple[str, ...], world: int = 1) -> None:
     """Raise UserError for what can't be meant; ``eval_metrics`` are the metrics that may choose the best epoch."""
-    if s.eval_metric is not None and s.eval_metric not in eval_metrics:
-        raise UserError(f"eval_metric of {s.task} must be one of {', '.join(eval_metrics)}, got {s.eval_metric}")
+    check_metric(s, eval_metrics)
     from ..distributed.runtime import check_accelerator  # needs torch, which check_meant needn't wait for
 
     _check_ranges(s)
@@ -81,6 +102,12 @@ def check(s: TrainSettings, eval_metrics: tuple[str, ...], world: int = 1) -> No
     _check_sizes(s.augment.sizes or [], s.augment.size_ends or [])
 
 
+def check_metric(s: TrainSettings, eval_metrics: tuple[str, ...]) -> None:
+    """Raise UserError for a metric to choose the epoch by that isn't one of these."""
+    if s.eval_metric is not None and s.eval_metric not in eval_metrics:
+        raise UserError(f"eval_metric of {s.task} must be one of {', '.join(eval_metrics)}, got {s.eval_metric}")
+
+
 def _check_ranges(s: TrainSettings) -> None:
     check_range(1, epochs=s.epochs, batch_size=s.batch_size, early_stop=s.early_stop, save_every=s.save_every)
     check_range(1, limit_batches=s.limit_batches, max_nonfinite=s.max_nonfinite)
@@ -97,6 +124,8 @@ def _check_ranges(s: TrainSettings) -> None:
     check_range(0, mixup=a.mixup, cutmix=a.cutmix, color_jitter=a.color_jitter, zoom=a.zoom, degrees=a.degrees)
     check_range(0, MAX_SIDE, pad=a.pad)
     check_range(0, 1, min_score=d.min_score)
+    check_range(0, 1, threshold=s.multilabel.threshold)
+    check_range(0, 10, focal_gamma=s.classify.focal_gamma, logit_adjustment=s.classify.logit_adjustment)
     check_range(0, ema_warmup=s.ema.ema_warmup)
     check_range(1, MAX_SIDE, fpn_channels=d.fpn_channels, max_found=d.max_found, anchor_size=d.anchor_size)
 
@@ -114,7 +143,7 @@ def _check_cuda_graphs(s: TrainSettings, world: int) -> None:
     import torch  # takes seconds, which other checks needn't wait for
 
     if s.task == "detect":
-        raise UserError("cuda_graphs is for the tasks classify and segment, got detect")
+        raise UserError("cuda_graphs is for all tasks but detect")
     if world > 1:
         raise UserError(f"cuda_graphs is for one process, got {world}")
     if s.grad_checkpointing:

@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,8 @@ class KeepWeights(Checkpoint):
         info: What is stored beside the weights: model, model_args, class_names, data_config, task, ...
         settings: The run's settings, for ``--resume``.
         every: Also write ``last.ckpt`` each this many updates.
-        metric: What chooses the best epoch: larger is better, but for ``loss``.
+        metric: What chooses the best epoch.
+        lower_is_better: Metrics of which the smallest value is the best.
 
     Attributes:
         metric, mode: The metric as it is logged (``val_...``), and ``max`` or ``min``.
@@ -163,14 +164,20 @@ class KeepWeights(Checkpoint):
     """
 
     def __init__(
-        self, run_dir: Path, info: dict[str, Any], settings: dict[str, Any], every: int | None, metric: str
+        self,
+        run_dir: Path,
+        info: dict[str, Any],
+        settings: dict[str, Any],
+        every: int | None,
+        metric: str,
+        lower_is_better: Collection[str] = ("loss",),
     ) -> None:
         self.run_dir = run_dir
         self.info = info
         self.settings = settings
         self.every = every
         self.metric = f"val_{metric}"
-        self.mode = "min" if metric == "loss" else "max"
+        self.mode = "min" if metric in lower_is_better else "max"
         self.figures: dict[str, float] = {}
         self.best_epoch = 0
         self.hold = False

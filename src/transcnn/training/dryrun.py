@@ -175,7 +175,7 @@ def _batch(learner: Task, loaders: Any, images: int) -> Any:
 
 def _count(learner: Task, images: Any) -> int:
     """Multiply-adds of the network for one image."""
-    if learner.name == "classify":  # nothing is computed on the meta device, and all of attention is counted there
+    if learner.whole_image:  # nothing is computed on the meta device, and all of attention is counted there
         return count(learner.model, images[:1].to("meta")).macs
     return count(learner.model, images[:1]).macs
 

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from ..checkpoints.files import atomic_write
 from ..checkpoints.loading import data_config_of, load
-from ..data.sources.source import abbreviate
 from ..distributed.processes import (
     first_decides,
     first_here,
@@ -40,7 +38,7 @@ from ..tasks.samples import write_samples
 from ..text import printable
 from . import callbacks as cb
 from .building import make_learner, make_network
-from .check import check
+from .check import check, check_metric
 from .checkpointing import KeepWeights, note
 from .data_record import check_unchanged, keep_split, read_record, record_of, write_record
 from .dryrun import assumed_splits, dry_run
@@ -82,6 +80,7 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None, lock: R
     if splits.pixel_range is not None:
         config["pixel_range"] = list(splits.pixel_range)
     learner = make_learner(s, splits, network, config, task_args)
+    check_metric(s, learner.measured)
     loaders: Any = None if assumed else _loaders(s, task_class, splits, config, task_args)
     if s.dry_run:
         return TrainResult(Path(), dry_run(s, learner, splits, loaders))
@@ -95,7 +94,7 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None, lock: R
     learner.configure_optimizers()  # what it refuses is refused before anything is written
     run_dir = first_decides(lambda: _enter(s, resumed, splits.name, lock))
     metric = s.eval_metric or task_class.score
-    keep = KeepWeights(run_dir, info, as_plain(s), s.save_every, metric)
+    keep = KeepWeights(run_dir, info, as_plain(s), s.save_every, metric, task_class.lower_is_better)
     skip = SkipNonFinite(run_dir, keep, s.max_nonfinite, s.nonfinite == "halve", lr_factor)
     averages = [cb.Ema(s.ema.ema_decay, s.ema.ema_warmup)] if s.ema.ema else []
     strategy = choose_strategy(s.strategy, network, s.accelerator)
@@ -289,14 +288,10 @@ def _announce(
     sizes += [f"{len(splits.test):,} test"] if splits.test is not None else []
     shape = "x".join(str(n) for n in config["input_size"])
     device = trainer.strategy.root_device.type
-    for split, part in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
-        if (labels := getattr(part, "labels", None)) is not None:
-            missing = sorted(set(range(len(splits.class_names))) - set(np.unique(labels).tolist()))
-            if missing:
-                names = abbreviate([splits.class_names[i] for i in missing])
-                print(f"the {split} split has no images of {printable(names)}", file=sys.stderr)
+    for remark in get_task(s.task).remarks(splits):
+        print(remark, file=sys.stderr)
     lines = (
-        f"{splits.name}: {', '.join(sizes)} images of {len(splits.class_names)} classes",
+        f"{splits.name}: {', '.join(sizes)} images of {len(splits.class_names)} {get_task(s.task).outputs}",
         f"{s.model}: {parameters / 1e6:.2f} M parameters, input {shape}, {trainer.precision} on {device}",
         f"run: {run_dir}",
     )

@@ -40,6 +40,7 @@ class DataModule(L.LightningDataModule):
         seed: Of order and augmentation.
         cache_bytes: A split whose decoded images take up to this much is decoded once and kept in memory.
         progress: Show a bar on standard error while that is done.
+        balanced: Whether training goes through all classes equally often.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class DataModule(L.LightningDataModule):
         seed: int = 0,
         cache_bytes: int = CACHE_BYTES,
         progress: bool = True,
+        balanced: bool = False,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
@@ -75,6 +77,7 @@ class DataModule(L.LightningDataModule):
         self.seed = seed
         self.cache_bytes = cache_bytes
         self.progress = progress
+        self.balanced = balanced
         self._train_loader: Loader | None = None
         self._position = (0, 0)  # epoch, batch that training begins at
 
@@ -121,6 +124,7 @@ class DataModule(L.LightningDataModule):
             seed=self.seed,
             rank=rank,
             world_size=world_size,
+            strata=images.labels if training and self.balanced else None,  # pyright: ignore
         )
 
     def _rank(self) -> tuple[int, int]:

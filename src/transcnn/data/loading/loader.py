@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -95,10 +96,17 @@ def make_loader(
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    strata: np.ndarray | None = None,
 ) -> Loader:
-    """A loader over a set, in order and each image once unless ``training``."""
+    """A loader over a set, in order and each image once unless ``training``; ``strata``: see :class:`EpochSampler`."""
     sampler = EpochSampler(
-        len(images), training=training, seed=seed, rank=rank, world_size=world_size, groups=images.groups
+        len(images),
+        training=training,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        groups=images.groups,
+        strata=strata,
     )
     workers: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 4} if num_workers else {}
     return Loader(

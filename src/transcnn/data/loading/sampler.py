@@ -25,6 +25,9 @@ class EpochSampler(DistributedSampler):
     Where ``groups`` gives the file of each sample, ``WINDOW`` files drawn at random are gone through at a time, their
     samples in random order: few files need to have been fetched when an epoch begins.
 
+    Where ``strata`` gives the class of each sample, a training epoch is as long as before but takes all classes equally
+    often: of large ones others in each epoch, of small ones each sample as often as the others.
+
     (A ``DistributedSampler``, so that Lightning leaves it in place.)
     """
 
@@ -37,9 +40,11 @@ class EpochSampler(DistributedSampler):
         rank: int = 0,
         world_size: int = 1,
         groups: np.ndarray | None = None,
+        strata: np.ndarray | None = None,
     ) -> None:
         self.length = length
         self.groups = groups
+        self.strata = strata
         super().__init__(
             range(length),  # pyright: ignore[reportArgumentType]  (only its length is looked at)
             world_size,
@@ -73,9 +78,23 @@ class EpochSampler(DistributedSampler):
         order = np.arange(self.length)
         if self.training:
             rng = np.random.default_rng(int(sample_seeds(self.seed, self.epoch, [-1])[0]))
-            if self.groups is not None:
+            if self.strata is not None:
+                order = _balanced(self.strata, rng)
+            elif self.groups is not None:
                 position = rng.permutation(self.groups.max(initial=0) + 1)[self.groups]  # of each sample's file
                 order = np.lexsort((rng.random(self.length), position // WINDOW))
             else:
                 order = rng.permutation(order)
         return order[self.rank : self.num_samples * self.num_replicas : self.num_replicas]
+
+
+def _balanced(strata: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """As many indices as there are samples, equally many of each class up to one, in random order."""
+    classes = rng.permutation(np.unique(strata))
+    chosen = []
+    for nth, label in enumerate(classes):
+        members = np.flatnonzero(strata == label)
+        count = len(strata) // len(classes) + (nth < len(strata) % len(classes))
+        rounds = [rng.permutation(members) for _ in range(-(-count // len(members)))]
+        chosen.append(np.concatenate(rounds)[:count] if rounds else members[:0])
+    return rng.permutation(np.concatenate(chosen))

@@ -48,12 +48,10 @@ def open_source(data: str | None, table: Table | None = None, targets: Targets =
         if getattr(table, name) is not None and not (name == "target" and table.target == ["folder"]):
             raise UserError(f"{name} is for a table of files (.csv, .tsv, .jsonl, .parquet), got {data or 'digits'!r}")
     splits = _open(data)
-    if targets is not CLASSES:
-        for source in (splits.train, splits.val, splits.test):
-            if source is not None:
-                source.labels, source.class_names = targets.of_classes(
-                    source.labels, source.class_names, str(data or splits.name)
-                )
+    for source in (splits.train, splits.val, splits.test):
+        if source is not None:
+            what = repr(data or splits.name)
+            source.labels, source.class_names = targets.of_classes(source.labels, source.class_names, what)
     return splits
 
 

@@ -24,7 +24,7 @@ __all__ = ["Row", "TableImages", "open_table", "rows_of", "target_names"]
 
 logger = logging.getLogger(__name__)
 
-LABEL_COLUMNS = ("label", "labels", "class", "target")
+LABEL_COLUMNS = ("label", "labels", "class", "target", "tags")
 
 
 class TableImages:
@@ -109,7 +109,7 @@ def open_table(tables: Sequence[tuple[Path, str | None]], name: str, options: Ta
             f"{options.images or tables[0][0].parent}, another folder: --images DIR"
         )
     labels, names, unlabelled = targets.of_cells(
-        {column: [row.cells[i] for row in rows] for i, column in enumerate(wanted)}, what
+        {column: [row.cells[i] for row in rows] for i, column in enumerate(wanted)}, what, options.separator
     )
     if unlabelled.all():
         raise UserError(f"no row of {what} has a label in {abbreviate(wanted)}")

@@ -6,6 +6,7 @@ A kind of target is one class here. Labels are an array with an entry or a row f
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -15,16 +16,21 @@ from ...errors import UserError
 from ..names import distinct_names, match_names, normalise
 from .source import MAX_CLASSES, abbreviate
 
-__all__ = ["CLASSES", "Cells", "Classes", "Targets"]
+__all__ = ["CLASSES", "Cells", "Classes", "Labels", "Numbers", "Targets"]
 
 Cells = Mapping[str, Sequence[Any]]  # the columns to learn, by name
 MISSING = ("", "nan")  # of text, in any case
+SEPARATORS = ";|,"  # of the labels in a cell
+FLAGS = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0, "no": 0.0, "yes": 1.0}
+MAX_LABELS = 10_000
 
 
 class Targets(Protocol):
     """How labels are made, compared with a model's, and held back."""
 
-    def of_cells(self, cells: Cells, what: str) -> tuple[np.ndarray, list[str], np.ndarray]:
+    def of_cells(
+        self, cells: Cells, what: str, separator: str | None = None
+    ) -> tuple[np.ndarray, list[str], np.ndarray]:
         """Labels, the names of the outputs, and which rows have no label at all; raises UserError."""
         ...
 
@@ -52,7 +58,9 @@ class Targets(Protocol):
 class Classes:
     """One class an image: int64 (N,)."""
 
-    def of_cells(self, cells: Cells, what: str) -> tuple[np.ndarray, list[str], np.ndarray]:
+    def of_cells(
+        self, cells: Cells, what: str, separator: str | None = None
+    ) -> tuple[np.ndarray, list[str], np.ndarray]:
         """Classes are the distinct values, sorted; whole numbers by their size."""
         if len(cells) > 1:
             raise UserError(
@@ -105,6 +113,142 @@ class Classes:
 CLASSES = Classes()
 
 
+class Labels:
+    """Any number of labels an image: float32 (N, labels) of 1, 0, and NaN where it isn't known."""
+
+    def __init__(self) -> None:
+        self._complete = True  # a label that the data doesn't name at all is one that no image has
+
+    def of_cells(
+        self, cells: Cells, what: str, separator: str | None = None
+    ) -> tuple[np.ndarray, list[str], np.ndarray]:
+        """One column of lists or of names with separators, or columns of 0 and 1 that are named as their labels."""
+        texts = {name: [_text(cell) if not isinstance(cell, list) else "," for cell in c] for name, c in cells.items()}
+        if len(cells) == 1 and not all(text.casefold() in {*FLAGS, ""} for text in next(iter(texts.values()))):
+            return self._of_lists(next(iter(cells.values())), what, separator)
+        self._complete = False
+        columns = []
+        for name, column in texts.items():
+            if odd := sorted({text for text in column if text.casefold() not in {*FLAGS, ""}}):
+                raise UserError(f"{what}: the column {name!r} of a label must hold 0 or 1, got {abbreviate(odd)}")
+            columns.append([FLAGS.get(text.casefold(), math.nan) for text in column])
+        labels = np.array(columns, np.float32).T  # (N, labels)
+        return labels, distinct_names(cells), np.isnan(labels).all(1)
+
+    def _of_lists(
+        self, cells: Sequence[Any], what: str, separator: str | None
+    ) -> tuple[np.ndarray, list[str], np.ndarray]:
+        texts = [cell for cell in cells if isinstance(cell, str)]
+        mark = separator or next((mark for mark in SEPARATORS if any(mark in text for text in texts)), SEPARATORS[0])
+        lists = [_names(cell, mark) for cell in cells]
+        names = sorted({name for found in lists for name in found or ()})
+        if not names or len(names) > MAX_LABELS:
+            raise UserError(f"{what} has {len(names):,} different labels; from 1 to {MAX_LABELS:,} can be learnt")
+        index = {name: i for i, name in enumerate(names)}
+        labels = np.zeros((len(lists), len(names)), np.float32)
+        for row, found in zip(labels, lists, strict=True):
+            if found is None:
+                row[:] = math.nan
+            else:
+                row[[index[name] for name in found]] = 1
+        return labels, names, np.array([found is None for found in lists])
+
+    def of_classes(self, labels: np.ndarray, class_names: list[str], what: str) -> tuple[np.ndarray, list[str]]:
+        """Each image has the one label of its class."""
+        return np.eye(len(class_names), dtype=np.float32)[labels], class_names
+
+    def merged(self, labels: np.ndarray) -> np.ndarray | None:
+        """Rows about one image add up their labels."""
+        return np.fmax.reduce(labels)
+
+    def check(self, labels: np.ndarray, names: list[str], what: str) -> None:
+        """Some label must be on some images and not on others."""
+        if not ((labels == 1).any(0) & (labels == 0).any(0)).any():
+            raise UserError(f"{what}: no label is on some images and not on others, so there is nothing to learn")
+
+    def strata(self, labels: np.ndarray) -> np.ndarray | None:
+        """The rarest of an image's labels."""
+        counts = (labels == 1).sum(0)
+        rarity = np.where(labels == 1, counts, len(labels) + 1)
+        return np.where((labels == 1).any(1), rarity.argmin(1), labels.shape[1])
+
+    def relabelled(self, labels: np.ndarray, names: list[str], model_names: Sequence[str], what: str) -> np.ndarray:
+        """By name; of labels that aren't there no image has any, or where each has a column it isn't known."""
+        order, unknown = match_names(names, model_names)
+        if unknown:
+            raise UserError(
+                f"{what} has labels that the model does not know: {abbreviate(unknown)}; it knows {len(model_names)}: "
+                f"{abbreviate(distinct_names(model_names))}"
+            )
+        found = np.full((len(labels), len(model_names)), 0.0 if self._complete else math.nan, np.float32)
+        found[:, order] = labels
+        found[np.isnan(labels).all(1)] = math.nan
+        return found
+
+
+class Numbers:
+    """Numbers of an image: float32 (N, columns), NaN where one isn't known."""
+
+    def of_cells(
+        self, cells: Cells, what: str, separator: str | None = None
+    ) -> tuple[np.ndarray, list[str], np.ndarray]:
+        """Each column's numbers, with a decimal point or comma."""
+        columns = []
+        for name, column in cells.items():
+            found = [_number(_text(cell)) if _text(cell) else math.nan for cell in column]
+            for cell, number in zip(column, found, strict=True):
+                if number is None or math.isinf(number):
+                    raise UserError(f"{what}: the column {name!r} must hold numbers, got {str(cell)[:60]!r}")
+            columns.append(found)
+        labels = np.array(columns, np.float64).T.astype(np.float32)  # (N, columns)
+        return labels, distinct_names(cells), np.isnan(labels).all(1)
+
+    def of_classes(self, labels: np.ndarray, class_names: list[str], what: str) -> tuple[np.ndarray, list[str]]:
+        """The classes' names are the numbers."""
+        numbers = [_number(name) for name in class_names]
+        if odd := [name for name, number in zip(class_names, numbers, strict=True) if number is None]:
+            raise UserError(
+                f"{what}: to learn numbers, its class folders must be named as numbers, got {abbreviate(odd)}; or give "
+                "a table and --target COLUMN"
+            )
+        return np.array(numbers, np.float32)[labels][:, None], ["value"]
+
+    def merged(self, labels: np.ndarray) -> np.ndarray | None:
+        """The numbers, where all rows have the same."""
+        lowest, highest = np.fmin.reduce(labels), np.fmax.reduce(labels)
+        return lowest if np.array_equal(lowest, highest, equal_nan=True) else None
+
+    def check(self, labels: np.ndarray, names: list[str], what: str) -> None:
+        """Each column has more than one number."""
+        for name, column in zip(names, labels.T, strict=True):
+            if len(np.unique(column[~np.isnan(column)])) < 2:
+                raise UserError(f"{what}: {name!r} is the same number for all images, so there is nothing to learn")
+
+    def strata(self, labels: np.ndarray) -> np.ndarray | None:
+        """None: any images may be held back."""
+        return None
+
+    def relabelled(self, labels: np.ndarray, names: list[str], model_names: Sequence[str], what: str) -> np.ndarray:
+        """By name; a single column stands for a single number."""
+        if len(names) == len(model_names) == 1:
+            return labels
+        if missing := [name for name in model_names if name not in names]:
+            raise UserError(
+                f"{what} has no {abbreviate(missing)}, which the model predicts; it has {abbreviate(names)}"
+            )
+        return labels[:, [names.index(name) for name in model_names]]
+
+
+def _names(cell: Any, mark: str) -> list[str] | None:
+    """The labels of a cell; None where it isn't known which."""
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return None
+    if isinstance(cell, str) and cell.strip().casefold() in ("nan", "null"):
+        return None
+    parts = cell if isinstance(cell, list) else str(cell).split(mark)
+    return [text for part in parts if (text := _text(part))]
+
+
 def _text(cell: Any) -> str:
     """A cell as the name of a class; "" where it has none."""
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
@@ -117,6 +261,6 @@ def _text(cell: Any) -> str:
 
 def _number(text: str) -> float | None:
     try:
-        return float(text)
+        return float(text.replace(",", ".") if re.fullmatch(r"[-+]?\d+,\d+", text) else text)
     except ValueError:
         return None

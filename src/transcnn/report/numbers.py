@@ -1,0 +1,82 @@
+"""The report of numbers: truth against prediction, and the images that are furthest off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..text import printable
+from .labels import write_page
+from .page import html_table
+from .plots import BLUE, ORANGE, new_figure, plot_images
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_scatter", "write_number_report"]
+
+MAX_PANELS = 9
+HEADS = {"mae": "MAE", "rmse": "RMSE", "r2": "R²", "spearman": "Spearman", "of_the_mean": "MAE of the mean"}
+
+
+def write_number_report(
+    run_dir: Path,
+    names: Sequence[str],
+    truth: np.ndarray,
+    found: np.ndarray,
+    rows: Sequence[Mapping[str, Any]],
+    worst: Sequence[tuple[Any, list[str]]],
+    metrics: Mapping[str, Any],
+) -> Path:
+    """Write ``run_dir/report``: ``index.html`` and its figures.
+
+    Args:
+        run_dir: The run's directory.
+        names: Of the columns.
+        truth, found: Numbers (N, columns); NaN where the truth isn't known.
+        rows: The figures of each column.
+        worst: Images with lines of text, the furthest off first.
+        metrics: What was measured; single values head the page.
+    """
+    table = html_table(
+        ["", *HEADS.values(), "Images"],
+        [[row["name"], *(_number(row.get(key)) for key in HEADS), f"{row['images']:,}"] for row in rows],
+    )
+    figures = {
+        "scatter.png": lambda: plot_scatter(names, truth, found),
+        "worst.png": lambda: plot_images(worst, "Furthest off"),
+    }
+    texts = [*names, *(text for _, words in worst for text in words)]
+    return write_page(
+        run_dir, metrics, figures, ["Truth and prediction", "Images furthest off"], {"scatter.png": table}, texts
+    )
+
+
+def plot_scatter(names: Sequence[str], truth: np.ndarray, found: np.ndarray) -> Figure | None:
+    """Prediction over truth, a panel for each of the first columns; None without images."""
+    if not len(truth):
+        return None
+    shown = list(names)[:MAX_PANELS]
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = new_figure(4.2 * columns, 4.0 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for i, (axes, name) in enumerate(zip(panels, shown, strict=False)):
+        known = ~np.isnan(truth[:, i])
+        x, y = truth[known, i], found[known, i]
+        axes.scatter(x, y, s=12, alpha=0.5, color=BLUE, linewidths=0)
+        if len(x):
+            ends = [float(x.min()), float(x.max())]
+            axes.plot(ends, ends, color=ORANGE, linewidth=1.5, label="right")
+            axes.legend(frameon=False, loc="upper left")
+        axes.set(xlabel="Truth", ylabel="Prediction", title=printable(name))
+    for axes in panels:
+        axes.axis("off")
+    return figure
+
+
+def _number(value: Any) -> str:
+    return "–" if value is None or value != value else f"{value:,.4g}"
