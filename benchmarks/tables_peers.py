@@ -4,7 +4,7 @@
     python benchmarks/tables_peers.py cells/labels.csv --config recipes/regression.yaml --seeds 0 1 2
 
 The tables are those of benchmarks/make_tables.py. Both networks learn from scratch by the same recipe, which differs in
-the network alone. Writes results/tables/TASK.csv: parameters, and the test split's figures, mean and spread over the seeds;
+the network alone. Writes results/tables/TASK.csv: parameters and figures of the test split, mean and spread over seeds;
 of numbers also the error of always answering the training images' mean. A run that was cut off goes on.
 """
 
