@@ -224,8 +224,11 @@ def test_settings_have_no_traceback_for_what_python_gets_wrong():
         (["--resize", "99"], "resize is for the task segment, not for classify"),
         (["--min_score", ".9"], "min_score is for the task detect, not for classify"),
         (["--task", "detect", "--decoder", "unet"], "decoder is for the task segment, not for detect"),
-        (["--task", "detect", "--img_size", "512"], "img_size is for the task classify or segment, not for detect"),
-        (["--task", "detect", "--mixup", "0.2"], "mixup is for the task classify, not for detect"),
+        (
+            ["--task", "detect", "--img_size", "512"],
+            "img_size is for the task classify, multilabel, regress or segment",
+        ),
+        (["--task", "detect", "--mixup", "0.2"], "mixup is for the task classify or multilabel, not for detect"),
         (["--task", "segment", "--detector", "fasterrcnn"], "detector is for the task detect, not for segment"),
         (["--task", "segment", "--distill_from", "x"], "distill_from is for the task classify, not for segment"),
         (["--distill_alpha", "0.9"], "distill_alpha has no effect without distill_from"),

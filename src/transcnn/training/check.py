@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from ..errors import MAX_SEED, MAX_SIDE, UserError, check_range
 from ..settings import TrainSettings
@@ -72,12 +73,17 @@ def check_meant(s: TrainSettings) -> None:
         tasks = ONLY_FOR.get(name) or ONLY_FOR.get(name.partition(".")[0]) or (s.task,)
         if s.task not in tasks:
             instead = "; short_side and long_side say how large its images are" if name == "img_size" else ""
-            raise UserError(f"{last} is for the task {' or '.join(tasks)}, not for {s.task}{instead}")
+            raise UserError(f"{last} is for the task {_either(tasks)}, not for {s.task}{instead}")
         if name in NEEDS and s.value_of(NEEDS[name]) in (None, False, "none"):
             raise UserError(f"{last} has no effect without {NEEDS[name].rpartition('.')[2]}")
         if name in ONLY_WITH and s.value_of(ONLY_WITH[name][0]) != ONLY_WITH[name][1]:
             other, wanted = ONLY_WITH[name]
             raise UserError(f"{last} has no effect without {other.rpartition('.')[2]} {wanted}")
+
+
+def _either(words: Sequence[str]) -> str:
+    """``a, b or c``."""
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def check(s: TrainSettings, eval_metrics: tuple[str, ...], world: int = 1) -> None:
