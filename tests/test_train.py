@@ -360,7 +360,9 @@ def test_early_stop_looks_at_what_chooses_the_epoch(folder, tmp_path):
 
 
 def test_a_metric_that_the_task_lacks_is_refused(folder, tmp_path):
-    with pytest.raises(UserError, match="eval_metric of classify must be one of top1, loss, got miou"):
+    with pytest.raises(
+        UserError, match=r"eval_metric of classify must be one of top1, balanced_accuracy, .*, loss, got miou"
+    ):
         train(folder, **QUICK, eval_metric="miou", out=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -481,12 +483,12 @@ def test_one_image_is_mixed_with_itself(mixup, cutmix):
     """A process with one image had an empty batch, and a loss that is not a number."""
     task = Classify(torch.nn.Flatten(), ["a", "b", "c"], {}, augment=Augment(mixup=mixup, cutmix=cutmix, smoothing=0.3))
     image, label = torch.rand(1, 3, 1, 1), torch.tensor([1])
-    images, target = task._mixed(image, label)
+    images, target = task.mixed(image, label)
     assert torch.allclose(images, image)
     assert torch.allclose(target, torch.tensor([[0.1, 0.8, 0.1]]))
     loss = task.loss((image, label))
     assert torch.isfinite(loss)
-    assert len(task._mixed(torch.rand(5, 3, 4, 4), torch.arange(5) % 3)[0]) == 4
+    assert len(task.mixed(torch.rand(5, 3, 4, 4), torch.arange(5) % 3)[0]) == 4
 
 
 def test_a_batch_of_one_before_a_batchnorm_is_told_in_one_line():

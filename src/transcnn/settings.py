@@ -40,7 +40,7 @@ HELP_GROUPS = {
         *("task", "model", "pretrained", "img_size", "epochs", "batch_size", "lr", "out", "resume", "config"),
     ),
     "data": ("val_fraction", "strict_data", "accept_changed_data", "num_workers", "limit_batches", "in_chans"),
-    "network": ("init_from", "plug", "model_args", "drop_rate", "drop_path_rate"),
+    "network": ("init_from", "freeze", "plug", "model_args", "drop_rate", "drop_path_rate"),
     "run": ("seed", "eval_metric", "early_stop", "save_every", "nonfinite", "max_nonfinite", "dry_run", "quiet"),
     "machine": (
         *("accelerator", "devices", "num_nodes", "strategy", "precision"),
@@ -340,6 +340,8 @@ class TrainSettings:
         init_from: Weights to start from: a run's directory, a checkpoint of ours or a published one. To segment or
             detect, those of a classifier (or of another decoder) are taken for the backbone.
         pretrained: Start from the model's published weights.
+        freeze: What of the backbone stays as it is: all (only the last layer, or a decoder, learns), a number of
+            stages, or patterns of names such as stages.0*. Norms of frozen parts stay in evaluation mode.
         plug: Put H-MHSA after these modules of any CNN, with commas, patterns, or auto (see transcnn plug MODEL).
         model_args: Further arguments of the model, such as {stem_stride: 1}.
         drop_rate: Dropout before the last layer; without it the model's own.
@@ -401,6 +403,7 @@ class TrainSettings:
     accept_changed_data: bool = False
     init_from: str | None = None
     pretrained: bool = False
+    freeze: list[str] | None = None
     plug: str | None = None
     model_args: Arguments | None = None
     drop_rate: float | None = None

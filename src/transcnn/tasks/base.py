@@ -92,6 +92,7 @@ class Task(Inference, L.LightningModule):
         self.optimize = optimize
         self.task_args = task_args or {}
         self.updates_per_epoch = 1  # set before fitting
+        self.frozen: list[nn.Module] = []  # parts of the network that stay as they are
         self.warnings: list[str] = []  # about the last validation
         self._recorded: Callable[[Any], Any] | None = None
         self._fast: tuple[nn.Module, ...] = ()  # the network that a split is scored by; in a tuple, for it is no part
@@ -230,6 +231,13 @@ class Task(Inference, L.LightningModule):
         """What computes the scores: an optimized copy of the network while a split is scored, else the network."""
         return self._fast[0] if self._fast else self.model
 
+    def train(self, mode: bool = True) -> Any:
+        """Training mode for all but what is frozen."""
+        super().train(mode)
+        for module in self.frozen if mode else ():
+            module.eval()
+        return self
+
     def configure_model(self) -> None:
         """Train with kernels of our own, and share the weights out where the strategy says so."""
         if self.trainer.strategy.root_device.type in ("cpu", "cuda"):
@@ -351,7 +359,12 @@ class Task(Inference, L.LightningModule):
         checkpoint["lr_schedulers"] = []
 
     def on_train_start(self) -> None:
-        """A run that goes on for other epochs than before has another rate at once."""
+        """A run that goes on for other epochs than before has another rate at once; frozen parts are put in eval mode.
+
+        (Not before: Lightning keeps the modes that it finds, and warns of parts that don't train.)
+        """
+        if self.frozen:
+            self.train()
         self._statistics = StatisticsWarmup(self.model)
         if scheduler := self.lr_schedulers():
             self.lr_scheduler_step(scheduler, None)

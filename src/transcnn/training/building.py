@@ -28,6 +28,7 @@ from ..tasks import get_task
 from ..tasks.base import Task
 from ..tasks.distill import Teacher
 from ..text import printable
+from .freezing import freeze
 from .levels import LEVELS, choose_levels
 
 __all__ = ["make_learner", "make_network"]
@@ -52,6 +53,9 @@ def make_learner(
         optimize=s.optimize,
         task_args=task_args,
     )
+    if s.freeze:
+        backbone: Any = network if learner.whole_image else network.body
+        learner.frozen = freeze(network, backbone, s.freeze)
     if s.distill.distill_from:
         learner.learn_from(Teacher(s.distill, splits.class_names, config))  # pyright: ignore
     batches = min(max(1, len(splits.train) // s.batch_size), s.limit_batches or sys.maxsize)
