@@ -16,7 +16,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from transcnn.commands.embed import embed
@@ -84,7 +83,7 @@ def main() -> None:
             embed(PACKAGED, planted, out=folder / f"{kind}.parquet", batch_size=128, accelerator="cpu", quiet=True)
             for threshold in args.thresholds:
                 found, false = found_among(folder / f"{kind}.parquet", threshold)
-                cells = (f"planted, {kind}", threshold, np.round(100 * found / PLANTED, 2), found, PLANTED, false)
+                cells = (f"planted, {kind}", threshold, round(100 * found / PLANTED, 2), found, PLANTED, false)
                 rows.append(dict(zip(COLUMNS, cells, strict=True)))
                 print(rows[-1], flush=True)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)

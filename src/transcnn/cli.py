@@ -23,6 +23,7 @@ __all__ = ["COMMANDS", "load_command", "main", "parse"]
 COMMANDS = {
     "models": ("transcnn.commands.models:models", "names, parameters, multiply-adds, accuracy of the networks"),
     "train": ("transcnn.commands.train:train", "train a network on images"),
+    "data": ("transcnn.commands.data:data", "what a data set is: counts, sizes, faults, duplicates, examples"),
     "eval": ("transcnn.commands.evaluate:evaluate", "score a trained network on a data set"),
     "predict": ("transcnn.commands.predict:predict", "name what images show"),
     "embed": ("transcnn.commands.embed:embed", "images as vectors: neighbours, near-duplicates, search"),

@@ -14,7 +14,7 @@ import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -25,6 +25,7 @@ __all__ = [
     "EXTENSIONS",
     "BrokenImage",
     "crop_extreme_aspect",
+    "decode",
     "folder_identity",
     "grey_to_eight_bits",
     "is_dir",
@@ -84,12 +85,12 @@ def read_image(
     """
     if isinstance(source, str | os.PathLike):
         with _open_file(source) as file:
-            return _decode(file, pixel_range)
+            return decode(file, pixel_range)
     if isinstance(source, bytes | bytearray | memoryview):
         if not len(source):
             raise BrokenImage("empty file")
-        return _decode(io.BytesIO(source), pixel_range)
-    return _decode(source, pixel_range)
+        return decode(io.BytesIO(source), pixel_range)
+    return decode(source, pixel_range)
 
 
 def read_oriented(source: bytes, pixel_range: Sequence[float] | None = None) -> tuple[Image.Image, int]:
@@ -102,7 +103,7 @@ def read_oriented(source: bytes, pixel_range: Sequence[float] | None = None) -> 
         orientations.append(_orientation(image))
         return to_eight_bits(upright(image), pixel_range)
 
-    return _decode(io.BytesIO(source), finish=finish), orientations[0]
+    return decode(io.BytesIO(source), finish=finish), orientations[0]
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
@@ -137,7 +138,7 @@ def read_ids(source: bytes) -> tuple[np.ndarray, list[int] | None]:
     """
     if not len(source):
         raise BrokenImage("empty file")
-    image = _decode(io.BytesIO(source), finish=lambda image: image)
+    image = decode(io.BytesIO(source), finish=lambda image: image)
     if image.format in LOSSY:
         raise BrokenImage(f"a label map must not be {image.format}, which changes class ids")
     if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
@@ -153,7 +154,7 @@ def read_colours(source: bytes) -> np.ndarray:
     """
     if not len(source):
         raise BrokenImage("empty file")
-    image = _decode(io.BytesIO(source), finish=lambda image: image)
+    image = decode(io.BytesIO(source), finish=lambda image: image)
     if image.format in LOSSY:
         raise BrokenImage(f"a label map must not be {image.format}, which changes colours")
     return np.asarray(image.convert("RGB"))
@@ -292,11 +293,9 @@ def _open_file(path: str | os.PathLike[str]) -> BinaryIO:
         raise BrokenImage(str(error)) from error  # a null byte in the name
 
 
-def _decode(
-    file: BinaryIO,
-    pixel_range: Sequence[float] | None = None,
-    finish: Callable[[Image.Image], Image.Image] | None = None,
-) -> Image.Image:
+def decode(
+    file: BinaryIO, pixel_range: Sequence[float] | None = None, finish: Callable[[Image.Image], Any] | None = None
+) -> Any:
     """Open and decode a file; ``finish`` (else: upright, 8 bits a channel) makes the result of what it holds."""
     Image.init()
     limit = Image.MAX_IMAGE_PIXELS

@@ -30,6 +30,7 @@ from ..distributed.processes import (
 from ..distributed.runtime import choose_precision, keep_freed_memory
 from ..distributed.sharding import choose_strategy
 from ..errors import UserError
+from ..inspection.copies import copies_between_splits
 from ..plain import dump_plain
 from ..settings import TrainSettings, as_plain
 from ..tasks import get_task
@@ -105,6 +106,8 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None, lock: R
         write_samples(run_dir, learner, loaders.splits.train)
         if not s.quiet:
             _announce(s, splits, network, config, run_dir, trainer)
+            for line in copies_between_splits(splits):
+                print(f"transcnn: {printable(line)}", file=sys.stderr)
     _fit(trainer, learner, loaders, resumed)
     return _finish(s, task_class, splits, run_dir, trainer, keep)
 

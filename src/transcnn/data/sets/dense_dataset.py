@@ -28,12 +28,14 @@ class DenseSource:
             task knows.
         entry: Index -> (what is equal for equal truths, the image's size in bytes), without decoding either.
         broken: (name, reason) of what was found but makes no sample: an image without a label map, for instance.
+        raw: Index -> the image's bytes as they lie there, where there are any; raises BrokenImage.
     """
 
     names: list[str]
     load: Callable[[int, Sequence[float] | None], tuple[Image.Image, Any]]
     entry: Callable[[int], tuple[str, int]]
     broken: list[tuple[str, str]] = field(default_factory=list)
+    raw: Callable[[int], bytes] | None = None
 
     def __len__(self) -> int:
         return len(self.names)

@@ -32,7 +32,7 @@ from .dense_dataset import DenseDataset, DenseSource
 from .fault_tolerant import channels_of, set_pixel_range
 from .splits import Splits, choose_split, make_splits, split_off
 
-__all__ = ["open_set", "open_splits"]
+__all__ = ["open_parts", "open_set", "open_splits"]
 
 
 def open_splits(
@@ -114,6 +114,15 @@ def open_set(
     )
 
 
+def open_parts(data: str | None) -> tuple[dict[str, DenseDataset], list[str], list[list[int]] | None]:
+    """Each split as it lies there ("" where there are none), the classes' names, and their colours if they have any."""
+    found = _find(data)
+    ids = sorted(found.names)
+    index = {value: i for i, value in enumerate(ids)}
+    parts = {split: _make_set(found, index, False, split, None, replace=False) for split in found.splits}
+    return parts, distinct_names(found.names[value] for value in ids), None
+
+
 def _hold_back(found: Annotations, fraction: float, seed: int, split: str) -> tuple[np.ndarray, np.ndarray]:
     return split_off(len(found.splits[split]), fraction, seed)
 
@@ -125,10 +134,14 @@ def _make_set(
     if strict and broken:
         raise UserError(f"{broken[0][0]!r}: {broken[0][1]}")
     load, entry = partial(_load, found.files, items, index), partial(_entry, found.files, items)
-    source = DenseSource([item.file for item in items], load, entry, broken)
+    source = DenseSource([item.file for item in items], load, entry, broken, partial(_raw, found.files, items))
     made = DenseDataset(source, indices, strict=strict, replace=replace)
     made.listed = list(broken)
     return made
+
+
+def _raw(files: Files, items: list[AnnotatedImage], i: int) -> bytes:
+    return files.read(items[i].file)
 
 
 def _entry(files: Files, items: list[AnnotatedImage], i: int) -> tuple[str, int]:

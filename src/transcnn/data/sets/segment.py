@@ -30,7 +30,7 @@ from .dense_dataset import DenseDataset, DenseSource
 from .fault_tolerant import channels_of, set_pixel_range
 from .splits import Splits, choose_split, make_splits, split_off
 
-__all__ = ["class_shares", "open_set", "open_splits"]
+__all__ = ["class_shares", "open_parts", "open_set", "open_splits"]
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +160,13 @@ def open_set(
     return chosen
 
 
+def open_parts(data: str | None) -> tuple[dict[str, DenseDataset], list[str], list[list[int]] | None]:
+    """Each split as it lies there ("" where there are none), the classes' names, and their colours if they have any."""
+    found = find_pairs(data)
+    names, ids, colours = _classes(found, None)
+    return {split: _make_set(found, ids, False, split, None, replace=False) for split in found.splits}, names, colours
+
+
 def class_shares(images: DenseDataset, classes: int) -> np.ndarray:
     """The share of each class among all pixels that count, (classes,)."""
     counts = np.zeros(classes, dtype=np.int64)
@@ -183,10 +190,15 @@ def _make_set(
     pairs, unmatched = found.splits[split], found.unmatched.get(split, [])
     if strict and unmatched:
         raise UserError(f"{unmatched[0][0]!r} can't be used: {unmatched[0][1]}")
-    source = DenseSource([pair.name for pair in pairs], partial(_load, pairs, ids), partial(_entry, pairs), unmatched)
+    names, load, entry = [pair.name for pair in pairs], partial(_load, pairs, ids), partial(_entry, pairs)
+    source = DenseSource(names, load, entry, unmatched, partial(_raw, pairs))
     made = DenseDataset(source, indices, strict=strict, replace=replace)
     made.listed = list(unmatched)
     return made
+
+
+def _raw(pairs: list[Pair], i: int) -> bytes:
+    return pairs[i].image()
 
 
 def _entry(pairs: list[Pair], i: int) -> tuple[str, int]:
