@@ -131,7 +131,7 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw no report, which takes half of a small run's time: for tests of what is learnt alone."""
     from transcnn.tasks import get_task
 
-    for task in ("classify", "segment", "detect"):
+    for task in ("classify", "multilabel", "regress", "segment", "detect"):
         monkeypatch.setattr(get_task(task), "write_report", lambda *_: None)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -341,7 +342,6 @@ def test_odd_photos_are_all_read_and_answered(tmp_path: Path) -> None:
 
 def test_answers_that_differ_are_told_from_rounding() -> None:
     import answers
-    import numpy as np
 
     def pixels(*logits: float) -> Any:
         numbers = np.array([[[0.0, 0.0]], [logits]])  # two classes of two pixels
@@ -365,3 +365,41 @@ def test_answers_that_differ_are_told_from_rounding() -> None:
     assert (lost["differs"], lost["unexplained"]) == (True, False)
     assert answers.compare_boxes(boxes(sure, faint), boxes(faint), args)["unexplained"]
     assert answers.compare_boxes(boxes(sure), boxes((0, 0, 9, 9, 2, 0.9)), args)["unexplained"]
+
+
+# --- tables and rare classes ----------------------------------------------------------------------------------------
+
+
+def test_tables_are_made_of_masks_and_boxes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import make_tables
+
+    for split in ("train", "val", "test"):
+        for kind in ("images", "labels"):
+            (tmp_path / "streets" / kind / split).mkdir(parents=True)
+        Image.new("L", (8, 8), 0).save(tmp_path / "streets" / "images" / split / f"{split}.png")
+        Image.new("L", (8, 8), 2 if split == "test" else 0).save(tmp_path / "streets/labels" / split / f"{split}.png")
+    (tmp_path / "streets" / "classes.txt").write_text("sky\nvoid\ncar\n")
+    call(monkeypatch, make_tables, tmp_path / "streets", tmp_path / "a")
+    assert [(row["split"], row["sky"], row["car"]) for row in rows_of(tmp_path / "a" / "labels.csv")] == [
+        ("train", "1", "0"),
+        ("val", "1", "0"),
+        ("test", "0", "1"),
+    ]
+    (tmp_path / "cells" / "images").mkdir(parents=True)
+    (tmp_path / "cells" / "annotations").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "cells" / "images" / "1.png")
+    sheet = {"images": [{"id": 1, "file_name": "1.png"}], "categories": [{"id": 1, "name": "RBC"}]}
+    sheet["annotations"] = [{"image_id": 1, "category_id": 1}] * 3
+    for split in ("train", "val", "test"):
+        (tmp_path / "cells" / "annotations" / f"{split}.json").write_text(json.dumps(sheet))
+    call(monkeypatch, make_tables, tmp_path / "cells", tmp_path / "b")
+    assert [row["RBC"] for row in rows_of(tmp_path / "b" / "labels.csv")] == ["3", "3", "3"]
+    assert (tmp_path / "b" / rows_of(tmp_path / "b" / "labels.csv")[0]["file"]).is_file()
+
+
+def test_the_long_tail_is_that_of_the_literature() -> None:
+    import long_tail
+
+    labels = np.repeat(np.arange(10), 5000)
+    kept = labels[long_tail.thin(labels, 5000, 100)]
+    assert np.bincount(kept).tolist() == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]

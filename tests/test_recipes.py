@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from transcnn import cli
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("no_report")
 RECIPES = sorted((Path(__file__).resolve().parent.parent / "recipes").glob("*.yaml"))
 CLASSIFY = [path for path in RECIPES if "task: " not in path.read_text() or "task: classify" in path.read_text()]
 DETECT = [path for path in RECIPES if "task: detect" in path.read_text()]
+TABLES = [path for path in RECIPES if re.search("task: (multilabel|regress)", path.read_text())]
 SEGMENT = [path for path in RECIPES if "task: segment" in path.read_text()]
 
 
@@ -57,6 +59,31 @@ def test_a_recipe_takes_two_steps(path, make_class_folder, tmp_path):
     result = train(**arguments)
     assert result.metrics["images"] > 0
     assert (tmp_path / "run" / "best.safetensors").is_file()
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_a_recipe_for_tables_takes_two_steps(path, tmp_path):
+    target = yaml.safe_load(path.read_text())["table"]["target"]
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    lines = [",".join([f"{i}.png", *(str((i + k) % 2) for k in range(len(target)))]) for i in range(12)]
+    (tmp_path / "labels.csv").write_text("\n".join([",".join(["file", *target]), *lines]))
+    flags = [
+        "--config",
+        str(path),
+        "--model",
+        "transcnn_test",
+        "--model_args",
+        "{}",
+        "--img_size",
+        "32",
+        "--epochs",
+        "1",
+    ]
+    flags += ["--batch_size", "4", "--limit_batches", "2", "--accelerator", "cpu", "--precision", "32", "--quiet"]
+    flags += ["--num_workers", "0", "--warmup_epochs", "0", "--out", str(tmp_path / "run")]
+    assert train(**cli.parse("train", train, [str(tmp_path / "labels.csv"), *flags])).metrics["images"] > 0
 
 
 @pytest.mark.parametrize("path", SEGMENT, ids=lambda path: path.stem)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +28,7 @@ __all__ = ["ImageTask"]
 class ImageTask(ImageInference, Task):
     """A task with one answer an image: a class, labels, numbers. Batches are (images (B, C, H, W), labels (B, ...))."""
 
-    targets: ClassVar[Callable[[], Targets]] = Classes  # a new one for each data set that is opened
+    targets: ClassVar[type[Targets]] = Classes  # a new one for each data set that is opened
     mixup: Mixup | None = None  # what mixes a batch, where one was asked for
 
     @classmethod

@@ -78,7 +78,8 @@ def _per_class(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     """Precision, recall and F1 of each class, 0 where there is nothing to count."""
     truths, predicted, counts = _pairs(confusion)
     if not len(counts):
-        return (np.zeros(len(confusion)),) * 3
+        none = np.zeros(len(confusion))
+        return none, none, none
     metrics: Any = require("sklearn.metrics", "train")
     precision, recall, f1, _ = metrics.precision_recall_fscore_support(
         truths, predicted, labels=np.arange(len(confusion)), sample_weight=counts, zero_division=0.0

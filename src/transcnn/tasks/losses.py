@@ -27,6 +27,9 @@ class ImbalancedCrossEntropy(nn.Module):
         prior: Added to the logits: in proportion to the logarithm of the classes' shares (Menon et al., 2007.07314).
     """
 
+    weights: Tensor | None
+    prior: Tensor | None
+
     def __init__(
         self, smoothing: float = 0.0, weights: Tensor | None = None, gamma: float = 0.0, prior: Tensor | None = None
     ) -> None:

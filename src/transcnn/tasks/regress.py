@@ -152,7 +152,8 @@ class Regress(CollectedTask):
             cells.append((image, [self.caption(torch.from_numpy(truth)), f"predicted {said}", Path(name).name]))
         shown = {key: value for key, value in metrics.items() if not isinstance(value, dict | list)}
         shown["input_size"] = self.data_config.get("input_size")
-        write_number_report(folder, self.class_names, *scores["pairs"], scores["table"], cells, shown)
+        truth, found = scores["pairs"]
+        write_number_report(folder, self.class_names, truth, found, scores["table"], cells, shown)
 
 
 def _rounded(value: Any) -> Any:

@@ -65,7 +65,7 @@ def _classifier(backbone: nn.Module) -> set[str]:
 def _first_stages(backbone: Any, count: int) -> set[str]:
     """Parameters of the stem and the first stages."""
     if hasattr(backbone, "group_matcher"):
-        groups = group_parameters(backbone, backbone.group_matcher(coarse=True), reverse=True)
+        groups: Any = group_parameters(backbone, backbone.group_matcher(coarse=True), reverse=True)
         last = max(groups.values())  # the classifier
         stages = {name: int(group) for name, group in groups.items() if group < last}
     else:  # timm's features_only: its children in order, those that give a map of stride 4 or more ending a stage
