@@ -115,7 +115,8 @@ ARGUMENTS: dict[str, Kind] = {
 }
 
 _path = Kind("a module's name", lambda v: isinstance(v, str) and len(v) <= 300 and v.isprintable(), none=False)
-_levels_of_plug = _ints(1, MAX_SIZE, 1, none=False)
+_levels_of_plug = _ints(1, MAX_SIZE, 2, none=False)
+_LAYERS = ("se", "ese", "eca", "ecam", "ceca", "gc", "gca", "cbam", "lcbam", "sk", "splat", "lambda", "nl")  # of timm
 PLUG: dict[str, Kind] = {
     "at": _path,
     "mode": _one_of("add", "replace"),
@@ -123,10 +124,12 @@ PLUG: dict[str, Kind] = {
     "head_dim": _ints(1, MAX_SIZE, none=False),
     "grid_sizes": _levels_of_plug,
     "pool_ratios": _levels_of_plug,
-    "norm_layer": _one_of("batchnorm2d", "groupnorm1"),
+    "norm_layer": _one_of("batchnorm1d", "batchnorm2d", "batchnorm3d", "batchnorm", "groupnorm1"),
     "stride": _ints(1, 64, 1, none=False),
     "inside": _path,
     "hooked": Kind("true or false", lambda v: isinstance(v, bool), none=False),
+    "ndim": _ints(1, 3, none=False),
+    "layer": _one_of(*_LAYERS, none=True),
 }
 
 _flag_or_none = Kind("true or false", lambda v: isinstance(v, bool))
@@ -225,15 +228,18 @@ def check_plug(lines: Any) -> None:
         raise ValueError(f"plug must be the lines of a plug spec, got {short(lines)}")
     taken = set()
     for line in lines:
-        if missing := [name for name in PLUG if name not in line and name not in ("inside", "hooked")]:
+        if missing := [name for name in PLUG if name not in line and name not in ("inside", "hooked", "ndim", "layer")]:
             raise ValueError(f"plug: {missing[0]} is missing in {short(line)}")
         for name, value in line.items():
             if name not in PLUG:
                 raise ValueError(f"plug: there is no {short(name)}, only {', '.join(PLUG)}")
             if not PLUG[name](value):
                 raise ValueError(f"plug: {name} must be {PLUG[name].says}, got {short(value)}")
-        if len(line["stride"]) != 2 or len(line["grid_sizes"]) != len(line["pool_ratios"]):
-            raise ValueError("plug: stride is two numbers, and grid_sizes and pool_ratios are equally many")
+        ndim, sizes = line.get("ndim", 2), (line["grid_sizes"], line["pool_ratios"])
+        if len(line["stride"]) != ndim or len(sizes[0]) != len(sizes[1]):
+            raise ValueError("plug: stride is a number a dimension, and grid_sizes and pool_ratios are equally many")
+        if any(isinstance(size, list | tuple) and len(size) != ndim for level in sizes for size in level):
+            raise ValueError(f"plug: grid_sizes and pool_ratios hold a number a level, or {ndim}, got {short(sizes)}")
         if line["at"] in taken:
             raise ValueError(f"plug: {short(line['at'])} occurs twice")
         taken.add(line["at"])

@@ -1,6 +1,7 @@
 """Where H-MHSA can go in a network: its places, found by running one example through it.
 
-A *place* is a module whose output is one (B, C, H, W) tensor. :func:`backbone` lists those on the network's main path,
+A *place* is a module whose output is one (B, C, H, W) tensor, in a CNN for sequences (B, C, L), for volumes
+(B, C, D, H, W): what the network's first convolution takes. :func:`backbone` lists those on the network's main path,
 :func:`find` resolves ``at="auto"``, names and glob patterns. :mod:`transcnn.plugging.plug` puts the H-MHSA there.
 """
 
@@ -18,13 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention import CONVS, SIZES
 from ..errors import UserError, first_line
+from ..levels import further_levels
 
 __all__ = ["Place", "backbone", "default_levels", "eval_mode", "find"]
 
 AUTO_STRIDES = (8, 16, 32)
 # Their output doesn't say where the backbone is: a size of its own, or the very input.
-_NO_PLACES = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Identity, nn.Dropout, nn.Dropout2d)
+_NO_PLACES = (
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.Identity,
+    nn.modules.dropout._DropoutNd,
+)
 _Shape = tuple[int, ...]
 Example = Tensor | tuple[Any, ...]
 
@@ -33,16 +41,17 @@ Example = Tensor | tuple[Any, ...]
 class Place:
     """One module that H-MHSA can follow: its dotted name, and the map that it makes from the example.
 
-    ``stride`` is how many positions of the image's side one position of the map stands for, as a power of two;
-    ``size`` is the map's (H, W), ``in_size`` that of the module's input.
+    ``stride`` is how many positions of the image's side one position of the map stands for, as a power of two (of a
+    volume's or a video's side that shrank most);
+    ``size`` is the map's (H, W), or (L,) or (D, H, W), ``in_size`` that of the module's input.
     """
 
     name: str
     channels: int
     stride: int
-    size: tuple[int, int]
+    size: tuple[int, ...]
     in_channels: int = 0
-    in_size: tuple[int, int] = (0, 0)
+    in_size: tuple[int, ...] = (0, 0)
 
 
 @dataclass
@@ -52,7 +61,7 @@ class _Call:
     name: str
     module: nn.Module
     before: _Shape | None = None  # the coarsest map among its inputs, if any
-    after: _Shape | None = None  # its output, if that is one (B, C, H, W) tensor
+    after: _Shape | None = None  # its output, if that is one map
     inside: list[_Call] = field(default_factory=list)
 
 
@@ -62,10 +71,11 @@ def find(model: nn.Module, at: str | Iterable[str], example: Example | None = No
     Args:
         model: The network; it is run once, in evaluation mode and without gradients, and left as it was.
         at: ``"auto"``: the last place of the backbone at each of strides 8, 16 and 32 (or, in a network that has none
-            of these, at its three largest strides). Else dotted module names or glob patterns, as a list or one
-            string with commas; ``*`` stays within one part of a name, so ``layer4.*.conv2`` is one conv per block.
+            of these and in those for sequences and volumes, at its three largest strides). Else dotted module names or
+            glob patterns, as a list or one string with commas; ``*`` stays within one part of a name, so
+            ``layer4.*.conv2`` is one conv per block.
         example: A batch to run, a tensor or a tuple of arguments; None takes one black image of the size that the
-            network's ``pretrained_cfg`` names, or 224x224.
+            network's ``pretrained_cfg`` names, or 224x224; networks for sequences and volumes need one.
 
     Raises:
         UserError: A pattern matches nothing; a module doesn't run, runs more than once, or its output isn't one
@@ -77,7 +87,7 @@ def find(model: nn.Module, at: str | Iterable[str], example: Example | None = No
     if at == "auto":
         chosen = _automatic(_backbone_calls(root), image)
         if not chosen:
-            raise UserError("at='auto' found no module with a (B, C, H, W) output; name the places yourself")
+            raise UserError(f"at='auto' found no module with a {_map_of(model)} output; name the places yourself")
         return chosen
     patterns = at.split(",") if isinstance(at, str) else list(at)
     calls: dict[str, list[_Call]] = {}
@@ -98,18 +108,20 @@ def backbone(model: nn.Module, example: Example | None = None) -> list[Place]:
     return [_as_place(call.name, [call], image) for call in _backbone_calls(root)]
 
 
-def default_levels(height: int, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Grid sizes and pool ratios that fit a map, by the rule of the paper's networks.
+def default_levels(*size: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Grid sizes and pool ratios that fit a map, by the rule of the paper's networks; of other dimensions by "auto".
 
     Theirs at 256x256 are grids of 8 and ratios 8, 4, 2 for maps of side 64, 32, 16, and plain attention at 8; HAT-Net's
     at 224x224 are grids of 7 at 28 and 14. So: the ratio is the power of two that leaves about 8 (or 7) merged tokens
     to a side, the grid is 7 where only that divides the map and else 8, and a map of up to 10 has no grids.
     """
-    side = max(height, width)
+    if len(size) != 2:
+        return further_levels(size)
+    side = max(size)
     ratio = 2 ** max(round(math.log2(side / 7.5)), 0)
     if ratio == 1:
         return (), ()
-    sevens = all(n % 7 == 0 and n % 8 for n in (height, width))
+    sevens = all(n % 7 == 0 and n % 8 for n in size)
     return (7 if sevens else 8,), (ratio,)
 
 
@@ -131,27 +143,51 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.grad_checkpointing = True  # pyright: ignore
 
 
-def example_for(model: nn.Module, size: tuple[int, int] | None = None) -> tuple[Any, ...]:
-    """One black image that the network should take: its channels, size (if not given), device and dtype."""
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+def example_for(model: nn.Module, size: tuple[int, ...] | None = None) -> tuple[Any, ...]:
+    """One black image that the network should take: its channels, size (if not given), device and dtype.
+
+    A sequence or a volume, of the size given, where the network's first convolution takes those.
+    """
+    first = _first_conv(model)
     if first is None:
-        raise UserError(f"{type(model).__name__} holds no Conv2d, so there is no feature map to put H-MHSA on")
+        raise UserError(f"{type(model).__name__} holds no convolution, so there is no feature map to put H-MHSA on")
+    ndim = first.weight.ndim - 2
     config = getattr(model, "pretrained_cfg", None) or {}
-    height, width = size or config.get("input_size", (3, 224, 224))[1:]
+    if size is None:
+        size = tuple(config.get("input_size", (3, 224, 224))[1:]) if ndim == 2 else ()
+    if len(size) != ndim:
+        raise UserError(
+            f"{type(model).__name__} takes {_map_of(model)}, and its size must be given: "
+            f"example=torch.zeros(1, C, {SIZES[ndim]}), on the command line --input {'x'.join('3' + 'N' * ndim)}"
+        )
     # timm's models say how many channels they take: the first convolution may follow a space-to-depth.
     in_chans = getattr(model, "in_chans", None) or (first.in_channels if first.in_channels <= 4 else 3)
-    return (first.weight.new_zeros(1, in_chans, height, width),)
+    return (first.weight.new_zeros(1, in_chans, *size),)
 
 
-def run(model: nn.Module, example: Example | None, meta: bool = False) -> tuple[int, int]:
-    """Run the example through the network, and return its (H, W).
+def _first_conv(model: nn.Module) -> Any:
+    return next((module for module in model.modules() if isinstance(module, tuple(CONVS.values()))), None)
+
+
+def _ndim_of(model: nn.Module) -> int:
+    """Dimensions of a network's maps: what its first convolution takes."""
+    first = _first_conv(model)
+    return 2 if first is None else first.weight.ndim - 2
+
+
+def _map_of(model: nn.Module) -> str:
+    return f"(B, C, {SIZES[_ndim_of(model)]})"
+
+
+def run(model: nn.Module, example: Example | None, meta: bool = False) -> tuple[int, ...]:
+    """Run the example through the network, and return its (H, W), or whatever sizes its maps have.
 
     With ``meta`` on tensors without numbers: nothing is computed, so that even a large network takes a moment.
     """
     arguments = example_for(model) if example is None else example if isinstance(example, tuple) else (example,)
-    image = _coarsest(arguments)
+    image = _coarsest(arguments, _ndim_of(model))
     if image is None:
-        raise UserError("example must hold a (B, C, H, W) tensor")
+        raise UserError(f"example must hold a {_map_of(model)} tensor")
     if meta:
         arguments = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in arguments)
     try:
@@ -160,9 +196,9 @@ def run(model: nn.Module, example: Example | None, meta: bool = False) -> tuple[
         reason = first_line(error)
         raise UserError(
             f"{type(model).__name__} can't be run on an example of shape {image} ({reason}); "
-            "give one that it takes, as example=torch.zeros(B, C, H, W)"
+            f"give one that it takes, as example=torch.zeros{_map_of(model)}"
         ) from error
-    return image[2], image[3]
+    return image[2:]
 
 
 def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -174,7 +210,7 @@ def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return torch.func.functional_call(module, {name: tensor.to("meta") for name, tensor in own}, args, kwargs)
 
 
-def _record(model: nn.Module, example: Example | None) -> tuple[_Call, tuple[int, int]]:
+def _record(model: nn.Module, example: Example | None) -> tuple[_Call, tuple[int, ...]]:
     """Run the example, and return the tree of module calls and the example's (H, W)."""
     try:
         return _record_on(model, example, meta=True)
@@ -182,13 +218,14 @@ def _record(model: nn.Module, example: Example | None) -> tuple[_Call, tuple[int
         return _record_on(model, example, meta=False)
 
 
-def _record_on(model: nn.Module, example: Example | None, meta: bool) -> tuple[_Call, tuple[int, int]]:
+def _record_on(model: nn.Module, example: Example | None, meta: bool) -> tuple[_Call, tuple[int, ...]]:
     top = _Call("", nn.Identity())
     stack = [top]
+    ndim = _ndim_of(model)
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            entered = _Call(name, module, before=_coarsest((args, kwargs)))
+            entered = _Call(name, module, before=_coarsest((args, kwargs), ndim))
             stack[-1].inside.append(entered)
             stack.append(entered)
 
@@ -196,7 +233,7 @@ def _record_on(model: nn.Module, example: Example | None, meta: bool) -> tuple[_
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         left = stack.pop()
-        if isinstance(output, Tensor) and output.ndim == 4:
+        if isinstance(output, Tensor) and output.ndim == ndim + 2:
             left.after = tuple(output.shape)
 
     handles = []
@@ -211,10 +248,10 @@ def _record_on(model: nn.Module, example: Example | None, meta: bool) -> tuple[_
     return top.inside[0], image
 
 
-def _coarsest(value: Any) -> _Shape | None:
-    """The shape of the smallest map within nested arguments."""
-    maps = [tuple(x.shape) for x in _tensors(value) if x.ndim == 4]
-    return min(maps, key=lambda shape: shape[2] * shape[3]) if maps else None
+def _coarsest(value: Any, ndim: int) -> _Shape | None:
+    """The shape of the smallest map of so many dimensions within nested arguments."""
+    maps = [tuple(x.shape) for x in _tensors(value) if x.ndim == ndim + 2]
+    return min(maps, key=lambda shape: math.prod(shape[2:])) if maps else None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -233,7 +270,7 @@ def _walk(call: _Call) -> Iterator[_Call]:
 
 
 def _shrinkage(before: _Shape, after: _Shape) -> float:
-    return math.sqrt(before[2] * before[3] / (after[2] * after[3]))
+    return (math.prod(before[2:]) / math.prod(after[2:])) ** (1 / (len(after) - 2))
 
 
 def _backbone_calls(root: _Call) -> list[_Call]:
@@ -248,7 +285,7 @@ def _backbone_calls(root: _Call) -> list[_Call]:
 def _collect(call: _Call, into: list[_Call]) -> bool:
     """Add the backbone's calls within ``call`` to ``into``; False once the backbone has ended."""
     if isinstance(call.module, _NO_PLACES):
-        pooled = call.before and call.after and call.before != call.after and call.after[2:] == (1, 1)
+        pooled = call.before and call.after and call.before != call.after and set(call.after[2:]) == {1}
         return not pooled
     if call.before and call.after:
         shrinkage = _shrinkage(call.before, call.after)
@@ -260,12 +297,17 @@ def _collect(call: _Call, into: list[_Call]) -> bool:
     return all(_collect(inner, into) for inner in call.inside)
 
 
-def _automatic(calls: Sequence[_Call], image: tuple[int, int]) -> list[Place]:
+def _automatic(calls: Sequence[_Call], image: tuple[int, ...]) -> list[Place]:
     by_stride: dict[int, list[_Call]] = {}
     for call in calls:
         by_stride.setdefault(_stride(image, call.after), []).append(call)
     strides = [stride for stride in AUTO_STRIDES if stride in by_stride]
-    if not strides:
+    if len(image) != 2:  # one second of sound or of video has strides of its own, or none
+        whole = [
+            stride for stride, at in by_stride.items() if any(max(call.after[2:]) > 1 for call in at if call.after)
+        ]
+        strides = [stride for stride in sorted(whole) if stride > 1][-3:] or whole
+    elif not strides:
         strides = sorted(stride for stride in by_stride if 1 < stride < min(image))[-3:]
     return [_as_place(_last(by_stride[stride]).name, [_last(by_stride[stride])], image) for stride in strides]
 
@@ -279,7 +321,7 @@ def _last(calls: Sequence[_Call]) -> _Call:
     base = max((i for i, call in enumerate(calls) if _is_spatial(call.module)), default=0)
     last = calls[base]
     for call in calls[base + 1 :]:
-        if channels(call) != channels(last):
+        if channels(call) != channels(last) or (call.before and call.before[1] != channels(last)):
             break
         last = call
     return last
@@ -287,14 +329,18 @@ def _last(calls: Sequence[_Call]) -> _Call:
 
 def _is_spatial(module: nn.Module) -> bool:
     def mixes_positions(m: nn.Module) -> bool:
-        return any(k != 1 for k in m.kernel_size) if isinstance(m, nn.Conv2d) else "Pool" in type(m).__name__
+        return (
+            any(k != 1 for k in m.kernel_size) if isinstance(m, tuple(CONVS.values())) else "Pool" in type(m).__name__
+        )
 
     return any(mixes_positions(m) for m in module.modules())
 
 
-def _stride(image: tuple[int, int], shape: _Shape | None) -> int:
+def _stride(image: tuple[int, ...], shape: _Shape | None) -> int:
     assert shape is not None
-    return 2 ** max(round(math.log2(math.sqrt(image[0] * image[1] / (shape[2] * shape[3])))), 0)
+    each = [had / has for had, has in zip(image, shape[2:], strict=True)]
+    mean = math.sqrt(each[0] * each[1]) if len(each) == 2 else max(each)  # video keeps its frames for longer
+    return 2 ** max(round(math.log2(mean)), 0)
 
 
 def _match(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -316,12 +362,14 @@ def _match(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
     return list(matched)
 
 
-def _as_place(name: str, calls: Sequence[_Call], image: tuple[int, int]) -> Place:
+def _as_place(name: str, calls: Sequence[_Call], image: tuple[int, ...]) -> Place:
     if len(calls) != 1:
         times = f"runs {len(calls)} times" if calls else "doesn't run"
         raise UserError(f"{name} {times} when the network runs once; H-MHSA can follow modules that run exactly once")
     before, after = calls[0].before, calls[0].after
     if after is None:
-        raise UserError(f"the output of {name} is not one (B, C, H, W) tensor, so H-MHSA can't follow it")
-    before = before or (0, 0, 0, 0)
-    return Place(name, after[1], _stride(image, after), after[2:], before[1], before[2:])  # pyright: ignore
+        raise UserError(
+            f"the output of {name} is not one (B, C, {SIZES[len(image)]}) tensor, so H-MHSA can't follow it"
+        )
+    before = before or (0,) * len(after)
+    return Place(name, after[1], _stride(image, after), after[2:], before[1], before[2:])

@@ -1,4 +1,4 @@
-"""H-MHSA in any CNN: put it after named modules, train it, take it out again.
+"""H-MHSA, or another attention, in any CNN: put it after named modules, train it, take it out again.
 
 Paper: arXiv 2106.03180 calls H-MHSA "readily pluggable into any CNN architecture"; this module does so by one call.
 
@@ -21,13 +21,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from timm.layers import use_fused_attn
+from timm.layers import create_attn, use_fused_attn
 from torch import Tensor, nn
 
-from ..attention import HMHSA, default_head_dim
-from ..backbone import norm_layers
-from ..errors import UserError
+from ..attention import CONVS, Conv, Size, default_head_dim, merge, one_if_equal
+from ..backbone import ATTENTIONS, norm_layers
+from ..errors import UserError, first_line
 from .places import Example, Place, call, default_levels, find, run
 
 __all__ = [
@@ -42,6 +41,9 @@ __all__ = [
 ]
 
 NAME = "hmhsa"  # of the child that holds a branch
+# timm's attention layers that need nothing but a number of channels, and keep the shape of every map.
+LAYERS = ("se", "ese", "eca", "ecam", "ceca", "gc", "gca", "cbam", "lcbam", "sk", "splat", "lambda", "nl")
+Layer = str | Callable[[int], nn.Module]
 _log = logging.getLogger(__name__)
 
 
@@ -53,17 +55,24 @@ class Plug:
     mode: str  # "add" or "replace"
     dim: int
     head_dim: int
-    grid_sizes: tuple[int, ...]
-    pool_ratios: tuple[int, ...]
+    grid_sizes: tuple[Size, ...]
+    pool_ratios: tuple[Size, ...]
     norm_layer: str | Callable[[int], nn.Module]
-    stride: tuple[int, int] = (1, 1)  # of a replaced convolution
+    stride: tuple[int, ...] = (1, 1)  # of a replaced convolution
     inside: str = ""  # the descendant of the module that holds the branch; "" is the module itself
     hooked: bool = False  # whether a forward hook runs the branch
+    ndim: int = 2  # of the maps
+    layer: Layer | None = None  # in the place of H-MHSA
 
-    def attention(self, like: Tensor | None) -> HMHSA:
-        norm = norm_layers()[self.norm_layer] if isinstance(self.norm_layer, str) else self.norm_layer
+    def attention(self, like: Tensor | None) -> nn.Module:
         made = {} if like is None else {"device": like.device, "dtype": like.dtype}
-        attention = HMHSA(
+        if self.layer is not None:
+            layer: Any = create_attn(self.layer, self.dim) if isinstance(self.layer, str) else self.layer(self.dim)
+            if not isinstance(layer, nn.Module):
+                raise UserError(f"layer must make a module from a number of channels, got a {type(layer).__name__}")
+            return layer.to(**made)
+        norm = norm_layers(self.ndim)[self.norm_layer] if isinstance(self.norm_layer, str) else self.norm_layer
+        attention = ATTENTIONS[self.ndim](
             self.dim,
             head_dim=self.head_dim,
             grid_sizes=self.grid_sizes,
@@ -76,42 +85,42 @@ class Plug:
 
 
 class HMHSABranch(nn.Module):
-    """``y = x + scale·HMHSA(x)``, (B, C, H, W) -> (B, C, H, W); ``scale`` is learnt per channel and starts at 0."""
+    """``y = x + scale·HMHSA(x)``, (B, C, *S) -> (B, C, *S); ``scale`` is learnt per channel and starts at 0."""
 
     def __init__(self, plug: Plug, like: Tensor | None = None) -> None:
         super().__init__()
         self.plug = plug
         self.attn = plug.attention(like)
-        self.scale = nn.Parameter(torch.zeros_like(self.attn.proj.weight[:, 0, 0, 0]))  # (C,)
+        like = next(self.attn.parameters(), like)
+        made = {} if like is None else {"device": like.device, "dtype": like.dtype}
+        self.scale = nn.Parameter(torch.zeros(plug.dim, **made))  # (C,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W) of the same dtype, whatever autocast makes of the branch."""
-        return x + (self.scale[:, None, None] * self.attn(x)).to(x.dtype)
+        """(B, C, *S) -> (B, C, *S) of the same dtype, whatever autocast makes of the branch."""
+        return x + (self.scale[(..., *(None,) * self.plug.ndim)] * self.attn(x)).to(x.dtype)
 
 
 class ConvReplacement(nn.Module):
-    """H-MHSA in a convolution's place, then average pooling by its stride, (B, C, H, W) -> (B, C, ⌈H/s⌉, ⌈W/s⌉).
+    """H-MHSA in a convolution's place, then average pooling by its stride, (B, C, *S) -> (B, C, *⌈S/s⌉).
 
     After Srinivas et al., "Bottleneck Transformers for Visual Recognition", arXiv 2101.11605. The convolution is kept
     for :func:`unplug`, outside of the tree: it is no part of ``parameters()`` or ``state_dict()``.
     """
 
-    def __init__(self, plug: Plug, conv: nn.Conv2d) -> None:
+    def __init__(self, plug: Plug, conv: Conv) -> None:
         super().__init__()
         self.plug = plug
         self.attn = plug.attention(conv.weight)
         self._conv = (conv,)  # in a tuple, so that it isn't registered
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, ⌈H/s⌉, ⌈W/s⌉)."""
-        x = self.attn(x)
-        if self.plug.stride == (1, 1):
-            return x
-        return F.avg_pool2d(x, self.plug.stride, self.plug.stride, ceil_mode=True, count_include_pad=False)
+        """(B, C, *S) -> (B, C, *⌈S/s⌉)."""
+        return merge(self.attn(x), one_if_equal(self.plug.stride))
 
-    def original(self) -> nn.Conv2d:
+    def original(self) -> Conv:
         """The replaced convolution, on the device and of the dtype that the network has now."""
-        return self._conv[0].to(self.attn.proj.weight)
+        like = next(self.attn.parameters(), None)
+        return self._conv[0] if like is None else self._conv[0].to(like)
 
 
 def plug(
@@ -119,9 +128,10 @@ def plug(
     at: str | Iterable[str] = "auto",
     *,
     mode: Literal["add", "replace"] = "add",
+    layer: Layer | None = None,
     head_dim: int | None = None,
-    grid_sizes: Sequence[int] | None = None,
-    pool_ratios: Sequence[int] | None = None,
+    grid_sizes: Sequence[Size] | None = None,
+    pool_ratios: Sequence[Size] | None = None,
     norm_layer: str | Callable[[int], nn.Module] = "groupnorm1",
     example: Example | None = None,
 ) -> nn.Module:
@@ -134,18 +144,23 @@ def plug(
     the making of the optimiser.
 
     Args:
-        model: Any CNN; one example is run through it to find channels and resolutions.
-        at: ``"auto"``: after the last module at each of strides 8, 16 and 32. Else dotted names or glob patterns of
-            modules, a list or one string with commas. To replace: convolutions, or modules that hold some, of which
-            all 3x3 ones with as many outputs as inputs are replaced (``"auto"``: in the last stage).
+        model: Any CNN, for images, sequences or volumes; one example is run through it for channels and resolutions.
+        at: ``"auto"``: after the last module at each of strides 8, 16 and 32 (in CNNs for sequences and volumes at the
+            three largest strides). Else dotted names or glob patterns of modules, a list or one string with commas. To
+            replace: convolutions, or modules that hold some, of which all 3x3 ones with as many outputs as inputs are
+            replaced (``"auto"``: in the last stage).
         mode: ``"add"`` or ``"replace"``.
+        layer: Another attention in the place of H-MHSA, to compare like with like: the name of one of timm's that take
+            any map, such as ``"se"``, ``"eca"``, ``"cbam"`` or ``"nl"``, or a callable from channels to a layer that
+            keeps the shape of a map. The arguments that follow, but for ``example``, are H-MHSA's and not for it.
         head_dim: Channels of one head; None takes the largest of 64, 48, 32, 16, 8, 4, 2, 1 that divides the channels.
         grid_sizes, pool_ratios: As for :class:`~transcnn.HMHSA`, the same at each place; None takes what fits the
             place's resolution (:func:`transcnn.plugging.places.default_levels`). Give both or none.
-        norm_layer: ``"groupnorm1"``, ``"batchnorm2d"``, or a callable from channels to a layer. The default, HAT-Net's,
+        norm_layer: ``"groupnorm1"``, ``"batchnorm"``, or a callable from channels to a layer. The default, HAT-Net's,
             has no running statistics: it is the same in training and evaluation, with one image a batch, and beside a
             frozen host, where BatchNorm's fresh statistics would start out far from the host's maps.
-        example: What to run: a tensor or a tuple of arguments; None is one black image of the network's own size.
+        example: What to run: a tensor or a tuple of arguments; None is one black image of the network's own size. CNNs
+            for sequences and volumes need one.
 
     Raises:
         UserError: Nothing matches, a place is plugged already, its output is no single (B, C, H, W) tensor, or the
@@ -154,11 +169,13 @@ def plug(
     """
     if mode not in ("add", "replace"):
         raise UserError(f"mode must be 'add' or 'replace', got {mode!r}")
-    if isinstance(norm_layer, str) and norm_layer not in norm_layers():
-        raise UserError(f"norm_layer must be one of {', '.join(norm_layers())} or a callable, got {norm_layer!r}")
     if (grid_sizes is None) != (pool_ratios is None):
         raise UserError(f"give both of grid_sizes and pool_ratios or none, got {grid_sizes} and {pool_ratios}")
     places = find(model, at, example)
+    ndim = len(places[0].size)
+    if isinstance(norm_layer, str) and norm_layer not in norm_layers(ndim):
+        raise UserError(f"norm_layer must be one of {', '.join(norm_layers(ndim))} or a callable, got {norm_layer!r}")
+    _check_layer(layer, ndim, head_dim=head_dim, grid_sizes=grid_sizes)
     if mode == "replace":
         places = _convolutions(model, places[-1:] if at == "auto" else places, example)
     plugs = []
@@ -171,12 +188,16 @@ def plug(
                 mode=mode,
                 dim=place.channels,
                 head_dim=head_dim or default_head_dim(place.channels),
-                grid_sizes=fitting[0] if grid_sizes is None else tuple(grid_sizes),
-                pool_ratios=fitting[1] if pool_ratios is None else tuple(pool_ratios),
+                grid_sizes=() if layer else fitting[0] if grid_sizes is None else tuple(grid_sizes),
+                pool_ratios=() if layer else fitting[1] if pool_ratios is None else tuple(pool_ratios),
                 norm_layer=norm_layer,
-                stride=_conv_stride(model, place) if mode == "replace" else (1, 1),
+                stride=_conv_stride(model, place) if mode == "replace" else (1,) * ndim,
+                ndim=ndim,
+                layer=layer,
             )
         )
+        if layer is not None and not isinstance(layer, str):
+            _try_layer(plugs[-1], size)
     _check_free(model, plugs)
     if mode == "add":
         plugs = _choose_holders(model, plugs, example)
@@ -231,7 +252,11 @@ def plug_spec(model: nn.Module) -> list[dict[str, Any]]:
     for name, module in plugged(model):
         if not isinstance(module.plug.norm_layer, str):
             raise UserError(f"{name} was plugged with norm_layer={module.plug.norm_layer}; only names can be written")
-        spec.append(asdict(replace(module.plug, at=name)))
+        if callable(module.plug.layer):
+            raise UserError(f"{name} was plugged with layer={module.plug.layer}; only names can be written")
+        line = asdict(replace(module.plug, at=name))
+        usual = {"ndim": 2, "layer": None}
+        spec.append({key: value for key, value in line.items() if key not in usual or value != usual[key]})
     return spec
 
 
@@ -294,7 +319,15 @@ def _run_branch(module: nn.Module, args: Any, output: Tensor, *, path: str) -> T
 
 def _read(line: Mapping[str, Any]) -> Plug:
     try:
-        return Plug(**{**line, **{key: tuple(line[key]) for key in ("grid_sizes", "pool_ratios", "stride")}})
+        levels = {
+            key: tuple(tuple(size) if isinstance(size, list | tuple) else size for size in line[key])
+            for key in ("grid_sizes", "pool_ratios")
+        }
+        plug = Plug(**{**line, **levels, "stride": tuple(line["stride"])})
+        _check_layer(plug.layer, plug.ndim)
+        return plug
+    except UserError:
+        raise
     except (KeyError, TypeError) as error:
         raise UserError(f"not a line of a plug spec: {dict(line)} ({error})") from error
 
@@ -319,8 +352,8 @@ def _make(model: nn.Module, plug: Plug) -> HMHSABranch | ConvReplacement:
     module = model.get_submodule(plug.at)
     if plug.mode == "add":
         return HMHSABranch(plug, next(itertools.chain(module.parameters(), model.parameters()), None))
-    if not isinstance(module, nn.Conv2d):
-        raise UserError(f"{plug.at} is no Conv2d to replace")
+    if not isinstance(module, CONVS[plug.ndim]):
+        raise UserError(f"{plug.at} is no {CONVS[plug.ndim].__name__} to replace")
     return ConvReplacement(plug, module)
 
 
@@ -333,10 +366,40 @@ def _check_free(model: nn.Module, plugs: Sequence[Plug]) -> None:
             raise UserError(f"{each.at} has an attribute {NAME!r} of its own")
 
 
-def _conv_stride(model: nn.Module, place: Place) -> tuple[int, int]:
-    conv = model.get_submodule(place.name)
-    assert isinstance(conv, nn.Conv2d)
-    return conv.stride  # pyright: ignore
+def _check_layer(layer: Layer | None, ndim: int, **of_hmhsa: Any) -> None:
+    """Refuse what is no layer to plug in, and H-MHSA's own arguments beside one."""
+    if layer is None:
+        return
+    given = [name for name, value in of_hmhsa.items() if value is not None]
+    if given:
+        raise UserError(f"{given[0]} is an argument of H-MHSA, and layer={layer!r} takes its place")
+    if not (callable(layer) or layer in LAYERS):
+        raise UserError(
+            f"layer must be one of {', '.join(LAYERS)}, or a callable from channels to a layer; got {layer!r}"
+        )
+    if not callable(layer) and ndim != 2:
+        raise UserError(f"timm's {layer!r} is for images; for maps of {ndim} dimensions layer must be a callable")
+
+
+def _try_layer(plug: Plug, size: tuple[int, ...]) -> None:
+    """Refuse a layer that doesn't keep the shape of the place's map."""
+    layer = plug.attention(torch.zeros(1))
+    shape = (1, plug.dim, *size)
+    try:
+        made = call(layer, (torch.zeros(shape),), {})
+    except Exception as error:
+        raise UserError(f"layer's {type(layer).__name__} can't take a map {shape}: {first_line(error)}") from error
+    if not isinstance(made, Tensor) or made.shape != shape:
+        raise UserError(f"layer's {type(layer).__name__} must keep the shape of a map {shape}, got {_described(made)}")
+
+
+def _described(made: Any) -> str:
+    return str(tuple(made.shape)) if isinstance(made, Tensor) else type(made).__name__
+
+
+def _conv_stride(model: nn.Module, place: Place) -> tuple[int, ...]:
+    conv: Any = model.get_submodule(place.name)
+    return conv.stride
 
 
 def _convolutions(model: nn.Module, places: Sequence[Place], example: Example | None) -> list[Place]:
@@ -347,8 +410,8 @@ def _convolutions(model: nn.Module, places: Sequence[Place], example: Example | 
         inside = [
             f"{place.name}.{name}".rstrip(".")
             for name, conv in module.named_modules()
-            if isinstance(conv, nn.Conv2d)
-            and (not name or (conv.kernel_size == (3, 3) and conv.in_channels == conv.out_channels))
+            if isinstance(conv, CONVS[len(place.size)])
+            and (not name or (set(conv.kernel_size) == {3} and conv.in_channels == conv.out_channels))
         ]
         if not inside:
             raise UserError(f"{place.name} holds no 3x3 convolution with as many outputs as inputs to replace")
@@ -358,9 +421,8 @@ def _convolutions(model: nn.Module, places: Sequence[Place], example: Example | 
         fits = tuple(-(-n // s) for n, s in zip(conv.in_size, _conv_stride(model, conv), strict=True))
         if conv.in_channels != conv.channels or conv.size != fits:
             raise UserError(
-                f"{conv.name} can't be replaced: it makes ({conv.channels}, {conv.size[0]}, {conv.size[1]}) of "
-                f"({conv.in_channels}, {conv.in_size[0]}, {conv.in_size[1]}), H-MHSA ({conv.in_channels}, "
-                f"{fits[0]}, {fits[1]})"
+                f"{conv.name} can't be replaced: it makes {(conv.channels, *conv.size)} of "
+                f"{(conv.in_channels, *conv.in_size)}, H-MHSA {(conv.in_channels, *fits)}"
             )
     return convs
 
