@@ -86,7 +86,13 @@ BASE = {
     "plug": ["transcnn_test"],
     "models": ["transcnn_test"],
     "pack": ["photos", "--quiet", "--num_workers", "1"],
+    "embed": ["run", "photos", "--knn", "1", "--accelerator", "cpu", "--quiet"],
+    "compare": ["transcnn_test", "--sizes", "32", "--batch", "1", "--engine", "eager", "--rounds", "1"],
+    "export": ["run", "--quiet"],
+    "demo": ["run", "--quiet"],
 }
+BASE["compare"] += ["--seconds", "0.01", "--no-memory"]
+assert BASE.keys() == cli.COMMANDS.keys()
 # What takes long, starts processes, or is there to stop: tried elsewhere, or told by hand below.
 NOT_RUN = {"devices", "num_nodes", "resume", "report", "memory", "open", "at"}
 ODD = ["-1", "0", "x", "", "nan", "1e30", "nowhere", "\U0001f642", "null"]
@@ -104,12 +110,19 @@ def ends_well(argv: list[str], capsys: pytest.CaptureFixture[str]) -> int:
     return code
 
 
+def stop(*_: Any, **__: Any) -> None:
+    raise UserError("stopped by the test")
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", BASE)
 def test_commands_end_with_one_line(name, made, tmp_path, monkeypatch, capsys):
     for entry in ("photos", "run"):
         (tmp_path / entry).symlink_to(made / entry)
     monkeypatch.chdir(tmp_path)
+    # What takes long, or serves until it is stopped, comes after all that flags and values are looked at for.
+    monkeypatch.setattr("transcnn.export.exporting.export_model", stop)
+    monkeypatch.setattr("transcnn.commands.demo.serve", stop)
     command = Command(name, cli.load_command(name))
     draw = random.Random(3)
     cases = [(argument.name, value) for argument in command.arguments.values() for value in ODD]
@@ -122,6 +135,12 @@ def test_commands_end_with_one_line(name, made, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["train", "photos", *QUICK, "--lr", "null"], "lr must be a number, got null"),
+        (
+            ["train", "photos", *QUICK, "--optim.clip_grad", "null", "--optim.min_lr", "null"],
+            "min_lr must be a number, got",
+        ),
+        (["compare", "transcnn_test", "--seconds", "null"], "seconds must be a number, got null"),
         (["train", "photos", *QUICK, "--seed", "-1"], "seed must be from 0 to 4,294,967,295, got -1"),
         (["train", "photos", *QUICK, "--num_workers", "-1"], "num_workers must be 0 or more, got -1"),
         (["train", "photos", *QUICK, "--lr", "nan"], "lr must be a number, got nan"),
@@ -219,11 +238,11 @@ def test_lists_are_written_as_words_or_in_brackets():
         (["bad.png"], ["--strict"], 2, "1 of 1 files can't be read; the first: bad.png: "),
     ],
 )
-def test_exit_codes_of_files_that_can_not_be_read(files, flags, code, told, made, tmp_path, monkeypatch, capsys):
+def test_exit_codes_of_files_that_can_not_be_read(files, flags, code, reported, made, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("good.png").write_bytes((made / "photos" / "class 0" / "0.png").read_bytes())
     Path("bad.png").write_bytes(b"nothing")
     assert cli.main(["predict", str(made / "run"), *files, "--json", "--accelerator", "cpu", *flags]) == code
     captured = capsys.readouterr()
     assert len(json.loads(captured.out)) == len(files)  # what could be done was done
-    assert told in captured.err
+    assert reported in captured.err

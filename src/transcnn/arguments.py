@@ -71,7 +71,7 @@ class Argument:
         """What was typed, as what jsonargparse checks. Names are taken as they are, never parsed."""
         kinds = members(self.type)
         if isinstance(words, list):
-            if str in kinds and len(words) == 1:
+            if str in kinds and len(words) == 1 and words != ["null"]:  # a file may be called so
                 return words[0]
             if list[str] in kinds:
                 return words
@@ -327,6 +327,11 @@ class Command:
         for argument in self.arguments.values():
             if argument.default is inspect.Parameter.empty and argument.name not in tree:
                 raise UserError(f"{argument.name.upper()} is missing: {argument.help.splitlines()[0]}")
+        for name, argument in self.arguments.items():  # jsonargparse lets null be any type's
+            group, _, inner = name.rpartition(".")
+            values = tree.get(group, {}) if group else tree
+            if inner in values and values[inner] is None and type(None) not in members(argument.type):
+                raise UserError(f"{name} must be {describe_type(argument.type)}, got null")
         for name, value in self._numbers(tree):
             if value != value or value in (math.inf, -math.inf):
                 raise UserError(f"{name} must be {describe_type(self.arguments[name].type)}, got {value}")
