@@ -1,6 +1,7 @@
-"""The three tables of docs/speed.md, each in one run on this machine: results/speed_{inference,training,large}.csv.
+"""The tables of docs/speed.md, each in one run on this machine: results/speed_{inference,training,large}.csv, and those
+of benchmarks/pipeline.py and start.py, results/pipeline.csv and results/start.csv.
 
-    python benchmarks/tables.py                      # all three, about 15 minutes on two quiet cores
+    python benchmarks/tables.py                      # all five, about 20 minutes on two quiet cores
     python benchmarks/tables.py --only large --big   # with the plain network at 2048, too (9 GB)
 
 Nothing else should run meanwhile. ``transcnn compare`` does the measuring; this says what to measure.
@@ -13,6 +14,7 @@ import csv
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -95,7 +97,7 @@ class Limit:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("inference", "training", "large"))
+    parser.add_argument("--only", choices=("inference", "training", "large", "pipeline", "start"))
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--big", action="store_true", help="the plain network at 2048, too: 9 GB, some minutes")
     parser.add_argument("--compile", action="store_true", help="torch.compile, too: some minutes more")
@@ -113,5 +115,10 @@ if __name__ == "__main__":
             for suffix in ("csv", "png"):
                 shutil.move(folder / f"compare.{suffix}", options.out / f"speed_{table.__name__}.{suffix}")
             shutil.rmtree(folder)
-    limit.write(options.out / "speed_limit.csv")
+    if all(limit.times.values()):
+        limit.write(options.out / "speed_limit.csv")
+    for name in ("pipeline", "start"):
+        if options.only in (None, name):
+            script = Path(__file__).with_name(f"{name}.py")
+            subprocess.run([sys.executable, script, "--out", options.out / f"{name}.csv"], check=True)
     sys.exit(0)

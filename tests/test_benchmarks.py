@@ -403,3 +403,29 @@ def test_the_long_tail_is_that_of_the_literature() -> None:
     labels = np.repeat(np.arange(10), 5000)
     kept = labels[long_tail.thin(labels, 5000, 100)]
     assert np.bincount(kept).tolist() == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+
+
+# --- start.py, pipeline.py ----------------------------------------------------------------------------------------
+
+
+def test_what_a_command_takes_to_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import start
+
+    call(monkeypatch, start, "--rounds", 1, "--commands", "transcnn --help", "--out", tmp_path / "start.csv")
+    (row,) = rows_of(tmp_path / "start.csv")
+    assert row["command"] == "transcnn --help"
+    assert 0 < float(row["cpu_seconds"]) < 1
+    assert float(row["wanted"]) == 1
+
+
+def test_images_a_second_from_file_to_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pipeline
+
+    monkeypatch.setattr(pipeline, "export_model", lambda *_: None)  # writing a file takes ten seconds
+    monkeypatch.setattr(pipeline, "load", lambda _: SimpleNamespace(predict_iter=lambda files, batch_size: files))
+    options = ["--count", 3, "--rounds", 1, "--networks", "nano, 64 px", "--out", tmp_path / "pipeline.csv"]
+    call(monkeypatch, pipeline, *options)
+    rows = rows_of(tmp_path / "pipeline.csv")
+    assert [row["way"] for row in rows][:2] == ["predict --optimize false", "predict"]
+    assert len(rows) == 8
+    assert all(float(row["images_per_cpu_second"]) > 0 and row["images"] == "3" for row in rows)
