@@ -24,6 +24,8 @@ from transcnn.commands.embed import embed
 from transcnn.dense.build import build_network
 from transcnn.errors import UserError
 from transcnn.predictor.network import NetworkPredictor
+from transcnn.tasks.features import map_of
+from transcnn.tasks.inference import get_inference
 from transcnn.vectors.file import Vectors, read_vectors, write_vectors
 from transcnn.vectors.neighbours import duplicates, knn_accuracy, nearest
 from transcnn.weights import PACKAGED
@@ -219,3 +221,18 @@ def test_strangers_files_of_vectors(tmp_path):
     for name in ("nan.parquet", "v.npy", "objects.npy", "none.parquet"):
         with pytest.raises(UserError, match=name.replace(".", r"\.")):
             embed(tmp_path / name, duplicates=0.9, **QUIET)
+
+
+def test_a_map_spreads_what_the_head_is_given(classifier, class_image):
+    """By the principal components of NumPy's own decomposition, up to their signs."""
+    transform = get_inference("classify").image_transform(classifier.preprocessing)
+    images = [(transform(class_image(i % 3, i), 0), i % 3 if i != 4 else -1) for i in range(12)]
+    points, labels = map_of(classifier.model, images, 1000.0) or pytest.fail("there is no map")
+    assert labels == [i % 3 for i in range(12) if i != 4]
+    vectors = np.stack([classifier.embed(class_image(i % 3, i)).vector for i in range(12) if i != 4])
+    _, sizes, directions = np.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
+    wanted = (vectors - vectors.mean(0)) @ directions[:2].T
+    np.testing.assert_allclose(abs(points), abs(wanted), atol=1e-3 * sizes[0])
+    assert map_of(classifier.model, images[:3], 1000.0) is None
+    assert map_of(classifier.model, images, 0.5) is None  # of a network that takes seconds for an image
+    assert map_of(torch.nn.Linear(1, 1), images, 1000.0) is None

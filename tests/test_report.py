@@ -20,6 +20,7 @@ from transcnn.report.plots import (
     plot_classes,
     plot_confusion,
     plot_history,
+    plot_map,
     plot_precision_recall,
     plot_wrong,
     style,
@@ -324,3 +325,17 @@ def test_a_figure_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(UserError, match=f"can't write .*{name}: No space left"):
             save_figures(tmp_path, {name: lambda: new_figure(1, 1)}, NAMES)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("old.png", b"whole")]
+
+
+def test_a_map_of_the_images(tmp_path: Path) -> None:
+    labels = np.random.default_rng(0).integers(0, 45, 200).tolist()
+    points = np.random.default_rng(1).normal(size=(200, 2))
+    axes = plot_map(points, labels, [f"class {i}" for i in range(45)]).axes[0]
+    assert len(axes.collections) == 21  # the most frequent, and all others
+    assert sum(len(dots.get_offsets()) for dots in axes.collections) == 200
+    page = write_report(tmp_path, None, CONFUSION, NAMES, [], {}, points=(points[:3], [0, 1, 2]))
+    assert (tmp_path / "report" / "map.png").is_file()
+    assert "Map of the images" in page.read_text(encoding="utf-8")
+    page = write_report(tmp_path, None, CONFUSION, NAMES, [], {})
+    assert "Map of the images" not in page.read_text(encoding="utf-8")
+    assert not (tmp_path / "report" / "map.png").exists()

@@ -15,9 +15,9 @@ from ..checkpoints.loading import Loaded
 from ..distributed.runtime import check_accelerator, choose_precision
 from ..fast.inference.optimize import try_optimize
 from ..report.answers import Embedding, Prediction
+from ..tasks.features import features_of
 from ..tasks.inference import get_inference
 from .base import Predictor
-from .features import features_of
 
 __all__ = ["NetworkPredictor"]
 

@@ -19,6 +19,7 @@ from .plots import (
     plot_confusion,
     plot_history,
     plot_images,
+    plot_map,
     plot_pairs,
     plot_wrong,
     save_figure,
@@ -38,6 +39,7 @@ def write_report(
     wrong: Sequence[tuple[Any, ...]],
     metrics: Mapping[str, Any],
     correct: Sequence[tuple[Any, ...]] = (),
+    points: tuple[np.ndarray, Sequence[int]] | None = None,
 ) -> Path:
     """Write ``run_dir/report``: learning curves, confusion matrix, classes, predictions and ``index.html``.
 
@@ -50,6 +52,7 @@ def write_report(
             confident first.
         metrics: What was measured; single values head the page.
         correct: Correct predictions to show, as ``wrong``.
+        points: Images on a plane by their features, (N, 2), and their true classes; None for no map.
 
     Returns:
         The path of ``index.html``.
@@ -73,6 +76,7 @@ def write_report(
             [(image, [str(class_names[truth]), percent(score)]) for image, truth, _, score, _ in correct],
             "Correct predictions",
         ),
+        "map.png": lambda: None if points is None else plot_map(*points, class_names),
     }
     save_figures(folder, figures, class_names)
     write_rows(folder / "classes.csv", classes, ["class", "images", "right", "accuracy", "precision", "taken_for"])
@@ -167,6 +171,7 @@ _ALTERNATIVES = {
     "classes.png": "Accuracy of each class",
     "wrong.png": "Images with a wrong prediction",
     "correct.png": "Images with a correct prediction",
+    "map.png": "Images on a plane by their features, in the colour of their class",
 }
 
 
@@ -208,6 +213,13 @@ def _page(folder: Path, metrics: Mapping[str, Any], classes: list[dict[str, Any]
         else "",
         figure("wrong.png", "<p>None to show.</p>"),
     ]
+    if (folder / "map.png").exists():
+        parts += [
+            "<h2>Map of the images</h2>",
+            "<p>Scored images by the first two principal components of what the last layer is given; those of a class "
+            "that lie apart from the others are easy to tell.</p>",
+            figure("map.png"),
+        ]
     if (folder / "correct.png").exists():
         parts += ["<h2>Correct predictions</h2>", "<p>The most confident one of each class.</p>", figure("correct.png")]
     return html_page([*parts, skipped_files(folder.parent)], title)

@@ -41,6 +41,7 @@ __all__ = [
     "plot_confusion",
     "plot_history",
     "plot_images",
+    "plot_map",
     "plot_pairs",
     "plot_precision_recall",
     "plot_wrong",
@@ -57,6 +58,7 @@ LINES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "test": (ORANGE, DASHES),
 }
 MAX_BARS = 50  # more classes than that: the lowest ones and how all are spread
+MAX_MAPPED = 20  # classes with a colour of their own on a map
 MAX_WRONG = 30
 MAX_CURVES = 16  # classes with a line of their own
 
@@ -314,6 +316,30 @@ def plot_images(cells: Sequence[tuple[Any, Sequence[str]]], title: str) -> Figur
             x, y = (left + 0.9) / width, (low + cell - 1.82 - 0.16 * row) / height
             weight, colour = ("bold", "black") if row == 0 else ("normal", "black" if row == 1 else "#555555")
             figure.text(x, y, _short(text, 26), ha="center", va="center", fontsize=7.5, weight=weight, color=colour)
+    return figure
+
+
+def plot_map(points: np.ndarray, labels: Sequence[int], class_names: Sequence[str]) -> Figure:
+    """Points on a plane, (N, 2), each class in a colour and a shape of its own; of many classes the most frequent."""
+    import matplotlib as mpl
+
+    figure = new_figure(7.0, 5.2)
+    axes = figure.add_subplot()
+    counts = Counter(labels)
+    shown = [label for label, _ in counts.most_common(MAX_MAPPED)]
+    truth, colours = np.asarray(labels), mpl.colormaps["tab10"].colors  # pyright: ignore
+    rest = ~np.isin(truth, shown)
+    if rest.any():
+        axes.scatter(*points[rest].T, s=8, color="#cccccc", linewidths=0, label="other classes")
+    for i, label in enumerate(sorted(shown)):
+        shape = "osD^v"[i // len(colours) % 5] if len(shown) > len(colours) else "osD^v"[i % 5]
+        chosen, name = points[truth == label], _short(class_names[label], 26)
+        axes.scatter(*chosen.T, s=14, color=colours[i % len(colours)], marker=shape, linewidths=0, label=name)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_xlabel("first principal component")
+    axes.set_ylabel("second")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
     return figure
 
 

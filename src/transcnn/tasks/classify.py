@@ -24,6 +24,7 @@ from ..report.classify import MAX_MATRIX, write_report
 from ..report.page import NAMES
 from ..text import rich_text
 from .distill import Teacher
+from .features import map_of
 from .image import ImageTask
 from .imbalance import class_figures, macro_figures, remarks_on_classes
 from .losses import ImbalancedCrossEntropy, weights_of
@@ -234,7 +235,9 @@ class Classify(ImageTask):
         confusion = scores["confusion"].numpy()
         shown = {key: value for key, value in metrics.items() if not isinstance(value, dict)}
         shown["input_size"] = self.data_config.get("input_size")
-        write_report(folder, history if history.exists() else None, confusion, names, metrics=shown, **rows)
+        points = map_of(self.model, split, metrics.get("images_per_second", 0.0))
+        known = history if history.exists() else None
+        write_report(folder, known, confusion, names, metrics=shown, points=points, **rows)
 
     def _forget(self) -> None:
         for metric in (self.confusion, self.auroc):

@@ -7,13 +7,18 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..checkpoints.arguments import DENSE
-from ..errors import UserError
+from ..errors import UserError, require
+from ..plugging.places import eval_mode
 
-__all__ = ["features_of"]
+__all__ = ["MAP_IMAGES", "features_of", "map_of"]
+
+MAP_IMAGES, MAP_SECONDS = 500, 5.0  # a map shows so many images at most, and takes about so long
+BATCH = 32
 
 Features = Callable[[list[Any], torch.device], Tensor]
 
@@ -41,6 +46,37 @@ def features_of(model: nn.Module, task: str, layer: str | None) -> Features:
     if not (hasattr(model, "forward_head") and hasattr(model, "forward_features")):
         raise UserError(f"{type(model).__name__} doesn't say which are its features: give a layer")
     return partial(_before_the_head, model)
+
+
+def map_of(model: nn.Module, images: Any, per_second: float) -> tuple[np.ndarray, list[int]] | None:
+    """Labelled images on a plane, by the first two principal components of their features.
+
+    Args:
+        model: A classifier.
+        images: The split, with the transform of evaluation; ``images[i]`` is (C, H, W) and a label, -1 for none.
+        per_second: How many images the model was seen to take.
+
+    Returns:
+        Points (N, 2) and labels of images spread over the split; None where there are fewer than four, or where the
+        model doesn't say which are its features.
+    """
+    count = min(len(images), MAP_IMAGES, int(MAP_SECONDS * per_second))
+    if count < 4 or not (hasattr(model, "forward_head") and hasattr(model, "forward_features")):
+        return None
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    chosen = np.unique(np.linspace(0, len(images) - 1, count).astype(int)).tolist()
+    vectors, labels = [], []
+    with eval_mode(model), torch.inference_mode():
+        for start in range(0, len(chosen), BATCH):
+            pairs = [pair for pair in (images[i] for i in chosen[start : start + BATCH]) if pair[1] >= 0]
+            if pairs:
+                vectors.append(_before_the_head(model, [image for image, _ in pairs], device).float().cpu())
+                labels += [int(label) for _, label in pairs]
+    found = torch.cat(vectors).numpy() if vectors else np.zeros((0, 2), np.float32)
+    if len(found) < 4 or found.shape[1] < 2 or not np.isfinite(found).all():
+        return None
+    pca: Any = require("sklearn.decomposition", "train").PCA
+    return pca(2, svd_solver="full").fit_transform(found), labels
 
 
 def _before_the_head(model: Any, inputs: list[Tensor], device: torch.device) -> Tensor:
