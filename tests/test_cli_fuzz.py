@@ -90,9 +90,9 @@ BASE = {
     "compare": ["transcnn_test", "--sizes", "32", "--batch", "1", "--engine", "eager", "--rounds", "1"],
     "export": ["run", "--quiet"],
     "demo": ["run", "--quiet"],
+    "data": ["photos", "--quiet"],
 }
 BASE["compare"] += ["--seconds", "0.01", "--no-memory"]
-assert BASE.keys() == cli.COMMANDS.keys()
 # What takes long, starts processes, or is there to stop: tried elsewhere, or told by hand below.
 NOT_RUN = {"devices", "num_nodes", "resume", "report", "memory", "open", "at"}
 ODD = ["-1", "0", "x", "", "nan", "1e30", "nowhere", "\U0001f642", "null"]
@@ -108,6 +108,10 @@ def ends_well(argv: list[str], capsys: pytest.CaptureFixture[str]) -> int:
         assert error.startswith("transcnn: "), (argv, error)
         assert error.count("\n") == 1, (argv, error)
     return code
+
+
+def test_every_command_is_tried():
+    assert BASE.keys() == cli.COMMANDS.keys()
 
 
 def stop(*_: Any, **__: Any) -> None:
@@ -238,11 +242,11 @@ def test_lists_are_written_as_words_or_in_brackets():
         (["bad.png"], ["--strict"], 2, "1 of 1 files can't be read; the first: bad.png: "),
     ],
 )
-def test_exit_codes_of_files_that_can_not_be_read(files, flags, code, reported, made, tmp_path, monkeypatch, capsys):
+def test_exit_codes_of_files_that_can_not_be_read(files, flags, code, told, made, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("good.png").write_bytes((made / "photos" / "class 0" / "0.png").read_bytes())
     Path("bad.png").write_bytes(b"nothing")
     assert cli.main(["predict", str(made / "run"), *files, "--json", "--accelerator", "cpu", *flags]) == code
     captured = capsys.readouterr()
     assert len(json.loads(captured.out)) == len(files)  # what could be done was done
-    assert reported in captured.err
+    assert told in captured.err

@@ -99,6 +99,14 @@ def test_detections_that_cannot_be(name, value):
     refused(look)
 
 
+@pytest.mark.parametrize("name", [b"logits", b"images", b"class_names", b"GlobalAveragePool", b'"c"'])
+def test_texts_that_are_no_utf8(name, capfd):
+    content = fuzz.onnx_seeds()[CLASSIFY].replace(name, name[:1] + b"\xff" + name[2:])
+    Path("x.onnx").write_bytes(content)
+    refused(look)
+    assert not capfd.readouterr().out
+
+
 @pytest.mark.parametrize("content", [b"", b"\0" * 100, b"no protobuf", b"\x08\x0a" * 1000, None], ids=repr)
 def test_what_is_no_onnx_file(content):
     Path("x.onnx").write_bytes(fuzz.onnx_seeds()[0][:-50] if content is None else content)

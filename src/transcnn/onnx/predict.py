@@ -33,7 +33,12 @@ def open_session(model: str | bytes, title: str, accelerator: str, threads: int 
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors; failures are raised anyway
     try:
-        return ort.InferenceSession(model, options, providers=_providers(ort, accelerator))
+        found = _providers(ort, accelerator)
+        # Its second try is told on standard output, and without a GPU it is the first one again.
+        session = ort.InferenceSession(model, options, providers=found, enable_fallback=int(len(found) > 1))
+        for side in (*session.get_inputs(), *session.get_outputs()):
+            _ = side.name, side.shape  # an error where a name is no UTF-8
+        return session
     except UserError:
         raise
     except Exception as error:  # ONNX Runtime has a class of its own for each cause

@@ -19,6 +19,8 @@ from .files import Files
 
 __all__ = ["Alignment", "AnnotatedImage", "Annotations", "ImageFinder", "align"]
 
+FARTHEST = 1e9  # pixels, beyond which no side of a box can be meant
+
 
 @dataclass
 class AnnotatedImage:
@@ -36,7 +38,7 @@ class AnnotatedImage:
     def add(self, box: list[float], label: int, crowd: bool = False, mask: Any = None, area: float = 0.0) -> str:
         """Add an object; returns what is wrong with it, if it can't be used."""
         x1, y1, x2, y2 = box
-        if not (np.isfinite(box).all() and x2 > x1 and y2 > y1):
+        if not (np.abs(box).max() < FARTHEST and x2 > x1 and y2 > y1):  # nor NaN
             unit = "of the image" if self.normalized else "pixels"
             return f"a box of {x2 - x1:g}x{y2 - y1:g} {unit} is left out"
         if x2 <= 0 or y2 <= 0:
