@@ -128,12 +128,12 @@ def test_changed_options_are_obeyed(change):
         assert torch.equal(changed(x), plain(x))
 
 
-def test_only_larger_ones_are_replaced_and_all_come_back():
-    row = [plain_conv(4, size) for size in (1, 3, 5, 7)]
+def test_only_those_that_gain_are_replaced_and_all_come_back():
+    row = [plain_conv(4, size) for size in (1, 3, 5, 9, 11)]
     model = nn.Sequential(*row)
     accelerate_training(model)
-    assert [type(conv) for conv in model] == [nn.Conv2d, nn.Conv2d, KernelDepthwise, KernelDepthwise]
-    assert [type(conv) for conv in undo(model)] == [nn.Conv2d] * 4
+    assert [type(conv) for conv in model] == [nn.Conv2d, nn.Conv2d, KernelDepthwise, KernelDepthwise, nn.Conv2d]
+    assert [type(conv) for conv in undo(model)] == [nn.Conv2d] * 5
 
 
 def test_frozen_weights_and_frozen_inputs_get_no_gradient():

@@ -8,6 +8,7 @@ import torch
 from contract import NETWORKS, SMALL, images, on_meta, shallow, shared, small, without_gradient
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.utils import ModelEmaV3, freeze, unfreeze
 
 each = pytest.mark.parametrize("name", NETWORKS)
 each_kind = pytest.mark.parametrize("kind", SMALL)
@@ -166,3 +167,33 @@ def test_its_state_comes_back(kind, tmp_path):
     one = timm.create_model(name, in_chans=1, global_pool="max", **options).eval()
     with torch.no_grad():
         assert one(images(channels=1)).isfinite().all()
+
+
+@each_kind
+def test_timms_utilities_take_it(kind):
+    """Freezing and thawing a part and its norms, synchronized norms, averaged weights, statistics by name."""
+    model, x = small(kind), images()
+    with torch.no_grad():
+        expected = model(x)
+    part = model.feature_info[0]["module"]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    freeze(model.train(), part)
+    model(x).square().mean().backward()
+    inside = [name for name, _ in model.named_parameters() if name.startswith(f"{part}.")]
+    assert sorted(name for name, p in model.named_parameters() if p.grad is None) == sorted(inside)
+    frozen = {name: value for name, value in model.state_dict().items() if name.startswith(f"{part}.")}
+    assert all(torch.equal(value, state[name]) for name, value in frozen.items() if "num_batches" not in name)
+    unfreeze(model, part)
+    model(x).square().mean().backward()
+    assert without_gradient(model) == []
+    model.load_state_dict(state)
+    average = ModelEmaV3(model, decay=0.5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+        average.update(model)
+        for name, p in average.module.named_parameters():
+            torch.testing.assert_close(p, 1.5 * state[name], msg=name)
+        model.load_state_dict(state)
+        synchronized = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.eval())
+        torch.testing.assert_close(synchronized(x), expected, rtol=1e-4, atol=1e-4)

@@ -37,7 +37,7 @@ PLAIN = {faster: slower for slower, faster in FASTER.items()} | dict.fromkeys(FA
 def accelerate_training(model: nn.Module) -> nn.Module:
     """Let ``model`` train with kernels of this package where those are faster, in place; returns the model.
 
-    On a CPU those are local and global attention, the weight gradient of depthwise convolutions above 3x3 (of any
+    On a CPU those are local and global attention, the weight gradient of depthwise convolutions of 5x5 to 9x9 (of any
     network) and, fused, BatchNorm, SiLU and depthwise convolution of every inverted residual; on a GPU the attention
     inside grids and, for large maps, the same fused layers, BatchNorm, 1x1 convolutions with a bias and the merging of
     tokens. Maps must be channels-last (``model.to(memory_format=torch.channels_last)``, and the images as well).

@@ -17,6 +17,8 @@ from ..limits import refuse_fx
 
 __all__ = ["KernelDepthwise", "is_depthwise", "is_large_depthwise"]
 
+LARGEST = 9  # beyond, the many 3x3 gradients may take longer than PyTorch's own
+
 
 class KernelDepthwise(nn.Conv2d):
     """A k×k convolution of each channel by itself, same size out as in, (B, C, H, W) -> (B, C, H, W)."""
@@ -43,8 +45,8 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
 
 
 def is_large_depthwise(module: nn.Module) -> bool:
-    """Whether :class:`KernelDepthwise` takes the place of this module: PyTorch's gradient is fast up to 3x3."""
-    return type(module) is nn.Conv2d and module.kernel_size[0] > 3 and is_depthwise(module)
+    """Whether :class:`KernelDepthwise` takes the place of this module: one where PyTorch's gradient is slower."""
+    return type(module) is nn.Conv2d and 3 < module.kernel_size[0] <= LARGEST and is_depthwise(module)
 
 
 def _eager() -> bool:
