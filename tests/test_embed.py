@@ -114,6 +114,11 @@ def test_labels_splits_and_names_are_kept(split_folder, tmp_path):
     assert found["knn"]["images"] == 24
     again = embed(tmp_path / "v.parquet", knn=3, **QUIET)
     assert again["knn"] == found["knn"]
+    (tmp_path / "v.csv").write_text("of something else")
+    with pytest.raises(UserError, match=r"v\.csv, which is there already"):
+        embed(PACKAGED, split_folder / "val", out=tmp_path / "v.npy", **QUIET)
+    assert (tmp_path / "v.csv").read_text() == "of something else"
+    (tmp_path / "v.csv").unlink()
     embed(PACKAGED, split_folder / "val", out=tmp_path / "v.npy", **QUIET)
     npy = read_vectors(tmp_path / "v.npy")
     np.testing.assert_allclose(npy.values, vectors.values[24:], atol=1e-5)

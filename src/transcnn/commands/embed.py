@@ -91,6 +91,8 @@ def embed(
     for target in (out, csv):
         if target is not None:
             check_writable(Path(target), [name for name in names if os.path.isfile(name)])
+    if out is not None and Path(out).suffix.lower() == ".npy":
+        _check_names(Path(out).with_suffix(".csv"), Path(out))
     network = _Network(as_text(checkpoint), layer, normalize, model, img_size, precision, accelerator)
     stored = _stored(network.name, names)
     errors: dict[str, str] = {}
@@ -115,6 +117,13 @@ def embed(
     if not quiet:
         _print(found, out)
     return found
+
+
+def _check_names(names: Path, out: Path) -> None:
+    """See that the CSV file beside a .npy file can be written, and isn't one of something else."""
+    check_writable(names)
+    if names.exists() and not out.exists():
+        raise UserError(f"the names would be written to {names}, which is there already; give another --out")
 
 
 def _stored(first: str, names: list[str]) -> Path | None:
