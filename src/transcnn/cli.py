@@ -86,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 # Of PyTorch, Python, the C++ library, and of the system's loader, whose libraries are the first to find no room.
 NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "not enough memory", "bad_alloc")
 NO_MEMORY += ("failed to map segment", "cannot map zero-fill pages", "can't start new thread", "errno 12]")
-NO_MEMORY += ("could not create a primitive",)  # oneDNN's word for it
+# oneDNN's words for it, and those of C code that found no memory for an error.
+NO_MEMORY += ("could not create a primitive", "error return without exception set")
 
 
 def _out_of_memory(error: BaseException | None) -> str | None:

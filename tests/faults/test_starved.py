@@ -24,6 +24,8 @@ ONCE = [*QUICK, "--epochs=1", "--num_workers=0"]
 COMMANDS = {
     "train": ["train", "{data}", *ONCE, "--out={out}/run"],
     "eval": ["eval", "{run}", "{data}", "--out={out}/eval", "--report"],
+    "data": ["data", "{data}", "--out={out}/data"],
+    "embed": ["embed", "{run}", "{data}", "--out={out}/x.parquet"],
     "predict": ["predict", "{run}", "{data}", "--csv={out}/x.csv"],
     "explain": ["explain", "{run}", "{data}/class_0/000.png", "--out={out}/x.pdf"],
     "export": ["export", "{run}", "--format=torch", "--out={out}/x.pt2"],

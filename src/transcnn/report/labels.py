@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.files import atomic_write
 from .classify import read_history, save_figures
 from .page import MAX_ROWS, facts_of, heading, html_page, html_table, percent, skipped_files, write_rows
 from .plots import plot_bars, plot_history, plot_images
@@ -90,7 +91,8 @@ def write_page(
             parts += [f"<h2>{title}</h2>", f'<p><img src="{file}" alt="{title}"></p>']
         parts.append(below.get(file, ""))
     page = folder / "index.html"
-    page.write_text(html_page([*parts, skipped_files(Path(run_dir))], title_of_page), encoding="utf-8")
+    text = html_page([*parts, skipped_files(Path(run_dir))], title_of_page)
+    atomic_write(page, lambda path: path.write_text(text, encoding="utf-8"))
     return page
 
 
