@@ -45,7 +45,7 @@ def test_an_optimized_network_scores_alike(photos):
         part = open_set(str(photos), "all", class_names=loaded.class_names, val_fraction=0.1, seed=0, strict=True)
         learner, found, _ = measure(loaded, part, batch_size=32, accelerator="cpu", optimize=optimize)
         scores[optimize], paths[optimize] = found, found["path"]
-        assert learner.evaluated is loaded.model  # the copy is gone
+        assert not learner._fast  # the copy is gone
     assert paths == {True: "optimized", False: "plain"}
     assert len(scores[True]["confusion"].nonzero()) > 15
     assert torch.equal(scores[True]["confusion"], scores[False]["confusion"])
@@ -62,6 +62,14 @@ def test_eval_says_how_it_was_computed(photos, tmp_path, caplog, monkeypatch):
         patch.setattr("transcnn.fast.inference.optimize._replace", lambda model: 1 / 0)
         assert evaluate(PACKAGED, photos, **settings)["path"] == "plain"
     assert "TransCNN runs as it is, for it can't be optimized: division by zero" in caplog.text
+    with caplog.at_level(logging.INFO), monkeypatch.context() as patch:
+        patch.setattr("transcnn.fast.inference.blocks.FastBlock.forward", lambda *_: 1 / 0)
+        failing = evaluate(PACKAGED, photos, **settings)
+    assert (failing["path"], failing["loss"]) == (
+        "plain",
+        evaluate(PACKAGED, photos, optimize=False, **settings)["loss"],
+    )
+    assert "TransCNN runs as it is, for optimized it fails: division by zero" in caplog.text
 
 
 def shapes(folder: Path, count: int = 6) -> Path:

@@ -6,6 +6,7 @@ reports and errors are the same for all of them (``train.py``, ``callbacks.py``,
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from abc import abstractmethod
@@ -32,6 +33,7 @@ from .statistics import StatisticsWarmup
 
 __all__ = ["Task"]
 
+_log = logging.getLogger(__name__)
 ENOUGH = 64  # images; to score fewer, making and loading what scores them takes longer than it saves
 
 
@@ -217,19 +219,18 @@ class Task(Inference, L.LightningModule):
         return nth * world() + rank()
 
     def forward(self, x: Any) -> Any:
-        """Images to the model's output."""
+        """Images to the model's output; while a split is scored, by the optimized copy if there is one."""
         if self._fast:
-            return self._fast[0](x)
-        if self.channels_last:
+            try:
+                return self._fast[0](x)
+            except Exception as error:  # of any network that timm knows
+                _log.info("%s runs as it is, for optimized it fails: %s", type(self.model).__name__, error)
+                self._fast, self.path = (), "plain"
+        if self.channels_last and isinstance(x, Tensor):
             x = x.contiguous(memory_format=torch.channels_last)
         # A captured graph would keep the momentum that norms have while it is captured.
         warming = self._statistics is not None and self._statistics.running
         return self.model(x) if self._recorded is None or warming else self._recorded(x)
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """What computes the scores: an optimized copy of the network while a split is scored, else the network."""
-        return self._fast[0] if self._fast else self.model
 
     def train(self, mode: bool = True) -> Any:
         """Training mode for all but what is frozen."""

@@ -92,8 +92,7 @@ class Detect(DetectInference, DenseTask):
     def evaluate_batch(self, batch: Any, batch_idx: int) -> None:
         """Collect predicted and true boxes, and each image's own score with its index in the split."""
         images, targets = batch
-        network = self.evaluated
-        outputs = (network([image])[0] for image in images) if self.masks else network(images)
+        outputs = (self([image])[0] for image in images) if self.masks else self(images)
         for found, target in zip(outputs, targets, strict=True):
             index, self._seen = self.sample_index(self._seen), self._seen + 1
             if not target["counts"]:
