@@ -101,3 +101,25 @@ def test_colours_of_no_class_and_twice_are_said(tmp_path):
 def test_ids_of_colours_are_those_of_a_dictionary(colours, seed):
     ids = np.random.default_rng(seed).integers(0, len(colours), (5, 7))
     np.testing.assert_array_equal(ColourTable(colours).ids(np.array(colours, np.uint8)[ids]), ids)
+
+
+def test_strangers_tables_of_classes_end_in_one_line(tmp_path):
+    for split in ("train", "val"):
+        put(tmp_path / f"images/{split}/a.png", tmp_path / f"labels/{split}/a.png", IDS)
+    tables = {
+        "_classes.csv": ["Pixel Value, Class\n" + "x" * 200_000, "Pixel Value, Class\n99999999, a\n", "a\n²,b\n"],
+        "class_dict.csv": ["name,r,g,b\n" + '"' * 99_999, "name,r,g,b\na,999,0,0\n", "\0,\0\n\0,1,2,3\n"],
+        "labelmap.txt": ["a:1,2,3::\n" * 2 + "b:1,2,3::\n", ":" * 10_000],
+        "classes.txt": ["9" * 5000 + " a\n", "70000 a\n", "\n"],
+    }
+    for name, texts in tables.items():
+        for text in texts:
+            (tmp_path / name).write_text(text)
+            said = ""
+            try:
+                open_splits(str(tmp_path))
+            except UserError as error:
+                said = str(error)
+            assert len(said.splitlines()) <= 1
+            assert len(said) < 2000
+        (tmp_path / name).unlink()

@@ -66,7 +66,7 @@ def read_class_file(files: Files, path: Path) -> tuple[dict[int, str] | None, Co
             return _parse(files.read(there[name]).decode("utf-8-sig"), name, path)
         except UnicodeDecodeError as error:
             raise UserError(f"{there[name]} of {path.name} is not in UTF-8") from error
-        except BrokenImage as error:
+        except (BrokenImage, csv.Error) as error:
             raise UserError(f"{there[name]} of {path.name} can't be read: {error}") from error
     beside = path.parent / "classes.txt"
     if path.is_dir() or not beside.is_file():

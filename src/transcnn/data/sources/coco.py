@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import UserError
+from ..images import BrokenImage
 from .annotations import AnnotatedImage, Annotations, ImageFinder
 from .files import Files
 from .masks import check_segmentation
@@ -30,7 +31,14 @@ def find_coco(files: Files, names: Sequence[str]) -> list[str]:
     if found:
         return found
     others = [name for name in names if name.lower() in ("result.json", "result_coco.json")]
-    return [name for name in others if b'"categories"' in files.read(name)]
+    return [name for name in others if _holds_categories(files, name)]
+
+
+def _holds_categories(files: Files, name: str) -> bool:
+    try:
+        return b'"categories"' in files.read(name)
+    except BrokenImage:
+        return False
 
 
 @dataclass
