@@ -142,6 +142,36 @@ def read_voc(content: bytes, folder: Path) -> None:
     read_detection(folder)
 
 
+def read_yolo(content: bytes, folder: Path) -> None:
+    """The YAML file, or of a text without one the labels of two images."""
+    (folder / "labels").mkdir()
+    names = b"train: images\nval: images\nnames: [a, b]\n"
+    is_yaml = b"names" in content or b"train" in content
+    (folder / "data.yaml").write_bytes(content if is_yaml else names)
+    for i in range(4):
+        (folder / "labels" / f"{i}.txt").write_bytes(b"0 .5 .5 .2 .2\n" if is_yaml or i > 1 else content)
+    read_detection(folder)
+
+
+def read_vectors_file(content: bytes, folder: Path) -> None:
+    from transcnn.vectors.file import read_vectors
+
+    (folder / "x.parquet").write_bytes(content)
+    (folder / "x.npy").write_bytes(content)
+    (folder / "x.csv").write_text("file\na\nb\n")
+    read_vectors(folder / ("x.npy" if b"NUMPY" in content[:16] else "x.parquet"))
+
+
+def vectors_seeds() -> list[bytes]:
+    from transcnn.vectors.file import Vectors, write_vectors
+
+    with tempfile.TemporaryDirectory() as folder:
+        names = ["a.png", "b.png"]
+        for file in ("x.parquet", "x.npy"):
+            write_vectors(Path(folder) / file, Vectors(np.ones((2, 3), np.float32), names, names, ["", ""], {"a": 1}))
+        return [(Path(folder) / file).read_bytes() for file in ("x.parquet", "x.npy")]
+
+
 def read_detection(folder: Path) -> None:
     from transcnn.data.sets.detect import open_splits
 
@@ -241,6 +271,7 @@ def read_classes(content: bytes, folder: Path) -> None:
 
 # --- good files to begin with -----------------------------------------------------------------------------------------
 
+YOLO = b"train: images\nval: [images]\ntest: test.txt\nnc: 2\nnames: {0: a, 1: b}\n"
 VOC = b"""<annotation><size><width>12</width><height>9</height></size><object><name>cat</name><difficult>0</difficult>
 <bndbox><xmin>1</xmin><ymin>1</ymin><xmax>8</xmax><ymax>7</ymax></bndbox></object></annotation>"""
 COCO = {
@@ -359,6 +390,8 @@ TARGETS: dict[str, tuple[Callable[[bytes, Path], None], Callable[[], list[bytes]
     "index": (read_index, lambda: [index_seed()], 0.5),
     "coco": (read_coco, lambda: [json.dumps(COCO).encode()], 1.5),
     "voc": (read_voc, lambda: [VOC], 1),
+    "yolo": (read_yolo, lambda: [YOLO, b"0 .5 .5 .2 .2\n1 .1 .1 .2 .1 .2 .3\n1 .5 .5 .1 .1 .9\n"], 1),
+    "vectors": (read_vectors_file, vectors_seeds, 0.5),
     "config": (read_config, lambda: [p.read_bytes() for p in CORPUS.parents[1].glob("recipes/*.yaml")], 1.5),
     "weights": (read_weights, lambda: [weights_seed()], 1),
     "checkpoint": (read_checkpoint, lambda: [weights_seed(".ckpt")], 1),
@@ -367,7 +400,7 @@ TARGETS: dict[str, tuple[Callable[[bytes, Path], None], Callable[[], list[bytes]
     "parquet": (read_parquet, lambda: [parquet_seed()], 0.5),
     "csv": (read_csv, lambda: [b"file,label\na.png,cat\n./a.png,dog\n", b"label;path\n1;a.png\n2;C:\\x\\a.png\n"], 0.5),
     "jsonl": (read_json_lines, lambda: [b'{"file": "a.png", "label": "x"}\n{"file": "b.png", "label": ["y"]}\n'], 0.5),
-    "classes": (read_classes, lambda: [b"cat\ndog\n", b"0 sky\n7 road\n255 void\n"], 0.3),
+    "classes": (read_classes, lambda: [b"cat\ndog\n", b"0 sky\n7 road\n255 void\n", b"0 0 0 a\n1 1 1 b\n"], 0.3),
 }
 
 
@@ -446,7 +479,7 @@ def change(name: str, content: bytes, draw: random.Random) -> bytes:
         return mutate(content, draw)
     if name in ("coco", "manifest", "folder"):
         return json.dumps(mutate_tree(json.loads(content), draw)).encode("utf-8", "surrogatepass")
-    if name == "config":
+    if name == "config" or (name == "yolo" and b"names" in content and draw.random() < 0.8):
         return yaml.safe_dump(mutate_tree(yaml.safe_load(content), draw)).encode("utf-8", "surrogatepass")
     if name == "weights":  # 8 bytes with the header's length, and the header
         length = int.from_bytes(content[:8], "little")

@@ -19,7 +19,7 @@ def test_what_failed_once_is_read_or_refused(path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "name", ["image", "ids", "tar", "manifest", "coco", "voc", "classes", "weights", "csv", "jsonl"]
+    "name", ["image", "ids", "tar", "manifest", "coco", "voc", "yolo", "vectors", "classes", "weights", "csv", "jsonl"]
 )
 def test_changed_files_are_read_or_refused(name):
     draw = random.Random(7)

@@ -170,7 +170,7 @@ def first_reasons(broken: Mapping[str, Sequence[tuple[str, str]]], count: int = 
     found = [entry for entries in broken.values() for entry in entries]
     if not found:
         return ""
-    shown = "; ".join(f"{name!r}: {reason}" for name, reason in found[:count])
+    shown = "; ".join(f"{abbreviate([name])}: {reason[:300]}" for name, reason in found[:count])
     return f" ({len(found)} left out: {shown}{'; ...' if len(found) > count else ''})"
 
 

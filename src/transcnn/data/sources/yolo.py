@@ -29,6 +29,7 @@ from .source import SPLITS, abbreviate, first_line, split_of_name
 __all__ = ["find_yolo", "read_yolo"]
 
 MAX_LABEL_BYTES = 1 << 24  # of one image's text, or of a list of images
+MAX_LINE = 1 << 18  # characters: a polygon of ten thousand corners
 MAX_NAMES = 10_000
 LISTS = ("classes.txt", "obj.names", "_darknet.labels")  # files of names, one a line
 KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -238,6 +239,8 @@ def _read_item(found: Annotations, image: str, texts: set[str], broken: list[tup
 
 def _read_line(line: str) -> tuple[int, list[float], Any]:
     """Class, box (x1, y1, x2, y2) and polygon (None without one) of one object; a sixth number is a score."""
+    if len(line) > MAX_LINE:
+        raise ValueError(f"it has {len(line):,} characters")
     words = line.split()
     numbers = [float(word) for word in words]
     if not all(math.isfinite(number) for number in numbers):
