@@ -84,7 +84,7 @@ def cases(draw, ndim):
 
 
 @pytest.mark.parametrize("ndim", CLASSES)
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_equals_the_formulas(ndim, data):
     config, size, mask = data.draw(cases(ndim))
@@ -116,7 +116,7 @@ def one_value(config, mask):
 
 @pytest.mark.parametrize("ndim", CLASSES)
 @pytest.mark.parametrize("norm", NORMS)
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(seed=st.integers(0, 1000))
 def test_padding_changes_nothing(norm, ndim, seed):
     """Items of several sizes in one batch answer, with the mask, as each alone; whatever the padding holds."""

@@ -15,6 +15,8 @@ EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.
 SAYS = {
     "01_train_your_own_images": r"9\d\.\d % of the test images|100\.0 % of the test images",
     "02_plug_into_a_cnn": r"largest change of an answer: 0\.0\n",
+    "04_sound": r"\d\.\d % of 80 new sounds\nlargest difference by padding: \d\.\de-0[5-9]\n",
+    "05_volumes": r"\d\.\d % of 60 new volumes\nlargest difference when optimized: \d\.\de-0[5-9]\n",
     "03_see_where_it_looks_and_export": r"largest difference: \d\.\d+e-0[6-9]|largest difference: 0\.0\n",
 }
 

@@ -135,7 +135,10 @@ HOSTS = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTS)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mc3_18", "r2plus1d_18")]  # much like r3d_18
+
+
+@pytest.mark.parametrize("name", [*(name for name in HOSTS if name not in ("mc3_18", "r2plus1d_18")), *SLOW])
 def test_host(name: str) -> None:
     """Plugged where it should be, equal at first, trained a step, made again from its spec, and taken out."""
     make, size, expected = HOSTS[name]

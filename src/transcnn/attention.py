@@ -138,7 +138,7 @@ class HMHSA(nn.Module):
         tokens, real, ratio = x, mask, per_axis(1, self.ndim)  # each token stands for a patch of `ratio` positions
         steps: list[tuple[Tensor, Size]] = []  # A₁ … A_{L-1}, each with its ratio
         for step, pool_ratio in zip(self.local, self.pool_ratios, strict=True):
-            a = step(tokens, real)  # (B, C, ⌈H/ratio⌉, ⌈W/ratio⌉)
+            a = step(tokens) if real is None else step(tokens, real)  # (B, C, ⌈H/ratio⌉, ⌈W/ratio⌉)
             steps.append((a, ratio))
             if real is None:
                 tokens = self.merge(a, pool_ratio)
