@@ -1,5 +1,6 @@
 """H-MHSA over sequences and volumes: what it costs, that masks are exact, and two data sets learnt beside peers.
 
+    python benchmarks/dimensions.py macs                     # results/dimensions_macs.csv
     python benchmarks/dimensions.py cost                     # results/dimensions_cost.csv
     python benchmarks/dimensions.py masks                    # results/dimensions_masks.csv
     python benchmarks/dimensions.py hosts                    # results/dimensions_hosts.csv
@@ -33,6 +34,7 @@ from transcnn.levels import further_levels
 from transcnn.plugging.cost import count
 
 ROOT = Path(__file__).resolve().parent.parent
+SIZES = [*((2**n,) for n in range(13, 21)), *((2**n,) * 3 for n in range(4, 9))]  # 8 k to 1 M, 16³ to 256³
 GROUP_NORM = norm_layers()["groupnorm1"]
 
 
@@ -49,19 +51,35 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
 # --- cost -------------------------------------------------------------------------------------------------------------
 
 
+class Plain(nn.Module):
+    """Multi-head attention over all positions by PyTorch's fused kernel, (B, C, *S) -> (B, C, *S)."""
+
+    def __init__(self, ndim: int, dim: int, head_dim: int = 16) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.proj = GROUP_NORM(dim), CONVS[ndim](dim, 3 * dim, 1), CONVS[ndim](dim, dim, 1)
+        self.head_dim = head_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *S) -> (B, C, *S)."""
+        q, k, v = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, -1, self.head_dim)).mT.contiguous().unbind(1)
+        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).mT.reshape(x.shape))
+
+
 def attention_over(size: tuple[int, ...], dim: int, plain: bool) -> nn.Module:
-    """H-MHSA with the levels that a map of this size calls for, or without any."""
-    grids, ratios = ((), ()) if plain else further_levels(size)
+    """H-MHSA with the levels that a map of this size calls for, or plain attention."""
+    if plain:
+        return Plain(len(size), dim).eval()
+    grids, ratios = further_levels(size)
     kind = ATTENTIONS[len(size)]
     return kind(dim, head_dim=16, grid_sizes=grids, pool_ratios=ratios, norm_layer=GROUP_NORM).eval()
 
 
-def cost_of(size: tuple[int, ...], dim: int, plain: bool) -> dict[str, Any]:
-    """Multiply-adds, CPU time and memory of one forward pass."""
+def cost_of(case: tuple[tuple[int, ...], int, bool]) -> dict[str, Any]:
+    """Multiply-adds, CPU time and memory of one forward pass; a case is a size, channels, and whether it is plain."""
+    size, dim, plain = case
     torch.set_num_threads(1)
     module, positions = attention_over(size, dim, plain), int(np.prod(size))
-    macs = count(module.to("meta"), torch.empty(1, dim, *size, device="meta")).macs
-    module, x = attention_over(size, dim, plain), torch.randn(1, dim, *size)
+    x = torch.randn(1, dim, *size)
     with torch.inference_mode():
         module(torch.randn(1, dim, *(2 for _ in size)))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -75,18 +93,33 @@ def cost_of(size: tuple[int, ...], dim: int, plain: bool) -> dict[str, Any]:
         "size": "x".join(map(str, size)),
         "positions": positions,
         "attention": "plain" if plain else f"{len(module.local) + 1} levels",  # pyright: ignore
-        "MACs a position": round(macs / positions),
+        "MACs a position": round(macs_of(size, dim, plain) / positions),
         "CPU ns a position": round(1e9 * min(times) / positions),
         "bytes a position": round(1024 * grown / positions),
     }
 
 
+def macs_of(size: tuple[int, ...], dim: int, plain: bool) -> int:
+    """Multiply-adds of one forward pass, without computing it."""
+    return count(attention_over(size, dim, plain).to("meta"), torch.empty(1, dim, *size, device="meta")).macs
+
+
+def macs(args: argparse.Namespace) -> None:
+    """Exact, and there at once."""
+    rows = []
+    for size in SIZES:
+        ours, plain = (macs_of(size, args.dim, kind) / np.prod(size) for kind in (False, True))
+        levels = len(attention_over(size, args.dim, False).local) + 1  # pyright: ignore
+        shape = {"size": "x".join(map(str, size)), "positions": int(np.prod(size)), "levels": levels}
+        rows.append({**shape, "MACs a position": round(ours), "plain attention": round(plain)})
+    write(rows, ROOT / "results" / "dimensions_macs.csv")
+
+
 def cost(args: argparse.Namespace) -> None:
-    sizes = [(2**n,) for n in range(13, 21)] + [(2**n,) * 3 for n in range(4, 9)]
     largest = {False: args.positions, True: args.plain}
-    cases = [(size, args.dim, plain) for size in sizes for plain in largest if np.prod(size) <= largest[plain]]
+    cases = [(size, args.dim, plain) for size in SIZES for plain in largest if np.prod(size) <= largest[plain]]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        rows = pool.starmap(cost_of, cases, chunksize=1)
+        rows = [print(row) or row for row in pool.imap(cost_of, cases)]
     write(rows, ROOT / "results" / "dimensions_cost.csv")
 
 
@@ -319,7 +352,7 @@ def row(name: str, model: nn.Module, size: tuple[int, ...], split: str, seed: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cost", "masks", "hosts", "digits", "voxels"])
+    parser.add_argument("what", choices=["macs", "cost", "masks", "hosts", "digits", "voxels"])
     parser.add_argument("data", nargs="?", help="the .npz of digits or voxels")
     parser.add_argument("--dim", type=int, default=32, help="channels, in cost")
     parser.add_argument("--positions", type=int, default=2**24, help="the largest map, in cost")
@@ -331,7 +364,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.what in ("digits", "voxels") and not args.data:
         parser.error(f"{args.what} needs the .npz")
-    {"cost": cost, "masks": masks, "hosts": hosts, "digits": digits, "voxels": voxels}[args.what](args)
+    {"macs": macs, "cost": cost, "masks": masks, "hosts": hosts, "digits": digits, "voxels": voxels}[args.what](args)
 
 
 if __name__ == "__main__":
