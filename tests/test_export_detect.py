@@ -99,7 +99,7 @@ SIZES = [
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_predict_finds_the_same_by_the_checkpoint_and_by_the_graph(detector, monkeypatch):
     """The way of an exported file, with the graph itself in the file's place, on odd images."""
-    monkeypatch.setattr("transcnn.export.check._time_in_turn", lambda *_: [0.0, 0.0])  # nobody asks how fast
+    monkeypatch.setattr("transcnn.export.check._median_seconds", lambda *_: [0.0, 0.0])  # nobody asks how fast
     network = lively(detector)
     graph = DetectorGraph(network)
     names = ("boxes", "scores", "labels", "image", "masks")
@@ -252,8 +252,9 @@ def test_windows_cover_all():
 
 def test_a_file_of_one_size_is_refused_for_whole_images(monkeypatch, tmp_path):
     photo(0).save(tmp_path / "a.png")
-    fake = type("Fake", (), {"task": "segment", "fixed": [64, 64], "class_names": NAMES, "info": {"task_args": {}}})
-    monkeypatch.setattr("transcnn.onnx.predict.OnnxModel", lambda *_, **__: fake)
+    fake: Any = {"task": "segment", "fixed": [64, 64], "class_names": NAMES, "info": {"task_args": {}}}
+    fake = type("Fake", (), {**fake, "data_config": CONFIG})
+    monkeypatch.setattr("transcnn.predictor.onnx.OnnxModel", lambda *_, **__: fake)
     with pytest.raises(UserError, match="images to segment have many sizes, the file takes one alone"):
         predict("model.onnx", [str(tmp_path / "a.png")], quiet=True)
 
