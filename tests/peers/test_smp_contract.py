@@ -24,7 +24,11 @@ ARCHITECTURES = {
     "Segformer": {},
     "DPT": dict(encoder_depth=4, decoder_readout="ignore"),
 }
-each = pytest.mark.parametrize("name", NETWORKS)
+# It makes each network in full to look at its strides; the larger ones differ from the tiny ones in numbers alone.
+LARGER = ("_small", "_medium", "_large")
+each = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name.endswith(LARGER) else ()) for name in NETWORKS]
+)
 each_kind = pytest.mark.parametrize("kind", SMALL)
 
 
