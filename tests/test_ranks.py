@@ -20,7 +20,7 @@ def outcome(call: Callable[[], Any]) -> str:
     try:
         return str(call())
     except Exception as error:
-        return f"{type(error).__name__} {error} {getattr(error, 'told', False)}"
+        return f"{type(error).__name__} {error} {getattr(error, 'reported', False)}"
 
 
 def work(rank: int, folder: str) -> None:
