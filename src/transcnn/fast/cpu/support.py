@@ -6,6 +6,7 @@ import functools
 import logging
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -30,15 +31,21 @@ def supports(dtype: torch.dtype) -> bool:
         return _supports(dtype)
 
 
+def _checked(dtype: torch.dtype) -> str:
+    """``_first_wrong`` in a thread of its own: the hooks that gradient checkpointing sets here would call back here."""
+    with ThreadPoolExecutor(1) as alone:
+        return alone.submit(_first_wrong, dtype).result()
+
+
 @functools.cache
 def _supports(dtype: torch.dtype) -> bool:
     bit = {torch.float32: 1, torch.bfloat16: 2}.get(dtype, 0)
     if not build.isa_support() & bit:
         return False
-    wrong = _first_wrong(dtype)
+    wrong = _checked(dtype)
     if wrong and build.rebuild() is not None:
         _log.info("the C++ kernel %r was wrong; the library was compiled again", wrong)
-        wrong = _first_wrong(dtype) if build.isa_support() & bit else ""
+        wrong = _checked(dtype) if build.isa_support() & bit else ""
     if wrong:
         _log.warning("the C++ kernel %r is wrong on this CPU, PyTorch's operations are used", wrong)
         return False
