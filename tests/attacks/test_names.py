@@ -227,10 +227,10 @@ def test_predictions_of_all_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [row["file_name"] for row in kept] == NASTY
 
 
-@pytest.mark.parametrize("task", ["classify", "segment", "detect"])
+@pytest.mark.parametrize("task", ["classify", "multilabel", "regress", "segment", "detect"])
 def test_tables_of_eval(task: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Class names with markup ended eval with a traceback, or were shown as nothing."""
-    from transcnn.tasks import get_task
+    from transcnn.tasks import get_task, multilabel
 
     learner = object.__new__(get_task(task))
     figures: dict[str, Any] = {
@@ -242,8 +242,12 @@ def test_tables_of_eval(task: str, capsys: pytest.CaptureFixture[str]) -> None:
         "loss": 1.0,
     }
     figures |= {"images": 3, "images_per_second": 2.0, "split": "val", "data": "[/b]\x1b[1m"}
-    for kind in ("class_accuracy", "class_iou", "class_ap"):
-        figures[kind] = dict.fromkeys(["[/b]", "[red]cat[/red]", "\x1b[2J", os.fsdecode(b"\xff")], 5.0)
+    names = ["[/b]", "[red]cat[/red]", "\x1b[2J", os.fsdecode(b"\xff")]
+    for kind in ("accuracy", "precision", "recall", "f1", "iou", "ap"):
+        figures[f"class_{kind}"] = dict.fromkeys(names, 5.0)
+    figures |= {"columns": {name: {"images": 3} for name in names}}
+    figures |= {"labels": {name: {"images": 3, "threshold": 0.5} for name in names}}
+    figures |= dict.fromkeys(multilabel.FIGURES, 5.0)
     learner.print_table(figures)
     written = capsys.readouterr().out
     assert harmless(written)
