@@ -271,6 +271,18 @@ def test_ids_that_no_label_map_can_hold_are_refused(tmp_path):
         open_splits(str(folder))
 
 
+@pytest.mark.parametrize("value", [5000, 40000, 65536, 70000, 2**31 - 1])
+def test_a_stray_value_is_not_taken_for_thousands_of_classes(value, tmp_path):
+    folder = make_data(tmp_path / "d", {"train": 4}, names=None)
+    path = next((folder / "labels").rglob("*.png"))
+    ids = np.asarray(Image.open(path)).astype(np.int32)
+    ids[0, 0] = value
+    path.unlink()
+    Image.fromarray(ids).save(path.with_suffix(".tif"))
+    with pytest.raises(UserError, match=rf"hold the value {value}, .* at most 4096 are possible"):
+        open_splits(str(folder))
+
+
 def test_label_maps_of_0_and_255_say_what_to_do(tmp_path, caplog):
     def binary(ids: np.ndarray) -> Image.Image:
         return Image.fromarray(np.where(ids == 1, 255, 0).astype(np.uint8))

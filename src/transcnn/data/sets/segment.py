@@ -35,6 +35,7 @@ __all__ = ["class_shares", "open_parts", "open_set", "open_splits"]
 logger = logging.getLogger(__name__)
 
 EXAMINED = 32  # label maps of a split that are looked at for which classes occur
+MAX_CLASSES = 4096  # where values are counted, not named: a stray large one isn't meant as so many classes
 MAX_READ = 20_000  # label maps of a split up to which each one's checksum is taken
 VOID = {"void", "unlabelled", "unlabeled", "ignore", "ignored"}  # names that are no class
 
@@ -252,8 +253,16 @@ def _classes(found: PairedFiles, ignore_index: int | None) -> tuple[list[str], I
             continue
     if names is None:
         top = _largest(pairs, ignored)
+        if top >= MAX_CLASSES:
+            raise UserError(
+                f"label maps of {found.name!r} hold the value {top}, which would make {top + 1} classes; at most "
+                f"{MAX_CLASSES} are possible. If only some values are classes, name them in classes.txt (lines such as "
+                f"'0 background'); --ignore_index leaves one out"
+            )
         names = {value: str(value) for value in range(top + 1)}
     kept = [value for value in sorted(names) if value not in ignored]
+    if len(kept) > MAX_CLASSES:
+        raise UserError(f"{found.name!r} names {len(kept)} classes; at most {MAX_CLASSES} are possible")
     colours = [found.colours.colours[value] for value in kept] if found.colours is not None else None
     if palette and kept and 3 * max(kept) + 3 <= len(palette):
         colours = [palette[3 * value : 3 * value + 3] for value in kept]
