@@ -329,8 +329,10 @@ def test_the_first_epochs_see_smaller_images(folder, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(Classify, "forward", record)
     smaller = Augment(policy="small", cutmix=1.0, sizes=[16, 24], size_ends=[0.25, 0.75])
-    train(folder, **{**QUICK, "quiet": False}, epochs=4, augment=smaller, out=str(tmp_path / "run"))
+    chosen = {"quiet": False, "eval_metric": "macro_f1"}
+    train(folder, **{**QUICK, **chosen}, epochs=4, augment=smaller, out=str(tmp_path / "run"))
     said = " ".join("".join(capsys.readouterr()).split())
+    assert re.search(r"epoch 4/4 val top1 [\d.]+ val macro f1 [\d.]+ val loss", said)
     assert re.findall(r"trained at (\d+)x\d+ so far and evaluated at 32x32", said) == ["16", "24"]
     assert [seen[epoch, True] for epoch in range(4)] == [{16}, {24}, {24}, {32}]
     assert all(seen[epoch, False] == {32} for epoch in range(4))  # evaluated as they are

@@ -62,6 +62,7 @@ class Task(Inference, L.LightningModule):
     group: ClassVar[str] = ""  # the argument of ``train`` that holds the task's own settings
     score: ClassVar[str]  # the metric that people compare; logged as val_<score>
     eval_metrics: ClassVar[tuple[str, ...]]  # what ``--eval_metric`` may name, the score first
+    silent_figures: ClassVar[tuple[str, ...]] = ()  # that the line of an epoch shows only where one chooses the best
     lower_is_better: ClassVar[tuple[str, ...]] = ("loss",)  # of these
 
     def __init__(

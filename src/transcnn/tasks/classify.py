@@ -49,6 +49,7 @@ class Classify(ImageTask):
     score = "top1"
     group = "classify"
     eval_metrics = ("top1", "balanced_accuracy", "macro_f1", "macro_precision", "auroc", "loss")
+    silent_figures = ("balanced_accuracy", "macro_f1", "macro_precision", "auroc")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -100,9 +100,10 @@ class History(Callback):
     A resumed run drops the rows of the epochs that it does again.
     """
 
-    def __init__(self, run_dir: Path, quiet: bool = False) -> None:
+    def __init__(self, run_dir: Path, quiet: bool = False, metric: str | None = None) -> None:
         self.path = run_dir / "metrics.csv"
         self.quiet = quiet
+        self.metric = metric  # that was asked for
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.rows: list[dict[str, Any]] = []
         self.images = 0
@@ -167,7 +168,9 @@ class History(Callback):
         done, epochs = trainer.current_epoch + 1, trainer.max_epochs or 0
         times = [float(r["seconds"]) for r in self.rows[-3:]]
         left = (epochs - done) * sum(times) / len(times)
-        shown = [f"{name.replace('_', ' ')} {values[name]:.4g}" for name in values if name != "val_images"]
+        silent = {"images", *getattr(trainer.lightning_module, "silent_figures", ())} - {self.metric}
+        names = [name for name in values if name.removeprefix("val_") not in silent]
+        shown = [f"{name.replace('_', ' ')} {values[name]:.4g}" for name in names]
         speed = f"{float(row['images_per_second']):.0f} images/s"
         self.console.print(f"epoch {done}/{epochs}  {'  '.join(shown)}  {speed}  {clock(left)} left")
         warnings: list[str] = getattr(trainer.lightning_module, "warnings", [])

@@ -215,7 +215,7 @@ def _trainer(
     keep: KeepWeights,
     strategy: Any,
 ) -> L.Trainer:
-    callbacks = [*callbacks, cb.History(run_dir, s.quiet), cb.StopOnSignal(keep)]
+    callbacks = [*callbacks, cb.History(run_dir, s.quiet, s.eval_metric), cb.StopOnSignal(keep)]
     if not s.quiet:
         callbacks += [TrainBar(), LoaderWatch()]
     if s.early_stop:
