@@ -9,14 +9,16 @@ from __future__ import annotations
 import html as html_format
 import json
 import re
+import sys
 import unicodedata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-__all__ = ["csv_cell", "html", "json_text", "markdown", "print_whole", "printable", "rich_text"]
+__all__ = ["csv_cell", "html", "json_text", "markdown", "print_whole", "printable", "rich_text", "stdout_console"]
 
 JOINERS = "\u200c\u200d"  # within words and emoji
 
@@ -43,6 +45,13 @@ def print_whole(table: Table) -> None:
     needed = Measurement.get(console, console.options.update(width=1 << 16), table).maximum
     console.width = max(console.width, needed)
     console.print(table)
+
+
+def stdout_console() -> Console:
+    """Standard output for rich: as wide as the terminal, or lines however long for what else reads them."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
 
 
 def html(value: Any) -> str:

@@ -13,7 +13,7 @@ from ..inspection.page import class_rows, fact_rows, write_page
 from ..inspection.samples import open_data
 from ..inspection.survey import survey
 from ..settings import Table
-from ..text import printable, rich_text
+from ..text import printable, rich_text, stdout_console
 
 __all__ = ["data"]
 
@@ -66,12 +66,9 @@ def data(
 
 
 def _print(found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table as Grid
 
-    console = Console(highlight=False)
-    if not sys.stdout.isatty():
-        console.width = 10_000
+    console = stdout_console()
     facts = Grid(box=None, show_header=False)
     for name, value in fact_rows(found):
         facts.add_row(name, rich_text(value))

@@ -14,9 +14,9 @@ from ..checkpoints.files import atomic_write, check_writable
 from ..data.paths import StrPath, as_text
 from ..data.sources.source import with_progress
 from ..errors import MAX_SIDE, UserError, check_range
-from ..predictor.loading import load
+from ..predictor.loading import FEW, load
 from ..report.answers import Embedding
-from ..text import csv_cell, printable, rich_text
+from ..text import csv_cell, printable, rich_text, stdout_console
 from ..vectors.file import SUFFIXES, Vectors, is_vector_file, read_vectors, write_vectors
 from ..vectors.items import Item, find_items
 from ..vectors.neighbours import Pair, duplicates, knn_accuracy, nearest
@@ -24,7 +24,6 @@ from ..weights import NOTES
 
 __all__ = ["embed"]
 
-FEW = 16  # images; for fewer, optimizing takes longer than it saves
 SHOWN = 20  # rows of a table on the screen
 
 
@@ -250,10 +249,9 @@ def _write_csv(path: Path, found: dict[str, Any]) -> None:
 
 
 def _print(found: dict[str, Any], out: StrPath | None) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = stdout_console()
     if found["errors"]:
         name, reason = next(iter(found["errors"].items()))
         print(f"{len(found['errors'])} can't be read; the first: {printable(f'{name}: {reason}')}", file=sys.stderr)
@@ -280,7 +278,5 @@ def _print(found: dict[str, Any], out: StrPath | None) -> None:
             table.add_column(head, overflow="fold")
         for row in found["search"]:
             table.add_row(f"{row['similarity']:.4f}", rich_text(row["file"]), rich_text(row["label"]))
-    if not sys.stdout.isatty():
-        console.width = 10_000
     if table.row_count:
         console.print(table)

@@ -19,7 +19,7 @@ from ..data.images import is_image_name, list_images
 from ..data.paths import StrPath, as_text, find_images
 from ..data.sources.table import ListedFiles, is_table, list_files
 from ..errors import MAX_SIDE, UserError, check_range
-from ..predictor.loading import load
+from ..predictor.loading import FEW, load
 from ..report.answers import Detections
 from ..report.dataset_writer import DatasetWriter
 from ..report.output_folder import OutputFolder
@@ -28,8 +28,6 @@ from ..text import json_text
 from ..weights import PACKAGED
 
 __all__ = ["predict"]
-
-FEW = 16  # images; for fewer, optimizing and loading kernels takes longer than it saves
 
 
 def predict(

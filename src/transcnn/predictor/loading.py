@@ -11,7 +11,9 @@ from .onnx import OnnxPredictor
 if TYPE_CHECKING:
     from .network import NetworkPredictor
 
-__all__ = ["load"]
+__all__ = ["FEW", "load"]
+
+FEW = 16  # images; for fewer, optimizing and loading kernels takes longer than it saves
 
 
 def load(
@@ -30,7 +32,7 @@ def load(
             needn't be there.
         model: The classifier that a file of weights is for which doesn't say so, such as the authors' .pth files.
         accelerator: Where the network computes: ``cpu``, ``gpu``, or ``auto`` for the GPU where there is one.
-        precision: Arithmetic: ``32``, ``bf16``, ``16`` (on a GPU), or ``auto`` for bf16 where the processor has it.
+        precision: Arithmetic: ``32``, ``bf16``, ``16`` (on a GPU), or ``auto`` for bf16 where the CPU has it.
         optimize: Run the network as :func:`transcnn.optimize` makes it: the same predictions up to rounding, several
             times as fast, after some seconds; ``model`` is then for inference alone. A network that can't be stays.
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..text import csv_cell, rich_text
+from ..text import csv_cell, rich_text, stdout_console
 
 __all__ = ["print_table", "write_csv"]
 
@@ -42,7 +41,6 @@ def write_csv(path: Path, rows: Sequence[Row], top_k: int, table: Mapping[str, S
 
 def print_table(rows: Sequence[Row], most: int = 5) -> None:
     """The rows on standard output; labels that hold come before the scores of all."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
@@ -53,10 +51,7 @@ def print_table(rows: Sequence[Row], most: int = 5) -> None:
         if "error" in row:
             text = rich_text(f"can't be read: {row['error']}", "red")
         table.add_row(rich_text(row["file"]), text)
-    console = Console(highlight=False)
-    if not sys.stdout.isatty():
-        console.width = 10_000  # one line for each image, however long, for what reads them
-    console.print(table)
+    stdout_console().print(table)
 
 
 def _words(row: Row, most: int) -> str:
