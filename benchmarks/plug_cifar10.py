@@ -9,16 +9,19 @@ Runs of that many epochs that the file of runs holds are not repeated, and one t
 
 The network is ResNet-20 of He et al., arXiv 1512.03385, section 4.2, with 1x1 convolutions in the two widening
 shortcuts. Attention inside each block (se, cbam, eca) sits before the addition, as in their papers; non-local blocks
-and H-MHSA follow whole stages. None of it sees other data or more epochs than the rest.
+and H-MHSA follow whole stages. What ends in ``_late`` is placed alike, after stages 2 and 3, by ``plug(layer=...)``.
+None of it sees other data or more epochs than the rest.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from attention_layers import BAM, SCA, botnet_attention
 from seeds import mean_and_spread, read_runs, train_or_resume, write_rows
 from timm.layers import create_attn
 from timm.models import create_model, register_model
@@ -36,11 +39,28 @@ VARIANTS: dict[str, str] = {
     "cbam": "CBAM in each block",
     "eca": "efficient channel attention in each block",
     "nonlocal": "non-local blocks after stages 2 and 3",
+    "se_late": "squeeze-and-excitation after stages 2 and 3",
+    "eca_late": "efficient channel attention after stages 2 and 3",
+    "cbam_late": "CBAM after stages 2 and 3",
+    "nonlocal_late": "non-local blocks after stages 2 and 3, plugged",
+    "botnet_late": "BoTNet's attention after stages 2 and 3",
+    "bam_late": "BAM after stages 2 and 3",
+    "sca_late": "SCA after stages 2 and 3",
     "hmhsa2": "H-MHSA of two levels after each stage",
     "hmhsa2_late": "H-MHSA of two levels after stages 2 and 3",
     "hmhsa2_inside": "H-MHSA of two levels after the first block of stages 2 and 3",
     "hmhsa2_open": "H-MHSA of two levels after stages 2 and 3, its scale 0.1 at first",
     "hmhsa3": "H-MHSA of three levels after each stage",
+}
+# Placed as H-MHSA is, by plug(layer=...): x + scale·layer(x), the scale 0 at first.
+LAYERS: dict[str, str | Callable[[int], nn.Module]] = {
+    "se_late": "se",
+    "eca_late": "eca",
+    "cbam_late": "cbam",
+    "nonlocal_late": "nl",
+    "botnet_late": lambda dim: botnet_attention(dim, {32: 16, 64: 8}[dim]),
+    "bam_late": BAM,
+    "sca_late": SCA,
 }
 COLUMNS = ["variant", "what", "params", "macs", "images_per_s", "epochs", "seeds", "top1_mean", "top1_spread"]
 
@@ -96,6 +116,8 @@ def resnet20_attention(pretrained: bool = False, variant: str = "none", **kwargs
         for name, channels in (("layer2", 32), ("layer3", 64)):
             getattr(model, name).append(create_attn("nl", channels))
     example = torch.zeros(1, *size)
+    if variant in LAYERS:
+        plug(model, STAGES[1:], layer=LAYERS[variant], example=example)
     if variant == "hmhsa2":  # by the default rule: grids of 8 and ratios 4, 2; stage 3 has 8x8 positions
         plug(model, STAGES, example=example)
     if variant == "hmhsa2_late":
