@@ -84,18 +84,18 @@ class Block(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """Three stages of three blocks of 16, 32 and 64 channels."""
+    """Three stages of three blocks of ``width`` channels, twice and four times as many."""
 
-    def __init__(self, num_classes: int = 10, in_chans: int = 3, attention: str | None = None) -> None:
+    def __init__(self, num_classes: int = 10, in_chans: int = 3, attention: str | None = None, width: int = 16) -> None:
         super().__init__()
         self.num_classes, self.in_chans = num_classes, in_chans
-        self.stem = nn.Sequential(nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-        before = 16
-        for name, after in zip(STAGES, (16, 32, 64), strict=True):
+        self.stem = nn.Sequential(nn.Conv2d(in_chans, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        before = width
+        for name, after in zip(STAGES, (width, 2 * width, 4 * width), strict=True):
             first = Block(before, after, 1 if before == after else 2, attention)
             self.add_module(name, nn.Sequential(first, *(Block(after, after, 1, attention) for _ in range(2))))
             before = after
-        self.fc = nn.Linear(64, num_classes)
+        self.fc = nn.Linear(4 * width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")

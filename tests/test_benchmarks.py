@@ -429,3 +429,23 @@ def test_images_a_second_from_file_to_prediction(tmp_path: Path, monkeypatch: py
     assert [row["way"] for row in rows][:2] == ["predict --optimize false", "predict"]
     assert len(rows) == 8
     assert all(float(row["images_per_cpu_second"]) > 0 and row["images"] == "3" for row in rows)
+
+
+# --- cifar10_peers.py ---------------------------------------------------------------------------------------------
+
+
+def test_peers_are_of_our_size(tmp_path: Path) -> None:
+    import cifar10_peers
+
+    for network in cifar10_peers.NETWORKS:
+        model = create_model("cifar10_peer", network=network, num_classes=7).eval()
+        assert sum(p.numel() for p in model.parameters()) <= 1_500_000
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    rows = [
+        {"network": "swin", "epochs": 1, "lr": lr, "seed": 0, "top1": 0.0, "train_seconds": 1.0} for lr in (0.1, 0.2)
+    ]
+    tuning = tmp_path / "tuning.csv"
+    cifar10_peers.write_rows(tuning, [{**rows[0], "val_top1": 30.5}, {**rows[1], "val_top1": 40.5}])
+    assert cifar10_peers.best_rate(tuning, "swin") == 0.2
+    with pytest.raises(SystemExit, match="run --tune first"):
+        cifar10_peers.best_rate(tuning, "resnet")

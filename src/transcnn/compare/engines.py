@@ -131,11 +131,12 @@ def prepare_training(model: nn.Module, dtype: str, channels_last: bool = True, a
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def run(images: Tensor) -> Tensor:
-        labels = torch.arange(len(images), device=images.device)
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with _autocast(images, dtype):
-            loss = nn.functional.cross_entropy(model(images).float(), labels)
+            logits = model(images).float()
+            labels = torch.arange(len(images), device=images.device) % logits.shape[1]
+            loss = nn.functional.cross_entropy(logits, labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
