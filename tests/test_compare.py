@@ -188,6 +188,16 @@ def test_other_engines_agree(engine):
     assert float((answer - expected).norm() / expected.norm()) <= 1e-5
 
 
+@torch.no_grad()
+def test_openvino_computes_in_bf16():
+    """Which it refused where one channel is pooled."""
+    pytest.importorskip("openvino")
+    model, x = build("transcnn_test", 32), torch.randn(2, 3, 31, 33)
+    expected = model(x)
+    answer = prepare("openvino", model, "bf16", x)(x)
+    assert float((answer - expected).norm() / expected.norm()) <= 5e-2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -134,11 +134,12 @@ def inverted_residual(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [3, 5, 7])
 def test_inverted_residual_of_every_size(size, dtype):
-    module, exact = inverted_residual(32, 96, 64, size, dtype)
+    channels, outputs = {3: (48, 64), 5: (32, 240), 7: (32, 64)}[size]
+    module, exact = inverted_residual(channels, 96, outputs, size, dtype)
     maps = [(1, 1), (1, 9), (11, 1), (2, 3), (3, 7), (8, 8), (6, 17), (75, 5), (2, 131), (5, 257)]
     for batch, (height, width) in enumerate(maps, start=1):
-        x = torch.randn(1 + batch % 3, height, width, 32).to(dtype)
-        residual = torch.randn(*x.shape[:3], 64).to(dtype) if batch % 2 else None
+        x = torch.randn(1 + batch % 3, height, width, channels).to(dtype)
+        residual = torch.randn(*x.shape[:3], outputs).to(dtype) if batch % 2 else None
         compare(module, exact, x, residual, kernel="inverted_residual")
 
 
@@ -314,8 +315,8 @@ def local_attention(x, normed, qkv, scale, head_dim, size) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 128, 256])
 def test_attention_inside_grids(head_dim, dtype):
-    if head_dim % (16 if dtype == torch.float32 else 32):
-        pytest.skip("bf16 takes 32 channels at a time")
+    if head_dim < 32 and dtype == torch.bfloat16:
+        pytest.skip("bf16 sums over 32 channels at least")
     channels = head_dim * (1 if head_dim > 64 else 3)
     sizes = [(1, (3, 5)), (7, (15, 9)), (8, (8, 16)), (8, (3, 5)), (14, (15, 29)), (20, (21, 25)), (20, (1, 1))]
     for i, (size, (height, width)) in enumerate(sizes):
@@ -403,7 +404,7 @@ def global_attention(own, residual, q, kv, proj, further, head_dim) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 31, 32, 33, 256, 257, 700])
 def test_attention_to_tokens(tokens, dtype):
-    head_dims = [16, 32, 48, 64, 128, 256] if dtype == torch.float32 else [32, 64, 128, 256]
+    head_dims = [16, 32, 48, 64, 128, 256][dtype == torch.bfloat16 :]
     for i, head_dim in enumerate(head_dims):
         channels = head_dim * (1 if head_dim > 64 else 2)
         height, width = [(1, 1), (1, 9), (13, 5), (8, 8), (7, 19)][i % 5]
@@ -555,7 +556,7 @@ def fast_downsample(layers: DualDownsample) -> FastDualDownsample:
 def test_downsample(dtype):
     maps = [(1, 1), (1, 8), (7, 1), (2, 3), (16, 12), (13, 131), (4, 270)]
     for i, (height, width) in enumerate(maps):
-        channels, outputs = (64, 96) if i % 2 else (32, 48 if dtype == torch.float32 else 64)
+        channels, outputs = (48, 96) if i % 2 else (32, 48)
         layers = dual_downsample(channels, outputs, nn.SiLU(), dtype)
         x = torch.randn(1 + i % 3, channels, height, width).to(dtype).to(memory_format=torch.channels_last)
         fast = fast_downsample(layers)
@@ -950,32 +951,40 @@ def test_another_compiler_flag_or_source_makes_another_library(tmp_path, monkeyp
 
 
 @has_compiler
-@pytest.mark.parametrize(("kind", "needs"), [("x86-64-v3", "avx2 fma"), ("cooperlake", "avx512_bf16")])
+@pytest.mark.parametrize(
+    ("kind", "needs"), [("x86-64-v3", "avx2 fma"), ("cooperlake", "avx512_bf16"), ("amx", "avx512_bf16")]
+)
 @torch.no_grad()
 def test_what_is_compiled_for_other_cpus(kind, needs, anew, monkeypatch, tmp_path):
+    """For AMX with its tiles computed by tests/amx.h, so on other CPUs, too."""
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     if not set(needs.split()) <= set(flags):
         pytest.skip(f"this CPU can't run what is compiled for {kind}")
     monkeypatch.delenv("TRANSCNN_NATIVE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(build, "FLAGS", ["-O0", f"-march={kind}", *build.FLAGS[2:]])
+    flags = [f"-march={kind}"]
+    if kind == "amx":
+        flags = ["-march=cooperlake", "-D__AMX_BF16__", "-include", str(Path(__file__).with_name("amx.h"))]
+    monkeypatch.setattr(build, "FLAGS", ["-O0", *flags, *build.FLAGS[2:]])
     monkeypatch.setattr(build, "TIME_LIMIT", 600)  # on a busy machine
     assert build.library() is not None
     assert Path(build.library()._name).parent == tmp_path / "transcnn"
-    assert support.supports(torch.bfloat16) is (kind == "cooperlake")
+    assert support.supports(torch.bfloat16) is (kind != "x86-64-v3")
     for dtype in (torch.float32, torch.bfloat16)[: 1 + support.supports(torch.bfloat16)]:
-        module, exact = inverted_residual(32, 80, 64, 5, dtype)
-        for shape in ((2, 7, 9), (1, 1, 1), (1, 1, 5)):
-            compare(module, exact, torch.randn(*shape, 32).to(dtype), kernel="inverted_residual")
+        for channels in (32, 48):
+            module, exact = inverted_residual(channels, 80, 64, 5, dtype)
+            for shape in ((2, 7, 9), (1, 1, 1), (1, 1, 5)):
+                compare(module, exact, torch.randn(*shape, channels).to(dtype), kernel="inverted_residual")
         layers = stem(3, 16, 64, (2, 2), dtype)
         compare(FastStem(layers), copy.deepcopy(layers).double(), torch.randn(1, 3, 19, 30).to(dtype), kernel="stem")
         layers = dual_downsample(32, 64, nn.SiLU(), dtype)
         x = torch.randn(1, 32, 9, 11).to(dtype)
         assert error(fast_downsample(layers)(x), layers.double()(x.double())) <= BOUNDS[dtype]
-        x = torch.randn(1, 9, 13, 64).to(dtype)
-        qkv = queries_first(weights(192, 64, dtype), 32)
-        out = local_attention(x, x, qkv, None, 32, 8)
-        assert error(out, exact_local(x, x, qkv, None, 32, 8)) <= BOUNDS[dtype]
+        for size, shape, head_dim in ((8, (9, 13, 96), 48), (1, (1, 2, 528), 48), (8, (9, 13, 64), 32)):
+            x = torch.randn(1, *shape).to(dtype)
+            qkv = queries_first(weights(3 * shape[-1], shape[-1], dtype), head_dim)
+            out = local_attention(x, x, qkv, None, head_dim, size)
+            assert error(out, exact_local(x, x, qkv, None, head_dim, size)) <= BOUNDS[dtype]
         kv, proj, q = torch.randn(1, 270, 128).to(dtype), weights(64, 64, dtype), (qkv[0][:64], qkv[1][:64])
         exact = exact_global(x, x, q, kv, proj, [], 32)
         assert error(global_attention(x.clone(), x, q, kv, proj, [], 32), exact) <= BOUNDS[dtype]
@@ -1166,8 +1175,10 @@ def test_fits():
     assert not dispatch.fits_cpu(x[:0])
     assert not dispatch.fits_cpu(x.to("meta"))
     if support.supports(torch.bfloat16):
-        assert dispatch.fits_cpu(x.bfloat16(), 32, 64)
-        assert not dispatch.fits_cpu(x.bfloat16(), 48)
+        assert dispatch.fits_cpu(x.bfloat16(), 32, 48, 64)
+        assert not dispatch.fits_cpu(x.bfloat16(), 16)
+        assert not dispatch.fits_cpu(x.bfloat16(), 40)
+        assert dispatch.fits_cpu(x.bfloat16(), 16, gemm=False)
 
     class Own(Tensor):
         pass

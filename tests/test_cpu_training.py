@@ -164,7 +164,7 @@ def test_both_steps_of_attention(dim, head_dim, grids, ratios, batch, height, wi
     plain = randomise(transcnn.HMHSA(dim, head_dim=head_dim, grid_sizes=grids, pool_ratios=ratios, norm_layer=norm))
     ours = accelerate_training(copy.deepcopy(plain))
     check(plain, ours, (batch, dim, height, width), kind)
-    if kind == "fp32" or head_dim % 32 == 0:
+    if kind == "fp32" or head_dim >= 32:
         assert kernels.count("grid_forward") == kernels.count("grid_backward") == len(grids)
         assert kernels.count("global_forward") == kernels.count("global_backward") == 1
     else:

@@ -329,7 +329,8 @@ def _average_padded(x: Tensor, ratios: tuple[int, ...]) -> Tensor:
     def average(x: Tensor) -> Tensor:
         return F.avg_pool2d(F.pad(x, (0, beside, 0, below)), ratios, ratios)
 
-    return average(x) / average(x.new_ones(1, 1, *x.shape[2:]))  # by how much of a patch is real
+    ones = x.new_ones(1, 16, *x.shape[2:])  # OpenVINO doesn't pool a single channel in bf16
+    return average(x) / average(ones)[:, :1]  # by how much of a patch is real
 
 
 def merge_real(x: Tensor, ratio: Size, mask: Tensor) -> tuple[Tensor, Tensor]:

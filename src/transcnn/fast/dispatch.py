@@ -70,13 +70,13 @@ def to_nchw(x: Tensor) -> Tensor:
 def fits_cpu(x: Tensor, *channels: int, gemm: bool = True) -> bool:
     """Whether the C++ kernels run on tensors like this one, and on maps and heads of so many channels each.
 
-    Kernels without matrix products (``gemm=False``) take 16 channels at a time in bf16, too.
+    They take 16 channels at a time, in bf16 at least 32, but for kernels without matrix products (``gemm=False``).
     """
     if not eager_cpu(x):  # first of all: torch.compile would stumble over what follows
         return False
-    multiple = 32 if gemm and x.dtype == torch.bfloat16 else 16
+    least = 32 if gemm and x.dtype == torch.bfloat16 else 16
     plain = type(x) in (Tensor, nn.Parameter) and x.numel() > 0 and x.layout == torch.strided and not x.is_neg()
-    return plain and not traced() and not any(n % multiple for n in channels) and support.supports(x.dtype)
+    return plain and not traced() and not any(n % 16 or n < least for n in channels) and support.supports(x.dtype)
 
 
 # --- Triton kernels on a GPU ------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ __all__ = [
     "call",
     "check",
     "check_memory",
+    "depth_fits",
     "heads_fit",
     "optional",
     "require",
@@ -94,12 +95,12 @@ def optional(name: str, x: Tensor | None, dtype: torch.dtype, shape: tuple[int, 
 
 def heads_fit(channels: int, head_dim: int, dtype: torch.dtype) -> bool:
     """Whether attention kernels take heads of this size."""
-    return 0 < head_dim <= MAX_HEAD_DIM and channels % head_dim == head_dim % multiple_of(dtype) == 0
+    return 0 < head_dim <= MAX_HEAD_DIM and channels % head_dim == 0 and depth_fits(head_dim, dtype)
 
 
-def multiple_of(dtype: torch.dtype) -> int:
-    """What the number of channels must be a multiple of in kernels with matrix products."""
-    return 16 if dtype == FP32 else 32
+def depth_fits(channels: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels' matrix products sum over so many channels, in bf16 at least AMX's 32 at a time."""
+    return channels % 16 == 0 and channels >= (16 if dtype == FP32 else 32)
 
 
 def round_up(n: int, multiple: int = PANEL) -> int:

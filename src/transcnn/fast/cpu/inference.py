@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import call as cpu
-from .call import FP32, KERNEL_SIZES, PANEL, Checked, heads_fit, multiple_of, optional, require, round_up
+from .call import FP32, KERNEL_SIZES, PANEL, Checked, depth_fits, heads_fit, optional, require, round_up
 
 __all__ = [
     "Packed",
@@ -107,8 +107,8 @@ def inverted_residual(
         out = x.new_empty(batch, height, width, len(project[1]))
     residual = None if residual is None else residual.to(x.dtype).contiguous()
     outputs, dtype = out.shape[3], x.dtype
-    shape, multiple = (batch, height, width, outputs), multiple_of(dtype)
-    fits = size in KERNEL_SIZES and channels % multiple == outputs % multiple == 0
+    shape = (batch, height, width, outputs)
+    fits = size in KERNEL_SIZES and depth_fits(channels, dtype) and outputs % 16 == 0
     require(fits, "inverted_residual", channels, outputs, size)
     cpu.call(
         "inverted_residual",
@@ -163,7 +163,7 @@ def downsample(x: Tensor, y: Tensor, matrix: Affine) -> Tensor:
     x, y = x.contiguous(), y.contiguous()
     batch, height, width, channels = x.shape
     outputs, dtype = y.shape[-1], x.dtype
-    require(channels % multiple_of(dtype) == outputs % 16 == 0, "downsample", channels, outputs)
+    require(depth_fits(channels, dtype) and outputs % 16 == 0, "downsample", channels, outputs)
     cpu.call(
         "downsample",
         dtype,

@@ -3,6 +3,8 @@
 // A panel of an (n, k) weight matrix is 32 of its rows (zeros beyond n), transposed to (k, 32); in bf16 to (k / 2, 32, 2), the
 // layout of AMX and AVX512_BF16.
 //
+// k is a multiple of 16, in bf16 at least 32: AMX takes 32 at a time.
+//
 // The product is computed tile by tile, and each tile (ROWS x 32 sums in fp32) is passed to ``take`` while it is in the L1
 // cache: the epilogue (bias, activation, residual, rounding).
 
@@ -20,10 +22,13 @@ template <class Own, class T>
 struct InRegisters {
     static constexpr long ROWS = 12;  // of a tile at most
     struct Session {};
+    struct Tail {
+        Tail(const T*, long) {}
+    };
 
     static long fitting(long rows) { return rows > 8 ? 12 : rows > 4 ? 8 : 4; }
 
-    static void multiply(long rows, const T* a, long lda, const T* panel, long k, float* c) {
+    static void multiply(long rows, const T* a, long lda, const T* panel, const Tail&, long k, float* c) {
         if (rows == 12) return Own::template multiply_rows<12>(a, lda, panel, k, c);
         if (rows == 8) return Own::template multiply_rows<8>(a, lda, panel, k, c);
         Own::template multiply_rows<4>(a, lda, panel, k, c);
@@ -58,7 +63,7 @@ struct Tile<float> : InRegisters<Tile<float>, float> {
 
 template <>
 struct Tile<bf16> {
-    static constexpr long ROWS = 32, DEPTH = 32;  // rows of a tile at most; what k must be a multiple of
+    static constexpr long ROWS = 32, DEPTH = 32;  // of a tile at most
 
     // Configures the AMX tiles, and restores the configuration afterwards: oneDNN uses them, too.
     struct Session {
@@ -82,16 +87,28 @@ struct Tile<bf16> {
         }
     };
 
+    // The last 32 of k, of which the first 16 are zeros: where k is an odd multiple of 16 the last step overlaps the one before.
+    struct Tail {
+        alignas(64) bf16 panel[DEPTH * PANEL];
+        Tail(const bf16* whole, long k) {
+            if (k % DEPTH == 0) return;
+            std::memset(panel, 0, sizeof panel / 2);
+            std::memcpy(panel + sizeof panel / sizeof(bf16) / 2, whole + (k - DEPTH / 2) * PANEL, sizeof panel / 2);
+        }
+    };
+
     static long fitting(long rows) { return rows > 16 ? 32 : 16; }
 
-    static void multiply(long rows, const bf16* a, long lda, const bf16* panel, long k, float* c) {
+    static void multiply(long rows, const bf16* a, long lda, const bf16* panel, const Tail& tail, long k, float* c) {
         _tile_zero(0);
         _tile_zero(1);
         if (rows == 16) {
             for (long i = 0; i < k; i += DEPTH) {
-                _tile_loadd(4, a + i, lda * 2);
-                _tile_loadd(6, panel + i * PANEL, 4 * PANEL);
-                _tile_loadd(7, panel + i * PANEL + PANEL, 4 * PANEL);
+                const bool over = i + DEPTH > k;
+                const bf16 *left = a + (over ? k - DEPTH : i), *right = over ? tail.panel : panel + i * PANEL;
+                _tile_loadd(4, left, lda * 2);
+                _tile_loadd(6, right, 4 * PANEL);
+                _tile_loadd(7, right + PANEL, 4 * PANEL);
                 _tile_dpbf16ps(0, 4, 6);
                 _tile_dpbf16ps(1, 4, 7);
             }
@@ -102,12 +119,14 @@ struct Tile<bf16> {
         _tile_zero(2);
         _tile_zero(3);
         for (long i = 0; i < k; i += DEPTH) {
-            _tile_loadd(4, a + i, lda * 2);
-            _tile_loadd(6, panel + i * PANEL, 4 * PANEL);
-            _tile_loadd(7, panel + i * PANEL + PANEL, 4 * PANEL);
+            const bool over = i + DEPTH > k;
+            const bf16 *left = a + (over ? k - DEPTH : i), *right = over ? tail.panel : panel + i * PANEL;
+            _tile_loadd(4, left, lda * 2);
+            _tile_loadd(6, right, 4 * PANEL);
+            _tile_loadd(7, right + PANEL, 4 * PANEL);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, a + 16 * lda + i, lda * 2);
+            _tile_loadd(5, left + 16 * lda, lda * 2);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
@@ -155,10 +174,11 @@ void multiply_few(long rows, const T* a, long lda, long m, const T* panel, long 
     constexpr long CHUNK = 512;
     alignas(64) T filled[Tile<T>::ROWS * CHUNK] = {};
     alignas(64) float sum[Tile<T>::ROWS * PANEL];
-    for (long first = 0; first < k; first += CHUNK) {
-        const long part = k - first < CHUNK ? k - first : CHUNK;
+    for (long first = 0, part; first < k; first += part) {
+        part = k - first < CHUNK ? k - first : k - first - CHUNK == 16 ? CHUNK - 16 : CHUNK;  // none is of 16 alone
         for (long i = 0; i < m; i++) std::memcpy(filled + i * CHUNK, a + i * lda + first, part * sizeof(T));
-        Tile<T>::multiply(rows, filled, CHUNK, panel + first * PANEL, part, first ? sum : c);
+        const T* own = panel + first * PANEL;
+        Tile<T>::multiply(rows, filled, CHUNK, own, typename Tile<T>::Tail(own, part), part, first ? sum : c);
         for (long i = 0; first && i < rows * PANEL; i += LANES) store(c + i, load(c + i) + load(sum + i));
     }
 }
@@ -170,12 +190,13 @@ inline void multiply(const T* a, long lda, long m, const T* panels, long depth, 
     alignas(64) float c[Tile<T>::ROWS * PANEL];
     for (long column = 0; column < n; column += PANEL) {
         const T* panel = panels + column * depth;
+        const typename Tile<T>::Tail tail(panel, k);
         const long columns = n - column < PANEL ? n - column : PANEL;
         for (long row = 0; row < m;) {
             const long rows = Tile<T>::fitting(m - row), fresh = m - row < rows ? m - row : rows;
             const long start = row + fresh - rows;  // the last tile overlaps the one before
             if (start >= 0)
-                Tile<T>::multiply(rows, a + start * lda, lda, panel, k, c);
+                Tile<T>::multiply(rows, a + start * lda, lda, panel, tail, k, c);
             else
                 multiply_few(rows, a, lda, m, panel, k, c);
             take(row, fresh, column, columns, start >= 0 ? c + (rows - fresh) * PANEL : c);
