@@ -16,9 +16,10 @@ from functools import cache
 from typing import Any
 
 from .errors import UserError
+from .imports import gc_paused
 from .text import printable
 
-__all__ = ["COMMANDS", "load_command", "main", "parse"]
+__all__ = ["COMMANDS", "ENVIRONMENT", "load_command", "main", "parse"]
 
 COMMANDS = {
     "models": ("transcnn.commands.models:models", "names, parameters, multiply-adds, accuracy of the networks"),
@@ -35,11 +36,19 @@ COMMANDS = {
     "demo": ("transcnn.commands.demo:demo", "a page in the browser: predictions, and where any spot looks"),
 }
 
+ENVIRONMENT = {
+    # Read by PyTorch at its first large tensor: pages of 2 MiB where the kernel has them, a few per cent of a step.
+    "THP_MEM_ALLOC_ENABLE": "1",
+    # Read by GNU OpenMP: a thread that waits for others gives its core away after some 0.1 ms instead of 5. Where
+    # readers of images or other programs want the core the time is theirs; PyTorch has its next operation sooner.
+    "GOMP_SPINCOUNT": "5000",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 or 2 for what the user can mend, 130 after Ctrl-C."""
-    # Read by PyTorch at its first large tensor: pages of 2 MiB where the kernel has them, a few per cent of a step.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that the terminal's encoding lacks ends no command
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -106,7 +115,8 @@ def load_command(name: str) -> Callable[..., Any]:
     """The function of a command."""
     module, function = COMMANDS[name][0].split(":")
     try:
-        return getattr(importlib.import_module(module), function)
+        with gc_paused():
+            return getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("transcnn"):
             raise

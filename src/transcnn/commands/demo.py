@@ -14,6 +14,7 @@ from ..data.paths import StrPath
 from ..demo.guard import Limits
 from ..demo.server import serve
 from ..errors import MAX_SIDE, UserError, check_range, require
+from ..imports import gc_paused
 from ..text import printable
 from ..weights import PACKAGED
 
@@ -64,10 +65,11 @@ def demo(
     check_range(1, MAX_SIDE, img_size=img_size)
     if port is not None and not 0 < port < 65536:
         raise UserError(f"port must be from 1 to 65535, got {port}")
-    require("gradio", "demo")
-    from ..checkpoints.loading import load
-    from ..checkpoints.memory import check_forward
-    from ..distributed.runtime import check_accelerator, quiet_libraries
+    with gc_paused():
+        require("gradio", "demo")
+        from ..checkpoints.loading import load
+        from ..checkpoints.memory import check_forward
+        from ..distributed.runtime import check_accelerator, quiet_libraries
 
     check_accelerator(accelerator)
     with quiet_libraries():

@@ -14,6 +14,7 @@ from ..checkpoints.files import atomic_write, check_writable
 from ..data.paths import StrPath, as_text
 from ..data.sources.source import with_progress
 from ..errors import MAX_SIDE, UserError, check_range
+from ..imports import gc_paused
 from ..predictor.loading import FEW, load
 from ..report.answers import Embedding
 from ..text import csv_cell, printable, rich_text, stdout_console
@@ -203,7 +204,8 @@ class _Network:
         if not self.name:
             raise UserError(f"{self.path} doesn't say which network on this machine made it: name it before the file")
         accelerator, precision = self.accelerator, self.precision
-        predictor = load(self.name, self.model, accelerator=accelerator, precision=precision, optimize=optimize)
+        with gc_paused():
+            predictor = load(self.name, self.model, accelerator=accelerator, precision=precision, optimize=optimize)
         predictor.resize_input(self.img_size)
         if predictor.model is not None:  # not an ONNX file, for which torch needn't be there
             from ..checkpoints.memory import check_forward

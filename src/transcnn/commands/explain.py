@@ -8,6 +8,7 @@ from ..checkpoints.files import check_writable
 from ..data.images import BrokenImage, read_image
 from ..data.paths import StrPath, as_text
 from ..errors import MAX_SIDE, UserError, check_range, require
+from ..imports import gc_paused
 from ..text import printable
 
 __all__ = ["explain"]
@@ -47,12 +48,13 @@ def explain(
     check_range(0, head=head)
     check_range(1, MAX_SIDE, img_size=img_size)
     require("matplotlib", "train")
-    from ..checkpoints.loading import load  # not before the words of the command line are known to be right
-    from ..checkpoints.memory import check_forward
-    from ..distributed.runtime import quiet_libraries
-    from ..explain.figure import draw
-    from ..explain.image import explain_image
-    from ..report.plots import save_figure, style
+    with gc_paused():  # not before the words of the command line are known to be right
+        from ..checkpoints.loading import load
+        from ..checkpoints.memory import check_forward
+        from ..distributed.runtime import quiet_libraries
+        from ..explain.figure import draw
+        from ..explain.image import explain_image
+        from ..report.plots import save_figure, style
 
     target = Path(out) if out else Path(f"{Path(image).stem}_explain.png")
     if target.suffix.lower() not in (".png", ".pdf", ".svg"):

@@ -19,6 +19,7 @@ from ..data.images import is_image_name, list_images
 from ..data.paths import StrPath, as_text, find_images
 from ..data.sources.table import ListedFiles, is_table, list_files
 from ..errors import MAX_SIDE, UserError, check_range
+from ..imports import gc_paused
 from ..predictor.loading import FEW, load
 from ..report.answers import Detections
 from ..report.dataset_writer import DatasetWriter
@@ -100,7 +101,8 @@ def predict(
     if csv:
         check_writable(Path(csv), [*files, *names])
     fast = optimize and len(files) >= FEW
-    predictor = load(checkpoint, model, accelerator=accelerator, precision=precision, optimize=fast)
+    with gc_paused():
+        predictor = load(checkpoint, model, accelerator=accelerator, precision=precision, optimize=fast)
     if checkpoint == PACKAGED and not quiet:
         known = ", ".join(predictor.class_names)
         print(f"The packaged network knows ten classes: {known}.", file=sys.stderr)

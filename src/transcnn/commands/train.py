@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.paths import check_data_exists
+from ..imports import gc_paused
 from ..settings import TrainSettings, takes_settings
 from ..training.check import check_meant
 
@@ -38,12 +39,13 @@ def train(settings: TrainSettings) -> TrainResult:
     if not settings.dry_run:
         check_data_exists(settings.data)
     # Importing these takes seconds; what is wrong with the words of a command is said before.
-    from ..distributed.processes import first_decides, launch
-    from ..distributed.runtime import lasting_output, quiet_libraries
-    from ..training.faults import Rollback
-    from ..training.resume import check_seen_by_all, find_resumed, find_start, located, resumed_settings
-    from ..training.run import run
-    from ..training.run_dir import RunLock
+    with gc_paused():
+        from ..distributed.processes import first_decides, launch
+        from ..distributed.runtime import lasting_output, quiet_libraries
+        from ..training.faults import Rollback
+        from ..training.resume import check_seen_by_all, find_resumed, find_start, located, resumed_settings
+        from ..training.run import run
+        from ..training.run_dir import RunLock
 
     with lasting_output(), quiet_libraries(), RunLock() as lock:
         launch(settings.accelerator, settings.devices, settings.num_nodes)

@@ -31,6 +31,8 @@ def open_session(model: str | bytes, title: str, accelerator: str, threads: int 
     ort = require("onnxruntime", "export")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    # A thread that waits for work by spinning takes its core from those that read images: half of all CPU time, else.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3  # errors; failures are raised anyway
     try:
         found = _providers(ort, accelerator)
