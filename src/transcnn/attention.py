@@ -209,8 +209,10 @@ class LocalStep(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, C, *S) -> (B, C, *S), given which positions are real, (B, 1, *S)."""
         mask = unless_traced(mask)
-        qkv = self.qkv(normalise(self.norm, x, mask))
-        out = grid_attention(qkv, self.head_dim, self.grid_size, self.fused_attn, mask)
+        # Not named here, so that grid_attention can free it: it is the largest tensor of all.
+        out = grid_attention(
+            self.qkv(normalise(self.norm, x, mask)), self.head_dim, self.grid_size, self.fused_attn, mask
+        )
         return normalise(self.grid_norm, x + out, mask)
 
 
@@ -220,6 +222,8 @@ def grid_attention(
     """Multi-head attention inside each grid, (B, 3C, *S) -> (B, C, *S); ``mask`` as :class:`HMHSA` takes it."""
     batch, channels, *sides = qkv.shape
     tokens, keys = cut_into_grids(qkv, grid_size, mask)  # (B·G, N, 3C), (B·G, 1, 1, N)
+    tokens = _side_by_side(tokens)
+    del qkv
     tokens = tokens.unflatten(2, (3, channels // 3 // head_dim, head_dim))  # (B·G, N, 3, h, d)
     q, k, v = tokens.permute(2, 0, 3, 1, 4)  # (B·G, h, N, d) each
     out = attend(q, k, v, keys if mask is None else never_none(keys), fused)
@@ -238,8 +242,8 @@ def global_attention(
         return x.flatten(2).unflatten(1, (-1, head_dim)).transpose(2, 3)  # (B, h, N, d)
 
     keys = None if mask is None else never_none(mask.flatten(2)[:, :, None])  # (B, 1, 1, M)
-    out = attend(split(q), split(k), split(v), keys, fused)  # (B, h, N, d)
-    return out.transpose(2, 3).reshape(q.shape)
+    out = attend(split(q), split(k), split(v), keys, fused).transpose(2, 3)  # (B, h, d, N)
+    return (out if q.stride(1) == 1 else out.contiguous()).reshape(q.shape)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, fused: bool = True) -> Tensor:
@@ -250,7 +254,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, fused: b
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         return scores.softmax(dim=-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return F.scaled_dot_product_attention(*map(_side_by_side, (q, k, v)), attn_mask=mask)
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """The channels of each position, (..., N, C), one after the other: else no fused kernel runs, and scores are kept."""
+    return x if torch.compiler.is_exporting() or x.stride(-1) == 1 else x.contiguous()
 
 
 def cut_into_grids(x: Tensor, size: Size, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
