@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,6 +152,34 @@ def cost() -> Figure:
     return figure
 
 
+def dimensions_cost() -> Figure:
+    """Time and memory of one H-MHSA for each position, as results/dimensions_cost.csv has them."""
+    with (Path(__file__).parent.parent / "results" / "dimensions_cost.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["channels"] == "32"]
+    figure = new_figure(9.6, 4)
+    panels = (
+        ("ns a position", "Nanoseconds of computing for each position"),
+        ("bytes a position", "Bytes of memory for each position"),
+    )
+    for axes, (column, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        for ndim, dashes in ((1, "-"), (3, "--")):
+            for name, colour in (("H-MHSA", BLUE), ("plain attention", ORANGE)):
+                chosen = [r for r in rows if r["size"].count("x") == ndim - 1]
+                chosen = [r for r in chosen if (r["attention"] == "plain") == (colour == ORANGE)]
+                x, y = ([float(r[c]) for r in chosen] for c in ("positions", column))
+                axes.plot(x, y, dashes, marker="o", markersize=4, color=colour, label=f"{name}, {ndim}-D")
+        axes.set(xscale="log", xlabel="Positions", title=title)
+        axes.set_xticks([2**n for n in range(12, 23, 2)], ["4 k", "16 k", "64 k", "256 k", "1 M", "4 M"])
+        if column == "ns a position":
+            axes.set(yscale="log")
+            axes.set_yticks([1e3, 1e4, 6e4], ["1,000", "10,000", "60,000"])
+        else:
+            axes.set(ylim=(0, None))
+        axes.minorticks_off()
+    axes.legend(frameon=False)
+    return figure
+
+
 def pyramid() -> Figure:
     """The four stages of transcnn_tiny for an image of 256x256: sizes, channels and blocks."""
     stages = [("image", 256, 3, ""), ("stem", 64, 64, "2 strided\nconvolutions")]
@@ -291,6 +320,7 @@ FIGURES = {
     "hmhsa.png": hmhsa,
     "attention.png": attention,
     "cost.png": cost,
+    "dimensions_cost.png": dimensions_cost,
     "pyramid.png": pyramid,
     "architecture.png": architecture,
 }

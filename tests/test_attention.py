@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import reference
 from transcnn import HMHSA, HMHSA1d, HMHSA2d, HMHSA3d
@@ -241,6 +243,30 @@ def test_lower_precision_is_finite_and_near(norm, dtype, tolerance, ndim, masked
     whole = copy.deepcopy(exact).to(dtype)(x.to(dtype), mask)  # without autocast
     assert whole.dtype == dtype
     assert relative_error(whole.double(), expected) <= 2 * tolerance
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.largest = max(self.largest, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)), 0)
+        return out
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("ndim", CLASSES)
+def test_no_scores_are_kept(ndim, masked):
+    """Nothing is larger than q, k and v together; scores of each position and 64 keys would be."""
+    sizes = {1: (16,), 2: (4,), 3: (4,)}[ndim]
+    module = make(ndim=ndim, dtype=torch.float32, norm="group", training=True, grid_sizes=sizes, pool_ratios=sizes)
+    x = torch.randn(1, 8, *{1: (1024,), 2: (32, 32), 3: (16, 16, 16)}[ndim], requires_grad=True)
+    mask = torch.rand(1, 1, *x.shape[2:]) < 0.9 if masked else None
+    with Largest() as made:
+        module(x, mask).square().sum().backward()
+    assert made.largest == 3 * x.numel()
 
 
 def test_nothing_that_depends_on_sizes_is_kept():

@@ -258,7 +258,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, fused: b
 
 
 def _side_by_side(x: Tensor) -> Tensor:
-    """The channels of each position, (..., N, C), one after the other: else no fused kernel runs, and scores are kept."""
+    """The channels of each position, (..., N, C), in a row: else no fused kernel runs, and all scores are kept."""
     return x if torch.compiler.is_exporting() or x.stride(-1) == 1 else x.contiguous()
 
 
