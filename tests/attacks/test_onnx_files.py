@@ -13,6 +13,7 @@ from refusal import refused
 
 import fuzz
 from transcnn.checkpoints import available
+from transcnn.commands.embed import embed
 from transcnn.commands.predict import predict
 from transcnn.onnx.predict import OnnxModel
 
@@ -69,6 +70,7 @@ def test_images_that_no_memory_holds(monkeypatch):
     write(CLASSIFY, data_config={**fuzz.CONFIG, "input_size": [3, 8192, 8192]})
     monkeypatch.setattr(available, "available_bytes", lambda: 2 << 30)
     refused(look, "as it asks for, take 2.2 GiB of memory")
+    refused(lambda: embed("x.onnx", ["x.png"], out="x.npy", quiet=True), "as it asks for, take 2.2 GiB of memory")
 
 
 @pytest.mark.parametrize("seed", [CLASSIFY, SEGMENT, DETECT])

@@ -207,10 +207,7 @@ class _Network:
         with gc_paused():
             predictor = load(self.name, self.model, accelerator=accelerator, precision=precision, optimize=optimize)
         predictor.resize_input(self.img_size)
-        if predictor.model is not None:  # not an ONNX file, for which torch needn't be there
-            from ..checkpoints.memory import check_forward
-
-            check_forward(predictor, images, chosen=self.chosen)  # pyright: ignore
+        predictor.check_memory(images, chosen=self.chosen)
         return predictor
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..checkpoints.arguments import DENSE
-from ..checkpoints.available import check_inputs
 from ..checkpoints.files import atomic_write, check_writable
 from ..data.images import is_image_name, list_images
 from ..data.paths import StrPath, as_text, find_images
@@ -107,12 +106,7 @@ def predict(
         known = ", ".join(predictor.class_names)
         print(f"The packaged network knows ten classes: {known}.", file=sys.stderr)
     predictor.resize_input(img_size)
-    at_once = 1 if predictor.task in DENSE else min(batch_size, len(files))
-    check_inputs(predictor, at_once)
-    if predictor.model is not None:  # not an ONNX file, for which torch needn't be there
-        from ..checkpoints.memory import check_forward
-
-        check_forward(predictor, at_once, chosen=img_size is not None)  # pyright: ignore
+    predictor.check_memory(min(batch_size, len(files)), chosen=img_size is not None)
     predictor.check_min_score(min_score)
     dense = predictor.task in DENSE
     writer = _dataset_writer(predictor, Path(out), format)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from ..checkpoints.arguments import DENSE
+from ..checkpoints.available import check_inputs
 from ..data.images import BrokenImage
 from ..data.inputs import ImageInput, input_name, is_one_image, one_by_one, read_input
 from ..data.loading.read_ahead import read_ahead
@@ -89,10 +90,8 @@ class Predictor(ABC):
         """
         check_range(1, batch_size=batch_size, top_k=top_k)
         self.check_min_score(min_score)
-        dense = self.task in DENSE
         make_input, predict_inputs = self._steps(top_k)
-        # Whole photographs take memory, and go one by one anyway.
-        for prediction in self._in_batches(images, 1 if dense else batch_size, make_input, predict_inputs):
+        for prediction in self._in_batches(images, self._at_once(batch_size), make_input, predict_inputs):
             yield prediction.from_score(min_score) if isinstance(prediction, Detections) else prediction
 
     def embed(
@@ -133,7 +132,7 @@ class Predictor(ABC):
         """The same for many images one after another, with few of them in memory."""
         check_range(1, batch_size=batch_size)
         make_input, embed_inputs = self._embed_steps(layer)
-        for found in self._in_batches(images, 1 if self.task in DENSE else batch_size, make_input, embed_inputs):
+        for found in self._in_batches(images, self._at_once(batch_size), make_input, embed_inputs):
             yield found.normalized() if normalize and isinstance(found, Embedding) else found
 
     @abstractmethod
@@ -147,6 +146,22 @@ class Predictor(ABC):
     @abstractmethod
     def _embed_steps(self, layer: str | None) -> tuple[Any, Any]:
         """From an image to an input, and from a list of inputs to their embeddings."""
+
+    def check_memory(self, images: int, *, chosen: bool = False) -> None:
+        """See, before anything is read, that batches of ``images`` images fit into memory at the size they get.
+
+        Args:
+            images: Of a batch; to segment or detect they go one by one.
+            chosen: The user gave the size: how long it takes is for them to know.
+
+        Raises:
+            UserError: They don't, or a file asks for a size that takes hours.
+        """
+        check_inputs(self, self._at_once(images))
+
+    def _at_once(self, batch_size: int) -> int:
+        """Images of a batch: whole photographs take memory, and go one by one anyway."""
+        return 1 if self.task in DENSE else batch_size
 
     def check_min_score(self, min_score: float | None) -> None:
         """Raise UserError for a least score that isn't for this network, or below what it keeps."""

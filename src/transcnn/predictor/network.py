@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.loading import Loaded
+from ..checkpoints.memory import check_forward
 from ..distributed.runtime import check_accelerator, choose_precision
 from ..fast.inference.optimize import try_optimize
 from ..report.answers import Embedding, Prediction
@@ -53,6 +54,11 @@ class NetworkPredictor(Loaded, Predictor):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _turn=threading.Lock())
+
+    def check_memory(self, images: int, *, chosen: bool = False) -> None:
+        """See that a batch's inputs fit into memory, and what the network makes of them on its way."""
+        super().check_memory(images, chosen=chosen)
+        check_forward(self, self._at_once(images), chosen=chosen)
 
     def _steps(self, top_k: int) -> tuple[Any, Any]:
         task, device = get_inference(self.task), self._device
