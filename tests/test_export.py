@@ -280,6 +280,20 @@ def test_int8_says_what_it_costs_and_is_refused_beyond(exported, run, program, l
             export(str(run), **wrong)
 
 
+def test_calibration_reads_the_columns_that_the_run_learnt_from(labelled, tmp_path):
+    """Those of its table; its folder of images only of the very same table."""
+    table, other = tmp_path / "a.csv", tmp_path / "b.csv"
+    rows = [f"{NAMES[i % 3]}/{40 + i // 3}.png,{NAMES[i % 3]},wrong" for i in range(6)]
+    for path in (table, other):
+        path.write_text("\n".join(["photo,kind,label", *rows]))
+    columns = {"target": ["kind"], "file_column": "photo", "images": str(labelled / "test")}
+    info = {"task_args": {"table": columns}, "settings": {"data": str(table)}}
+    loaded = Loaded(torch.nn.Identity(), "classify", NAMES, CONFIG, "x", info)
+    assert sorted(read(str(table), "all", loaded)[1].tolist()) == [0, 0, 1, 1, 2, 2]
+    with pytest.raises(UserError, match=r"none of the 6 images"):
+        read(str(other), "all", loaded)
+
+
 def test_a_file_that_answers_otherwise_is_not_kept(monkeypatch, trained, tmp_path):
     def write(program, path, info):
         path.write_bytes(b"x")

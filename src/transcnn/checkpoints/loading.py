@@ -25,6 +25,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from ..data.names import distinct_names, imagenet_names
+from ..data.paths import same_path
 from ..dense.build import build_network
 from ..errors import UserError, first_line
 from ..plugging.build import build_model
@@ -67,6 +68,20 @@ class Loaded:
             if img_size < 1:
                 raise UserError(f"img_size must be 1 or more, got {img_size}")
             self.preprocessing["input_size"] = [self.preprocessing["input_size"][0], img_size, img_size]
+
+    def learnt_from(self, data: str | None) -> bool:
+        """Whether ``data`` is what the run was given to train on, as far as its name says."""
+        trained = self.info.get("settings") or {}
+        return "data" in trained and same_path(data, trained["data"])
+
+    def table_of(self, data: str | None) -> dict[str, Any]:
+        """Which columns of a table are what (:class:`~transcnn.settings.Table`), as in training.
+
+        The folder of its files, its splits and groups are those of the table that was learnt from alone.
+        """
+        table = dict((self.info.get("task_args") or {}).get("table") or {})
+        kept = table if self.learnt_from(data) else ("target", "file_column")
+        return {name: table[name] for name in kept if name in table}
 
 
 def data_config_of(model: nn.Module, in_chans: int, img_size: int | None = None) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -112,7 +111,7 @@ def evaluate(
                 f"{loaded.source} names data from elsewhere, {chosen!r}; if that may be fetched, give it: "
                 f"transcnn eval {checkpoint} {chosen}"
             )
-        _set_table(loaded, images, target, learnt_from="data" in trained and _same(chosen, trained["data"]))
+        _set_table(loaded, chosen, images, target)
         part = first_here(
             lambda: _open(
                 loaded,
@@ -123,7 +122,7 @@ def evaluate(
                 strict=strict_data,
             )
         )
-        learnt = "data" in trained and _same(chosen, trained["data"]) and (part.split or split) in ("train", "all")
+        learnt = loaded.learnt_from(chosen) and (part.split or split) in ("train", "all")
         if learnt and rank() == 0 and not quiet:
             print(
                 f"transcnn: the run learnt from these images ({part.split or split}): scores of new ones are lower",
@@ -165,11 +164,10 @@ def evaluate(
     return metrics
 
 
-def _set_table(loaded: Loaded, images: str | None, target: list[str] | None, *, learnt_from: bool) -> None:
-    """Which columns of a table are what: as in training, but for what is given; its folder is that of its table."""
-    table = dict(loaded.info["task_args"].pop("table", None) or {})
-    if not learnt_from:
-        table = {name: table[name] for name in ("target", "file_column") if name in table}
+def _set_table(loaded: Loaded, data: str | None, images: str | None, target: list[str] | None) -> None:
+    """Which columns of a table are what: as in training, but for what is given."""
+    table = loaded.table_of(data)
+    loaded.info["task_args"].pop("table", None)
     table |= {name: value for name, value in (("images", images), ("target", target)) if value is not None}
     if table and loaded.task in ("segment", "detect"):
         raise UserError(f"images and target are for tables of labelled images; {loaded.source} is to {loaded.task}")
@@ -179,19 +177,12 @@ def _set_table(loaded: Loaded, images: str | None, target: list[str] | None, *, 
 
 def _open(loaded: Loaded, data: str | None, split: str, **settings: Any) -> Any:
     """The split; ``auto`` of data that a run was trained on is never what it learnt from."""
-    trained, task_args = loaded.info.get("settings") or {}, loaded.info.get("task_args") or {}
+    task_args = loaded.info.get("task_args") or {}
     open_split = get_task(loaded.task).open_split
     part = open_split(data, split, loaded.class_names, task_args, **settings)
-    if split == "auto" and part.split == "all" and "data" in trained and _same(data, trained["data"]):
+    if split == "auto" and part.split == "all" and loaded.learnt_from(data):
         part = open_split(data, "val", loaded.class_names, task_args, **settings)
     return part
-
-
-def _same(data: str | None, other: str | None) -> bool:
-    """Whether two names of data are the same, or mean the same folder or file."""
-    if data is None or other is None or data == other:
-        return data == other
-    return os.path.exists(data) and os.path.exists(other) and os.path.samefile(data, other)
 
 
 def _precision_of(info: dict[str, Any], accelerator: str) -> str:

@@ -12,7 +12,7 @@ from typing import TypeAlias, overload
 from ..errors import UserError
 from .images import list_images
 
-__all__ = ["StrPath", "as_text", "check_data_exists", "find_images", "is_fetched", "is_url"]
+__all__ = ["StrPath", "as_text", "check_data_exists", "find_images", "is_fetched", "is_url", "same_path"]
 
 StrPath: TypeAlias = str | os.PathLike[str]
 
@@ -68,6 +68,13 @@ def find_images(names: Sequence[str]) -> list[str]:
     if not found:
         raise UserError("no images given")
     return list(found)
+
+
+def same_path(data: str | None, other: str | None) -> bool:
+    """Whether two names of data are the same, or mean the same folder or file."""
+    if data is None or other is None or data == other:
+        return data == other
+    return os.path.exists(data) and os.path.exists(other) and os.path.samefile(data, other)
 
 
 def check_data_exists(data: str | None) -> None:

@@ -24,6 +24,7 @@ from ..data.sources.source import abbreviate
 from ..errors import UserError
 from ..onnx.predict import OnnxModel, to_input
 from ..plugging.cost import interleaved_seconds
+from ..settings import Table
 from ..text import printable
 
 __all__ = ["note", "quantise", "read", "to_int8", "top1"]
@@ -84,7 +85,8 @@ def to_int8(loaded: Loaded, file: Path, data: str, max_loss: float, threads: int
 
 def read(data: str, split: str, loaded: Loaded, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """A part of a data set as the network takes it, and the labels; ``most`` images are spread evenly over it."""
-    part = open_set(data, split, class_names=loaded.class_names)
+    part = open_set(data, split, class_names=loaded.class_names, table=Table(**loaded.table_of(data)))
+    part.pixel_range = loaded.preprocessing.get("pixel_range")
     count = len(part) if most is None else min(most, len(part))
     inputs, labels, broken = [], [], []
     for i in np.linspace(0, len(part) - 1, count).astype(int).tolist():
