@@ -30,7 +30,8 @@ from torchvision.ops import box_iou
 
 from transcnn.checkpoints.loading import Loaded, load
 from transcnn.commands.train import train
-from transcnn.data.images import list_images, read_image
+from transcnn.data.images import read_image
+from transcnn.data.listing import list_images
 from transcnn.export import export_model
 from transcnn.export.exporting import FORMATS
 from transcnn.fast import optimize

@@ -29,7 +29,8 @@ from PIL import Image
 import transcnn
 from transcnn.checkpoints.loading import Loaded, data_config_of
 from transcnn.compare.engines import randomise
-from transcnn.data.images import list_images, read_image
+from transcnn.data.images import read_image
+from transcnn.data.listing import list_images
 from transcnn.export import export_model
 from transcnn.fast import optimize
 from transcnn.predictor.loading import load

@@ -16,7 +16,7 @@ SMALLER = [
     (r"train photos --img_size 1024", TINY + " --img_size 64 --model_args '{}'"),
     (r"train photos", TINY),
     (r"train shapes --model transcnn_nano", "--epochs 1 --limit_batches 2 --batch_size 8 --quiet true"),
-    (r"train dots/", TINY),
+    (r"train (dots/|scenes )", TINY),
     (r"train camvid.tar", DENSE),
     (r"train (bccd.tar|shapes --config)", DETECT),
     (r"compare .*--train", "--models transcnn_test --sizes 32 --batch 2 --rounds 1 --seconds 0.01 --memory false"),

@@ -28,6 +28,7 @@ from transcnn.data.loading.data_module import DataModule
 from transcnn.data.loading.loader import make_loader
 from transcnn.data.loading.sampler import EpochSampler
 from transcnn.data.rng import CounterRNG, sample_seeds, seeded
+from transcnn.data.sets.channels import Channels
 from transcnn.data.sets.classify import open_set, open_splits
 from transcnn.data.sets.image_dataset import IGNORE, ImageDataset
 from transcnn.data.sets.splits import Splits
@@ -284,7 +285,7 @@ def test_unusable_data(tmp_path: Path, make_class_folder: Callable[..., Path]) -
     (folder / "val" / "class_1").rename(folder / "val" / "stranger")
     refused(str(folder), "classes that training has not: 'stranger'; allowed: 'class_0'")
     refused(None, "val_fraction must be between 0 and 1, got 1.5", val_fraction=1.5)
-    refused(None, "1, 2, 3 or 4 channels", in_chans=7)
+    refused(None, "none of 64 images .* with 7 channels; .* it has 1 channel, 7 are wanted", in_chans=7)
 
 
 def test_unusable_parquet(tmp_path: Path) -> None:
@@ -694,7 +695,7 @@ def test_fast_forward_reads_nothing_in_between(num_workers: int) -> None:
     source = numbered(40)
     load = source.load
     source.load = lambda i: (read.append(i), load(i))[1]
-    splits = Splits(ImageDataset(source), ImageDataset(numbered(10)), None, source.class_names, "numbers", 1)
+    splits = Splits(ImageDataset(source), ImageDataset(numbered(10)), None, source.class_names, "numbers", Channels(1))
     random_crop = train_transform(
         SIZE, in_chans=1, policy="imagenet", scale=(1, 1), ratio=(1, 1), mean=(0,), std=(1 / 255,)
     )
@@ -819,7 +820,8 @@ class Recorder(L.LightningModule):
 @pytest.mark.parametrize("stop_at", [3, 5, 7])
 def test_lightning_resumes_in_the_middle_of_an_epoch(tmp_path: Path, stop_at: int) -> None:
     def fit(recorder: Recorder, **options: Any) -> list[list[int]]:
-        splits = Splits(ImageDataset(numbered(20)), ImageDataset(numbered(5)), None, [str(i) for i in range(5)], "n", 1)
+        names = [str(i) for i in range(5)]
+        splits = Splits(ImageDataset(numbered(20)), ImageDataset(numbered(5)), None, names, "n", Channels(1))
         data = DataModule(splits, plain(), plain(), batch_size=4, progress=False)
         trainer = L.Trainer(
             max_epochs=3,

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from transcnn.data.images import BrokenImage, is_image_name, list_images, read_image, to_channels
+from transcnn.data.images import BrokenImage, read_image, to_channels
+from transcnn.data.listing import is_image_name, list_images
 from transcnn.errors import UserError
 
 

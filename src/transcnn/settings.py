@@ -329,7 +329,9 @@ class TrainSettings:
         img_size: Side of the images that the network is given; without it, what the network was made for, or to
             classify larger images from scratch what suits them, up to 224. To segment,
             side of the crops that are learnt from; whole images are evaluated.
-        in_chans: Channels of the images, 1 to 4; without it 1 for grey images, else 3.
+        in_chans: Channels of the images, any number: of TIFF with several bands or pages, and arrays (.npy), those that
+            they hold. Without it, what such files hold that no photograph does, else 1 for grey images and 3 for all
+            others.
         out: The run's directory, new or empty; without it runs/DATE-TIME-MODEL-DATA.
         seed: Of the weights, the split, the order and the augmentation.
         precision: auto is bf16 where the CPU has it, else 32; 16 needs a GPU.

@@ -22,7 +22,8 @@ import pytest
 from PIL import Image
 
 import fuzz
-from transcnn.data.images import BrokenImage, list_images, read_image
+from transcnn.data.images import BrokenImage, read_image
+from transcnn.data.listing import list_images
 from transcnn.data.names import distinct_names, match_names
 from transcnn.data.sets.classify import open_set
 from transcnn.data.sets.detect import open_splits as open_detect

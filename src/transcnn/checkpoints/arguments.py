@@ -180,6 +180,8 @@ TASKS: dict[str, dict[str, Kind]] = {
         "long_side": _ints(32, MAX_SIDE, none=False),
         "side_range": _range,
         "anchor_size": _ints(1, MAX_SIDE),
+        "image_mean": _numbers(-1e6, 1e6, 1),
+        "image_std": _numbers(1e-6, 1e6, 1),
         "rois": _ints(4, MAX_SIZE, none=False),
         "min_score": _numbers(0, 1000, none=False),
         "max_found": _ints(1, 10_000, none=False),

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..data.bands import MAX_CHANNELS, MOST_OF_PILLOW
 from ..errors import MAX_SIDE, UserError, first_line
 from ..plain import check_plain
 from .arguments import TASKS, check_task_args, short
@@ -22,6 +23,8 @@ MAX_CLASSES = 1 << 16
 MAX_RESIZED = 10_000  # pixels of a side before the margin is cropped
 MAX_NAME = 1000  # characters of a class's name
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random")
+PLAIN = ("nearest", "bilinear", "bicubic")  # of these, for images of any numbers
+LARGEST = 1e30  # number in an image
 CROP_MODES = ("center", "squash", "border")
 
 
@@ -92,8 +95,8 @@ def check_data_config(config: Any) -> None:
     channels, *sides = config["input_size"]
     if not all(_is_int(side) and 1 <= side <= MAX_SIDE for side in sides) or len(sides) != 2:
         raise ValueError(f"input_size must be channels, height and width, got {short(config['input_size'])}")
-    if not _is_int(channels) or not 1 <= channels <= 4:
-        raise ValueError(f"images have 1 to 4 channels, got {short(channels)}")
+    if not _is_int(channels) or not 1 <= channels <= MAX_CHANNELS:
+        raise ValueError(f"images have 1 to {MAX_CHANNELS} channels, got {short(channels)}")
     for key in ("mean", "std"):
         values = config[key]
         if not isinstance(values, list) or len(values) != channels or not all(_is_finite(value) for value in values):
@@ -106,13 +109,29 @@ def check_data_config(config: Any) -> None:
         raise ValueError(f"crop_pct must be from 0.05 to 2, got {short(config['crop_pct'])}")
     if max(sides) / config["crop_pct"] > MAX_RESIZED:  # images are made so large, and cropped then
         raise ValueError(f"crop_pct {short(config['crop_pct'])} of {max(sides)} pixels can't be meant")
-    pixel_range = config.get("pixel_range", [0, 1])
-    if not isinstance(pixel_range, list) or len(pixel_range) != 2 or not all(_is_finite(v) for v in pixel_range):
-        raise ValueError(f"pixel_range must be two numbers, got {short(pixel_range)}")
-    if pixel_range[0] >= pixel_range[1]:
-        raise ValueError(f"pixel_range must be two numbers, the smaller first, got {short(pixel_range)}")
+    _check_pixel_range(config.get("pixel_range", [0, 1]), channels, config)
     if config.get("crop_mode", "center") not in CROP_MODES:
         raise ValueError(f"crop_mode must be one of {', '.join(CROP_MODES)}, got {short(config['crop_mode'])}")
+
+
+def _check_pixel_range(pixel_range: Any, channels: int, config: dict[str, Any]) -> None:
+    """Two numbers, or a pair of them for each channel: images are then read as any numbers."""
+    per_channel = isinstance(pixel_range, list) and bool(pixel_range) and isinstance(pixel_range[0], list)
+    pairs = pixel_range if per_channel else [pixel_range]
+    if not all(isinstance(pair, list) and len(pair) == 2 and all(map(_is_measured, pair)) for pair in pairs):
+        raise ValueError(f"pixel_range must be two numbers, or two for each channel, got {short(pixel_range)}")
+    if not all(low < high for low, high in pairs):
+        raise ValueError(f"pixel_range must be two numbers, the smaller first, got {short(pixel_range)}")
+    if per_channel and len(pairs) != channels:
+        raise ValueError(f"pixel_range must be two numbers for each of {channels} channels, got {len(pairs)} pairs")
+    if channels > MOST_OF_PILLOW and not per_channel:
+        raise ValueError(f"images of {channels} channels need a pixel_range for each")
+    if per_channel and (config["interpolation"] not in PLAIN or config.get("crop_mode") == "border"):
+        raise ValueError(f"images of any numbers are resized by {', '.join(PLAIN)}, without a border")
+
+
+def _is_measured(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _is_int(value: Any) -> bool:

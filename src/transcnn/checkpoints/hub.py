@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
 
+from ..data.bands import MOST_OF_PILLOW, is_per_channel
 from ..errors import UserError, first_line
 from ..plugging.cost import count
 from ..plugging.plug import plug_spec
@@ -73,7 +74,7 @@ def save_pretrained(
     """
     loaded = _as_loaded(source, class_names, data_config)
     loaded = replace(loaded, model=_to_share(loaded.model, licence))
-    spec = plug_spec(loaded.model)
+    spec, ends = plug_spec(loaded.model), loaded.preprocessing.get("pixel_range")
     card = str(model_card(loaded, licence=licence))
     folder = Path(folder)
     try:
@@ -87,6 +88,8 @@ def save_pretrained(
                     "label_names": loaded.class_names,
                     **({"plug": spec} if spec else {}),
                     **_task_of(loaded),
+                    # timm knows nothing of it, and would leave it out.
+                    **({"pretrained_cfg": {"pixel_range": ends}} if ends else {}),
                 },
                 data_config={key: value for key, value in loaded.preprocessing.items() if key != "test_input_size"},
             )
@@ -231,6 +234,12 @@ def _as_loaded(
     model = loaded.model
     if not (getattr(model, "pretrained_cfg", None) or {}).get("architecture"):
         raise UserError(f"{type(model).__name__} was not made by timm.create_model, so nobody could make it again")
+    channels, ends = loaded.preprocessing["input_size"][0], loaded.preprocessing.get("pixel_range")
+    if channels > MOST_OF_PILLOW and not is_per_channel(ends):
+        raise UserError(
+            f"images of {channels} channels need data_config={{'pixel_range': [[low, high], ...]}}, for each channel "
+            "what becomes 0 and 1"
+        )
     if len(loaded.class_names) != model.num_classes:
         raise UserError(f"{len(loaded.class_names)} class names for {model.num_classes} outputs")
     return loaded

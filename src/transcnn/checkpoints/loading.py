@@ -88,7 +88,7 @@ def data_config_of(model: nn.Module, in_chans: int, img_size: int | None = None)
     """How images become the model's input, in timm's words, with plain lists and numbers."""
     config = resolve_data_config({"img_size": img_size, "in_chans": in_chans}, model=model)
     size = tuple(config["input_size"])[1:]
-    if in_chans != 3:  # RGB figures of ImageNet say nothing about other channels
+    if in_chans != 3 and len(config["mean"]) != in_chans:  # figures of ImageNet say nothing about other channels
         config |= {"mean": (0.5,) * in_chans, "std": (0.25,) * in_chans}
     config["input_size"] = (in_chans, *size)
     if max(size) <= 64:  # cutting a margin off small images loses what they show
@@ -200,6 +200,8 @@ def _load_pretrained(source: str | os.PathLike[str]) -> Loaded:
     model = from_pretrained(source)
     cfg: Any = model.pretrained_cfg
     config = data_config_of(model, int(model.in_chans))  # pyright: ignore
+    if ends := cfg.get("pixel_range"):  # which timm's config knows nothing of
+        config["pixel_range"] = [list(pair) if isinstance(pair, list | tuple) else pair for pair in ends]
     info = {"model": cfg["architecture"], "task_args": cfg.get("task_args") or {}}
     task = cfg.get("task") or "classify"
     return Loaded(model, task, class_names_of(model), config, os.fspath(source), info)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ..checkpoints.arguments import DENSE
 from ..checkpoints.files import atomic_write, check_writable
-from ..data.images import is_image_name, list_images
+from ..data.listing import is_image_name, list_images
 from ..data.paths import StrPath, as_text, find_images
 from ..data.sources.table import ListedFiles, is_table, list_files
 from ..errors import MAX_SIDE, UserError, check_range

@@ -12,7 +12,7 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,18 +20,16 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from ..errors import UserError
+from .bands import Bands, PixelRange, bands_of_image, is_per_channel, to_bands
+from .broken import BrokenImage, NoPhotograph
+from .rasters import is_npy, is_tiff, read_npy, read_tiff
 
 __all__ = [
-    "EXTENSIONS",
     "BrokenImage",
     "crop_extreme_aspect",
     "decode",
-    "folder_identity",
+    "format_of",
     "grey_to_eight_bits",
-    "is_dir",
-    "is_image_name",
-    "lies_beside",
-    "list_images",
     "padding_of",
     "read_bytes",
     "read_colours",
@@ -46,13 +44,6 @@ __all__ = [
 
 # What Pillow may open. Formats that start other programs (EPS) or that nobody trains on are left out.
 FORMATS = "JPEG MPO PNG GIF BMP DIB TIFF WEBP AVIF PPM TGA ICO JPEG2000 QOI PCX"
-ENDINGS = "jpg jpeg jpe jfif mpo png apng gif bmp dib tif tiff webp avif ppm pgm pbm pnm tga ico jp2 j2k qoi pcx"
-# Images, too, so that nobody misses them in silence: HEIC is read where pillow-heif is installed, the others never.
-ENDINGS += " heic heif jxl jpeg2000 psd svg exr hdr dng cr2 cr3 nef arw raf orf rw2"
-EXTENSIONS = frozenset(f".{ending}" for ending in ENDINGS.split())
-# What lies beside images; files of other endings in a folder of images are listed as left out.
-BESIDE = "txt json jsonl xml csv tsv md rst yml yaml toml ini db cls log html htm py ipynb mat npy npz pt pth onnx url"
-BESIDE += " safetensors zip tar gz tgz pdf lnk"
 BOMB_PIXELS, BOMB_RATIO = 1 << 24, 10_000  # images of more pixels, and more a byte, are not decoded
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 MAX_ASPECT_RATIO = 8  # the ends of longer images are not looked at in classification
@@ -61,27 +52,27 @@ LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")  # formats that may change p
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # by number of channels
 
 
-class BrokenImage(ValueError):
-    """An image that can't be read; the message is the reason, without the file's name."""
-
-
-def read_image(
-    source: str | os.PathLike[str] | bytes | BinaryIO, pixel_range: Sequence[float] | None = None
-) -> Image.Image:
-    """Read and decode one image, upright, 8 bits a channel, in mode L, LA, RGB or RGBA.
+def read_image(source: str | os.PathLike[str] | bytes | BinaryIO, pixel_range: PixelRange | None = None) -> Any:
+    """Read and decode one image, upright, 8 bits a channel, in mode L, LA, RGB or RGBA; or as :class:`~.bands.Bands`.
 
     The EXIF orientation is applied; of an animation the first frame is taken; a palette becomes colours (with alpha
     if it has any); CMYK and other colour spaces become RGB. Grey of more than 8 bits is scaled from ``pixel_range`` to
-    0..255, and the range of its values is kept in ``image.info["values"]``.
+    0..255, and the range of its values is kept in ``image.info["values"]``. Arrays (.npy) of uint8 are read as grey or
+    RGB.
 
     Args:
         source: A path, the bytes of a file, or a binary file object (which stays open).
         pixel_range: Values that are black and white in integer images of more than 8 bits and in float images. None
-            goes by the dtype: 0 to 65535 for integers, 0 to 1 for floats.
+            goes by the dtype: 0 to 65535 for integers, 0 to 1 for floats. A pair of them for each channel has every
+            image read as Bands of so many channels, with the numbers that the file holds.
+
+    Returns:
+        An image of Pillow's, or :class:`~.bands.Bands`.
 
     Raises:
         BrokenImage: No such file, not a regular file, no permission, empty, no known image format, damaged or
             truncated, or more pixels than ``PIL.Image.MAX_IMAGE_PIXELS`` (checked before memory is taken for them).
+        NoPhotograph: Channels or numbers that none of Pillow's modes holds, without a ``pixel_range`` for each.
     """
     if isinstance(source, str | os.PathLike):
         with _open_file(source) as file:
@@ -93,17 +84,17 @@ def read_image(
     return decode(source, pixel_range)
 
 
-def read_oriented(source: bytes, pixel_range: Sequence[float] | None = None) -> tuple[Image.Image, int]:
+def read_oriented(source: bytes, pixel_range: PixelRange | None = None) -> tuple[Any, int]:
     """As :func:`read_image`, from a file's bytes; also the EXIF orientation (1 to 8) that it was made upright by."""
     if not len(source):
         raise BrokenImage("empty file")
     orientations: list[int] = []
 
-    def finish(image: Image.Image) -> Image.Image:
+    def finish(image: Any) -> Any:
         orientations.append(_orientation(image))
-        return to_eight_bits(upright(image), pixel_range)
+        return _finished(image, pixel_range)
 
-    return decode(io.BytesIO(source), finish=finish), orientations[0]
+    return decode(io.BytesIO(source), pixel_range, finish), orientations[0]
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
@@ -131,7 +122,7 @@ def read_slice(path: str | os.PathLike[str], offset: int, size: int) -> bytes:
 def read_ids(source: bytes) -> tuple[np.ndarray, list[int] | None]:
     """Read a label map: an image whose pixels are class ids, and its palette (r, g, b, r, ...) if it has one.
 
-    Grey images of 8 or 16 bits and palette images, whose indices are the ids; (H, W) of int32.
+    Grey images of 8 or 16 bits, palette images, whose indices are the ids, and arrays of integers; (H, W) of int32.
 
     Raises:
         BrokenImage: As for :func:`read_image`, or an image of colours or with lossy compression.
@@ -139,6 +130,10 @@ def read_ids(source: bytes) -> tuple[np.ndarray, list[int] | None]:
     if not len(source):
         raise BrokenImage("empty file")
     image = decode(io.BytesIO(source), finish=lambda image: image)
+    if isinstance(image, Bands):
+        if image.channels != 1 or image.pixels.dtype.kind not in "iu":
+            raise BrokenImage(f"a label map must hold class ids, one integer a pixel, not {image.mode}")
+        return image.pixels[..., 0].clip(-1, 1 << 16).astype(np.int32), None
     if image.format in LOSSY:
         raise BrokenImage(f"a label map must not be {image.format}, which changes class ids")
     if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
@@ -160,12 +155,19 @@ def read_colours(source: bytes) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def to_channels(image: Image.Image, in_chans: int) -> Image.Image:
+def to_channels(image: Any, in_chans: int) -> Any:
     """Give the image 1 (L), 2 (LA), 3 (RGB) or 4 (RGBA) channels; where alpha goes, the image is put on white.
+
+    :class:`~.bands.Bands` stay as they are: channels of theirs stand for no others.
 
     Raises:
         UserError: ``in_chans`` is not 1, 2, 3 or 4.
+        BrokenImage: Bands of another number.
     """
+    if isinstance(image, Bands):
+        if image.channels != in_chans:
+            raise BrokenImage(f"it has {image.channels} channels, {in_chans} {'are' if in_chans > 1 else 'is'} wanted")
+        return image
     if in_chans not in MODES:
         raise UserError(f"images have 1, 2, 3 or 4 channels (L, LA, RGB, RGBA), got in_chans={in_chans}")
     mode = MODES[in_chans]
@@ -183,7 +185,7 @@ def to_channels(image: Image.Image, in_chans: int) -> Image.Image:
     return image.convert(mode)
 
 
-def crop_extreme_aspect(image: Image.Image, limit: int = MAX_ASPECT_RATIO) -> Image.Image:
+def crop_extreme_aspect(image: Any, limit: int = MAX_ASPECT_RATIO) -> Any:
     """Crop the ends of an image whose aspect ratio is above ``limit``: resized by its short side it would be huge.
 
     What is cropped lies outside the centre crop of evaluation.
@@ -204,72 +206,6 @@ def padding_of(size: tuple[int, int], long_side: int) -> tuple[int, int]:
     width, height = size
     least = math.ceil(max(size) * MIN_SHORT_SIDE / long_side)
     return max(0, least - height), max(0, least - width)
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file's name says that it is an image, and not a hidden file."""
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
-def lies_beside(name: str) -> bool:
-    """Whether a file's name says that it is none of the images, but belongs beside them (notes, labels, archives)."""
-    return name.startswith(".") or os.path.splitext(name)[1][1:].lower() in BESIDE.split()
-
-
-def list_images(
-    folder: str | os.PathLike[str],
-    outside: Iterable[str | os.PathLike[str]] = (),
-    others: list[str] | None = None,
-) -> Iterator[str]:
-    """The image files below a folder by name, sorted folder by folder, as paths; hidden ones are left out.
-
-    Links to folders are followed, each folder is listed once, and those above this one and of ``outside`` (the folder
-    of the whole data set, the other classes) never: so links in circles end, and no class gets another's images. To
-    ``others`` the paths of files are added whose names say neither that they are images nor something that usually
-    lies beside images.
-
-    Yields:
-        Also what only looks like an image (a dangling link, a folder named x.jpg): reading it says what is wrong.
-    """
-    listed = {folder_identity(path) for path in (*outside, *Path(folder).resolve().parents)}
-    waiting = [os.fspath(folder)]
-    while waiting:
-        path = waiting.pop()
-        if path != os.fspath(folder) and not os.access(path, os.R_OK | os.X_OK):
-            continue
-        identity = folder_identity(path)
-        if identity in listed:
-            continue
-        listed.add(identity)
-        folders: list[str] = []
-        files: list[str] = []
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if is_image_name(entry.name):
-                    files.append(entry.name)
-                elif is_dir(entry):
-                    folders.append(entry.name)
-                elif others is not None and not lies_beside(entry.name):
-                    others.append(entry.path)
-        for name in sorted(files):
-            yield os.path.join(path, name)
-        waiting += [os.path.join(path, name) for name in sorted(folders, reverse=True)]
-
-
-def folder_identity(folder: str | os.PathLike[str]) -> tuple[int, int]:
-    """What is equal for all paths of one folder."""
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
-
-
-def is_dir(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder or a link to one; a link to itself isn't."""
-    try:
-        return entry.is_dir()
-    except OSError:  # a circular link
-        return False
 
 
 def _open_file(path: str | os.PathLike[str]) -> BinaryIO:
@@ -293,13 +229,13 @@ def _open_file(path: str | os.PathLike[str]) -> BinaryIO:
         raise BrokenImage(str(error)) from error  # a null byte in the name
 
 
-def decode(
-    file: BinaryIO, pixel_range: Sequence[float] | None = None, finish: Callable[[Image.Image], Any] | None = None
-) -> Any:
+def decode(file: BinaryIO, pixel_range: PixelRange | None = None, finish: Callable[[Any], Any] | None = None) -> Any:
     """Open and decode a file; ``finish`` (else: upright, 8 bits a channel) makes the result of what it holds."""
     Image.init()
     limit = Image.MAX_IMAGE_PIXELS
     try:
+        if (read := _beyond_pillow(file, pixel_range)) is not None:
+            return finish(read) if finish else _finished(read, pixel_range)
         with warnings.catch_warnings():
             # Pillow only warns up to twice its limit; the check below refuses what it warns of. Its other warnings
             # are about damaged metadata, which doesn't concern us.
@@ -316,10 +252,13 @@ def decode(
             image.load()
             if image.format == "PNG":
                 _check_png(file)
-            return finish(image) if finish else to_eight_bits(upright(image), pixel_range)
+            return finish(image) if finish else _finished(image, pixel_range)
     except BrokenImage:
         raise
     except Image.UnidentifiedImageError as error:
+        if is_tiff(_head(file)):  # of a kind that Pillow has no mode for
+            read = to_bands(read_tiff(file), None, "TIFF")
+            return finish(read) if finish else _finished(read, pixel_range)
         raise BrokenImage("not an image, or of a format that is not read here") from error
     except Image.DecompressionBombError as error:
         raise BrokenImage(f"{error}".split(", could")[0]) from error
@@ -327,6 +266,49 @@ def decode(
         raise BrokenImage("not enough memory to decode it") from error
     except Exception as error:  # decoders raise nearly anything on damaged data
         raise BrokenImage(f"damaged: {error or type(error).__name__}") from error
+
+
+def _beyond_pillow(file: BinaryIO, pixel_range: PixelRange | None) -> Any:
+    """What isn't read by Pillow: arrays, and TIFF where images are read as Bands; None for all else."""
+    head = _head(file)
+    ranges = pixel_range if is_per_channel(pixel_range) else None
+    if is_npy(head):
+        pixels = read_npy(file)
+        if ranges is None and pixels.dtype == np.uint8 and (pixels.ndim == 2 or pixels.shape[2:] in ((1,), (3,))):
+            return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels))
+        return to_bands(pixels, ranges, "NPY")
+    if ranges is not None and is_tiff(head):
+        return to_bands(read_tiff(file, len(ranges)), ranges, "TIFF")
+    return None
+
+
+def _finished(image: Any, pixel_range: PixelRange | None) -> Any:
+    """An image of Pillow's upright and in 8 bits a channel, or as Bands; Bands stay."""
+    if isinstance(image, Bands):
+        if not is_per_channel(pixel_range):
+            raise NoPhotograph(image.channels, image.pixels.dtype.name)
+        return image
+    if is_per_channel(pixel_range):
+        return bands_of_image(upright(image), pixel_range)
+    return to_eight_bits(upright(image), pixel_range)
+
+
+def _head(file: BinaryIO) -> bytes:
+    """The first bytes of a file, which is left at its beginning."""
+    file.seek(0)
+    head = file.read(12)
+    file.seek(0)
+    return head
+
+
+def format_of(source: bytes) -> str:
+    """The kind of an image's file as Pillow names it, by its beginning; ``NPY`` of an array. Pillow's errors."""
+    if is_npy(source[:6]):
+        return "NPY"
+    if is_tiff(source[:4]):
+        return "TIFF"
+    with Image.open(io.BytesIO(source)) as image:
+        return str(image.format)
 
 
 def _length(file: BinaryIO) -> int:
@@ -338,9 +320,7 @@ def _length(file: BinaryIO) -> int:
 
 
 def _is_heif(file: BinaryIO) -> bool:
-    start = file.tell()
-    head = file.read(12)
-    file.seek(start)
+    head = _head(file)
     return head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS
 
 
@@ -380,7 +360,7 @@ def upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def to_eight_bits(image: Image.Image, pixel_range: Sequence[float] | None = None) -> Image.Image:
+def to_eight_bits(image: Image.Image, pixel_range: PixelRange | None = None) -> Image.Image:
     """In mode L, LA, RGB or RGBA."""
     if image.mode in MODES.values() and "transparency" not in image.info:
         return image
@@ -399,9 +379,10 @@ def to_eight_bits(image: Image.Image, pixel_range: Sequence[float] | None = None
     return image.convert("RGB")
 
 
-def grey_to_eight_bits(values: np.ndarray, pixel_range: Sequence[float] | None) -> Image.Image:
+def grey_to_eight_bits(values: np.ndarray, pixel_range: PixelRange | None) -> Image.Image:
     """(H, W) of integers or floats -> mode L, some rows at a time, so that large images take little more memory."""
-    low, high = pixel_range or ((0, 65535) if values.dtype.kind in "iu" else (0, 1))
+    ends: Any = pixel_range  # two numbers: those of channels are for Bands
+    low, high = ends or ((0, 65535) if values.dtype.kind in "iu" else (0, 1))
     scale = np.float32(255 / max(high - low, 1e-12))
     result = np.empty(values.shape, np.uint8)
     least, most = np.inf, -np.inf

@@ -7,13 +7,14 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from ..errors import UserError, first_line, require
+from .bands import PixelRange, bands_of_image, is_per_channel, to_bands
 from .images import BrokenImage, grey_to_eight_bits, read_image, to_eight_bits, upright
 from .paths import is_url
 
@@ -58,13 +59,14 @@ def input_name(image: Any, number: int) -> str:
     return name if isinstance(name, str) and name else f"image {number}"
 
 
-def read_input(image: ImageInput, pixel_range: Sequence[float] | None = None) -> Image.Image:
+def read_input(image: ImageInput, pixel_range: PixelRange | None = None) -> Any:
     """Any of ``ImageInput`` as :func:`~.images.read_image` gives a file: upright, 8 bits, mode L, LA, RGB or RGBA.
 
     Args:
         image: A path or URL, the bytes of a file, a binary file object (which stays open), an image of Pillow's, an
             array (H, W) or (H, W, C), or a tensor (H, W) or (C, H, W); C from 1 to 4. Arrays and tensors are of uint8,
             of uint16, or of floats from 0 to 1.
+            Where ``pixel_range`` has a pair for each channel: any number of channels, and numbers as in files.
         pixel_range: As for ``read_image``; also of grey arrays that are not of uint8.
 
     Raises:
@@ -78,7 +80,11 @@ def read_input(image: ImageInput, pixel_range: Sequence[float] | None = None) ->
         return read_image(bytes(image), pixel_range)
     if isinstance(image, Image.Image):
         try:
+            if is_per_channel(pixel_range):
+                return bands_of_image(upright(image), pixel_range)
             return to_eight_bits(upright(image), pixel_range)
+        except BrokenImage:
+            raise
         except Exception as error:  # decoders raise nearly anything on damaged data
             raise BrokenImage(f"damaged: {first_line(error)}") from error
     if isinstance(image, np.ndarray):
@@ -95,21 +101,23 @@ def _is_tensor(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach")
 
 
-def _from_tensor(tensor: Any, pixel_range: Sequence[float] | None) -> Image.Image:
+def _from_tensor(tensor: Any, pixel_range: PixelRange | None) -> Any:
     """(H, W) or (C, H, W) on any device -> an image."""
     tensor = tensor.detach().cpu()
     if tensor.is_floating_point():
         tensor = tensor.float()  # NumPy knows no bfloat16
     values = tensor.numpy()
     if values.ndim == 3:
-        if values.shape[0] > 4 >= values.shape[2]:
+        if values.shape[0] > 4 >= values.shape[2] and not is_per_channel(pixel_range):
             raise BrokenImage(f"a tensor is (C, H, W), got {values.shape}; give arrays for (H, W, C)")
         values = np.ascontiguousarray(values.transpose(1, 2, 0))
     return _from_array(values, pixel_range)
 
 
-def _from_array(values: np.ndarray, pixel_range: Sequence[float] | None) -> Image.Image:
+def _from_array(values: np.ndarray, pixel_range: PixelRange | None) -> Any:
     """(H, W) or (H, W, C) -> an image."""
+    if is_per_channel(pixel_range):
+        return to_bands(values, pixel_range, None)
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
     if not values.size or not (values.ndim == 2 or (values.ndim == 3 and values.shape[2] in (2, 3, 4))):
@@ -129,7 +137,7 @@ def _from_array(values: np.ndarray, pixel_range: Sequence[float] | None) -> Imag
     return Image.merge({2: "LA", 3: "RGB", 4: "RGBA"}[len(channels)], channels)
 
 
-def _from_stream(stream: Any, pixel_range: Sequence[float] | None) -> Image.Image:
+def _from_stream(stream: Any, pixel_range: PixelRange | None) -> Any:
     """An open file; what can't go back to its beginning is read whole."""
     try:
         if stream.seekable():

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import UserError, require
-from .images import BrokenImage, read_image
+from .images import BrokenImage, decode, format_of
 from .sets.fault_tolerant import write_skipped
 from .sources.packed import FORMAT, INDEX, MANIFEST, VERSION, FileSum, SplitFiles, sha256
 from .sources.source import SPLITS, Source, SourceSplits, abbreviate
@@ -118,10 +117,9 @@ class PackJob:
             content = source.raw(index)
             if len(content) >= 1 << 32:
                 raise BrokenImage("it has 4 GiB or more")
+            kind = format_of(content)
             if self.decode:
-                read_image(content)
-            with Image.open(io.BytesIO(content)) as image:
-                kind = str(image.format)
+                decode(io.BytesIO(content), finish=lambda image: image)
             return _Sample(index, content, ENDINGS.get(kind, kind.lower()))
         except BrokenImage as error:
             return _Sample(index, problem=str(error))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeAlias, overload
 
 from ..errors import UserError
-from .images import list_images
+from .listing import list_images
 
 __all__ = ["StrPath", "as_text", "check_data_exists", "find_images", "is_fetched", "is_url", "same_path"]
 

@@ -73,6 +73,7 @@ def build_page(viewer: Viewer, examples: Sequence[str] = (), keep_files: int = 3
             with gr.Column(min_width=320):
                 answer = _answer_box(viewer)
                 gallery = _gallery(examples)
+                upload = _upload_button(viewer)
         outputs = [visit, photo, message, answer]
         look = _Look(viewer, visit) if viewer.stages else None
         if look is not None:
@@ -117,6 +118,8 @@ def build_page(viewer: Viewer, examples: Sequence[str] = (), keep_files: int = 3
         controls = [look.stage, look.head] if look is not None else []
         # Without preprocessing gradio opens no file itself: it would say "Error" of what it can't read.
         photo.input(plainly(opened), [photo, *controls], outputs, preprocess=False, **_quiet())
+        if upload is not None:
+            upload.upload(plainly(opened), [upload, *controls], outputs, preprocess=False, **_quiet())
         photo.clear(cleared, None, outputs, **_quiet())
         if gallery is not None:
             gallery.select(plainly(chosen), controls, outputs, **_quiet())
@@ -212,6 +215,18 @@ def _introduction(viewer: Viewer) -> str:
         "detect": f"finds {len(names):,} things",
     }[viewer.loaded.task]
     return f"# What does it see?\n{markdown(viewer.name)} {knows}: {markdown(some)}."
+
+
+def _upload_button(viewer: Viewer) -> gr.UploadButton | None:
+    """What opens files that browsers know nothing of, for a network that takes them; with a line on what it takes."""
+    if viewer.channels is None:
+        return None
+    shown = "The first three are" if viewer.channels >= 3 else "The first is"
+    gr.Markdown(
+        f"This network takes images of {viewer.channels} channels: a TIFF of so many bands or pages, or a .npy array "
+        f"(rows, columns, {viewer.channels}). {shown} shown."
+    )
+    return gr.UploadButton("Open a .tif or .npy file", file_types=[".tif", ".tiff", ".npy"], elem_id="open")
 
 
 def _answer_box(viewer: Viewer) -> Any:

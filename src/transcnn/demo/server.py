@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..data.images import is_image_name
+from ..data.bands import is_per_channel
+from ..data.listing import is_image_name
 from ..errors import UserError
 from .guard import Guard, Limits, Names, WithoutCors, check_address, stored_files
 
@@ -171,6 +172,8 @@ def _own_examples(loaded: Any, folder: Path) -> list[str]:
     settings = loaded.info.get("settings") or {}
     data = settings.get("data")
     if not settings or (data is not None and not Path(data).exists()):
+        return []
+    if is_per_channel(loaded.preprocessing.get("pixel_range")):  # browsers show no such files
         return []
     if data is not None and Path(data).is_file() and is_image_name(Path(data).name):
         return []

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoints.loading import Loaded
+from ..data.bands import Bands, is_per_channel
 from ..data.images import to_channels
 from ..data.transforms.classify import channel_stats
 from ..errors import UserError
@@ -80,20 +81,21 @@ class Viewer:
         self.device = torch.device(device)
         self.task = get_inference(loaded.task)
         self.pixel_range = loaded.preprocessing.get("pixel_range")
+        self.channels = len(self.pixel_range) if is_per_channel(self.pixel_range) else None  # of no photographs
         self.transform = self.task.image_transform(loaded.preprocessing, loaded.info.get("task_args"))
         self.lock = threading.Lock()
         self.name = str(loaded.info.get("model") or type(loaded.model).__name__)
         self.stages = self._find_stages()
 
-    def visit(self, image: Image.Image) -> Visit:
+    def visit(self, image: Any) -> Visit:
         """A new image, as ``read_image`` gives it; the spot is its middle."""
-        shown = to_channels(image, 3)
+        shown = image.convert("RGB") if isinstance(image, Bands) else to_channels(image, 3)
         shown = enlarged(shown) if max(shown.size) < SHOWN else shown.copy()
         shown.thumbnail((SHOWN, SHOWN))
         middle = (shown.height // 2, shown.width // 2)
         return Visit(shown, self._whole(image), middle)
 
-    def answer(self, image: Image.Image, top_k: int = 5) -> dict[str, Any]:
+    def answer(self, image: Any, top_k: int = 5) -> dict[str, Any]:
         """What ``transcnn predict`` returns for this image; ``overlay`` is there, where the task has one."""
         given = self.task.model_input(self.transform, image)
         with self.lock, torch.inference_mode():
@@ -122,7 +124,7 @@ class Viewer:
         """The image with its spot marked."""
         return mark_spot(visit.image, visit.spot)
 
-    def _whole(self, image: Image.Image) -> Tensor:
+    def _whole(self, image: Any) -> Tensor:
         """The whole image as the network's input, its shorter side that of the network, its aspect kept."""
         config = self.loaded.preprocessing
         channels, *wanted = config["input_size"]

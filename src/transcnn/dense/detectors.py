@@ -158,8 +158,8 @@ def build(name: str, task_args: dict[str, Any], *, num_classes: int, in_chans: i
         raise UserError(f"rois must be 4 or more, got {a['rois']}")
     pyramid = build_pyramid(name, in_chans=in_chans, **kwargs)
     cfg: Any = getattr(pyramid.body, "pretrained_cfg", None) or {}
-    mean, std = list(cfg.get("mean", ())), list(cfg.get("std", ()))
-    if len(mean) != in_chans:
+    mean, std = (list(a.get(f"image_{name}") or cfg.get(name, ())) for name in ("mean", "std"))
+    if not len(mean) == len(std) == in_chans:
         mean, std = [0.5] * in_chans, [0.25] * in_chans
     # torchvision draws one of these in training; the last one counts in evaluation.
     sides = [round(a["short_side"] * (low + (high - low) * i / 4)) for i in range(5)] if low < high else []

@@ -8,10 +8,12 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from ..checkpoints.loading import Loaded
+from ..data.bands import Bands
 from ..data.images import to_channels
 from ..errors import UserError
 from ..onnx.answers import answers
@@ -74,10 +76,19 @@ def explain_image(
         taken=gradient_attention(loaded.model, x, target).numpy(),
         title=f"{loaded.info.get('model', type(loaded.model).__name__)} predicts {top[0][0]}, "
         + (f"{100 * top[0][1]:.1f} %" if "top" in answer else f"{top[0][1]:,.6g}"),
-        note=f"Attention of the last block of each stage, {'mean over heads' if head is None else f'head {head}'}. "
+        note=_about_channels(image)
+        + f"Attention of the last block of each stage, {'mean over heads' if head is None else f'head {head}'}. "
         "Colours go from 0 to each panel's largest value; "
         "an even share is what each cell would get if all were looked at alike.",
     )
+
+
+def _about_channels(image: Any) -> str:
+    """What is shown of an image of more channels than eyes see, for the small print; nothing of a photograph."""
+    if not isinstance(image, Bands):
+        return ""
+    what = "the first three as red, green and blue" if image.channels >= 3 else "the first in grey"
+    return f"Of {image.channels} channels {what}, each stretched. "
 
 
 def find_class(wanted: str, class_names: list[str]) -> int:
@@ -128,11 +139,14 @@ def _in_crop(
     return place[0], place[1]
 
 
-def _shown(image: Image.Image, pixels: Tensor, config: dict[str, Any]) -> np.ndarray:
+def _shown(image: Any, pixels: Tensor, config: dict[str, Any]) -> np.ndarray:
     """What the network sees of an image, at the image's own resolution (at most ``MAX_SIDE``), uint8 (H, W[, 3]).
 
     ``pixels`` is the network's input, uint8 (C, H, W), which is shown where it has more pixels or other channels.
     """
+    if isinstance(image, Bands):  # both as people see them
+        seen = np.array(Bands(pixels.permute(1, 2, 0).numpy()).convert("RGB"))
+        image, pixels = image.convert("RGB"), torch.from_numpy(seen).permute(2, 0, 1)
     channels, *size = pixels.shape
     (top, bottom), (left, right) = _crop_box((image.height, image.width), (size[0], size[1]), config)
     scale = min(1.0, MAX_SIDE / max(bottom - top, right - left))

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ..attention import HMHSA, SIZES, Size, cut_into_grids
 from ..checkpoints.loading import Loaded, data_config_of
-from ..data.images import BrokenImage, read_image, to_channels
+from ..data.bands import Bands
+from ..data.images import BrokenImage, read_image
 from ..errors import UserError
 from ..plugging.places import eval_mode
 
@@ -79,31 +80,32 @@ def as_input(model: nn.Module | Loaded, image: ImageLike) -> tuple[nn.Module, Te
         UserError: The file can't be read, or the tensor isn't one image.
     """
     module = model.model if isinstance(model, Loaded) else model
+    x: Any = image
     if isinstance(image, str | os.PathLike):
         try:
             pixel_range = model.preprocessing.get("pixel_range") if isinstance(model, Loaded) else None
-            image = read_image(Path(image), pixel_range)
+            x = read_image(Path(image), pixel_range)
         except BrokenImage as error:
             raise UserError(f"can't read {os.fspath(image)}: {error}") from error
-    if isinstance(image, Image.Image):
+    if isinstance(x, Image.Image | Bands):
         from torchvision.transforms import functional as tvf
 
         from ..data.transforms.classify import channel_stats
+        from ..data.transforms.pixels import to_pixels
 
         in_chans = model.preprocessing["input_size"][0] if isinstance(model, Loaded) else getattr(model, "in_chans", 3)
         config = model.preprocessing if isinstance(model, Loaded) else data_config_of(module, in_chans)
         mean, std = channel_stats(config["mean"], in_chans), channel_stats(config["std"], in_chans)
-        pixels = tvf.pil_to_tensor(to_channels(image, in_chans)).float() / 255
-        image = tvf.normalize(pixels, list(mean), list(std))
+        x = tvf.normalize(to_pixels(x, in_chans).float() / 255, list(mean), list(std))
     ndim = next((m.ndim for m in module.modules() if isinstance(m, HMHSA)), 2)
-    image = image[None] if image.ndim == ndim + 1 else image
-    if image.ndim != ndim + 2 or len(image) != 1:
+    x = x[None] if x.ndim == ndim + 1 else x
+    if x.ndim != ndim + 2 or len(x) != 1:
         letters = f"C, {SIZES[ndim]}"
         raise UserError(
-            f"expected one {'image' if ndim == 2 else 'input'}, ({letters}) or (1, {letters}), got {tuple(image.shape)}"
+            f"expected one {'image' if ndim == 2 else 'input'}, ({letters}) or (1, {letters}), got {tuple(x.shape)}"
         )
-    like = next(module.parameters(), image)
-    return module, image.detach().to(device=like.device, dtype=like.dtype)
+    like = next(module.parameters(), x)
+    return module, x.detach().to(device=like.device, dtype=like.dtype)
 
 
 def record(model: nn.Module, image: Tensor, *, gradients: bool = False) -> tuple[Any, list[Record]]:

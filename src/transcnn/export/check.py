@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..data.bands import Bands, is_per_channel
 from ..data.images import read_image, to_channels
 from ..errors import UserError, first_line
 from ..onnx.dense import detections as detections_by_file
@@ -87,7 +88,7 @@ def _noise(model: nn.Module, images: torch.Tensor, answers: np.ndarray) -> float
 
 
 def check_detections(
-    detector: nn.Module, outputs: Callable[[np.ndarray], dict[str, np.ndarray]], images: list[Image.Image], info: Any
+    detector: nn.Module, outputs: Callable[[np.ndarray], dict[str, np.ndarray]], images: list[Any], info: Any
 ) -> list[Row]:
     """Compare what ``transcnn predict`` finds by a detector and by its exported file, a row for each image.
 
@@ -161,10 +162,13 @@ def comparisons(
         yield np.stack([to_input(sources[i % len(sources)], sized) for i in range(count)])
 
 
-def example_images(config: dict[str, Any], files: Sequence[str] | None) -> list[Image.Image]:
+def example_images(config: dict[str, Any], files: Sequence[str] | None) -> list[Any]:
     """The images of some files; without them generated ones, of two shapes."""
+    ends = config.get("pixel_range")
     if files:
-        return [read_image(file, config.get("pixel_range")) for file in files]
+        return [read_image(file, ends) for file in files]
+    if is_per_channel(ends):
+        return [_made_bands(0, ends), _made_bands(1, ends).resize((251, 187)), _made_bands(2, ends)]
     return [_made_image(0), _made_image(1).resize((251, 187)), _made_image(2)]
 
 
@@ -216,6 +220,14 @@ def _made_image(seed: int, side: int = 256) -> Image.Image:
         noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
         total += np.asarray(noise.resize((side, side), Image.Resampling.BICUBIC)) / cells**0.5
     return Image.fromarray((255 * (total - total.min()) / np.ptp(total)).astype(np.uint8))
+
+
+def _made_bands(seed: int, pixel_range: Sequence[Sequence[float]]) -> Bands:
+    """The same in any number of channels, of whose ranges it has the whole."""
+    planes = [np.asarray(_made_image(seed + 3 * k), np.float32) for k in range(-(-len(pixel_range) // 3))]
+    shares = np.concatenate(planes, axis=-1)[..., : len(pixel_range)] / np.float32(255)
+    low, high = np.array(pixel_range, np.float32).T
+    return Bands(low + shares * (high - low), pixel_range)
 
 
 def _answer(model: nn.Module, images: torch.Tensor) -> Any:

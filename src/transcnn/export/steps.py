@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ..data.bands import is_per_channel
 from ..data.images import MAX_ASPECT_RATIO, MIN_SHORT_SIDE
 
 __all__ = ["steps"]
@@ -39,7 +40,19 @@ def steps(task: str, config: dict[str, Any], args: dict[str, Any]) -> list[str]:
         "segment": _segment,
         "detect": _detect,
     }[task]
+    if is_per_channel(config.get("pixel_range")):
+        return [*_scale(config["input_size"][0]), *own(config, args)]
     return [*_decode(config["input_size"][0]), *own(config, args)]
+
+
+def _scale(channels: int) -> list[str]:
+    return [
+        f"read the numbers of {channels} channels as they are stored (TIFF: bands, or pages one after another; .npy: "
+        "rows, columns, channels)",
+        "each number v becomes (v - low) * 255 / (high - low), low and high being its channel's pair in "
+        "data_config.pixel_range, which also stand for minus infinity, infinity and (low) NaN; nothing is rounded or "
+        "cut off, here and in what follows",
+    ]
 
 
 def _decode(channels: int) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,10 +12,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..data.broken import NoPhotograph
+from ..data.images import decode
 from ..data.sets import detect, segment
+from ..data.sets.channels import measure_channels
 from ..data.sets.dense_dataset import DenseDataset
 from ..data.sources.files import dense_layout
 from ..data.sources.opening import open_source
+from ..data.sources.source import Source
 from ..errors import UserError
 from ..report.overlay import blend, draw_detections, palette
 from ..settings import Table
@@ -89,6 +95,9 @@ def open_data(data: str | None, task: str = "auto", table: Table | None = None) 
     if task not in ("segment", "detect"):
         raise UserError(f"task must be one of auto, classify, segment, detect, got {task}")
     parts, names, colours = (segment if task == "segment" else detect).open_parts(data)
+    largest = max(parts.values(), key=len)
+    with suppress(UserError):  # of images of several kinds, those of one are read
+        measure_channels({"train": largest, **parts}, None)
     samples = [sample for split, part in parts.items() for sample in _of_part(split, part)]
     broken = [entry for part in parts.values() for entry in part.broken]
     return DataSet(task, names, samples, broken, colours or palette(len(names)))
@@ -105,7 +114,7 @@ def _labelled(data: str | None, table: Table | None) -> DataSet:
         broken += source.broken
         for i, label in enumerate(source.labels.tolist()):
             raw = None if source.raw is None else partial(source.raw, i)
-            load = partial(_with_nothing, source.load, i)
+            load = partial(_with_nothing, source, i)
             samples.append(Sample(source.name_of(i), split if several else "", source.class_names[label], raw, load))
     return DataSet("classify", names, samples, broken, palette(len(names)))
 
@@ -116,5 +125,11 @@ def _of_part(split: str, part: DenseDataset) -> Iterator[Sample]:
         yield Sample(part.name(i), split, None, raw, partial(part.read, i))
 
 
-def _with_nothing(load: Callable[[int], Image.Image], i: int) -> tuple[Image.Image, None]:
-    return load(i), None
+def _with_nothing(source: Source, i: int) -> tuple[Image.Image, None]:
+    """An image without a truth, as people see it."""
+    try:
+        return source.load(i), None
+    except NoPhotograph:
+        if source.raw is None:
+            raise
+        return decode(io.BytesIO(source.raw(i)), finish=lambda image: image.convert("RGB")), None

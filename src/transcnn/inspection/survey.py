@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ..data.images import BrokenImage, decode, upright
 from ..data.loading.read_ahead import read_ahead
@@ -104,7 +103,7 @@ def _look(data: DataSet, sample: Sample) -> Look:
     return Look(size, mode, kind, turned, frames, digest, len(content), data.classes_in(sample, truth), boxes)
 
 
-def _facts(image: Image.Image) -> tuple[tuple[int, int], str, str, bool, int]:
+def _facts(image: Any) -> tuple[tuple[int, int], str, str, bool, int]:
     turned = upright(image)
     frames = getattr(image, "n_frames", 1)
     return turned.size, image.mode, image.format or "none", turned.size != image.size, int(frames)
@@ -165,13 +164,18 @@ def _odd(looks: Sequence[tuple[Sample, Look]]) -> list[list[str]]:
         reasons = [
             f"{look.size[0]}x{look.size[1]} pixels" if short < SMALL_SIDE else "",
             f"{long / short:.0f} times as long as wide" if long > LONG * short else "",
-            f"mode {look.mode}" if look.mode not in usual or look.mode not in PLAIN_MODES else "",
+            f"mode {look.mode}" if look.mode not in usual or not _is_plain(look.mode) else "",
             f"{look.frames} frames, of which the first counts" if look.frames > 1 else "",
             "turned by its EXIF orientation" if look.turned else "",
         ]
         if any(reasons):
             found.append([sample.name, "; ".join(reason for reason in reasons if reason)])
     return found[:MOST_LISTED]
+
+
+def _is_plain(mode: str) -> bool:
+    """Whether a mode is common: grey, RGB, or that of any number of channels (``Bands.mode``)."""
+    return mode in PLAIN_MODES or " x " in mode
 
 
 def _duplicates(looks: Sequence[tuple[Sample, Look]]) -> dict[str, Any]:

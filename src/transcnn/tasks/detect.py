@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
+from ..data.bands import is_per_channel
 from ..data.sets.dense_dataset import DenseDataset
 from ..data.sets.detect import open_set, open_splits
 from ..data.sets.splits import Splits
@@ -67,6 +68,7 @@ class Detect(DetectInference, DenseTask):
             hflip=augment.hflip,
             vflip=augment.vflip,
             color_jitter=augment.color_jitter,
+            bands=is_per_channel(data_config.get("pixel_range")),
         )
 
     @classmethod

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor
 
+from ..data.bands import is_per_channel
 from ..data.loading.data_module import DataModule
 from ..data.loading.loader import make_loader
 from ..data.sets.classify import open_set, open_splits
@@ -73,6 +74,7 @@ class ImageTask(ImageInference, Task):
             aa=a.aa,
             re_prob=a.reprob,
             re_mode=a.remode,
+            bands=is_per_channel(data_config.get("pixel_range")),
         )
         balanced = task_args.get("sampler") == "balanced"
         return DataModule(splits, train, cls.image_transform(data_config), balanced=balanced, **settings)

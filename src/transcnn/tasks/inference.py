@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.bands import is_per_channel
 from ..data.transforms.classify import Transform, eval_transform
 from ..data.transforms.detect import DetectTransform
 from ..data.transforms.segment import EvalTransform
@@ -79,6 +80,7 @@ class ImageInference(Inference):
             interpolation=data_config["interpolation"],
             crop_pct=data_config["crop_pct"],
             crop_mode=data_config.get("crop_mode") or "center",
+            bands=is_per_channel(data_config.get("pixel_range")),
         )
 
     @classmethod

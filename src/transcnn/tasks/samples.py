@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..data.bands import is_per_channel
 from ..errors import UserError
 from ..report.classify import save_figures
 from ..report.overlay import blend, draw_detections, palette
@@ -42,8 +43,11 @@ def _cell(learner: Task, image: Tensor, truth: Any) -> tuple[Image.Image, list[s
         shown = draw_detections(_as_image(image), found, names, palette(len(names)), 0.0, enlarge=160)
         count = len(found["boxes"])
         return shown, [f"{count} box{'es' if count != 1 else ''}"]
-    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
-    shown = _as_image(image * std + mean)
+    if is_per_channel(config.get("pixel_range")):  # no photograph: two deviations below the mean are black
+        shown = _as_image(image / 4 + 0.5)
+    else:
+        mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+        shown = _as_image(image * std + mean)
     if learner.name == "segment":
         colours = learner.task_args.get("colours") or palette(len(names))
         labels = np.where(truth.numpy() < len(names), truth.numpy(), -1)

@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from ..data.bands import is_per_channel
 from ..data.sets.dense_dataset import DenseDataset
 from ..data.sets.segment import open_set, open_splits
 from ..data.sets.splits import Splits
@@ -70,6 +71,7 @@ class Segment(SegmentInference, DenseTask):
             hflip=augment.hflip,
             vflip=augment.vflip,
             color_jitter=augment.color_jitter,
+            bands=is_per_channel(data_config.get("pixel_range")),
             in_chans=in_chans,
             mean=data_config["mean"],
             std=data_config["std"],

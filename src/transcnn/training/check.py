@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from ..data.bands import MAX_CHANNELS
 from ..errors import MAX_SEED, MAX_SIDE, UserError, check_range
 from ..settings import TrainSettings
 from ..tasks import TASKS
@@ -118,7 +119,7 @@ def _check_ranges(s: TrainSettings) -> None:
     check_range(1, epochs=s.epochs, batch_size=s.batch_size, early_stop=s.early_stop, save_every=s.save_every)
     check_range(1, limit_batches=s.limit_batches, max_nonfinite=s.max_nonfinite)
     check_range(1, MAX_SIDE, img_size=s.img_size)
-    check_range(1, 4, in_chans=s.in_chans)
+    check_range(1, MAX_CHANNELS, in_chans=s.in_chans)
     check_range(0, MAX_SEED, seed=s.seed)
     check_range(0, num_workers=s.num_workers)
     check_range(0, 1, val_fraction=s.val_fraction, drop_rate=s.drop_rate, drop_path_rate=s.drop_path_rate)

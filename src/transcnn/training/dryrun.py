@@ -22,6 +22,7 @@ from rich.table import Table
 from timm.models import get_pretrained_cfg
 from torch.utils.data import DataLoader
 
+from ..data.sets.channels import Channels
 from ..distributed.processes import placement, rank, world
 from ..distributed.runtime import choose_precision
 from ..distributed.sharding import choose_strategy
@@ -43,14 +44,18 @@ class AssumedSplits:
 
     train: range
     class_names: list[str]
-    in_chans: int
+    channels: Channels
     name: str
     assumed: str  # what was assumed, in words
     val: None = None
     test: None = None
-    pixel_range: None = None
     broken: tuple[tuple[str, str], ...] = ()
     task_args: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images."""
+        return self.channels.count
 
 
 def assumed_splits(s: TrainSettings) -> AssumedSplits | None:
@@ -64,7 +69,7 @@ def assumed_splits(s: TrainSettings) -> AssumedSplits | None:
     return AssumedSplits(
         train=range(images),
         class_names=[str(i) for i in range(classes)],
-        in_chans=s.in_chans or 3,
+        channels=Channels(s.in_chans or 3),
         name=str(s.data),
         assumed=f"{s.data} isn't there: taken are {classes:,} classes, as the model has them"
         + (f", and {images:,} images, as ImageNet-1K has" if images else "; how many images there are isn't known"),

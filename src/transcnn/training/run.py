@@ -15,7 +15,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from ..checkpoints.files import atomic_write
-from ..checkpoints.loading import data_config_of, load
+from ..checkpoints.loading import data_config_of, load, read_info
+from ..data.sets.channels import Channels
 from ..distributed.processes import (
     first_decides,
     first_here,
@@ -71,15 +72,15 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None, lock: R
     task_args = task_class.args_of(s)
     assumed = assumed_splits(s) if s.dry_run else None
     opened = {"val_fraction": s.val_fraction, "seed": s.seed, "strict": s.strict_data, "in_chans": s.in_chans}
-    splits = assumed or first_here(lambda: task_class.open_data(s.data, task_args, **opened))
+    splits: Any = assumed or first_here(lambda: task_class.open_data(s.data, task_args, **opened))
     record = None if s.dry_run else _check_data(s, splits, resumed)
     task_args = {**task_args, **splits.task_args}
     if resumed is None and assumed is None:
         s = choose_img_size(s, splits, quiet=s.quiet or rank() > 0)
+    if resumed is not None and assumed is None:  # as the data was when the run began
+        splits.read_as(Channels.of(read_info(resumed)["data_config"]))
     network, args = make_network(s, splits, task_args, resumed)
-    config = data_config_of(network, splits.in_chans, s.img_size)
-    if splits.pixel_range is not None:
-        config["pixel_range"] = list(splits.pixel_range)
+    config = splits.channels.added_to(data_config_of(network, splits.in_chans, s.img_size))
     learner = make_learner(s, splits, network, config, task_args)
     check_metric(s, learner.measured)
     loaders: Any = None if assumed else _loaders(s, task_class, splits, config, task_args)

@@ -15,7 +15,7 @@ from ..names import distinct_names
 from ..sources.opening import open_source
 from ..sources.source import SPLITS, Source, SourceSplits, check_fraction, split_stratified
 from ..sources.targets import CLASSES, Targets
-from .fault_tolerant import channels_of, set_pixel_range
+from .channels import measure_channels
 from .image_dataset import ImageDataset
 from .splits import Splits, choose_split, make_splits, split_off
 
@@ -48,7 +48,7 @@ def open_splits(
         val_fraction: Share of the training images that becomes the validation split.
         seed: Of that split.
         strict: Raise at the first file that can't be read, instead of leaving it out.
-        in_chans: 1, 2, 3 or 4; None is 1 for grey images, else 3.
+        in_chans: Channels of the images; None is what :func:`~.channels.measure_channels` finds.
         table: Which columns of a table are what.
         targets: What labels are made into.
 
@@ -67,9 +67,8 @@ def open_splits(
     train, val = sets["train"], sets["val"]
     if train is None or val is None:
         raise UserError(f"{what!r} has {len(splits.train)} images, too few to split off a validation split")
-    channels = channels_of(train, in_chans)
-    pixel_range = set_pixel_range(sets)
-    return Splits(train, val, sets["test"], train.class_names, splits.name, channels, pixel_range=pixel_range)
+    channels = measure_channels(sets, in_chans)
+    return Splits(train, val, sets["test"], train.class_names, splits.name, channels)
 
 
 def open_set(

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from ..bands import PixelRange
 from ..images import BrokenImage
 from ..rng import sample_seeds
 from .fault_tolerant import FaultTolerantDataset, Sample
@@ -32,7 +32,7 @@ class DenseSource:
     """
 
     names: list[str]
-    load: Callable[[int, Sequence[float] | None], tuple[Image.Image, Any]]
+    load: Callable[[int, PixelRange | None], tuple[Any, Any]]
     entry: Callable[[int], tuple[str, int]]
     broken: list[tuple[str, str]] = field(default_factory=list)
     raw: Callable[[int], bytes] | None = None
@@ -50,7 +50,7 @@ class DenseTransform(Protocol):
 
     stacks: bool
 
-    def __call__(self, image: Image.Image, truth: Any, seed: int) -> tuple[Tensor, Any]:
+    def __call__(self, image: Any, truth: Any, seed: int) -> tuple[Tensor, Any]:
         """What the task's batches hold for one sample; random draws follow from ``seed`` alone."""
         ...
 
@@ -94,7 +94,7 @@ class DenseDataset(FaultTolerantDataset):
         """Whether two sets hold images of one source, as where one was split off."""
         return self.source.names == other.source.names
 
-    def read(self, i: int) -> tuple[Image.Image, Any]:
+    def read(self, i: int) -> tuple[Any, Any]:
         """The i-th image and its truth as they lie there; raises BrokenImage."""
         return self.source.load(int(self.indices[i]), self.pixel_range)
 

@@ -19,7 +19,9 @@ import numpy as np
 from PIL import Image
 
 from ...errors import UserError
-from ..images import BrokenImage, is_image_name, read_oriented
+from ..bands import PixelRange
+from ..images import BrokenImage, read_oriented
+from ..listing import image_names
 from ..names import distinct_names
 from ..sources.annotations import AnnotatedImage, Annotations, align
 from ..sources.coco import find_coco, read_coco
@@ -28,8 +30,8 @@ from ..sources.masks import decode_mask
 from ..sources.source import abbreviate, check_fraction, first_reasons
 from ..sources.voc import is_voc_file, read_voc
 from ..sources.yolo import find_yolo, read_yolo
+from .channels import measure_channels
 from .dense_dataset import DenseDataset, DenseSource
-from .fault_tolerant import channels_of, set_pixel_range
 from .splits import Splits, choose_split, make_splits, split_off
 
 __all__ = ["open_parts", "open_set", "open_splits"]
@@ -71,12 +73,14 @@ def open_splits(
     items = [item for split in ("train", "") for item in found.splits.get(split, ())]
     if not any(item.boxes for item in items):
         raise UserError(f"{data!r} has no boxes to learn from{first_reasons(found.broken)}")
-    channels = channels_of(train, in_chans)
+    channels = measure_channels(sets, in_chans)
     args: dict[str, Any] = {"label_ids": ids}
     if not (settings or {}).get("anchor_size"):
         args["anchor_size"] = _anchor_size(train, settings or {})
+    if channels.mean is not None:  # torchvision's detectors normalise themselves
+        args |= {"image_mean": channels.mean, "image_std": channels.std}
     names = distinct_names(found.names[value] for value in ids)
-    return Splits(train, val, sets["test"], names, found.files.name, channels, args, set_pixel_range(sets))
+    return Splits(train, val, sets["test"], names, found.files.name, channels, args)
 
 
 def open_set(
@@ -155,7 +159,7 @@ def _load(
     items: list[AnnotatedImage],
     index: dict[int, int],
     i: int,
-    pixel_range: Sequence[float] | None = None,
+    pixel_range: PixelRange | None = None,
 ) -> tuple[Image.Image, dict[str, Any]]:
     """An image and what is in it, boxes cut at its edges; masks as functions of nothing to (H, W) of bool."""
     item = items[i]
@@ -198,7 +202,7 @@ def _find(data: str | None) -> Annotations:
     files = open_files(data)
     names = files.names()
     found = Annotations(files)
-    images = [name for name in names if is_image_name(name.rpartition("/")[2])]
+    images = image_names(names)
     annotation_files = find_coco(files, names)
     if annotation_files:
         for name in annotation_files:

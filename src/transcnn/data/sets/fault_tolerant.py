@@ -5,21 +5,20 @@ from __future__ import annotations
 import copy
 import csv
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from ...errors import UserError
 from ...text import csv_cell
-from ..images import BrokenImage, to_channels
+from ..bands import PixelRange
+from ..images import BrokenImage
 
-__all__ = ["FaultTolerantDataset", "Sample", "channels_of", "set_pixel_range", "write_skipped"]
+__all__ = ["FaultTolerantDataset", "Sample", "write_skipped"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ class FaultTolerantDataset(Dataset):
         self.strict = strict
         self.replace = replace
         self.transform: Any = None  # see with_transform
-        self.pixel_range: Sequence[float] | None = None  # see ``images.read_image``
+        self.pixel_range: PixelRange | None = None  # see ``images.read_image``
         self.groups: np.ndarray | None = None  # for each sample the file that it lies in, where these are slow to get
         self.split = ""  # the split of the data that it is, where it was opened as one
         self.listed: list[tuple[str, str]] = []  # files without a sample that were found broken when listing
@@ -81,7 +80,7 @@ class FaultTolerantDataset(Dataset):
             setattr(made, name, getattr(self, name))
         return made
 
-    def with_transform(self, transform: Any, *, seed: int = 0, pixel_range: Sequence[float] | None = None) -> Any:
+    def with_transform(self, transform: Any, *, seed: int = 0, pixel_range: PixelRange | None = None) -> Any:
         """The same samples by another transform; a file that can't be read is on the account of both."""
         made = copy.copy(self)
         made.transform, made.seed, made.pixel_range = transform, seed, pixel_range
@@ -120,61 +119,6 @@ class FaultTolerantDataset(Dataset):
         yield from np.random.default_rng(seed).permutation(len(self)).tolist()
         name, reason = self.broken[0]
         raise UserError(f"none of the {len(self)} images can be read; the first is {name!r}: {reason}")
-
-
-def channels_of(images: FaultTolerantDataset, in_chans: int | None = None) -> int:
-    """``in_chans``, which must be from 1 to 4; without it 1 if up to 16 images are grey (transparent or not), else 3.
-
-    They are from all over the set, but of one file where files are slow to get.
-    """
-    if in_chans is not None:
-        to_channels(Image.new("L", (1, 1)), in_chans)  # refuses what is not 1 to 4
-        return in_chans
-    modes = set()
-    for i in _spread(images, 16):
-        with suppress(BrokenImage):
-            modes.add(images.read(i)[0].mode)
-    return 1 if modes and modes <= {"L", "LA"} else 3
-
-
-def pixel_range_of(images: FaultTolerantDataset) -> tuple[float, float] | None:
-    """Which values are black and white in a set's images of more than 8 bits, by up to 16 images from all over it.
-
-    The smallest of the common ranges (8, 10, 12, 14 or 16 bits; 0 to 1 for floats) that holds their values, or holds
-    them but for a tenth beyond its end; None where the dtype's own range is right, or all images are of 8 bits.
-    """
-    found = []
-    for i in _spread(images, 16):
-        with suppress(BrokenImage):
-            found.append(images.read(i)[0].info.get("values"))
-    values = [entry for entry in found if entry is not None]
-    kinds = {kind == "f" for kind, _, _ in values}
-    if len(kinds) != 1 or len(values) < len(found):
-        return None
-    low, high = min(entry[1] for entry in values), max(entry[2] for entry in values)
-    own, common = (1, (1, 255, 65535)) if kinds == {True} else (65535, (255, 1023, 4095, 16383, 65535))
-    if low < 0:
-        return low, high
-    top = next((float(top) for top in common if high <= 1.1 * top), high)
-    return None if top == own else (0.0, top)
-
-
-def set_pixel_range(sets: Mapping[str, FaultTolerantDataset | None]) -> tuple[float, float] | None:
-    """Have all splits read with the range that the training split has, and return it."""
-    train = sets["train"]
-    # Files at a URL aren't fetched for this: of these the dtype decides.
-    found = None if train is None or train.groups is not None else pixel_range_of(train)
-    for images in sets.values():
-        if images is not None:
-            images.pixel_range = found
-    return found
-
-
-def _spread(images: FaultTolerantDataset, count: int) -> list[int]:
-    """Up to ``count`` indices from all over a set, but of one file where files are slow to get."""
-    groups = images.groups
-    indices = np.arange(len(images)) if groups is None else np.flatnonzero(groups == groups[0])
-    return indices[np.linspace(0, len(indices) - 1, min(count, len(indices))).astype(int)].tolist()
 
 
 def write_skipped(path: Path, broken: Iterable[tuple[str, str]]) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ..bands import bands_of_image, is_per_channel
 from ..images import BrokenImage, read_image
 from ..rng import sample_seeds
 from ..sources.source import Source, with_progress
@@ -69,7 +69,7 @@ class ImageDataset(FaultTolerantDataset):
         self.transform = transform
         self.seed = seed
         self.epoch = 0
-        self._cache: Tensor | None = None  # uint8 (N, C, H, W), what the transform's first step gives
+        self._cache: Tensor | None = None  # (N, C, H, W), what the transform's first step gives
         self._cached_for: object = None
 
     def name(self, i: int) -> str:
@@ -85,8 +85,8 @@ class ImageDataset(FaultTolerantDataset):
         """Whether two sets hold images of one source, as where one was split off."""
         return self.source is other.source
 
-    def read(self, i: int) -> tuple[Image.Image, Any, str]:
-        """The i-th image as it lies there (mode L, LA, RGB or RGBA), its label and its name.
+    def read(self, i: int) -> tuple[Any, Any, str]:
+        """The i-th image as it lies there (mode L, LA, RGB or RGBA, or Bands), its label and its name.
 
         Raises:
             BrokenImage: It can't be read.
@@ -96,9 +96,12 @@ class ImageDataset(FaultTolerantDataset):
     def _label(self, i: int) -> Any:
         return int(self.labels[i]) if self.labels.ndim == 1 else torch.from_numpy(self.labels[i])
 
-    def _load(self, i: int) -> Image.Image:
+    def _load(self, i: int) -> Any:
         index = int(self.indices[i])
-        if self.pixel_range is None or self.source.raw is None:
+        if self.source.raw is None:
+            image = self.source.load(index)
+            return bands_of_image(image, self.pixel_range) if is_per_channel(self.pixel_range) else image
+        if self.pixel_range is None:
             return self.source.load(index)
         return read_image(self.source.raw(index), self.pixel_range)
 
@@ -134,12 +137,13 @@ class ImageDataset(FaultTolerantDataset):
         """
         transform = self._need_transform()
         height, width = transform.size
-        if not transform.cacheable or len(self) * transform.in_chans * height * width > limit:
+        size = len(self) * transform.in_chans * height * width * transform.dtype.itemsize
+        if not transform.cacheable or size > limit:
             return False
         key = transform.prepare_key
         if self._cache is not None and self._cached_for == key:
             return True
-        cache = torch.zeros(len(self), transform.in_chans, height, width, dtype=torch.uint8)
+        cache = torch.zeros(len(self), transform.in_chans, height, width, dtype=transform.dtype)
         for i in with_progress(range(len(self)), f"reading {len(self)} images", progress):
             image = self._try(i, 0)
             if image is not None:
@@ -159,7 +163,7 @@ class ImageDataset(FaultTolerantDataset):
             return image, self.labels[i]
         transform = self._need_transform()
         if not self.replace:
-            return torch.zeros(transform.in_chans, *transform.size, dtype=torch.uint8), np.full_like(
+            return torch.zeros(transform.in_chans, *transform.size, dtype=transform.dtype), np.full_like(
                 self.labels[i], self.ignore
             )
         for other in self.substitutes(seed):

@@ -20,14 +20,15 @@ import numpy as np
 from PIL import Image
 
 from ...errors import UserError
+from ..bands import PixelRange
 from ..images import BrokenImage, read_oriented
 from ..names import distinct_names
 from ..sources.annotations import Alignment
 from ..sources.label_maps import Pair, PairedFiles, find_pairs
 from ..sources.source import abbreviate, check_fraction
 from ..transforms.segment import IGNORE
+from .channels import measure_channels
 from .dense_dataset import DenseDataset, DenseSource
-from .fault_tolerant import channels_of, set_pixel_range
 from .splits import Splits, choose_split, make_splits, split_off
 
 __all__ = ["class_shares", "open_parts", "open_set", "open_splits"]
@@ -110,11 +111,11 @@ def open_splits(
     for split, images in (("val", val), ("test", sets["test"])):
         if images is not None:
             _check_counted(str(data), split, images)
-    channels = channels_of(train, in_chans)
+    channels = measure_channels(sets, in_chans)
     args: dict[str, Any] = {"label_ids": ids.ids, "colours": colours}
     if settings.get("class_weights", "none") != "none":
         args["shares"] = class_shares(train, len(names)).tolist()
-    return Splits(train, val, sets["test"], names, found.name, channels, args, set_pixel_range(sets))
+    return Splits(train, val, sets["test"], names, found.name, channels, args)
 
 
 def open_set(
@@ -211,9 +212,7 @@ def _entry(pairs: list[Pair], i: int) -> tuple[str, int]:
     return str(label), image
 
 
-def _load(
-    pairs: list[Pair], ids: Ids, i: int, pixel_range: Sequence[float] | None = None
-) -> tuple[Image.Image, np.ndarray]:
+def _load(pairs: list[Pair], ids: Ids, i: int, pixel_range: PixelRange | None = None) -> tuple[Image.Image, np.ndarray]:
     """Image and label map (H, W) of int16 indices."""
     pair = pairs[i]
     image, orientation = read_oriented(pair.image(), pixel_range)

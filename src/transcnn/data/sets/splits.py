@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ...errors import UserError
+from ..bands import PixelRange
+from .channels import Channels
 
 __all__ = ["Splits", "choose_split", "make_splits", "split_off"]
 
@@ -26,9 +28,8 @@ class Splits:
         test: What only the final figure is measured on; None where the data has no such split.
         class_names: In the order of the labels.
         name: A short name for run directories.
-        in_chans: Channels of the images: as asked for, else 1 if a sample of them is all grey, else 3.
+        channels: How many channels images have, and what these hold.
         task_args: What the task needs to know of the data.
-        pixel_range: Values that are black and white in images of more than 8 bits, see ``images.read_image``.
     """
 
     train: Any
@@ -36,9 +37,25 @@ class Splits:
     test: Any
     class_names: list[str]
     name: str
-    in_chans: int
+    channels: Channels
     task_args: dict[str, Any] = field(default_factory=dict)
-    pixel_range: Sequence[float] | None = None
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images."""
+        return self.channels.count
+
+    @property
+    def pixel_range(self) -> PixelRange | None:
+        """Values that are black and white, see ``images.read_image``."""
+        return self.channels.pixel_range
+
+    def read_as(self, channels: Channels) -> None:
+        """Have all splits read as another data set, or this one at another time, was measured."""
+        self.channels = channels
+        for split in (self.train, self.val, self.test):
+            if split is not None:
+                split.pixel_range = channels.pixel_range
 
     @property
     def broken(self) -> list[tuple[str, str]]:

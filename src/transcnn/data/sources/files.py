@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Protocol
 
 from ...errors import UserError
-from ..images import BrokenImage, folder_identity, read_slice
+from ..images import BrokenImage, read_slice
+from ..listing import folder_identity
 from .source import first_line
 
 __all__ = ["Files", "dense_layout", "open_files"]

@@ -14,7 +14,8 @@ from PIL import Image
 
 from ...errors import UserError
 from ...text import printable
-from ..images import is_dir, is_image_name, list_images, read_bytes, read_image
+from ..images import read_bytes, read_image
+from ..listing import is_dir, is_image_name, list_images
 from ..names import normalise
 from .source import SPLITS, Source, SourceSplits, abbreviate
 

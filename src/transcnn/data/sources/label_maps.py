@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
-from ..images import BrokenImage, is_image_name, lies_beside, read_colours, read_ids
+from ..images import BrokenImage, read_colours, read_ids
+from ..listing import image_names, is_image_name, lies_beside
 from .class_files import ColourTable, read_class_file
 from .files import Files, open_files
 from .source import SPLITS, first_reasons, split_of_name
@@ -76,7 +77,10 @@ def find_pairs(data: str | None) -> PairedFiles:
     labels: dict[tuple[str, str], str] = {}
     there = files.names()
     beside = _labels_beside(there)
+    features = {name for name in there if is_image_name(name.rpartition("/")[2])} - {*image_names(there)}
     for name in there:
+        if name in features:
+            continue
         found_as = beside.get(name) or _parse_path(name)
         if found_as is not None:
             kind, split, stem = found_as
@@ -129,7 +133,7 @@ def _labels_beside(names: list[str]) -> dict[str, tuple[str, str, str]]:
     ``x_mask.png`` beside ``x.jpg``, as Roboflow writes it, and CamVid's own ``LabeledApproved_full/x_L.png`` for
     ``701_StillsRaw_full/x.png``.
     """
-    there = [name for name in names if is_image_name(name.rpartition("/")[2])]
+    there = image_names(names)
     stems = {os.path.splitext(name)[0]: name for name in there}
     found: dict[str, tuple[str, str, str]] = {}
     for stem, name in stems.items():

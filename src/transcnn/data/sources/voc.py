@@ -8,7 +8,8 @@ from pathlib import PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
 
-from ..images import BrokenImage, is_image_name
+from ..images import BrokenImage
+from ..listing import is_image_name
 from .annotations import AnnotatedImage, Annotations
 from .source import SPLITS, abbreviate, first_line
 

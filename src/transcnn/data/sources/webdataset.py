@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from ...errors import UserError, require
-from ..images import is_image_name, read_image, read_slice
+from ..images import read_image, read_slice
+from ..listing import is_image_name
 from .source import (
     SPLITS,
     Source,
@@ -86,6 +87,8 @@ def read_shard(path: str) -> ShardContents:
                 if kind == "cls":
                     file.seek(member.offset_data)
                     found.classes[stem] = int(file.read(min(member.size, 20)))
+                elif kind.lower() == "npy":  # beside an image it is something else
+                    found.images.setdefault(stem, (member.offset_data, member.size))
                 elif is_image_name(os.path.basename(member.name)):
                     found.images[stem] = (member.offset_data, member.size)
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:

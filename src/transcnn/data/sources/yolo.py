@@ -21,7 +21,8 @@ import yaml
 
 from ...errors import UserError
 from ...plain import MAX_CHARACTERS, load_plain
-from ..images import BrokenImage, is_image_name
+from ..images import BrokenImage
+from ..listing import image_names
 from .annotations import AnnotatedImage, Annotations
 from .files import Files
 from .source import SPLITS, abbreviate, first_line, split_of_name
@@ -47,7 +48,7 @@ def find_yolo(files: Files, names: Sequence[str]) -> str | None:
     for name in sorted(names, key=lambda name: (name.count("/"), name)):
         if name.rpartition("/")[2].lower() in LISTS and name.count("/") <= 1:
             others = texts - {name}
-            labelled = any(_label_name(image, others) for image in names if is_image_name(image.rpartition("/")[2]))
+            labelled = any(_label_name(image, others) for image in image_names(names))
             return name if labelled else None
     return None
 
@@ -63,7 +64,7 @@ def read_yolo(found: Annotations, source: str, names: Sequence[str]) -> None:
     Raises:
         UserError: The file of names can't be understood.
     """
-    images = [name for name in names if is_image_name(name.rpartition("/")[2])]
+    images = image_names(names)
     texts = {name for name in names if name.lower().endswith(".txt")} - {source}
     if source.lower().endswith((".yaml", ".yml")):
         content = _read_yaml(found.files, source)

@@ -6,6 +6,9 @@ A :class:`Transform` works in three steps, so that whatever can be done once or 
     per_image  uint8 -> PIL -> uint8, optional: RandAugment and colour jitter, which know only single images
     finish     uint8 (B, C, H, W) -> float (B, C, H, W): shifts, flips, rotation, normalisation, erasing
 
+Of images of any numbers (:class:`~..bands.Bands`) the same steps give and take float32 on the scale from 0 to 255 where
+uint8 stands; they have no step for single images.
+
 Every random number is drawn from the sample's own seed (see :mod:`transcnn.data.rng`), never from a global generator:
 a sample looks the same in whatever batch, process or order it is asked for.
 """
@@ -21,15 +24,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from timm.data import create_transform, rand_augment_transform
 from torch import Tensor
 from torchvision import transforms as tv
 from torchvision.transforms import functional as tvf
 
 from ...errors import UserError
+from ..bands import Bands
 from ..images import MAX_ASPECT_RATIO, crop_extreme_aspect, to_channels
 from ..rng import CounterRNG, seeded
+from .pixels import check_colours, to_pixels
 
 __all__ = ["Transform", "eval_transform", "train_transform"]
 
@@ -60,6 +64,7 @@ def train_transform(
     re_prob: float = 0.0,
     re_mode: str = "pixel",
     re_count: int = 1,
+    bands: bool = False,
 ) -> Transform:
     """What training images go through.
 
@@ -79,12 +84,14 @@ def train_transform(
         color_jitter: Strength of brightness, contrast and saturation changes; not used with ``aa``, as in timm.
         aa: RandAugment in timm's notation, such as ``rand-m9-mstd0.5-inc1``; for 1 or 3 channels.
         re_prob, re_mode, re_count: Random erasing: probability, ``const`` or ``pixel`` fill, and rectangles an image.
+        bands: Whether images are :class:`~..bands.Bands`; of these there is no ``color_jitter`` and no ``aa``.
 
     Raises:
         UserError: A value that is not allowed.
     """
     size = _size(img_size)
     mean, std = channel_stats(mean, in_chans), channel_stats(std, in_chans, alpha=0.5)
+    check_colours(in_chans, bands, aa=aa, color_jitter=color_jitter)
     _check_train(policy, in_chans, aa, re_mode, hflip=hflip, vflip=vflip, re_prob=re_prob)
     if policy == "auto":
         policy = "small" if max(size) <= SMALL else "imagenet"
@@ -104,10 +111,10 @@ def train_transform(
             normalize=False,
         )
         finish = Finish(mean, std, re_prob=re_prob, re_mode=re_mode, re_count=re_count)
-        return Transform(size, in_chans, prepare, finish)
+        return Transform(size, in_chans, prepare, finish, bands=bands)
     prepare, key = _resize(size, in_chans, interpolation, 1.0)
     if policy == "none":
-        return Transform(size, in_chans, prepare, Finish(mean, std), key=key)
+        return Transform(size, in_chans, prepare, Finish(mean, std), key=key, bands=bands)
     finish = Finish(
         mean,
         std,
@@ -120,7 +127,8 @@ def train_transform(
         re_mode=re_mode,
         re_count=re_count,
     )
-    return Transform(size, in_chans, prepare, finish, per_image=_per_image(size, mean, aa, color_jitter), key=key)
+    per_image = _per_image(size, mean, aa, color_jitter)
+    return Transform(size, in_chans, prepare, finish, per_image=per_image, key=key, bands=bands)
 
 
 def eval_transform(
@@ -132,12 +140,14 @@ def eval_transform(
     interpolation: str = "bicubic",
     crop_pct: float | None = None,
     crop_mode: str = "center",
+    bands: bool = False,
 ) -> Transform:
     """The transform for evaluation, as timm's: a resize to ``img_size / crop_pct``, then a centre crop.
 
     ``crop_mode`` says what is resized: ``center`` the short side, ``border`` the long one (the rest is filled with the
     mean), ``squash`` both. ``crop_pct`` None is 1 up to 64 pixels, and timm's 0.875 above. Nothing is random. Called
-    with one PIL image the result is a float (C, H, W) tensor, so this serves prediction as well.
+    with one PIL image the result is a float (C, H, W) tensor, so this serves prediction as well. ``bands``: images are
+    :class:`~..bands.Bands`.
     """
     size = _size(img_size)
     if crop_pct is None:
@@ -148,7 +158,7 @@ def eval_transform(
     prepare, key = _resize(size, in_chans, interpolation, crop_pct, crop_mode, finish.mean)
     # What a crop of the centre doesn't look at needs no resizing; with borders the short side must keep a pixel.
     max_aspect = {"center": MAX_ASPECT_RATIO, "border": max(MAX_ASPECT_RATIO, *size)}.get(crop_mode)
-    return Transform(size, in_chans, prepare, finish, key=key, max_aspect=max_aspect)
+    return Transform(size, in_chans, prepare, finish, key=key, max_aspect=max_aspect, bands=bands)
 
 
 class Transform:
@@ -161,6 +171,7 @@ class Transform:
         prepare_key: Equal for transforms whose ``prepare`` gives the same.
         light: Whether ``finish`` works on whole batches only, and takes microseconds an image.
         mean, std: Of each channel, on a scale from 0 to 1.
+        dtype: What ``prepare`` gives: uint8, of :class:`~..bands.Bands` float32.
     """
 
     def __init__(
@@ -173,23 +184,27 @@ class Transform:
         per_image: Callable[[Any], Any] | None = None,
         key: object = None,
         max_aspect: int | None = MAX_ASPECT_RATIO,
+        bands: bool = False,
     ) -> None:
         self.size = size
         self.in_chans = in_chans
         self.cacheable = key is not None
         self.light = per_image is None
         self.mean, self.std = finish.mean, finish.std
+        self.dtype = torch.float32 if bands else torch.uint8
         self.prepare_key = key
         self._prepare = prepare
         self._per_image = per_image
         self._finish = finish
         self._max_aspect = max_aspect
 
-    def prepare(self, image: Image.Image, seed: int = 0) -> Tensor:
-        """Any PIL image -> uint8 (C, H, W); ``seed`` matters only where not ``cacheable``."""
+    def prepare(self, image: Any, seed: int = 0) -> Tensor:
+        """Any PIL image -> uint8 (C, H, W), Bands -> float32; ``seed`` matters only where not ``cacheable``."""
         image = to_channels(image, self.in_chans)
         if self._max_aspect is not None:
             image = crop_extreme_aspect(image, self._max_aspect)
+        if isinstance(image, Bands):
+            image = to_pixels(image, self.in_chans)
         if self.cacheable:
             return self._prepare(image)
         with seeded(seed):
@@ -205,7 +220,7 @@ class Transform:
             images = torch.stack(done)
         return self._finish(images, seeds)
 
-    def __call__(self, image: Image.Image, seed: int | None = None) -> Tensor:
+    def __call__(self, image: Any, seed: int | None = None) -> Tensor:
         """PIL image -> float (C, H, W); without a seed the global generator gives one."""
         if seed is None:
             seed = int(torch.randint(1 << 62, ()))

@@ -6,13 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as tvf
 
-from ..images import to_channels
 from ..rng import seeded
+from .pixels import check_colours, to_pixels, zero_to_one
 
 __all__ = ["DetectTransform"]
 
@@ -26,6 +24,7 @@ class DetectTransform:
         training: Leave out crowds, flip and jitter colours.
         hflip, vflip: Probabilities.
         color_jitter: Strength of changes of brightness, contrast and saturation.
+        bands: Whether images are :class:`~..bands.Bands`, of which there is no ``color_jitter``.
     """
 
     stacks = False
@@ -39,7 +38,9 @@ class DetectTransform:
         hflip: float = 0.5,
         vflip: float = 0.0,
         color_jitter: float | None = None,
+        bands: bool = False,
     ) -> None:
+        check_colours(in_chans, bands, color_jitter=color_jitter)
         self.in_chans = in_chans
         self.masks = masks
         self.training = training
@@ -47,12 +48,12 @@ class DetectTransform:
         jitters = color_jitter and in_chans in (1, 3)
         self.colours = v2.ColorJitter(color_jitter, color_jitter, color_jitter) if jitters else None
 
-    def __call__(self, image: Image.Image, truth: Any = None, seed: int = 0) -> tuple[Tensor, Any]:
-        pixels = tvf.pil_to_tensor(to_channels(image, self.in_chans))
+    def __call__(self, image: Any, truth: Any = None, seed: int = 0) -> tuple[Tensor, Any]:
+        pixels = to_pixels(image, self.in_chans)
         target = None if truth is None else self._target(truth, image.size)
         if self.training and target is not None:
             pixels = self._augment(pixels, target, seed)
-        return tvf.to_dtype(pixels, torch.float32, scale=True), target
+        return zero_to_one(pixels), target
 
     def blank(self) -> tuple[Tensor, dict[str, Tensor]]:
         """One black sample, which doesn't count."""

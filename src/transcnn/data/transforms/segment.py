@@ -7,15 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from ...errors import UserError
-from ..images import to_channels
 from ..rng import seeded
 from .classify import IMAGENET_MEAN, IMAGENET_STD, channel_stats
+from .pixels import check_colours, to_pixels, zero_to_one
 
 __all__ = ["IGNORE", "EvalTransform", "TrainTransform"]
 
@@ -46,7 +45,7 @@ class EvalTransform:
         self.std = channel_stats(std, in_chans)
         self.resize = resize
 
-    def __call__(self, image: Image.Image, truth: Any = None, seed: int = 0) -> tuple[Tensor, Any]:
+    def __call__(self, image: Any, truth: Any = None, seed: int = 0) -> tuple[Tensor, Any]:
         pixels = self.normalise(self.scale(self.pixels(image)))
         return pixels, None if truth is None else torch.from_numpy(truth.astype(np.int64))
 
@@ -54,9 +53,9 @@ class EvalTransform:
         """One black sample, none of whose pixels count."""
         return torch.zeros(self.in_chans, 32, 32), torch.full((32, 32), IGNORE)
 
-    def pixels(self, image: Image.Image) -> Tensor:
-        """uint8 (C, H, W)."""
-        return tvf.pil_to_tensor(to_channels(image, self.in_chans))
+    def pixels(self, image: Any) -> Tensor:
+        """uint8 (C, H, W), of Bands float32."""
+        return to_pixels(image, self.in_chans)
 
     def scale(self, pixels: Tensor) -> Tensor:
         """The short side as ``resize`` says."""
@@ -73,8 +72,8 @@ class EvalTransform:
         return min(self.resize / min(height, width), MAX_ASPECT_RATIO * self.resize / max(height, width))
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 -> float with the network's mean and standard deviation."""
-        return tvf.normalize(tvf.to_dtype(pixels, torch.float32, scale=True), list(self.mean), list(self.std))
+        """From 0 to 255 -> float with the network's mean and standard deviation."""
+        return tvf.normalize(zero_to_one(pixels), list(self.mean), list(self.std))
 
 
 class TrainTransform(EvalTransform):
@@ -88,6 +87,7 @@ class TrainTransform(EvalTransform):
         scale_range: Smallest and largest enlargement, relative to the image as ``resize`` leaves it.
         hflip, vflip: Probabilities.
         color_jitter: Strength of changes of brightness, contrast and saturation.
+        bands: Whether images are :class:`~..bands.Bands`, of which there is no ``color_jitter``.
     """
 
     stacks = True
@@ -100,9 +100,11 @@ class TrainTransform(EvalTransform):
         hflip: float = 0.5,
         vflip: float = 0.0,
         color_jitter: float | None = None,
+        bands: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
+        check_colours(self.in_chans, bands, color_jitter=color_jitter)
         low, high = scale_range
         if not 0 < low <= high:
             raise UserError(f"scale_range must be two numbers above 0, the smaller first, got {list(scale_range)}")
@@ -112,7 +114,7 @@ class TrainTransform(EvalTransform):
         jitters = color_jitter and self.in_chans in (1, 3)
         self.colours = v2.ColorJitter(color_jitter, color_jitter, color_jitter) if jitters else None
 
-    def __call__(self, image: Image.Image, truth: Any = None, seed: int = 0) -> tuple[Tensor, Any]:
+    def __call__(self, image: Any, truth: Any = None, seed: int = 0) -> tuple[Tensor, Any]:
         rng = np.random.default_rng(seed)
         pixels, label = self.pixels(image), torch.from_numpy(truth)[None]  # (C, H, W), (1, H, W)
         height, width = pixels.shape[-2:]
