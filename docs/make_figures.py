@@ -208,7 +208,7 @@ def architecture() -> Figure:
     import house
     from matplotlib.patches import FancyBboxPatch
 
-    unsaid = {"errors", "imports", "transcnn", "settings", "plain", "text", "weights"}  # small, and imported from all floors
+    unsaid = {"errors", "imports", "transcnn", "settings", "plain", "text", "weights"}  # imported from all floors
     graph = {name: others - unsaid for name, others in house.room_graph(house.import_graph()).items()}
     graph = {name: others for name, others in graph.items() if name not in unsaid}
     graph["cli"] = {"commands"}  # by name: a command is imported when it is called

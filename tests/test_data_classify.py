@@ -9,6 +9,7 @@ import pickle
 import random
 import shutil
 import tarfile
+import threading
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from PIL import Image
 from torch import nn
 
 from made_parquet import SIZE, parquet_rows, write_parquet
+from transcnn.data.images import BrokenImage
 from transcnn.data.loading.data_module import DataModule
 from transcnn.data.loading.loader import make_loader
 from transcnn.data.loading.sampler import EpochSampler
@@ -365,6 +367,48 @@ def test_of_bad_data_only_the_bad_files_are_lost(
     labels = torch.cat([labels for _, labels in make_loader(good, 8)])
     assert (labels == IGNORE).sum() == len(bad)
     assert (labels >= 0).sum() == len(dataset) - len(bad)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_threads_give_the_same_batches(oddities: tuple[Path, set[str]], batch_size: int) -> None:
+    root, bad = oddities
+    dataset = open_set(str(root))
+
+    def batches(num_workers: int | None) -> list[Any]:
+        images = ImageDataset(dataset.source, transform=eval_transform(SIZE), replace=False)
+        loader = make_loader(images, batch_size, num_workers=num_workers, rank=0, world_size=2)
+        found = list(loader)
+        assert len(found) == len(loader) == loader.yielded
+        assert {name for name, _ in images.broken} <= bad
+        return [*found, images.broken]
+
+    torch.testing.assert_close(batches(None)[:-1], batches(0)[:-1], rtol=0, atol=0)
+    assert batches(None)[-1] == batches(0)[-1]
+
+
+def test_threads_read_a_batch_ahead_and_end_with_the_loop(make_class_folder: Callable[..., Path]) -> None:
+    dataset = open_set(str(make_class_folder()), strict=True)
+    dataset.transform = eval_transform(SIZE)
+    read: list[int] = []
+    load = dataset.source.load
+    dataset.source.load = lambda i: [read.append(i), load(i)][1]
+    batches = iter(make_loader(dataset, 4, num_workers=None))
+    for step in (1, 2):
+        next(batches)
+        waited = time.monotonic() + 10
+        while len(read) < 4 * (step + 1) and time.monotonic() < waited:
+            time.sleep(0.01)
+        assert sorted(read) == list(range(4 * (step + 1)))
+    batches.close()
+    assert not any(thread.name.startswith("reader") for thread in threading.enumerate())
+
+    def fails(i: int) -> Any:
+        raise BrokenImage("damaged")
+
+    dataset.source.load = fails
+    with pytest.raises(UserError, match=r"can't be read: damaged"):
+        list(make_loader(dataset, 4, num_workers=None))
+    assert not any(thread.name.startswith("reader") for thread in threading.enumerate())
 
 
 def test_broken_files_in_memory(oddities: tuple[Path, set[str]]) -> None:

@@ -44,7 +44,7 @@ def evaluate(
     val_fraction: float | None = None,
     seed: int | None = None,
     strict_data: bool = False,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     window: int | None = None,
     flip: bool = False,
     out: StrPath | None = None,
@@ -74,7 +74,8 @@ def evaluate(
         val_fraction: Where data has no validation split: the share that is held back; without it the run's, else 0.1.
         seed: And the seed it is held back with; without it the run's, else 0.
         strict_data: Stop at the first image that can't be read, instead of leaving it out.
-        num_workers: Processes that read images.
+        num_workers: Processes that read images; without it, threads of this one do, one for each core; 0 reads and
+            computes in turn.
         window: To segment: evaluate in overlapping windows of this side, otherwise than training did.
         flip: To classify or segment: evaluate images also mirrored, and average; twice the time.
         out: Directory for metrics.json; without it the run's eval/, or none where there is no run.

@@ -159,13 +159,15 @@ def to_input(image: Image.Image, data_config: dict[str, Any]) -> np.ndarray:
         image = crop_extreme_aspect(image, max(MAX_ASPECT_RATIO, height, width))
     resample = INTERPOLATIONS[data_config["interpolation"]]
     image = image.resize(_scaled(image.size, (width, height), data_config["crop_pct"], mode), resample)
-    pixels = np.atleast_3d(np.asarray(image, np.float32)).transpose(2, 0, 1)  # (C, h, w)
-    fill = [float(round(255 * value)) if mode == "border" else 0.0 for value in mean.tolist()]
-    pixels = _crop_or_pad(pixels, (height, width), fill)
-    return (pixels - 255 * mean[:, None, None]) / (255 * std[:, None, None])
+    values = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)  # uint8 (C, h, w)
+    fill = [round(255 * value) if mode == "border" else 0 for value in mean.tolist()]
+    pixels = _crop_or_pad(values, (height, width), fill).astype(np.float32, order="C")
+    pixels -= 255 * mean[:, None, None]
+    pixels /= 255 * std[:, None, None]
+    return pixels
 
 
-def _crop_or_pad(pixels: np.ndarray, size: tuple[int, int], fill: list[float]) -> np.ndarray:
+def _crop_or_pad(pixels: np.ndarray, size: tuple[int, int], fill: list[int]) -> np.ndarray:
     """The centre of (C, h, w) at (height, width); where it is too small each channel has its value of ``fill``."""
     for axis, want in ((1, size[0]), (2, size[1])):
         have = pixels.shape[axis]
@@ -176,7 +178,7 @@ def _crop_or_pad(pixels: np.ndarray, size: tuple[int, int], fill: list[float]) -
             pixels = np.stack(padded)
         else:
             first = round((have - want) / 2)
-            pixels = pixels.take(range(first, first + want), axis=axis)
+            pixels = pixels[:, first : first + want] if axis == 1 else pixels[:, :, first : first + want]
     return pixels
 
 

@@ -31,7 +31,7 @@ def measure(
     part: Any,
     *,
     batch_size: int,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     precision: str = "32",
     accelerator: str = "auto",
     optimize: bool = True,
@@ -44,7 +44,7 @@ def measure(
     ``optimized`` or ``plain``.
 
     With ``optimize`` a larger split is scored by the network as ``fast.optimize`` makes it. ``bar`` shows how far it
-    is, where standard error is a terminal.
+    is, where standard error is a terminal. ``num_workers`` processes read images, without it threads of this one.
     """
     task_args = loaded.info.get("task_args") or {}
     learner = get_task(loaded.task)(

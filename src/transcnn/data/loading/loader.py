@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any, cast
 
 import numpy as np
@@ -12,9 +13,12 @@ from torch.utils.data import DataLoader
 
 from ...errors import UserError
 from ..sets.fault_tolerant import FaultTolerantDataset
+from .read_ahead import read_ahead
 from .sampler import EpochSampler
 
 __all__ = ["Loader", "make_loader"]
+
+PIECE = 8  # images that one thread reads at a time, of smaller batches fewer
 
 
 class Loader(DataLoader):
@@ -27,6 +31,7 @@ class Loader(DataLoader):
     yielded = 0  # batches of the present epoch so far
     waited = 0.0  # seconds of the present epoch that were spent waiting for batches
     read_timeout = 600.0  # seconds that loader processes may take for a batch
+    threads = False  # whether threads of this process read a batch ahead, where no other processes read
 
     @property
     def order(self) -> EpochSampler:
@@ -41,7 +46,7 @@ class Loader(DataLoader):
         while True:
             asked = time.monotonic()
             try:
-                batches = batches or super().__iter__()
+                batches = batches or (self._by_threads() if self.threads else super().__iter__())
                 batch = next(batches)
             except StopIteration:
                 return
@@ -54,6 +59,27 @@ class Loader(DataLoader):
             self.waited += time.monotonic() - asked
             self.yielded += 1  # before the batch is out: whoever asks while it is worked on counts it
             yield batch
+
+    def _by_threads(self) -> Iterator[Any]:
+        """The batches, the next of which is read while one is worked on."""
+        images = cast(Any, self.dataset)
+        read = getattr(images, "__getitems__", None) or (lambda samples: [images[sample] for sample in samples])
+
+        size = self.batch_size or 1
+        step = max(1, min(PIECE, size // 4))
+
+        def pieces() -> Iterator[tuple[list[Any], bool]]:
+            for batch in self.batch_sampler or ():
+                for start in range(0, len(batch), step):
+                    yield batch[start : start + step], start + step >= len(batch)
+
+        batch: list[Any] = []
+        with closing(read_ahead(pieces(), lambda piece: read(piece[0]), -(-size // step))) as found:
+            for (_, complete), samples in found:
+                batch += cast(list[Any], samples)
+                if complete:
+                    yield self.collate_fn(batch)
+                    batch = []
 
     def _diagnose(self, error: str) -> str:
         """A loader process that died or is stuck, with the files of the batch that was waited for."""
@@ -92,13 +118,17 @@ def make_loader(
     batch_size: int,
     *,
     training: bool = False,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
     strata: np.ndarray | None = None,
 ) -> Loader:
-    """A loader over a set, in order and each image once unless ``training``; ``strata``: see :class:`EpochSampler`."""
+    """A loader over a set, in order and each image once unless ``training``; ``strata``: see :class:`EpochSampler`.
+
+    ``num_workers`` processes read; 0: this one reads when a batch is asked for; None, not in training: its threads do,
+    a batch ahead.
+    """
     sampler = EpochSampler(
         len(images),
         training=training,
@@ -109,13 +139,15 @@ def make_loader(
         strata=strata,
     )
     workers: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 4} if num_workers else {}
-    return Loader(
+    loader = Loader(
         images,
         batch_size=batch_size,
         sampler=sampler,
-        num_workers=num_workers,
+        num_workers=num_workers or 0,
         collate_fn=getattr(images, "collate", None),  # images of one size need none of their own
         drop_last=training and len(sampler) >= batch_size,
         pin_memory=torch.cuda.is_available(),
         **workers,
     )
+    loader.threads = num_workers is None and not training
+    return loader

@@ -37,7 +37,7 @@ def read_ahead(
         except BrokenImage as error:
             return error
 
-    pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="reader")
+    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, ahead), thread_name_prefix="reader")
     waiting: deque[tuple[S, Future[T | BrokenImage]]] = deque()
     todo = iter(files)
     try:

@@ -243,20 +243,23 @@ class Finish:
     re_count: int = 1
 
     def __call__(self, images: Tensor, seeds: np.ndarray) -> Tensor:
+        # NumPy's operations, not PyTorch's: readers are threads, each of which would get helpers of its own.
         rng = CounterRNG(seeds)
         x, y = rng(), rng()  # drawn whether needed or not: switching one off leaves the others as they are
-        images = _shift(images, x, y, self.pad) if self.pad else images.clone()
+        images = _shift(images, x, y, self.pad) if self.pad else torch.from_numpy(np.array(images.numpy(), order="C"))
         for probability, dim in ((self.hflip, 3), (self.vflip, 2)):
             flip = rng() < probability
             if flip.any():
                 which = torch.from_numpy(flip.nonzero()[0])
                 images[which] = images[which].flip(dim)
-        x = images.float()
+        x = torch.from_numpy(images.numpy().astype(np.float32))
         rotation, scale = rng(), rng()
         if self.degrees or self.zoom:
             x = _rotate_and_zoom(x, (2 * rotation - 1) * math.radians(self.degrees), 1 + (2 * scale - 1) * self.zoom)
-        mean, std = (255 * torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
-        x = x.sub_(mean).div_(std)
+        pixels = x.numpy()  # the same memory
+        mean, std = (255 * np.array(values, np.float32).reshape(1, -1, 1, 1) for values in (self.mean, self.std))
+        pixels -= mean
+        pixels /= std
         if self.re_prob:
             _erase(x, rng, self)
         return x
