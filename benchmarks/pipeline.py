@@ -8,7 +8,7 @@ by the plain network (a tenth of the photographs). What starting takes isn't cou
 and CPU seconds, of all threads, the medians of the rounds, in which all ways take turns.
 
 ``over_larger`` is predict's time over the larger of reading and computing, each of which has all cores when alone.
-Where both keep all cores busy it can't be less than ``bound``, their sum over the larger. ``over_work`` is predict's CPU
+Where both keep all cores busy it can't be less than ``bound``, their sum over the larger. ``over_work`` is its CPU
 seconds over those of reading and computing: what doing both at once costs, on a busy machine, too. Some four minutes on
 two quiet cores.
 """
