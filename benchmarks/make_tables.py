@@ -4,7 +4,7 @@
     python benchmarks/make_tables.py bccd.tar cells
 
 A folder or tar to segment becomes images and ``labels.csv`` with a column of 0 and 1 for each class: whether any pixel
-is of it. One to detect becomes a table with the number of boxes of each kind. Splits are kept.
+is of it. One to detect becomes a table with the number of boxes of each kind, its splits as they are.
 """
 
 from __future__ import annotations
@@ -39,20 +39,26 @@ def main() -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    print(f"{args.out / 'labels.csv'}: {len(rows)} images, columns {', '.join(list(rows[0])[2:])}")
+    print(f"{args.out / 'labels.csv'}: {len(rows)} images, columns {', '.join(rows[0])}")
 
 
 def classes_by_image(files: Files) -> list[dict[str, Any]]:
-    """Of each image with a label map: which classes have a pixel in it."""
+    """Of each image with a label map: which classes have a pixel in it.
+
+    Images of the validation split become training images, of which training holds some back: CamVid's show all classes
+    each, and from such labels no threshold and no epoch can be chosen. ``group`` names ten frames in a row, which are
+    much alike and stay together.
+    """
     names = files.read("classes.txt").decode().split("\n")
     known = {i: name for i, name in enumerate(names) if name.strip() and name.strip().lower() not in IGNORED}
     maps = {Path(name).stem: name for name in files.names("labels")}
     rows = []
     for split in SPLITS:
-        for name in files.names(f"images/{split}"):
+        for i, name in enumerate(sorted(files.names(f"images/{split}"))):
             there = set(np.unique(read_ids(files.read(maps[Path(name).stem]))[0]).tolist())
-            row = {"source": name, "file": name, "split": split}
-            rows.append(row | {known[i]: int(i in there) for i in known})
+            group = f"{split}-{i // 10}"
+            row = {"source": name, "file": name, "split": "test" if split == "test" else "train", "group": group}
+            rows.append(row | {known[k]: int(k in there) for k in known})
     return rows
 
 
