@@ -140,3 +140,44 @@ def test_copies_are_looked_for_within_bounds(split_folder, monkeypatch):
     monkeypatch.undo()
     without = SimpleNamespace(train=open_splits(None).train, val=None, test=None)
     assert copies_between_splits(without) == []
+
+
+def test_labels_and_numbers_of_a_table(tmp_path, class_image, capsys):
+    """Counts a label, what isn't known, rows that say nothing; how numbers are distributed, and a page of each."""
+    for i in range(12):
+        class_image(i % 2, i, 16).save(tmp_path / f"{i}.png")
+    rows = ["file,tags,sea,sky,price,same,split"]
+    for i in range(12):
+        tags = "nan" if i == 11 else ["sea;sky", "sea", "", "sky;tree"][i % 4]
+        cells = ["" if i == 3 else int(i % 2 == 0), 1, "" if i in (5, 11) else f"{i}.5", 7]
+        rows.append(",".join(map(str, [f"{i}.png", tags, *cells, "test" if i > 8 else "train"])))
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    found = data(tmp_path / "t.csv", task="multilabel", target=["tags"], out=tmp_path / "labels")
+    assert found["images"] == 11
+    assert found["classes"] == {
+        "sea": {"train": 5, "test": 1},
+        "sky": {"train": 5, "test": 0},
+        "tree": {"train": 2, "test": 0},
+    }
+    assert found["labels_per_image"] == {"0": 3, "1": 3, "2": 5}
+    assert (found["unlabelled"], found["unknown"]) == (1, {})
+    assert found["largest_class"] == ["sea", 6]
+    assert "1 rows have no label" in capsys.readouterr().err
+    page = (tmp_path / "labels" / "index.html").read_text()
+    assert "<h2>Labels</h2>" in page
+    assert json.loads((tmp_path / "labels" / "data.json").read_text()) == found
+
+    found = data(tmp_path / "t.csv", task="multilabel", target=["sea,sky"], quiet=True)
+    assert found["unknown"] == {"sea": 1}
+    assert "every image has the label 'sky'" in found["warnings"]
+
+    found = data(tmp_path / "t.csv", task="regress", target=["price", "same"], out=tmp_path / "numbers")
+    train = found["numbers"]["price"]["train"]
+    assert (train["known"], train["unknown"], train["min"], train["max"]) == (8, 1, 0.5, 8.5)
+    assert train["median"] == np.median([0.5, 1.5, 2.5, 3.5, 4.5, 6.5, 7.5, 8.5])
+    assert "'same' is the same number for all images" in found["warnings"]
+    out = capsys.readouterr().out
+    assert "8 of 9" in out
+    assert "median" in out
+    assert (tmp_path / "numbers" / "numbers.png").is_file()
+    assert "numbers.png" in (tmp_path / "numbers" / "index.html").read_text()

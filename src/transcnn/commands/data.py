@@ -23,7 +23,7 @@ SHOWN = 20  # classes on the screen
 def data(
     data: StrPath | None = None,
     *,
-    task: Literal["auto", "classify", "segment", "detect"] = "auto",
+    task: Literal["auto", "classify", "multilabel", "regress", "segment", "detect"] = "auto",
     images: StrPath | None = None,
     target: list[str] | None = None,
     out: StrPath | None = None,
@@ -34,9 +34,10 @@ def data(
 
     Args:
         data: As for transcnn train.
-        task: What it is to teach; auto goes by how the folder is laid out.
+        task: What it is to teach; auto goes by how the folder is laid out. Of several labels an image each is counted,
+            of numbers there are quantiles and histograms.
         images: Folder that a table's files are relative to.
-        target: A table's column of labels.
+        target: A table's columns of labels or numbers.
         out: Folder for a page (index.html) with a sheet of examples, problems.csv and data.json.
         limit_images: Images of each split that are opened, spread evenly; without it all are.
         quiet: Print nothing but errors.

@@ -88,7 +88,7 @@ def _about_channels(image: Any) -> str:
     if not isinstance(image, Bands):
         return ""
     what = "the first three as red, green and blue" if image.channels >= 3 else "the first in grey"
-    return f"Of {image.channels} channels {what}, each stretched. "
+    return f"Of {image.channels} channels {what}, each stretched.\n"
 
 
 def find_class(wanted: str, class_names: list[str]) -> int:

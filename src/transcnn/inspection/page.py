@@ -10,20 +10,27 @@ import numpy as np
 from ..checkpoints.files import atomic_write
 from ..data.images import BrokenImage
 from ..report.classify import save_figures
+from ..report.numbers import plot_histograms
 from ..report.page import html_page, html_table, write_rows
 from ..report.plots import plot_images
 from ..text import html, json_text
+from .known import number_rows, values_of
 from .samples import DataSet
 
 __all__ = ["class_rows", "fact_rows", "write_page"]
 
 EXAMPLES = 24
+SOME = 8  # names on a line
 MOST_ROWS = 100  # of a table on the page
+WORDS = {"multilabel": "Labels", "regress": "Numbers"}
 
 
 def write_page(folder: Path, title: str, data: DataSet, found: dict[str, Any]) -> None:
     """Write ``index.html``, ``examples.png``, ``data.json`` and ``problems.csv``."""
-    save_figures(folder, {"examples.png": lambda: plot_images(_examples(data), "Examples")}, data.class_names)
+    figures: dict[str, Any] = {"examples.png": lambda: plot_images(_examples(data), "Examples")}
+    if data.task == "regress":
+        figures["numbers.png"] = lambda: plot_histograms(values_of(data), data.class_names)
+    save_figures(folder, figures, data.class_names)
     text = json_text(found, indent=1) + "\n"
     atomic_write(folder / "data.json", lambda path: path.write_text(text, encoding="utf-8"))
     problems = _problems(found)
@@ -36,9 +43,10 @@ def write_page(folder: Path, title: str, data: DataSet, found: dict[str, Any]) -
         f"<h1>{html(title)}</h1>",
         f"<h2>To see to</h2><ul>{warnings}</ul>" if warnings else "<p>Nothing looks wrong.</p>",
         html_table([], fact_rows(found)),
-        "<h2>Classes</h2>",
+        f"<h2>{WORDS.get(data.task, 'Classes')}</h2>",
         html_table(head, rows[:MOST_ROWS]),
         f"<p>and {len(rows) - MOST_ROWS:,} more</p>" if len(rows) > MOST_ROWS else "",
+        '<p><img src="numbers.png" alt="Histograms of the numbers"></p>' if "numbers.png" in figures else "",
         '<h2>Examples</h2><p><img src="examples.png" alt="Images with their labels, boxes or label maps"></p>',
         "<h2>Files to look at</h2>" if shown else "",
         html_table(["What", "File", "Split", "Label", "Reason"], shown),
@@ -49,7 +57,9 @@ def write_page(folder: Path, title: str, data: DataSet, found: dict[str, Any]) -
 
 
 def class_rows(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The table of classes, largest first: counts by split, or shares of the pixels."""
+    """The table of classes, largest first: counts by split, or shares of the pixels; of numbers how they lie."""
+    if "numbers" in found:
+        return number_rows(found)
     splits = list(found["splits"])
     totals = {split: max(1, sum(row.get(split, 0) for row in found["classes"].values())) for split in splits}
     shares = found["counted"] == "pixels"
@@ -80,6 +90,14 @@ def fact_rows(found: dict[str, Any]) -> list[list[str]]:
     for key, word in (("largest_class", "largest class"), ("smallest_class", "smallest class")):
         if key in found and found["counted"] != "pixels":
             rows.append([word, f"{found[key][0]} ({found[key][1]:,} {found['counted']})"])
+    if "labels_per_image" in found:
+        several = ", ".join(f"{number}: {count:,}" for number, count in found["labels_per_image"].items())
+        rows.append(["labels an image", f"{several} images"])
+        if found["unknown"]:
+            unknown = ", ".join(f"{name}: {count:,}" for name, count in list(found["unknown"].items())[:SOME])
+            rows.append(["not known", f"{unknown}{' and others' if len(found['unknown']) > SOME else ''}"])
+    if "unlabelled" in found:
+        rows.append(["rows without a label", f"{found['unlabelled']:,}"])
     rows.append(["can't be used", f"{len(found['broken']):,}"])
     rows.append(["odd", f"{len(found['odd']):,}"])
     copies = f"{duplicates['copies']:,}, {duplicates['across_splits']:,} images in several splits"
@@ -101,7 +119,9 @@ def _problems(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _examples(data: DataSet) -> list[tuple[Any, list[str]]]:
     """Images of all classes in turn, or spread over the data set, as they are learnt."""
-    chosen = _one_of_each(data) if data.task == "classify" else list(range(len(data.samples)))
+    chosen = _one_of_each(data) if data.task in ("classify", "multilabel") else list(range(len(data.samples)))
+    if data.task == "regress":  # from the smallest number to the largest
+        chosen = np.argsort(values_of(data)[:, 0], kind="stable").tolist()
     chosen = [chosen[i] for i in np.unique(np.linspace(0, len(chosen) - 1, min(EXAMPLES, len(chosen))).astype(int))]
     cells = []
     for i in chosen:

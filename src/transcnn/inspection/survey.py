@@ -14,6 +14,7 @@ import numpy as np
 from ..data.images import BrokenImage, decode, upright
 from ..data.loading.read_ahead import read_ahead
 from ..data.sources.source import abbreviate, with_progress
+from . import known
 from .samples import DataSet, Sample
 
 __all__ = ["IMBALANCE", "survey"]
@@ -61,7 +62,9 @@ def survey(data: DataSet, most: int | None = None, progress: bool = False) -> di
             looks.append((sample, found))
     result: dict[str, Any] = {"task": data.task, "images": len(data.samples), "opened": len(chosen)}
     result["splits"] = dict(Counter(sample.split or "all" for sample in data.samples))
-    result |= _classes(data, looks)
+    result |= known.numbers(data) if data.task == "regress" else _classes(data, looks)
+    if data.task == "multilabel":
+        result |= known.labels(data)
     result |= _shapes(looks)
     if data.task == "detect":
         result |= _boxes(looks)
@@ -88,7 +91,7 @@ def _spread(samples: Sequence[Sample], most: int | None) -> list[Sample]:
 def _look(data: DataSet, sample: Sample) -> Look:
     """Open one image whole; raises BrokenImage where it, or its label, can't be read."""
     content = sample.raw() if sample.raw is not None else None
-    image, truth = (None, None) if data.task == "classify" and content is not None else sample.load()
+    image, truth = (None, None) if data.whole and content is not None else sample.load()
     if content is not None:
         facts = decode(io.BytesIO(content), finish=_facts)
     else:
@@ -113,14 +116,15 @@ def _classes(data: DataSet, looks: Sequence[tuple[Sample, Look]]) -> dict[str, A
     """Images (boxes, shares of pixels) by class and split, and the largest and the smallest class."""
     splits = list(dict.fromkeys(sample.split or "all" for sample in data.samples))
     counts = {split: np.zeros(len(data.class_names), np.int64) for split in splits}
-    if data.task == "classify":
+    if data.whole:
         index = {name: i for i, name in enumerate(data.class_names)}
         for sample in data.samples:
-            counts[sample.split or "all"][index[str(sample.label)]] += 1
+            which = index[str(sample.label)] if sample.values is None else sample.values == 1
+            counts[sample.split or "all"][which] += 1
     else:
         for sample, look in looks:
             counts[sample.split or "all"] += look.classes
-    unit = {"classify": "images", "detect": "boxes", "segment": "pixels"}[data.task]
+    unit = {"detect": "boxes", "segment": "pixels"}.get(data.task, "images")
     table = {name: {split: int(counts[split][i]) for split in splits} for i, name in enumerate(data.class_names)}
     totals = {name: sum(row.values()) for name, row in table.items()}
     result: dict[str, Any] = {"counted": unit, "classes": table}
@@ -214,4 +218,4 @@ def _warnings(found: dict[str, Any]) -> list[str]:
         if least and most >= IMBALANCE * least:
             unit = found["counted"]
             lines.append(f"{large!r} has {most / least:.0f} times as many {unit} as {small!r}")
-    return lines
+    return lines + known.warnings(found)

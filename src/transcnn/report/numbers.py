@@ -16,7 +16,7 @@ from .plots import BLUE, ORANGE, new_figure, plot_images
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_scatter", "write_number_report"]
+__all__ = ["plot_histograms", "plot_scatter", "write_number_report"]
 
 MAX_PANELS = 9
 HEADS = {"mae": "MAE", "rmse": "RMSE", "r2": "R²", "spearman": "Spearman", "of_the_mean": "MAE of the mean"}
@@ -80,3 +80,16 @@ def plot_scatter(names: Sequence[str], truth: np.ndarray, found: np.ndarray) -> 
 
 def _number(value: Any) -> str:
     return "–" if value is None or value != value else f"{value:,.4g}"
+
+
+def plot_histograms(values: np.ndarray, names: Sequence[str]) -> Figure:
+    """How the columns of (N, columns) are distributed, NaN left out; a panel for each of the first nine."""
+    names = names[:MAX_PANELS]
+    across = min(3, len(names))
+    figure = new_figure(3.4 * across, 2.6 * -(-len(names) // across))
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(-(-len(names) // across), across, i + 1)
+        column = values[:, i]
+        axes.hist(column[np.isfinite(column)], bins=30, color=BLUE)
+        axes.set(title=printable(name)[:30], ylabel="images" if i % across == 0 else "")
+    return figure

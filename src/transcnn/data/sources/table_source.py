@@ -20,7 +20,9 @@ from .source import SPLITS, Source, SourceSplits, abbreviate, first_reasons
 from .table import FileFinder, TableRows, find_column, names_of_rows, read_table
 from .targets import Targets
 
-__all__ = ["Row", "TableImages", "open_table", "rows_of", "target_names"]
+__all__ = ["NO_LABEL", "Row", "TableImages", "open_table", "rows_of", "target_names"]
+
+NO_LABEL = "has no label"  # at the end of the reason why a row is left out
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +118,7 @@ def open_table(tables: Sequence[tuple[Path, str | None]], name: str, options: Ta
     labelled = {split for row, no in zip(rows, unlabelled, strict=True) if not no for split in [row.split or "train"]}
     for row, no in zip(rows, unlabelled, strict=True):
         if no and (row.split or "train") in labelled:  # a split without any label is one to predict
-            broken[row.split or "train"].append((row.name, f"{row.line} has no label"))
+            broken[row.split or "train"].append((row.name, f"{row.line} {NO_LABEL}"))
     kept = np.flatnonzero(~unlabelled)
     sources = _sources([rows[i] for i in kept], labels[kept], names, targets, broken)
     return SourceSplits.of(name, sources)
