@@ -38,6 +38,14 @@ NETWORKS = {
     ),
     "gelu": dict(act_layer="gelu", kernel_sizes=(7, 5, 3, 3)),
 }
+SMALL = dict(embed_dim=(8, 16), depth=(2, 1))
+OTHERS: dict[str, dict[str, Any]] = {
+    "resnet10t": {},
+    "test_efficientnet": {},
+    "test_convnext": {},
+    "repvit_m0_9": SMALL,
+    "fastvit_t8": dict(layers=(1, 1, 1, 1), embed_dims=(8, 16, 16, 16)),
+}
 CLASSES = (
     Block,
     HMHSA,
@@ -120,7 +128,7 @@ def network(name: str) -> nn.Module:
     if name in NETWORKS:
         model = timm.create_model("transcnn_test", **NETWORKS[name])
     else:
-        model = timm.create_model(name, num_classes=5)
+        model = timm.create_model(name, num_classes=5, **OTHERS[name])
     for key, p in model.named_parameters():  # every layer matters, and nothing saturates
         if p.ndim > 1:
             nn.init.normal_(p, std=1 / p[0].numel() ** 0.5)
@@ -138,7 +146,7 @@ def network(name: str) -> nn.Module:
 @st.composite
 def cases(draw: Any) -> dict[str, Any]:
     return {
-        "network": draw(st.sampled_from([*NETWORKS, *NETWORKS, "resnet10t", "test_efficientnet"])),
+        "network": draw(st.sampled_from([*NETWORKS, *OTHERS])),
         "plugged": draw(st.integers(-60, 60)),  # which module H-MHSA is plugged behind; none below 0
         "changes": draw(
             st.lists(

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from ...attention import BATCH_NORMS, CONVS, Conv, channels_first, channels_last
 from ...layers import drop_columns, widen
 from ..cpu import inference as cpu
-from ..dispatch import HALF_DTYPES, autotune, eager_cpu, fits_cpu, fits_triton, hooked, to_nchw, to_nhwc, traced
+from ..dispatch import HALF_DTYPES, autotune, fits_cpu, fits_triton, hooked, to_nchw, to_nhwc
 from ..training.depthwise import KernelDepthwise
 from ..training.layers import KernelBatchNorm2d, KernelPointwise
+from .convolutions import onednn_fits
 from .entry import InferenceOnly, entry, refuse_mask
 
 __all__ = [
     "NHWC",
-    "NarrowConv2d",
     "Pointwise",
     "SpatialConv",
     "affine",
@@ -101,7 +101,7 @@ class Pointwise(InferenceOnly):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., C) -> (..., C'), plus ``residual`` (..., C') where given."""
-        if _onednn(x):
+        if onednn_fits(x):
             op = torch.ops.mkldnn._linear_pointwise
             if residual is not None:
                 return op.binary(x, residual, self.weight, self.bias, "add")
@@ -170,21 +170,6 @@ class SpatialConv(InferenceOnly):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, options={self.options}, silu={self.silu}"
-
-
-class NarrowConv2d(nn.Conv2d):
-    """A strided 3x3 convolution of any other CNN, correct in bfloat16 on narrow maps, too (:mod:`transcnn.layers`)."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', ⌈H/2⌉, ⌈W/2⌉)."""
-        return drop_columns(super().forward(widen(input)), input)
-
-    @staticmethod
-    def fits(conv: nn.Module) -> bool:
-        """Whether a module can be one."""
-        if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros":
-            return False
-        return (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (2, 2), (1, 1), (1, 1))
 
 
 class _NCHWModule(InferenceOnly):
@@ -278,10 +263,3 @@ def _is_pointwise(conv: nn.Module) -> bool:
         return False
     padded = conv.padding != "valid" and any(conv.padding)
     return set(conv.kernel_size) == set(conv.stride) == {1} and conv.groups == 1 and not padded
-
-
-def _onednn(x: Tensor) -> bool:
-    """Whether oneDNN's matrix product with fused bias, sum and activation can run; tracers don't know it."""
-    if not eager_cpu(x) or traced() or x.dtype not in (torch.float32, torch.bfloat16):
-        return False
-    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)

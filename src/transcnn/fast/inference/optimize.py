@@ -15,9 +15,12 @@ from ..cuda_graphs import CapturedInference
 from ..training.accelerate import restore_classes
 from .attention import FastHMHSA
 from .blocks import FastBlock, FastDualDownsample, FastStem
+from .convolutions import make_fast
 from .entry import InferenceOnly, inference_only
 from .folding import fold_batchnorms
-from .layers import NHWC, NarrowConv2d, channels_last_memory
+from .fusion import fuse_blocks
+from .layers import NHWC, channels_last_memory
+from .merging import merge_branches
 from .patterns import is_block, is_conv_downsample, is_dual_downsample, is_hmhsa, is_stem, unhooked
 
 __all__ = ["optimize", "try_optimize"]
@@ -73,16 +76,16 @@ def optimize(
     if dtype is not None and kind not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(_NAMES)} or None, got {dtype!r}")
     fast = copy.deepcopy(model).eval()
+    restore_classes(fast)
+    merge_branches(fast)
     for parameter in fast.parameters():
         parameter.requires_grad_(False)
-    restore_classes(fast)
     fast = _replace(fast)
     fold_batchnorms(fast)
-    for module in fast.modules():
-        if NarrowConv2d.fits(module):
-            module.__class__ = NarrowConv2d
+    make_fast(fast)
     _to_channels_last(fast)
     parts = _computing(fast)
+    fuse_blocks(fast, left=parts)
     for part in parts:
         if kind is not None:
             _cast(part, kind)

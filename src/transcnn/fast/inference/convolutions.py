@@ -1,0 +1,172 @@
+"""Convolutions and linear layers of any CNN by oneDNN's operations, which fuse a sum and an activation.
+
+PyTorch's own convolution takes twice as long where it is 1x1 and in fp32, and its linear layers go to MKL, which is
+slow on CPUs that aren't Intel's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import GELU, GELUTanh
+from torch import Tensor, nn
+
+from ...layers import drop_columns, widen
+from ..dispatch import eager_cpu, traced
+
+__all__ = ["FastConv2d", "FastLinear", "Fused", "activation", "fused_activation", "make_fast", "onednn_fits"]
+
+Activation = tuple[str, tuple[float, ...], str]  # oneDNN's name, numbers and algorithm
+NONE: Activation = ("none", (), "")
+_RELU6 = ("hardtanh", (0.0, 6.0), "")
+_FUNCTIONS: dict[Any, Activation] = {
+    F.relu: ("relu", (), ""),
+    torch.relu: ("relu", (), ""),
+    F.relu6: _RELU6,
+    F.silu: ("swish", (), ""),
+    F.hardswish: ("hardswish", (), ""),
+    torch.sigmoid: ("sigmoid", (), ""),
+    torch.tanh: ("tanh", (), ""),
+}
+_MODULES: dict[type[nn.Module], Callable[[Any], Activation]] = {
+    nn.ReLU: lambda _: ("relu", (), ""),
+    nn.ReLU6: lambda _: _RELU6,
+    nn.Hardtanh: lambda act: ("hardtanh", (float(act.min_val), float(act.max_val)), ""),
+    nn.LeakyReLU: lambda act: ("leaky_relu", (float(act.negative_slope),), ""),
+    nn.SiLU: lambda _: ("swish", (), ""),
+    nn.GELU: lambda act: ("gelu", (), act.approximate),
+    GELU: lambda _: ("gelu", (), "none"),
+    GELUTanh: lambda _: ("gelu", (), "tanh"),
+    nn.Hardswish: lambda _: ("hardswish", (), ""),
+    nn.Sigmoid: lambda _: ("sigmoid", (), ""),
+    nn.Hardsigmoid: lambda _: ("hardsigmoid", (), ""),
+    nn.Tanh: lambda _: ("tanh", (), ""),
+}
+
+
+def activation(module: nn.Module) -> Activation | None:
+    """An activation as oneDNN knows it; None of any other module."""
+    return _MODULES[type(module)](module) if type(module) in _MODULES else None
+
+
+def fused_activation(function: Any) -> Activation | None:
+    """The same of a function that is called without options."""
+    return _FUNCTIONS.get(function)
+
+
+def onednn_fits(x: Tensor) -> bool:
+    """Whether oneDNN's operations with fused sums and activations can run; tracers don't know them."""
+    if not isinstance(x, Tensor) or not eager_cpu(x) or traced():  # a proxy of a trace
+        return False
+    if x.dtype != torch.float32 and (x.dtype != torch.bfloat16 or not _bf16()):
+        return False
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+
+@functools.cache
+def _bf16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class Fused(nn.Module):
+    """A layer that can also be followed by a sum and an activation in one pass."""
+
+    def fused(self, x: Tensor, other: Tensor | None, act: Activation) -> Tensor | None:
+        """act(layer(x) + other); None where that can't be fused."""
+        raise NotImplementedError
+
+
+class FastConv2d(Fused, nn.Conv2d):
+    """A convolution of any CNN; strided 3x3 ones are correct in bf16 on narrow maps, too (:mod:`transcnn.layers`)."""
+
+    _narrow: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        if not self._narrow:
+            return self._convolve(input)
+        return drop_columns(self._convolve(widen(input)), input)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        y = self._by_onednn(x, None, NONE)
+        return super().forward(x) if y is None else y
+
+    def fused(self, x: Tensor, other: Tensor | None, act: Activation) -> Tensor | None:
+        """act(conv(x) + other), (B, C, H, W) and (B, C', H', W') -> (B, C', H', W'); None where that can't be fused."""
+        if self._narrow and widen(x) is not x:
+            return None
+        return self._by_onednn(x, other, act)
+
+    def _by_onednn(self, x: Tensor, other: Tensor | None, act: Activation) -> Tensor | None:
+        weight = self.weight
+        if not (onednn_fits(x) and x.ndim == 4 and x.dtype == weight.dtype and x.numel()):
+            return None
+        sides = [
+            (n + 2 * p - d * (k - 1) - 1) // s + 1  # pyright: ignore
+            for n, p, d, k, s in zip(
+                x.shape[2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True
+            )
+        ]
+        if x.shape[1] != self.in_channels or min(sides) < 1:
+            return None  # PyTorch says what is wrong
+        options = (list(self.padding), list(self.stride), list(self.dilation), self.groups)
+        op = torch.ops.mkldnn._convolution_pointwise
+        if other is None:
+            return op(x, weight, self.bias, *options, act[0], list(act[1]), act[2])
+        if not _addable(other, (len(x), self.out_channels, *sides), x.dtype, torch.channels_last):
+            return None
+        name = None if act == NONE else act[0]
+        return op.binary(x, other, weight, self.bias, *options, "add", 1.0, name, list(act[1]), act[2])
+
+    @staticmethod
+    def fits(conv: nn.Module) -> bool:
+        """Whether a module can be one."""
+        return type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+
+class FastLinear(Fused, nn.Linear):
+    """A linear layer of any network."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., C) -> (..., C')."""
+        y = self.fused(input, None, NONE)
+        return super().forward(input) if y is None else y
+
+    def fused(self, x: Tensor, other: Tensor | None, act: Activation) -> Tensor | None:
+        """act(linear(x) + other), (..., C) and (..., C') -> (..., C'); None where that can't be fused."""
+        fits = onednn_fits(x) and x.ndim > 1 and x.dtype == self.weight.dtype and x.numel()
+        if not fits or x.shape[-1] != self.in_features:
+            return None
+        op = torch.ops.mkldnn._linear_pointwise
+        if other is None:
+            return op(x, self.weight, self.bias, act[0], list(act[1]), act[2])
+        if act != NONE or not _addable(other, (*x.shape[:-1], self.out_features), x.dtype, torch.contiguous_format):
+            return None
+        return op.binary(x, other, self.weight, self.bias, "add")
+
+    @staticmethod
+    def fits(linear: nn.Module) -> bool:
+        """Whether a module can be one."""
+        return type(linear) is nn.Linear
+
+
+def make_fast(model: nn.Module) -> None:
+    """Have all convolutions and linear layers of exactly PyTorch's classes run by oneDNN where it can."""
+    for module in model.modules():
+        if FastConv2d.fits(module):
+            module.__class__ = FastConv2d
+            sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
+            module._narrow = sizes == ((3, 3), (2, 2), (1, 1), (1, 1))  # pyright: ignore
+        elif FastLinear.fits(module):
+            module.__class__ = FastLinear
+
+
+def _addable(other: Any, shape: tuple[int, ...], dtype: torch.dtype, memory: torch.memory_format) -> bool:
+    """Whether oneDNN can add this to a result of that shape."""
+    if not isinstance(other, Tensor) or other.shape != shape or other.dtype != dtype or other.device.type != "cpu":
+        return False
+    return other.is_contiguous(memory_format=memory)

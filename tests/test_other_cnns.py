@@ -1,0 +1,220 @@
+"""CNNs that aren't ours, by optimize(): sums and activations fused, branches merged, the same answers."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import pickle
+from collections import Counter
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from transcnn.fast import optimize
+from transcnn.fast.inference import convolutions
+from transcnn.fast.inference.convolutions import FastConv2d, FastLinear, activation, onednn_fits
+
+pytestmark = pytest.mark.skipif(not onednn_fits(torch.zeros(1)), reason="needs oneDNN")
+BF16 = pytest.param(
+    torch.bfloat16, id="bf16", marks=pytest.mark.skipif(not onednn_fits(torch.zeros(1).bfloat16()), reason="no bf16")
+)
+DTYPES = [pytest.param(torch.float32, id="fp32"), BF16]
+SMALL = dict(embed_dim=(8, 16), depth=(2, 1))
+HOSTS: dict[str, dict[str, Any]] = {
+    "resnet10t": {},
+    "test_efficientnet": {},
+    "test_convnext": {},
+    "repvit_m0_9": SMALL,
+    "fastvit_t8": dict(layers=(1, 1, 1, 1), embed_dims=(8, 16, 16, 16)),
+    "mobileone_s0": {},
+    "mobilenetv3_small_050": {},
+}
+
+
+def relative(ours: Tensor, exact: Tensor) -> float:
+    return float((ours.double() - exact.double()).norm() / exact.double().norm())
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    for name, p in model.named_parameters():
+        if p.ndim > 1:
+            nn.init.normal_(p, std=1 / p[0].numel() ** 0.5)
+        else:
+            nn.init.uniform_(p, 0.4, 1.2) if name.endswith(("weight", "gamma")) else nn.init.normal_(p, std=0.1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.eval()
+
+
+class Calls:
+    """Counts how often oneDNN fuses what."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.found: Counter = Counter()
+        for kind in (FastConv2d, FastLinear):
+            monkeypatch.setattr(kind, "fused", self.counted(kind.fused))
+
+    def counted(self, fused: Any) -> Any:
+        def count(layer: nn.Module, x: Tensor, other: Tensor | None, act: Any) -> Tensor | None:
+            y = fused(layer, x, other, act)
+            self.found["sum" if other is not None else "plain"] += y is not None
+            self.found[act[0]] += y is not None
+            return y
+
+        return count
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("host", HOSTS)
+@torch.no_grad()
+def test_hosts_give_the_same(host, dtype, monkeypatch):
+    torch.manual_seed(0)
+    model = randomised(timm.create_model(host, num_classes=7, **HOSTS[host]))
+    x = torch.randn(2, 3, 65, 70).to(dtype)
+    exact = copy.deepcopy(model).double()(x.double())
+    fast, calls = optimize(model, dtype), Calls(monkeypatch)
+    ours = relative(fast(x), exact)
+    assert calls.found["sum"] + sum(calls.found[act] for act in ("relu", "gelu", "swish", "hardswish")) > 0
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        theirs = relative(model(x.float()), exact)
+    assert ours <= (max(4 * theirs, 2e-6) if dtype == torch.float32 else 1.5 * theirs + 2e-3)
+    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert torch.equal(other(x), fast(x))
+
+
+class Block(nn.Module):
+    """A block whose forward pass is given."""
+
+    def __init__(self, forward: Any, act: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.act = act or nn.ReLU(inplace=True)
+        self.nothing, self.compute = nn.Identity(), forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(self, x)
+
+
+def in_place_between(m: Block, x: Tensor) -> Tensor:
+    y = m.conv1(x)
+    x = x.mul_(2)  # after the convolution has read it
+    return y + x
+
+
+def added_to_itself(m: Block, x: Tensor) -> Tensor:
+    y = m.conv1(x)
+    return y + y
+
+
+def read_twice(m: Block, x: Tensor) -> Tensor:
+    y = m.conv1(x)
+    return m.conv2(y) + m.act(y)
+
+
+def input_changed(m: Block, x: Tensor) -> Tensor:
+    z = x + 1
+    z += m.conv1(x)
+    return z * 2
+
+
+def broadcast(m: Block, x: Tensor) -> Tensor:
+    return m.act(m.conv1(x) + x.mean((2, 3), keepdim=True))
+
+
+def changed_under_another_name(m: Block, x: Tensor) -> Tensor:
+    z = x
+    z += m.conv1(x)
+    return z + x
+
+
+def changed_after_identity(m: Block, x: Tensor) -> Tensor:
+    y = nn.functional.relu(x)
+    z = m.nothing(y)
+    z += m.conv1(x)
+    return z + y
+
+
+BLOCKS = {
+    "residual": (lambda m, x: m.act(m.conv2(F.relu(m.conv1(x))) + x), {"relu": 2, "sum": 1, "plain": 1}),
+    "two convolutions": (lambda m, x: m.conv1(x) + m.conv2(x), {"sum": 1, "none": 1}),
+    "in place between": (in_place_between, {}),
+    "itself": (added_to_itself, {}),
+    "read twice": (read_twice, {}),  # the activation changes what conv2 reads
+    "another changed": (input_changed, {}),
+    "another name": (changed_under_another_name, {}),
+    "after nothing": (changed_after_identity, {}),
+    "one's own": (lambda m, x: operator.iadd(m.conv2(m.conv1(x)), x), {"sum": 1, "none": 1}),
+    "broadcast": (broadcast, {}),
+    "activation alone": (lambda m, x: m.act(x) + 1, {}),
+    "a number": (lambda m, x: m.conv1(x) + 1, {}),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@torch.no_grad()
+def test_what_is_fused_and_what_is_not(name, monkeypatch):
+    forward, expected = BLOCKS[name]
+    model = nn.Sequential(Block(forward), nn.Conv2d(8, 8, 1))
+    x = torch.randn(2, 8, 9, 7).to(memory_format=torch.channels_last)
+    exact = copy.deepcopy(model).double()(x.double())
+    fast, calls = optimize(model), Calls(monkeypatch)
+    assert relative(fast(x.clone()), exact) <= 2e-6
+    assert +calls.found == expected
+
+
+@torch.no_grad()
+def test_hooks_and_modules_that_come_later_count():
+    model = nn.Sequential(Block(BLOCKS["residual"][0]))
+    x = torch.randn(1, 8, 6, 6)
+    fast = optimize(model)
+    handle = fast[0].act.register_forward_hook(lambda *_: torch.zeros(1, 8, 6, 6))
+    assert not fast(x).any()
+    handle.remove()
+    assert relative(fast(x), model(x)) <= 2e-6
+    fast[0].act = nn.Tanh()
+    assert relative(fast(x), torch.tanh(model[0].conv2(F.relu(model[0].conv1(x))) + x)) <= 2e-6
+    model[0].act.register_forward_hook(lambda *_: torch.ones(1, 8, 6, 6))  # before, too
+    assert (optimize(model)(x) == 1).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", list(convolutions._MODULES), ids=lambda kind: f"{kind.__module__[:4]} {kind.__name__}")
+@torch.no_grad()
+def test_every_activation(act, dtype):
+    assert activation(act()) is not None
+    block = Block(lambda m, x: m.act(m.conv1(x) + x) + m.act(m.conv2(x)), act()).to(dtype)
+    x = (3 * torch.randn(2, 8, 9, 7)).to(dtype)
+    x[0, 0, 0, 0] = torch.nan
+    exact, ours = copy.deepcopy(block).double()(x.double()), optimize(nn.Sequential(block), dtype)(x)
+    assert torch.equal(ours.isnan(), exact.isnan())
+    assert relative(ours.nan_to_num(), exact.nan_to_num()) <= (2e-6 if dtype == torch.float32 else 1e-2)
+
+
+@torch.no_grad()
+def test_whatever_a_convolution_is_given():
+    for conv, shape in (
+        (nn.Conv2d(4, 6, 3), (1, 4, 2, 9)),  # no position is left
+        (nn.Conv2d(4, 6, 3), (1, 5, 9, 9)),
+        (nn.Conv2d(4, 6, 3), (4, 9)),
+    ):
+        with pytest.raises(RuntimeError):
+            optimize(nn.Sequential(conv))(torch.zeros(shape))
+    options = [
+        dict(stride=(1, 2)),
+        dict(dilation=2, groups=2),
+        dict(padding="same"),
+        dict(padding_mode="circular", padding=1),
+    ]
+    for more in options:
+        conv = nn.Conv2d(4, 6, 3, **more)
+        for x in (torch.randn(2, 4, 9, 11), torch.randn(4, 9, 11), torch.randn(2, 9, 11, 4).permute(0, 3, 1, 2)):
+            assert relative(optimize(nn.Sequential(conv))(x), conv(x)) <= 1e-6
+    linear = nn.Linear(5, 3)
+    for x in (torch.randn(5), torch.randn(4, 5), torch.randn(2, 3, 5, 5).transpose(1, 2), torch.zeros(0, 5)):
+        assert torch.allclose(optimize(nn.Sequential(linear))(x), linear(x), atol=1e-6)
