@@ -37,13 +37,14 @@ def fuse_blocks(model: nn.Module, left: list[nn.Module]) -> int:
     count = 0
     for module in list(model.modules()):
         if isinstance(module, _Planned):  # of a network that is optimized again
-            vars(module)["_plan"], module.__class__ = None, module._plain_class  # pyright: ignore
+            del module._plan
+            object.__setattr__(module, "__class__", module._plain_class)
         skipped = isinstance(module, InferenceOnly | Fused | nn.Sequential | torch.jit.ScriptModule)
         if module is model or skipped or any(module is other for other in left) or hooked(module):
             continue
         plan = _plan(module)
         if plan is not None:
-            module.__class__ = _class(type(module))
+            object.__setattr__(module, "__class__", _class(type(module)))
             module._plan = plan  # pyright: ignore
             count += 1
     return count
