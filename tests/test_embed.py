@@ -238,6 +238,10 @@ def test_a_map_spreads_what_the_head_is_given(classifier, class_image):
     _, sizes, directions = np.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
     wanted = (vectors - vectors.mean(0)) @ directions[:2].T
     np.testing.assert_allclose(abs(points), abs(wanted), atol=1e-3 * sizes[0])
+    neighbours, same = map_of(classifier.model, images, 1000.0, "tsne") or pytest.fail("there is no map")
+    assert same == labels
+    assert (neighbours.shape, np.isfinite(neighbours).all()) == (points.shape, True)
+    np.testing.assert_array_equal(neighbours, map_of(classifier.model, images, 1000.0, "tsne")[0])  # pyright: ignore
     assert map_of(classifier.model, images[:3], 1000.0) is None
     assert map_of(classifier.model, images, 0.5) is None  # of a network that takes seconds for an image
     assert map_of(torch.nn.Linear(1, 1), images, 1000.0) is None

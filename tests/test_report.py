@@ -336,6 +336,9 @@ def test_a_map_of_the_images(tmp_path: Path) -> None:
     page = write_report(tmp_path, None, CONFUSION, NAMES, [], {}, points=(points[:3], [0, 1, 2]))
     assert (tmp_path / "report" / "map.png").is_file()
     assert "Map of the images" in page.read_text(encoding="utf-8")
+    page = write_report(tmp_path, None, CONFUSION, NAMES, [], {}, points=(points[:3], [0, 1, 2]), map_by="tsne")
+    assert "by t-SNE of what" in page.read_text(encoding="utf-8")
+    assert plot_map(points, labels, [f"class {i}" for i in range(45)], "tsne").axes[0].get_xlabel() == ""
     page = write_report(tmp_path, None, CONFUSION, NAMES, [], {})
     assert "Map of the images" not in page.read_text(encoding="utf-8")
     assert not (tmp_path / "report" / "map.png").exists()

@@ -183,6 +183,7 @@ class Classify:
             without it rare classes are found as well (Menon et al., 2007.07314); 1 is for balanced accuracy.
         sampler: What an epoch goes through: each image once, in random order (``shuffle``), or all classes equally
             often (``balanced``), the images of rare ones several times and not all of large ones.
+        report_map: How the report lays images on a plane by their features: principal components, or t-SNE.
     """
 
     loss: Literal["ce", "focal"] = "ce"
@@ -190,6 +191,7 @@ class Classify:
     class_weights: Literal["none", "balanced", "sqrt"] | Arguments = "none"
     logit_adjustment: float = 0.0
     sampler: Literal["shuffle", "balanced"] = "shuffle"
+    report_map: Literal["pca", "tsne"] = "pca"
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,7 @@ TASKS: dict[str, dict[str, Kind]] = {
         ),
         "logit_adjustment": _numbers(0, 10, none=False),
         "sampler": _one_of("shuffle", "balanced"),
+        "report_map": _one_of("pca", "tsne"),
     },
     "multilabel": {
         "table": _table,

@@ -40,6 +40,7 @@ def write_report(
     metrics: Mapping[str, Any],
     correct: Sequence[tuple[Any, ...]] = (),
     points: tuple[np.ndarray, Sequence[int]] | None = None,
+    map_by: str = "pca",
 ) -> Path:
     """Write ``run_dir/report``: learning curves, confusion matrix, classes, predictions and ``index.html``.
 
@@ -53,6 +54,7 @@ def write_report(
         metrics: What was measured; single values head the page.
         correct: Correct predictions to show, as ``wrong``.
         points: Images on a plane by their features, (N, 2), and their true classes; None for no map.
+        map_by: How they came there: ``pca`` or ``tsne``.
 
     Returns:
         The path of ``index.html``.
@@ -76,13 +78,13 @@ def write_report(
             [(image, [str(class_names[truth]), percent(score)]) for image, truth, _, score, _ in correct],
             "Correct predictions",
         ),
-        "map.png": lambda: None if points is None else plot_map(*points, class_names),
+        "map.png": lambda: None if points is None else plot_map(*points, class_names, map_by),
     }
     save_figures(folder, figures, class_names)
     write_rows(folder / "classes.csv", classes, ["class", "images", "right", "accuracy", "precision", "taken_for"])
     write_rows(folder / "confused.csv", pairs, ["truth", "prediction", "images", "share"])
     page = folder / "index.html"
-    text = _page(folder, metrics, classes, pairs)
+    text = _page(folder, metrics, classes, pairs, map_by)
     atomic_write(page, lambda path: path.write_text(text, encoding="utf-8"))
     return page
 
@@ -164,6 +166,12 @@ def read_history(history: str | Path | Mapping[str, Sequence[float]]) -> dict[st
 
 # --- the page -------------------------------------------------------------------------------------------------------
 
+MAPS = {
+    "pca": "Scored images by the first two principal components of what the last layer is given; those of a class that "
+    "lie apart from the others are easy to tell.",
+    "tsne": "Scored images by t-SNE of what the last layer is given: neighbours lie side by side; distances between "
+    "groups, and their sizes, mean little.",
+}
 _ALTERNATIVES = {
     "augmented.png": "Training images as the network sees them",
     "curves.png": "Loss, accuracy and learning rate over the epochs",
@@ -175,7 +183,13 @@ _ALTERNATIVES = {
 }
 
 
-def _page(folder: Path, metrics: Mapping[str, Any], classes: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> str:
+def _page(
+    folder: Path,
+    metrics: Mapping[str, Any],
+    classes: list[dict[str, Any]],
+    pairs: list[dict[str, Any]],
+    map_by: str,
+) -> str:
     """The report as one page; figures and tables lie beside it."""
 
     def figure(file: str, otherwise: str = "") -> str:
@@ -216,8 +230,7 @@ def _page(folder: Path, metrics: Mapping[str, Any], classes: list[dict[str, Any]
     if (folder / "map.png").exists():
         parts += [
             "<h2>Map of the images</h2>",
-            "<p>Scored images by the first two principal components of what the last layer is given; those of a class "
-            "that lie apart from the others are easy to tell.</p>",
+            f"<p>{MAPS[map_by]}</p>",
             figure("map.png"),
         ]
     if (folder / "correct.png").exists():

@@ -319,8 +319,11 @@ def plot_images(cells: Sequence[tuple[Any, Sequence[str]]], title: str) -> Figur
     return figure
 
 
-def plot_map(points: np.ndarray, labels: Sequence[int], class_names: Sequence[str]) -> Figure:
-    """Points on a plane, (N, 2), each class in a colour and a shape of its own; of many classes the most frequent."""
+def plot_map(points: np.ndarray, labels: Sequence[int], class_names: Sequence[str], by: str = "pca") -> Figure:
+    """Points on a plane, (N, 2), each class in a colour and a shape of its own; of many classes the most frequent.
+
+    ``by`` is ``pca`` or ``tsne``, whose axes mean nothing.
+    """
     import matplotlib as mpl
 
     figure = new_figure(7.0, 5.2)
@@ -337,8 +340,9 @@ def plot_map(points: np.ndarray, labels: Sequence[int], class_names: Sequence[st
         axes.scatter(*chosen.T, s=14, color=colours[i % len(colours)], marker=shape, linewidths=0, label=name)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_xlabel("first principal component")
-    axes.set_ylabel("second")
+    if by == "pca":
+        axes.set_xlabel("first principal component")
+        axes.set_ylabel("second")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
     return figure
 

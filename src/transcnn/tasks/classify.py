@@ -236,9 +236,10 @@ class Classify(ImageTask):
         confusion = scores["confusion"].numpy()
         shown = {key: value for key, value in metrics.items() if not isinstance(value, dict)}
         shown["input_size"] = self.data_config.get("input_size")
-        points = map_of(self.model, split, metrics.get("images_per_second", 0.0))
+        by = self.task_args.get("report_map", "pca")
+        points = map_of(self.model, split, metrics.get("images_per_second", 0.0), by)
         known = history if history.exists() else None
-        write_report(folder, known, confusion, names, metrics=shown, points=points, **rows)
+        write_report(folder, known, confusion, names, metrics=shown, points=points, map_by=by, **rows)
 
     def _forget(self) -> None:
         for metric in (self.confusion, self.auroc):

@@ -48,13 +48,14 @@ def features_of(model: nn.Module, task: str, layer: str | None) -> Features:
     return partial(_before_the_head, model)
 
 
-def map_of(model: nn.Module, images: Any, per_second: float) -> tuple[np.ndarray, list[int]] | None:
-    """Labelled images on a plane, by the first two principal components of their features.
+def map_of(model: nn.Module, images: Any, per_second: float, by: str = "pca") -> tuple[np.ndarray, list[int]] | None:
+    """Labelled images on a plane by their features.
 
     Args:
         model: A classifier.
         images: The split, with the transform of evaluation; ``images[i]`` is (C, H, W) and a label, -1 for none.
         per_second: How many images the model was seen to take.
+        by: ``pca``, the first two principal components, or ``tsne``, scikit-learn's t-SNE from there on.
 
     Returns:
         Points (N, 2) and labels of images spread over the split; None where there are fewer than four, or where the
@@ -75,6 +76,10 @@ def map_of(model: nn.Module, images: Any, per_second: float) -> tuple[np.ndarray
     found = torch.cat(vectors).numpy() if vectors else np.zeros((0, 2), np.float32)
     if len(found) < 4 or found.shape[1] < 2 or not np.isfinite(found).all():
         return None
+    if by == "tsne":
+        tsne: Any = require("sklearn.manifold", "train").TSNE
+        perplexity = min(30.0, (len(found) - 1) / 3)
+        return tsne(2, init="pca", perplexity=perplexity, random_state=0).fit_transform(found), labels
     pca: Any = require("sklearn.decomposition", "train").PCA
     return pca(2, svd_solver="full").fit_transform(found), labels
 
