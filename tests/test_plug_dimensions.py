@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from collections.abc import Collection
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -122,6 +126,13 @@ def s3d() -> nn.Module:
     return model
 
 
+def monai(name: str, **kwargs: Any) -> nn.Module:
+    """A network for medical volumes from MONAI."""
+    from monai.networks import nets  # pyright: ignore[reportMissingImports]
+
+    return getattr(nets, name)(spatial_dims=3, in_channels=2, out_channels=3, **kwargs)
+
+
 # A host, the channels and sizes of its example, and where "auto" plugs.
 HOSTS = {
     "ResNet-1d": (ResNet1d, (2, 250), ["layer2", "layer3", "layer4"]),
@@ -133,12 +144,21 @@ HOSTS = {
     "r2plus1d_18": (video("r2plus1d_18"), (3, 4, 32, 32), ["layer2", "layer3", "layer4"]),
     "s3d": (s3d, (3, 16, 32, 32), ["features.6", "features.12", "features.15"]),
 }
+if importlib.util.find_spec("monai"):
+    unet, segresnet = (
+        partial(monai, "UNet", channels=(8, 16, 32), strides=(2, 2)),
+        partial(monai, "SegResNet", init_filters=8, blocks_down=(1, 1, 1), blocks_up=(1, 1)),
+    )
+    HOSTS["MONAI's UNet"] = (unet, (2, 12, 16, 8), ["model.0", "model.1.submodule.1"])
+    HOSTS["MONAI's SegResNet"] = (segresnet, (2, 12, 16, 8), ["down_layers.1", "down_layers.2"])
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mc3_18", "r2plus1d_18")]  # much like r3d_18
+def hosts(slow: Collection[str]) -> list[Any]:
+    """The hosts' names, some of them marked as slow."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in HOSTS]
 
 
-@pytest.mark.parametrize("name", [*(name for name in HOSTS if name not in ("mc3_18", "r2plus1d_18")), *SLOW])
+@pytest.mark.parametrize("name", hosts(slow=("mc3_18", "r2plus1d_18")))  # much like r3d_18
 def test_host(name: str) -> None:
     """Plugged where it should be, equal at first, trained a step, made again from its spec, and taken out."""
     make, size, expected = HOSTS[name]
@@ -152,11 +172,9 @@ def test_host(name: str) -> None:
     with torch.no_grad():
         assert torch.equal(model(x), before)
     spec = json.loads(json.dumps(transcnn.plug_spec(model)))
-    if len(size) == 2 or name == "U-Net-3d":  # the others take seconds
+    if not hasattr(torchvision.models.video, name):  # those take seconds
         for _, branch in plugged(model):
             nn.init.normal_(branch.scale)
-        model(x).square().sum().backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in transcnn.plugged_parameters(model))
         twin = transcnn.plug_like(make(), spec).eval()
         twin.load_state_dict(model.state_dict())
         fast = transcnn.optimize(model)
@@ -167,6 +185,42 @@ def test_host(name: str) -> None:
     assert model.state_dict().keys() == state.keys()
     with torch.no_grad():
         assert torch.equal(model(x), before)
+
+
+VIDEO = ("r3d_18", "mc3_18", "r2plus1d_18", "s3d")
+SLOW = [pytest.param(name, True, marks=pytest.mark.slow) for name in (*VIDEO, "U-Net-3d")]  # up to half a minute each
+
+
+@pytest.mark.parametrize(("name", "onnx"), [*((n, n == "ResNet-1d") for n in HOSTS if n not in VIDEO), *SLOW])
+def test_a_host_learns_and_is_exported(name: str, onnx: bool, tmp_path: Path) -> None:
+    """Two steps reach every parameter and change each plugged weight; then optimized and exported outputs are equal."""
+    make, size, _ = HOSTS[name]
+    torch.manual_seed(0)
+    x = torch.randn(2, *size)
+    model = transcnn.plug(make(), example=x).train()
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(2):  # the first moves the scales away from zero
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+    branches = [key for key in before if ".hmhsa." in key and before[key].ndim > 1]
+    assert len(branches) >= len(list(plugged(model)))
+    assert not any(torch.equal(dict(model.named_parameters())[key], before[key]) for key in branches)
+
+    with torch.no_grad():
+        expected = model.eval()(x)
+        close = partial(torch.testing.assert_close, expected=expected, rtol=1e-3, atol=1e-4 * float(expected.std()))
+        close(transcnn.optimize(model)(x))
+        program = torch.export.export(model, (x,))
+        close(program.module()(x))
+    if onnx:
+        ort = pytest.importorskip("onnxruntime")
+        path = tmp_path / "host.onnx"
+        torch.onnx.export(program, (), path, dynamo=True, external_data=False, verbose=False)
+        session = ort.InferenceSession(path)
+        close(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]))
 
 
 def test_exported_with_free_sizes() -> None:
@@ -254,6 +308,26 @@ def test_errors_in_other_dimensions() -> None:
         find(UNet3d(), "auto", torch.zeros(1, 2, 16, 16))
     with pytest.raises(UserError, match=r"the output of fc is not one \(B, C, L\) tensor"):
         transcnn.plug(ResNet1d(), "fc", example=torch.zeros(1, 2, 250))
+
+
+def test_an_encoder_with_its_decoder_in_one_module_is_looked_into() -> None:
+    """As MONAI builds its U-Net: each level holds the next, so that no module outside of the innermost is coarse."""
+
+    class Skip(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x, self.inner(x)], 1)
+
+    def level(channels: int, inside: nn.Module, skipped: int, out: int) -> nn.Module:
+        down = nn.Conv3d(channels, 2 * channels, 3, 2, 1)
+        return nn.Sequential(down, Skip(inside), nn.ConvTranspose3d(skipped, out, 2, 2))
+
+    model = nn.Sequential(level(4, level(8, nn.Conv3d(16, 32, 3, 1, 1), 48, 8), 16, 3))
+    places = find(model, "auto", torch.zeros(1, 4, 8, 12, 8))
+    assert [(place.name, place.stride, place.channels) for place in places] == [("0.0", 2, 8), ("0.1.inner.1", 4, 48)]
 
 
 def test_strides_and_sizes_of_places() -> None:

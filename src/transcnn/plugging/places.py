@@ -275,15 +275,18 @@ def _shrinkage(before: _Shape, after: _Shape) -> float:
 
 def _backbone_calls(root: _Call) -> list[_Call]:
     calls: list[_Call] = []
-    _collect(root, calls)
+    _collect(root, calls, root.before)
     times: dict[str, int] = {}
     for call in _walk(root):
         times[call.name] = times.get(call.name, 0) + 1
     return [call for call in calls if times[call.name] == 1]
 
 
-def _collect(call: _Call, into: list[_Call]) -> bool:
-    """Add the backbone's calls within ``call`` to ``into``; False once the backbone has ended."""
+def _collect(call: _Call, into: list[_Call], image: _Shape | None) -> bool:
+    """Add the backbone's calls within ``call`` to ``into``; False once the backbone has ended.
+
+    ``image`` is the network's input; None inside an encoder with its decoder, whose halves may be nested further.
+    """
     if isinstance(call.module, _NO_PLACES):
         pooled = call.before and call.after and call.before != call.after and set(call.after[2:]) == {1}
         return not pooled
@@ -291,10 +294,18 @@ def _collect(call: _Call, into: list[_Call]) -> bool:
         shrinkage = _shrinkage(call.before, call.after)
         if (call.name and shrinkage < 0.7) or call.after[1] * 8 < call.before[1]:
             return False  # a decoder's maps grow, a dense head leaves few channels
-        if call.name and (shrinkage < 2.9 or not call.inside):  # Inception's unpadded convolutions pass 2 a little
+        if (image is None or call.before[2:] == image[2:]) and _is_encoder_decoder(call):
+            image = None
+        elif call.name and (shrinkage < 2.9 or not call.inside):  # Inception's unpadded convolutions pass 2 a little
             into.append(call)
             return True
-    return all(_collect(inner, into) for inner in call.inside)
+    return all(_collect(inner, into, image) for inner in call.inside)
+
+
+def _is_encoder_decoder(call: _Call) -> bool:
+    """Whether maps shrink and grow again inside: MONAI's U-Net is one module, each level of it within the last."""
+    each = [_shrinkage(c.before, c.after) for inner in call.inside for c in _walk(inner) if c.before and c.after]
+    return any(s > 1.4 for s in each) and any(s < 0.7 for s in each)
 
 
 def _automatic(calls: Sequence[_Call], image: tuple[int, ...]) -> list[Place]:
