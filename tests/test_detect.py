@@ -183,6 +183,19 @@ def test_every_detector_trains_every_parameter_with_empty_images_too(detector, b
     assert found["labels"].max() <= 2
 
 
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_detections_do_not_depend_on_the_other_images_of_a_batch(detector):
+    """Images of unlike sizes, two of which are padded to one: each is found in as alone."""
+    torch.manual_seed(0)
+    args = {"detector": detector, "min_score": 0.0, "max_found": 5, "side_range": (1.0, 1.0), **SMALL}
+    network = build("hatnet_tiny", args, num_classes=3, dims=(16, 16, 32, 32), head_dim=16, depths=(1, 1, 1, 1)).eval()
+    images = [torch.rand(3, height, width) for height, width in [(64, 64), (80, 64), (64, 90), (64, 96), (30, 200)]]
+    with torch.no_grad():
+        for found, image in zip(network(images), images, strict=True):
+            for name, value in network([image])[0].items():
+                torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+
+
 def test_what_cannot_be_used_is_left_out_counted_and_listed(tmp_path):
     folder = make_data(tmp_path / "d", {"train": 8, "val": 2})
 

@@ -88,6 +88,9 @@ class Detector(nn.Module):
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         """In training a dictionary of losses, else for each image ``boxes``, ``labels``, ``scores`` (and ``masks``).
 
+        What is found in an image doesn't depend on the others of the batch. In training images are padded to the
+        largest of their batch.
+
         Args:
             images: Each (C, H, W) from 0 to 1, of any size.
             targets: Each ``boxes`` (N, 4) as x1, y1, x2, y2, ``labels`` (N,) and, for Mask R-CNN, ``masks`` (N, H, W).
@@ -100,10 +103,23 @@ class Detector(nn.Module):
                 {**target, "labels": target["labels"] + self.offset, **self._pad_masks(target)} for target in targets
             ]
         with torch.autocast(kind, enabled=False):
-            found: Any = self.net(padded, targets)
-        if self.training:
-            return found
-        return [self._inside(row, *image.shape[-2:]) for row, image in zip(found, images, strict=True)]
+            if self.training:
+                return self.net(padded, targets)
+            found: dict[int, dict[str, Tensor]] = {}
+            for chosen in self._of_one_size(padded):
+                found.update(zip(chosen, self.net([padded[i] for i in chosen]), strict=True))
+        return [self._inside(found[i], *image.shape[-2:]) for i, image in enumerate(images)]
+
+    def _of_one_size(self, images: list[Tensor]) -> list[list[int]]:
+        """The indices of images that torchvision pads to one size, so that each is seen as it is alone.
+
+        Padding to the largest image of a batch would change what is found in the others.
+        """
+        sizes: dict[torch.Size, list[int]] = {}
+        for i, image in enumerate(images):
+            like, _ = self.net.transform([torch.empty(image.shape, device="meta")])  # pyright: ignore
+            sizes.setdefault(like.tensors.shape, []).append(i)
+        return list(sizes.values())
 
     def _pad_short_side(self, image: Tensor) -> Tensor:
         """Pad an image of extreme aspect ratio with black: its short side would vanish in resizing."""
