@@ -155,6 +155,13 @@ def row_of(name: str, title: str, way: Way) -> list[str]:
     ]
 
 
+def markdown(row: dict[str, str]) -> str:
+    """A line as docs/speed.md has it: images a CPU second of reading, computing, predict; the ratios."""
+    speeds = (int(row["images"]) / float(row[f"{step}_cpu_s"]) for step in ("read", "compute", "predict"))
+    cells = [*(f"{speed:.0f}" if speed >= 100 else f"{speed:.1f}" for speed in speeds), row["over_work"]]
+    return f"| {row['network']}: `{row['way']}` | {' | '.join(cells)} | {row['over_larger']} ({row['bound']}) |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, help="a folder of JPEG photographs instead of generated ones")
@@ -176,7 +183,7 @@ def main() -> None:
     with options.out.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([[*HEAD, "processor", "versions"], *([*row, *about] for row in rows)])
     for row in rows:
-        print("\t".join(row), flush=True)
+        print(markdown(dict(zip(HEAD, row, strict=True))), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from transcnn import HMHSA
 from transcnn.attention import LocalStep
 from transcnn.checkpoints.loading import data_config_of, save_weights
 from transcnn.compare.engines import load_reference, randomise
+from transcnn.data.images import read_image
 from transcnn.data.sets.classify import open_set
 from transcnn.plugging.build import build_model
 
@@ -449,3 +451,25 @@ def test_peers_are_of_our_size(tmp_path: Path) -> None:
     assert cifar10_peers.best_rate(tuning, "swin") == 0.2
     with pytest.raises(SystemExit, match="run --tune first"):
         cifar10_peers.best_rate(tuning, "resnet")
+
+
+# --- pipeline.py --------------------------------------------------------------------------------------------------
+
+
+def test_predict_is_compared_with_reading_and_computing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("os.environ", dict(os.environ))  # which importing it adds to
+    import pipeline
+
+    times = {"read": [(1.0, 2.0), (9.0, 9.0), (1.0, 2.0)], "compute": [(2.0, 4.0)], "predict": [(2.5, 6.3)]}
+    row = dict(zip(pipeline.HEAD, pipeline.row_of("net", "predict", pipeline.Way(100, {}, times)), strict=True))
+    assert (row["over_larger"], row["bound"], row["over_work"]) == ("1.25", "1.50", "1.05")
+    assert (row["images_per_s"], row["images_per_cpu_s"]) == ("40.0", "15.9")
+    assert pipeline.markdown(row) == "| net: `predict` | 50.0 | 25.0 | 15.9 | 1.05 | 1.25 (1.50) |"
+
+    files = pipeline.make_photos(tmp_path, 2)
+    assert [read_image(file).size for file in files] == [(500, 375)] * 2
+    ran: list[str] = []
+    way = pipeline.Way(1, {step: lambda step=step: ran.append(step) for step in ("read", "compute", "predict")}, {})
+    pipeline.measure({"one": way}, 2)
+    assert ran == ["compute", *("read", "compute", "predict") * 2]
+    assert {step: len(spent) for step, spent in way.times.items()} == {"read": 2, "compute": 2, "predict": 2}
