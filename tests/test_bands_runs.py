@@ -30,6 +30,7 @@ from transcnn.data.sets.classify import open_splits
 from transcnn.data.transforms.classify import eval_transform, train_transform
 from transcnn.data.transforms.segment import TrainTransform
 from transcnn.demo.page import build_page
+from transcnn.demo.server import find_examples
 from transcnn.demo.viewer import Viewer
 from transcnn.errors import UserError
 from transcnn.explain.image import explain_image
@@ -133,6 +134,8 @@ def test_predictions_are_the_same_however_an_image_comes(run, network, folder, t
     assert "it has 3 channels, 7 are wanted" in wrong[1].error
     rows = predict(run, [tmp_path / "x.tif", tmp_path / "x.npy"], quiet=True, accelerator="cpu")
     assert [row["top"][0]["label"] for row in rows] == ["class_1"] * 2
+    alone = embed(run, tmp_path / "x.npy", out=tmp_path / "x.parquet", quiet=True, accelerator="cpu")
+    assert (alone["images"], alone["errors"]) == (1, {})  # an array without names beside it is an image
     vectors = embed(run, folder, knn=1, quiet=True, accelerator="cpu")
     assert vectors["knn"]["top1"] >= 90
     assert not vectors["errors"]
@@ -204,6 +207,7 @@ def test_other_ways_of_using_it(run, network, folder, tmp_path, no_loops):
     assert (seen.image.mode, seen.input.shape[1]) == ("RGB", 7)
     assert viewer.answer(bands)["top"][0]["label"] == wanted.label
     assert viewer.look(seen, viewer.stages[0].number)
+    assert find_examples(network, None, tmp_path / "examples", run) == []  # no photographs to click
     page = build_page(viewer)
     words = " ".join(str(block.value) for block in page.blocks.values() if isinstance(block, gr.Markdown))
     assert "This network takes images of 7 channels" in words

@@ -71,6 +71,24 @@ def test_a_teacher_is_given_its_own_normalisation_and_order_of_classes(teach):
     torch.testing.assert_close(same(normalised(CONFIG)), model(normalised(CONFIG)))
 
 
+def test_a_teacher_is_given_its_own_range_of_numbers(monkeypatch):
+    """Of images of any channels: both see the same numbers, each by what was measured for it."""
+    model, numbers = network().eval(), 1000 + 500 * torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    ours = {**CONFIG, "pixel_range": [[900, 1600], [1000, 1400], [0, 1500]]}
+    theirs = {**CONFIG, "mean": [0.1, 0.2, 0.3], "pixel_range": [[0, 2000], [500, 1400], [990, 1700]]}
+
+    def normalised(config: dict[str, Any]) -> torch.Tensor:
+        low, high = torch.tensor(config["pixel_range"], dtype=torch.float64).T[:, :, None, None]
+        mean, std = (torch.tensor(config[key], dtype=torch.float64).view(-1, 1, 1) for key in ("mean", "std"))
+        return (((numbers - low) / (high - low) - mean) / std).float()
+
+    monkeypatch.setattr(distill, "load", lambda _: Loaded(model, "classify", list("abc"), theirs, "file"))
+    teacher = Teacher(Distill(distill_from="file"), list("abc"), ours)
+    torch.testing.assert_close(teacher(normalised(ours)), model(normalised(theirs)), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="reads numbers, the other photographs"):
+        Teacher(Distill(distill_from="file"), list("abc"), CONFIG)
+
+
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_a_student_learns_what_only_the_teacher_knows(teach, kind):
     teacher = teach(network(hidden=8), distill_type=kind, distill_alpha=1.0)

@@ -133,7 +133,8 @@ def _stored(first: str, names: list[str]) -> Path | None:
     if not names:
         raise UserError("IMAGES is missing: files, folders, a data set, or a file of vectors")
     if len(names) == 1 and names[0].lower().endswith(".npy"):
-        return Path(names[0])
+        names_beside = Path(names[0]).with_suffix(".csv").is_file()  # else it is an image
+        return Path(names[0]) if names_beside or not os.path.isfile(names[0]) else None
     if len(names) == 1 and is_vector_file(names[0]) and os.path.isfile(names[0]):
         from ..data.sources.parquet import holds_images
 

@@ -154,6 +154,10 @@ def find_examples(loaded: Any, wanted: Sequence[str] | None, folder: Path, run_d
         if missing:
             raise UserError(f"no such file: {missing[0]}")
         return _spread(files)
+    if is_per_channel(
+        loaded.preprocessing.get("pixel_range")
+    ):  # such images browsers don't show, and photographs don't fit
+        return []
     own = _own_examples(loaded, folder) if run_dir is not None else []
     if own:
         return own
@@ -172,8 +176,6 @@ def _own_examples(loaded: Any, folder: Path) -> list[str]:
     settings = loaded.info.get("settings") or {}
     data = settings.get("data")
     if not settings or (data is not None and not Path(data).exists()):
-        return []
-    if is_per_channel(loaded.preprocessing.get("pixel_range")):  # browsers show no such files
         return []
     if data is not None and Path(data).is_file() and is_image_name(Path(data).name):
         return []

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints.loading import Loaded, load
+from ..data.bands import is_per_channel
 from ..errors import UserError
 from ..settings import Distill
 
@@ -93,6 +94,8 @@ def _order(teacher: Loaded, class_names: list[str], data_config: dict[str, Any])
     theirs, ours = teacher.preprocessing["input_size"][0], data_config["input_size"][0]
     if theirs != ours:
         raise UserError(f"the teacher {teacher.source} takes images of {theirs} channels, the student of {ours}")
+    if is_per_channel(teacher.preprocessing.get("pixel_range")) != is_per_channel(data_config.get("pixel_range")):
+        raise UserError(f"one of the teacher {teacher.source} and the student reads numbers, the other photographs")
     if len(teacher.class_names) != len(class_names):
         raise UserError(
             f"the teacher {teacher.source} knows {len(teacher.class_names)} classes, the data has {len(class_names)}"
@@ -115,10 +118,16 @@ def _order(teacher: Loaded, class_names: list[str], data_config: dict[str, Any])
 def _normalisation(student: dict[str, Any], teacher: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
     """Factor and summand that make the student's input the teacher's; None where they are alike."""
     with suppress(KeyError):
-        ours, theirs = (
-            [torch.tensor(config[key], dtype=torch.float64).view(-1, 1, 1) for key in ("mean", "std")]
-            for config in (student, teacher)
-        )
+        ours, theirs = _scale(student), _scale(teacher)
         if not all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)):
             return (ours[1] / theirs[1]).float(), ((ours[0] - theirs[0]) / theirs[1]).float()
     return None, None
+
+
+def _scale(config: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """What becomes 0 in a network's input, and what is one more: of 8-bit images from 0 to 1, of Bands as they are."""
+    mean, std = (torch.tensor(config[key], dtype=torch.float64).view(-1, 1, 1) for key in ("mean", "std"))
+    if not is_per_channel(ends := config.get("pixel_range")):
+        return mean, std
+    low, high = torch.tensor(ends, dtype=torch.float64).view(-1, 2, 1, 1).unbind(1)
+    return low + mean * (high - low), std * (high - low)
