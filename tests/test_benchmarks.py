@@ -473,3 +473,35 @@ def test_predict_is_compared_with_reading_and_computing(monkeypatch: pytest.Monk
     pipeline.measure({"one": way}, 2)
     assert ran == ["compute", *("read", "compute", "predict") * 2]
     assert {step: len(spent) for step, spent in way.times.items()} == {"read": 2, "compute": 2, "predict": 2}
+
+
+# --- ratios.py and accuracy_speed.py ----------------------------------------------------------------------------
+
+
+def test_engines_are_timed_once_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import accuracy_speed
+    import ratios
+
+    table = tmp_path / "ratios.csv"
+    options = ["--dtypes", "fp32", "--batches", "1", "--size", "32", "--rounds", "2", "--out", table]
+    call(monkeypatch, ratios, *options, "--networks", "transcnn_test", "--engines", "optimize,eager")
+    first = rows_of(table)
+    assert [(row["network"], row["engine"]) for row in first] == [
+        ("transcnn_test", "optimize"),
+        ("transcnn_test", "eager"),
+    ]
+    assert float(first[0]["ratio"]) == 1
+    assert float(first[1]["least"]) <= float(first[1]["ratio"]) <= float(first[1]["most"])
+    call(monkeypatch, ratios, *options, "--networks", "transcnn_test,resnet10t+hmhsa", "--engines", "optimize,eager")
+    assert rows_of(table)[:2] == first  # a case that is there isn't timed again
+    assert len(rows_of(table)) == 4
+    common = {"dtype": "fp32", "batch": "8", "machine": ""}
+    lines = [
+        {"network": "hatnet_tiny", "size": "224", "engine": "optimize", "images_per_s": "30", **common},
+        {"network": "hatnet_tiny", "size": "224", "engine": "openvino", "images_per_s": "20", **common},
+        {"network": "fastvit_t8", "size": "224", "engine": "openvino", "images_per_s": "90", **common},
+        {"network": "resnet50", "size": "224", "engine": "openvino", "images_per_s": "", **common},
+    ]
+    assert accuracy_speed.fastest(lines, "fp32", 8) == {"hatnet_tiny": (30.0, 79.8, "optimize")}
+    accuracy_speed.draw(lines, 8, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000

@@ -218,3 +218,18 @@ def test_whatever_a_convolution_is_given():
     linear = nn.Linear(5, 3)
     for x in (torch.randn(5), torch.randn(4, 5), torch.randn(2, 3, 5, 5).transpose(1, 2), torch.zeros(0, 5)):
         assert torch.allclose(optimize(nn.Sequential(linear))(x), linear(x), atol=1e-6)
+
+
+@torch.no_grad()
+def test_packed_weights_follow_the_weights_and_the_size():
+    conv = nn.Conv2d(8, 16, 3)
+    fast = optimize(nn.Sequential(conv))
+    for size in ((1, 8, 9, 9), (4, 8, 30, 30), (1, 8, 9, 9)):
+        x = torch.randn(size)
+        for change in (lambda w: None, lambda w: w.mul_(2), lambda w: w.copy_(torch.randn_like(w))):
+            change(fast[0].weight)
+            assert relative(fast(x), F.conv2d(x, fast[0].weight, fast[0].bias)) <= 1e-6
+    with torch.inference_mode():
+        made = optimize(nn.Sequential(conv))
+        assert relative(made(x), conv(x)) <= 1e-6
+    assert relative(made(x), conv(x)) <= 1e-6

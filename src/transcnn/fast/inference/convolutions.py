@@ -80,10 +80,31 @@ class Fused(nn.Module):
         raise NotImplementedError
 
 
+class _Packed:
+    """A convolution's weight in the layout that oneDNN wants for one size of input; made again when either changes."""
+
+    def __init__(self) -> None:
+        self._cached: tuple[Any, ...] | None = None
+
+    def __call__(self, weight: Tensor, options: tuple[Any, ...], size: torch.Size) -> Tensor:
+        if weight.is_inference():  # such tensors don't count their versions
+            return weight
+        cached, key = self._cached, (weight.data_ptr(), weight.dtype, weight._version, size)
+        if cached is None or cached[0] != key:
+            made = torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *options, list(size))
+            # The reference keeps the weight's memory from being used by another, with the same address.
+            cached = self._cached = key, made, weight.detach()
+        return cached[1]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Packed, ()  # a copy packs its own
+
+
 class FastConv2d(Fused, nn.Conv2d):
     """A convolution of any CNN; strided 3x3 ones are correct in bf16 on narrow maps, too (:mod:`transcnn.layers`)."""
 
     _narrow: bool
+    _packed: _Packed
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
@@ -115,10 +136,11 @@ class FastConv2d(Fused, nn.Conv2d):
             return None  # PyTorch says what is wrong
         options = (list(self.padding), list(self.stride), list(self.dilation), self.groups)
         op = torch.ops.mkldnn._convolution_pointwise
+        if other is not None and not _addable(other, (len(x), self.out_channels, *sides), x.dtype, torch.channels_last):
+            return None
+        weight = self._packed(weight, options, x.shape)
         if other is None:
             return op(x, weight, self.bias, *options, act[0], list(act[1]), act[2])
-        if not _addable(other, (len(x), self.out_channels, *sides), x.dtype, torch.channels_last):
-            return None
         name = None if act == NONE else act[0]
         return op.binary(x, other, weight, self.bias, *options, "add", 1.0, name, list(act[1]), act[2])
 
@@ -159,6 +181,7 @@ def make_fast(model: nn.Module) -> None:
     for module in model.modules():
         if FastConv2d.fits(module):
             module.__class__ = FastConv2d
+            module._packed = _Packed()  # pyright: ignore
             sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
             module._narrow = sizes == ((3, 3), (2, 2), (1, 1), (1, 1))  # pyright: ignore
         elif FastLinear.fits(module):

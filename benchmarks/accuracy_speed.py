@@ -1,0 +1,91 @@
+"""ImageNet top-1 beside speed: results/accuracy_speed.png, from what ratios.py measured.
+
+    python benchmarks/accuracy_speed.py            # needs results/speed_ratios.csv, see ratios.py
+
+Each network is shown by the faster of optimize() and OpenVINO, in fp32 and (where it was timed) bf16, at the size at
+which its accuracy was measured; networks that weren't timed at that size are left out. Top-1 wasn't measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from timm.models import get_pretrained_cfg
+
+from transcnn.variants import PAPER_TOP1
+
+ROOT = Path(__file__).resolve().parent.parent
+# Network: its name in the figure, top-1 in percent, side of the images in pixels, where that stands.
+PEERS = {
+    "resnet50": ("ResNet-50", 80.7, 224, "timm, results-imagenet.csv: resnet50.a1h_in1k"),
+    "efficientnet_b0": ("EfficientNet-B0", 77.7, 224, "timm, results-imagenet.csv: efficientnet_b0.ra_in1k"),
+    "mobilenetv2_100": ("MobileNetV2", 73.0, 224, "timm, results-imagenet.csv: mobilenetv2_100.ra_in1k"),
+    "pvt_v2_b1": ("PVTv2-B1", 78.7, 224, "timm, results-imagenet.csv: pvt_v2_b1.in1k"),
+    "swin_tiny_patch4_window7_224": ("Swin-T", 81.3, 224, "arXiv 2103.14030, table 1"),
+    "convnext_tiny": ("ConvNeXt-T", 82.1, 224, "arXiv 2201.03545, table 1"),
+    "repvit_m1_1": ("RepViT-M1.1, distilled", 80.7, 224, "arXiv 2307.09283, 300 epochs with distillation"),
+    "fastvit_t8": ("FastViT-T8", 75.6, 256, "arXiv 2303.14189, without distillation"),
+}
+
+
+def networks() -> dict[str, tuple[str, float, int]]:
+    """Every network's name in the figure, top-1 and size."""
+    ours = {}
+    for name, top1 in PAPER_TOP1.items():
+        design, size = name.split("_")
+        shown = {"transcnn": "TransCNN", "hatnet": "HAT-Net"}[design]
+        ours[name] = (f"{shown}-{size.title()}", top1, get_pretrained_cfg(name).input_size[1])
+    return ours | {name: facts[:3] for name, facts in PEERS.items()}
+
+
+def fastest(lines: list[dict[str, str]], dtype: str, batch: int) -> dict[str, tuple[float, float, str]]:
+    """Images a second, top-1 and engine of every network that was timed at its size."""
+    found: dict[str, tuple[float, float, str]] = {}
+    facts = networks()
+    for line in lines:
+        name, speed = line["network"], line["images_per_s"]
+        known = name in facts and speed and line["dtype"] == dtype and int(line["batch"]) == batch
+        if known and int(line["size"]) == facts[name][2] and float(speed) > found.get(name, (0.0,))[0]:
+            found[name] = (float(speed), facts[name][1], line["engine"])
+    return found
+
+
+def draw(lines: list[dict[str, str]], batch: int, path: Path) -> None:
+    """A panel a dtype; ours are filled."""
+    kinds = [kind for kind in ("fp32", "bf16") if fastest(lines, kind, batch)]
+    figure, panels = plt.subplots(1, len(kinds), figsize=(7 * len(kinds), 5), sharey=True, squeeze=False)
+    facts = networks()
+    for panel, kind in zip(panels[0], kinds, strict=True):
+        for name, (speed, top1, engine) in fastest(lines, kind, batch).items():
+            ours = name in PAPER_TOP1
+            color = "C0" if ours else "C1"
+            panel.plot(
+                speed, top1, "o" if engine == "optimize" else "^", color=color, fillstyle="full" if ours else "none"
+            )
+            panel.annotate(facts[name][0], (speed, top1), (5, 4), textcoords="offset points", fontsize=8, color=color)
+        panel.set(xscale="log", xlabel=f"images a second, batch {batch}", title=kind)
+        panel.margins(x=0.25)
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("ImageNet top-1 in percent, as published")
+    machine = next((line["machine"] for line in lines), "")
+    figure.suptitle(f"circle: optimize() is the faster engine, triangle: OpenVINO ({machine})", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", type=Path, default=ROOT / "results" / "speed_ratios.csv")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "accuracy_speed.png")
+    options = parser.parse_args()
+    with options.table.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    draw(lines, options.batch, options.out)
+
+
+if __name__ == "__main__":
+    main()
