@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # for all engines alike: before torch takes its first memory
 
@@ -30,8 +31,22 @@ from transcnn.compare.engines import build, prepare
 OURS = [f"{design}_{size}" for design in ("transcnn", "hatnet") for size in ("tiny", "small", "medium", "large")]
 OTHERS = ["resnet50", "mobilenetv2_100", "efficientnet_b0", "repvit_m1_1", "fastvit_t8", "convnext_nano"]
 PLUGGED = "+hmhsa"
-FIELDS = ("network", "size", "dtype", "batch", "threads", "engine", "images_per_s", "ratio", "least", "most", "clock")
-FIELDS = (*FIELDS, "rounds", "machine", "note")
+FIELDS = [
+    "network",
+    "size",
+    "dtype",
+    "batch",
+    "threads",
+    "engine",
+    "images_per_s",
+    "ratio",
+    "least",
+    "most",
+    "clock",
+    "rounds",
+    "machine",
+    "note",
+]
 Run = Callable[[torch.Tensor], object]
 OUT = Path(__file__).resolve().parent.parent / "results" / "speed_ratios.csv"
 
@@ -122,7 +137,7 @@ def main() -> None:
                 lines += [line for line in measure(name, dtype, batch, options) if line["engine"] not in done]
                 part = options.out.with_suffix(".part")
                 with part.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, FIELDS)
+                    writer: Any = csv.DictWriter(file, FIELDS)
                     writer.writeheader()
                     writer.writerows(lines)
                 part.replace(options.out)
