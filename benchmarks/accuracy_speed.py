@@ -37,7 +37,7 @@ def networks() -> dict[str, tuple[str, float, int]]:
     for name, top1 in PAPER_TOP1.items():
         design, size = name.split("_")
         shown = {"transcnn": "TransCNN", "hatnet": "HAT-Net"}[design]
-        ours[name] = (f"{shown}-{size.title()}", top1, get_pretrained_cfg(name).input_size[1])
+        ours[name] = (f"{shown}-{size.title()}", top1, get_pretrained_cfg(name).input_size[1])  # pyright: ignore
     return ours | {name: facts[:3] for name, facts in PEERS.items()}
 
 
