@@ -79,8 +79,8 @@ def make_photos(folder: Path, count: int) -> list[str]:
             files[-1].write_bytes(files[i % DISTINCT].read_bytes())
             continue
         layers = [rng.integers(0, 256, (3 * n, 4 * n, 3), np.uint8) for n in (1, 8, 40)]
-        total = sum(np.asarray(Image.fromarray(layer).resize((500, 375)), float) for layer in layers)
-        Image.fromarray((total / len(layers)).astype(np.uint8)).save(files[-1], quality=90)
+        mean = np.mean([np.asarray(Image.fromarray(layer).resize((500, 375)), float) for layer in layers], 0)
+        Image.fromarray(mean.astype(np.uint8)).save(files[-1], quality=90)
     return [str(file) for file in files]
 
 
