@@ -29,7 +29,6 @@ from transcnn.data.images import read_image
 from transcnn.data.sets.classify import open_splits
 from transcnn.data.transforms.classify import eval_transform, train_transform
 from transcnn.data.transforms.segment import TrainTransform
-from transcnn.demo.page import build_page
 from transcnn.demo.server import find_examples
 from transcnn.demo.viewer import Viewer
 from transcnn.errors import UserError
@@ -40,7 +39,7 @@ from transcnn.onnx.dense import class_map
 from transcnn.onnx.predict import to_input
 from transcnn.settings import Detect
 
-tifffile, gr = pytest.importorskip("tifffile"), pytest.importorskip("gradio")
+tifffile = pytest.importorskip("tifffile")
 TELLING = 5  # the channel that says the class
 QUICK: dict[str, Any] = {
     "model": "transcnn_test",
@@ -176,8 +175,8 @@ def test_what_an_export_says_and_compares(network):
     assert all(0.1 < batch.std() < 10 for batch in batches[:3])
 
 
-def test_other_ways_of_using_it(run, network, folder, tmp_path, no_loops):
-    """Explained, shared, looked at, packed, and on the page."""
+def test_other_ways_of_using_it(run, network, folder, tmp_path):
+    """Explained, shared, looked at, and packed."""
     image = next((folder / "test" / "class_1").glob("*.tif"))
     wanted = network.predict(image)
     assert Path(explain(run, image, out=tmp_path / "e.png", quiet=True)).stat().st_size > 10_000
@@ -201,16 +200,17 @@ def test_other_ways_of_using_it(run, network, folder, tmp_path, no_loops):
     assert packed["left_out"] == 0
     assert evaluate(run, data=tmp_path / "packed", quiet=True, accelerator="cpu", num_workers=0)["top1"] >= 90
 
+
+def test_the_page_says_what_it_takes(run, network, folder, tmp_path):
+    image = next((folder / "test" / "class_1").glob("*.tif"))
     viewer = Viewer(network, optimize=False)
     bands = read_image(image, viewer.pixel_range)
     seen = viewer.visit(bands)
     assert (seen.image.mode, seen.input.shape[1]) == ("RGB", 7)
-    assert viewer.answer(bands)["top"][0]["label"] == wanted.label
+    assert viewer.answer(bands)["top"][0]["label"] == network.predict(image).label
     assert viewer.look(seen, viewer.stages[0].number)
     assert find_examples(network, None, tmp_path / "examples", run) == []  # no photographs to click
-    page = build_page(viewer)
-    words = " ".join(str(block.value) for block in page.blocks.values() if isinstance(block, gr.Markdown))
-    assert "This network takes images of 7 channels" in words
+    assert viewer.takes.startswith("This network takes images of 7 channels: a TIFF of so many bands")
 
 
 def test_a_run_goes_on_with_what_was_measured_at_its_beginning(run, folder, tmp_path):

@@ -219,13 +219,9 @@ def _introduction(viewer: Viewer) -> str:
 
 def _upload_button(viewer: Viewer) -> gr.UploadButton | None:
     """What opens files that browsers know nothing of, for a network that takes them; with a line on what it takes."""
-    if viewer.channels is None:
+    if not (words := viewer.takes):
         return None
-    shown = "The first three are" if viewer.channels >= 3 else "The first is"
-    gr.Markdown(
-        f"This network takes images of {viewer.channels} channels: a TIFF of so many bands or pages, or a .npy array "
-        f"(rows, columns, {viewer.channels}). {shown} shown."
-    )
+    gr.Markdown(words)
     return gr.UploadButton("Open a .tif or .npy file", file_types=[".tif", ".tiff", ".npy"], elem_id="open")
 
 

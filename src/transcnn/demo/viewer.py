@@ -81,11 +81,21 @@ class Viewer:
         self.device = torch.device(device)
         self.task = get_inference(loaded.task)
         self.pixel_range = loaded.preprocessing.get("pixel_range")
-        self.channels = len(self.pixel_range) if is_per_channel(self.pixel_range) else None  # of no photographs
         self.transform = self.task.image_transform(loaded.preprocessing, loaded.info.get("task_args"))
         self.lock = threading.Lock()
         self.name = str(loaded.info.get("model") or type(loaded.model).__name__)
         self.stages = self._find_stages()
+
+    @property
+    def takes(self) -> str:
+        """Which files the network takes, in a line; "" where these are photographs."""
+        if not is_per_channel(self.pixel_range):
+            return ""
+        channels = len(self.pixel_range)
+        return (
+            f"This network takes images of {channels} channels: a TIFF of so many bands or pages, or a .npy array "
+            f"(rows, columns, {channels}). {'The first three are' if channels >= 3 else 'The first is'} shown."
+        )
 
     def visit(self, image: Any) -> Visit:
         """A new image, as ``read_image`` gives it; the spot is its middle."""
