@@ -15,12 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import UserError
 from ..plugging.cost import count
-from .available import available_bytes, input_shape
+from .available import SMALL, available_bytes, input_shape
 from .loading import Loaded
 
 __all__ = ["check_forward", "forward_bytes"]
 
-SMALL = 4 << 20  # pixels of a batch up to which nothing is estimated: it fits, and small images shall start at once
 SMALL_IMAGE = 1 << 20  # pixels of an image up to which no multiply-adds are counted
 MAX_MACS = 10**13  # of an image whose size a file chooses: minutes on a CPU, ten times what the largest networks need
 

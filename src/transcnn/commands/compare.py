@@ -90,6 +90,29 @@ def compare(
         load_reference(reference)  # errors before anything takes time
     if out:
         make_folder(Path(out), "compare.csv", "compare.png")
+    _measure(cases, reference, device, names, rounds, seconds, memory=memory and device == "cpu")
+    show_progress("")
+    _print(cases)
+    if "paper" in _items(models):
+        print(f"not compared, as no library that is kept has it: {', '.join(MISSING)}")
+    rows = [{key: value for key, value in asdict(case).items() if key != "times"} for case in cases]
+    if out:
+        _write(Path(out), rows, device)
+        draw(rows, Path(out) / "compare.png")
+    return rows
+
+
+def _measure(
+    cases: list[Case],
+    reference: str | None,
+    device: str,
+    names: list[str],
+    rounds: int,
+    seconds: float,
+    *,
+    memory: bool,
+) -> None:
+    """Time all cases in turns, and take their peak memory; what they take, or why they don't run, is left in them."""
     runs = []
     for case in cases:
         show_progress(f"preparing {title(case)}")
@@ -100,19 +123,10 @@ def compare(
         except Exception as error:  # one network or engine that fails leaves the others their line
             case.note = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
     measure(runs, rounds, seconds)
-    if memory and device == "cpu":
+    if memory:
         for case, *_ in runs:
             show_progress(f"memory of {title(case)}")
             peak_memory(case, reference)
-    show_progress("")
-    _print(cases)
-    if "paper" in _items(models):
-        print(f"not compared, as no library that is kept has it: {', '.join(MISSING)}")
-    rows = [{key: value for key, value in asdict(case).items() if key != "times"} for case in cases]
-    if out:
-        _write(Path(out), rows, device)
-        draw(rows, Path(out) / "compare.png")
-    return rows
 
 
 def _print(cases: list[Case]) -> None:

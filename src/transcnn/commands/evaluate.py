@@ -99,19 +99,10 @@ def evaluate(
         loaded = load(checkpoint, model)
         loaded.resize_input(img_size)
         check_forward(loaded, -(-batch_size // world()), chosen=img_size is not None)
-        views = {name: value for name, value in (("window", window), ("flip", flip)) if value}
-        for name in views:
-            if loaded.task not in VIEWS[name]:
-                tasks = " and ".join(VIEWS[name])
-                raise UserError(f"{name} is for {tasks} alone; {loaded.source} is for the task {loaded.task}")
+        views = _views(loaded, window=window, flip=flip)
         loaded.info["task_args"] = {**(loaded.info.get("task_args") or {}), **views}
         trained = loaded.info.get("settings") or {}
-        chosen: str | None = trained["data"] if data is None and "data" in trained else as_text(data)
-        if data is None and chosen is not None and is_fetched(chosen):
-            raise UserError(
-                f"{loaded.source} names data from elsewhere, {chosen!r}; if that may be fetched, give it: "
-                f"transcnn eval {checkpoint} {chosen}"
-            )
+        chosen = _data_of(loaded, checkpoint, data)
         _set_table(loaded, chosen, images, target)
         part = first_here(
             lambda: _open(
@@ -123,12 +114,8 @@ def evaluate(
                 strict=strict_data,
             )
         )
-        learnt = loaded.learnt_from(chosen) and (part.split or split) in ("train", "all")
-        if learnt and rank() == 0 and not quiet:
-            print(
-                f"transcnn: the run learnt from these images ({part.split or split}): scores of new ones are lower",
-                file=sys.stderr,
-            )
+        if not quiet:
+            _say_if_learnt(loaded, chosen, part.split or split)
         folder = Path(out) if out else Path(checkpoint) / "eval" if Path(checkpoint).is_dir() else None
         if folder is not None:
             first_decides(partial(make_folder, folder, "metrics.json"))
@@ -163,6 +150,36 @@ def evaluate(
         if folder is not None:
             print(f"written: {printable(folder / 'metrics.json')}")
     return metrics
+
+
+def _views(loaded: Loaded, **given: Any) -> dict[str, Any]:
+    """How images are to be looked at, other than training did."""
+    views = {name: value for name, value in given.items() if value}
+    for name in views:
+        if loaded.task not in VIEWS[name]:
+            tasks = " and ".join(VIEWS[name])
+            raise UserError(f"{name} is for {tasks} alone; {loaded.source} is for the task {loaded.task}")
+    return views
+
+
+def _data_of(loaded: Loaded, checkpoint: StrPath, data: StrPath | None) -> str | None:
+    """The data that were given, or those that the network was trained on if they are on this machine."""
+    trained = loaded.info.get("settings") or {}
+    chosen: str | None = trained["data"] if data is None and "data" in trained else as_text(data)
+    if data is None and chosen is not None and is_fetched(chosen):
+        raise UserError(
+            f"{loaded.source} names data from elsewhere, {chosen!r}; if that may be fetched, give it: "
+            f"transcnn eval {checkpoint} {chosen}"
+        )
+    return chosen
+
+
+def _say_if_learnt(loaded: Loaded, data: str | None, split: str) -> None:
+    if loaded.learnt_from(data) and split in ("train", "all") and rank() == 0:
+        print(
+            f"transcnn: the run learnt from these images ({split}): scores of new ones are lower",
+            file=sys.stderr,
+        )
 
 
 def _set_table(loaded: Loaded, data: str | None, images: str | None, target: list[str] | None) -> None:

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoints.available import available_bytes
+from ..checkpoints.available import SMALL, available_bytes
 from ..errors import UserError
 from ..fast import accelerate_training
 
 __all__ = ["bytes_kept", "check_memory"]
 
-SMALL = 4 << 20  # pixels of a step up to which nothing is estimated: it fits, and small runs shall start at once
 PROBES = (4, 2)  # a step is tried with sides divided by these
 
 
