@@ -10,12 +10,12 @@ DETECT = f"{DENSE} --batch_size 2 --short_side 64 --long_side 96 --fpn_channels 
 SMALLER = [
     (
         r"train photos --config recipes/folder_finetune",
-        TINY + " --early_stop null --layer_decay null --pretrained false",
+        TINY + " --early_stop null --pretrained false",
     ),
     (r"train photos --model resnet18 --plug", "--img_size 64 --epochs 1 --limit_batches 1 --batch_size 2 --quiet true"),
     (r"train photos --img_size 1024", TINY + " --img_size 64 --model_args '{}'"),
     (r"train photos", TINY),
-    (r"train shapes --model transcnn_nano", "--epochs 1 --limit_batches 2 --batch_size 8 --quiet true"),
+    (r"train shapes --model transcnn_micro", "--epochs 1 --limit_batches 2 --batch_size 8 --quiet true"),
     (r"train (dots/|scenes )", TINY),
     (r"train camvid.tar", DENSE),
     (r"train (bccd.tar|shapes --config)", DETECT),
@@ -31,7 +31,7 @@ INSTEAD = [
     ("--static 224", "--static 32"),
     ("--class dog", "--class class_1"),
     (".cuda()", ""),
-    ("img_size=32, epochs=8", "img_size=32, epochs=1, limit_batches=2, batch_size=8, quiet=True"),
+    ("pretrained=True, epochs=8", "pretrained=True, epochs=1, limit_batches=2, batch_size=8, quiet=True"),
 ]
 
 # Pages, and lines, that take long: run by pytest -m slow. Elsewhere they are parsed.

@@ -151,6 +151,7 @@ def test_names_are_registered_with_timm():
     assert set(timm.list_models("transcnn*", pretrained=True)) == {
         *(f"transcnn_{size}.in1k" for size in ("tiny", "small", "medium", "large")),
         "transcnn_nano.cifar10",
+        "transcnn_micro.tiny_imagenet",
     }
     assert type(timm.create_model("transcnn_test")) is TransCNN
 
@@ -186,7 +187,7 @@ def test_registered_model_keeps_the_contract(name):
     assert f"{cfg.first_conv}.weight" in model.state_dict()
     assert f"{cfg.classifier}.weight" in model.state_dict()
     assert (cfg.num_classes, cfg.input_size[0]) == (model.num_classes, model.in_chans)
-    assert bool(cfg.has_weights) == (name not in ("transcnn_micro", "transcnn_test"))
+    assert bool(cfg.has_weights) == (name != "transcnn_test")
 
 
 def test_initial_weights():

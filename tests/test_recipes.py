@@ -51,6 +51,8 @@ def test_a_recipe_takes_two_steps(path, make_class_folder, tmp_path):
         "1",
         "--limit_batches",
         "2",
+        "--pretrained",
+        "false",
     ]
     machine = ["--accelerator", "cpu", "--precision", "32", "--num_workers", "0", "--quiet", "--accumulate", "1"]
     data = str(make_class_folder(classes=2, per_class=6))
@@ -67,8 +69,8 @@ def test_a_recipe_for_tables_takes_two_steps(path, tmp_path):
     rng = np.random.default_rng(0)
     for i in range(12):
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(tmp_path / f"{i}.png")
-    lines = [",".join([f"{i}.png", *(str((i + k) % 2) for k in range(len(target)))]) for i in range(12)]
-    (tmp_path / "labels.csv").write_text("\n".join([",".join(["file", *target]), *lines]))
+    lines = [",".join([f"{i}.png", str(i), *(str((i + k) % 2) for k in range(len(target)))]) for i in range(12)]
+    (tmp_path / "labels.csv").write_text("\n".join([",".join(["file", "group", *target]), *lines]))
     flags = [
         "--config",
         str(path),

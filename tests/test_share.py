@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,8 +27,11 @@ from transcnn.commands.predict import predict
 from transcnn.errors import UserError
 from transcnn.plugging.build import build_model
 from transcnn.plugging.plug import plug
-from transcnn.variants import CIFAR10, default_cfgs
+from transcnn.settings import TrainSettings
+from transcnn.training.building import published_start
+from transcnn.variants import default_cfgs
 from transcnn.weights import NOTES, PACKAGED
+from transcnn.weights.labels import CIFAR10, TINY_IMAGENET
 
 NAMES = ["rising", "steep", "falling"]
 CONFIG = dict(
@@ -423,3 +427,32 @@ def test_the_packages_own_weights(class_image, tmp_path, capsys):
     assert all(name in told for name in CIFAR10)
     assert top == predict(PACKAGED, [str(photo)], accelerator="cpu", quiet=True)[0]["top"]
     assert np.isclose(sum(row["score"] for row in top), 1, atol=0.5)
+
+
+def test_the_packages_weights_of_200_classes(class_image, tmp_path):
+    weights = Path(default_cfgs["transcnn_micro"].cfgs["tiny_imagenet"].file)
+    if not weights.is_file():
+        pytest.skip("these sources come without the weights; commands/pack_weights.py makes them")
+    assert weights.stat().st_size <= 9_000_000
+    assert NOTES["transcnn_micro.tiny_imagenet"] in weights.with_suffix(".md").read_text()
+    assert len(set(TINY_IMAGENET)) == 200
+    assert load(weights).class_names == list(TINY_IMAGENET)
+    model = timm.create_model("transcnn_micro", pretrained=True).eval()
+    assert (logits(model)[0] - logits(model)[1]).abs().max() > 0.1
+    few = timm.create_model("transcnn_micro", pretrained=True, num_classes=3)  # a fresh head on the same features
+    assert torch.equal(few.stem[0].weight, model.stem[0].weight)
+    photo = tmp_path / "photo.jpg"
+    class_image(0, 0, (90, 60)).save(photo)
+    top = predict("transcnn_micro.tiny_imagenet", [str(photo)], accelerator="cpu", quiet=True)[0]["top"]
+    assert {row["label"] for row in top} < set(TINY_IMAGENET)
+
+
+def test_training_says_which_published_weights_it_starts_from():
+    settings = partial(TrainSettings, data="photos", model="transcnn_micro", pretrained=True)
+    assert published_start(settings(), 4) == (
+        "transcnn_micro.tiny_imagenet: weights of 200 classes, with the package; the head for 4 outputs starts anew"
+    )
+    assert published_start(settings(), 200).endswith("the head of 200 classes included")
+    dense = published_start(settings(model="resnet18.a1_in1k", task="segment"), 4)
+    assert dense.startswith("resnet18.a1_in1k: weights of 1000 classes, fetched from timm/resnet18.a1_in1k; ")
+    assert dense.endswith("they are the backbone's, all else starts anew")

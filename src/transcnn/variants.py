@@ -15,6 +15,7 @@ from torch import nn
 from .backbone import TransCNN
 from .checkpoints.published import convert_state_dict
 from .levels import resolve_auto
+from .weights.labels import CIFAR10, TINY_IMAGENET
 
 __all__ = ["PAPER_TOP1", "VARIANTS", "create_model", "list_models"]
 
@@ -131,7 +132,6 @@ def _cfg(file: str | None = None, size: int = 256, **changes: Any) -> dict[str, 
     }
 
 
-CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _SIZES = ("tiny", "small", "medium", "large")
 
 default_cfgs = generate_default_cfgs(
@@ -145,6 +145,11 @@ default_cfgs = generate_default_cfgs(
             "label_names": CIFAR10,
         },
         "transcnn_nano.untrained": _cfg(size=32, num_classes=10, crop_pct=1.0, pool_size=(4, 4)),
+        "transcnn_micro.tiny_imagenet": {
+            **_cfg(size=64, num_classes=200, crop_pct=1.0, pool_size=(4, 4), origin_url="", license="apache-2.0"),
+            "file": str(Path(__file__).with_name("weights") / "transcnn_micro.tiny_imagenet.safetensors"),
+            "label_names": TINY_IMAGENET,
+        },
         "transcnn_micro.untrained": _cfg(size=64, num_classes=200, crop_pct=1.0, pool_size=(4, 4)),
         "transcnn_test.untrained": _cfg(size=64, num_classes=10, crop_pct=1.0),
     }

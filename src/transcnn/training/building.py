@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from timm.layers import convert_sync_batchnorm
+from timm.models import get_pretrained_cfg
 
 from ..checkpoints.arguments import check_model_args, check_plug
 from ..checkpoints.bounded import build_bounded, own_arguments, registered
@@ -31,7 +32,7 @@ from ..text import printable
 from .freezing import freeze
 from .levels import LEVELS, choose_levels
 
-__all__ = ["make_learner", "make_network"]
+__all__ = ["make_learner", "make_network", "published_start"]
 
 
 def make_learner(
@@ -116,6 +117,8 @@ def _made_new(s: TrainSettings, splits: Any, task_args: dict[str, Any]) -> tuple
         in_chans=splits.in_chans,
         **{**args, **_drop_path(s)},
     )
+    if s.pretrained and not s.quiet and rank() == 0:
+        print(published_start(s, len(splits.class_names)), file=sys.stderr)
     # What is plugged, and what a classifier's weights are for.
     host: torch.nn.Module = network if get_task(s.task).whole_image else network.body  # pyright: ignore
     held = (info.get("model_args") or {}).get("plug")
@@ -132,6 +135,21 @@ def _made_new(s: TrainSettings, splits: Any, task_args: dict[str, Any]) -> tuple
     if start and held:
         _take(s, network if whole else host, start, whole, info.get("class_names") or [], splits.class_names)
     return network, args
+
+
+def published_start(s: TrainSettings, classes: int) -> str:
+    """Which published weights training starts from, and what of the network they are not for."""
+    cfg = get_pretrained_cfg(s.model)
+    assert cfg is not None
+    name = f"{s.model}.{cfg.tag}" if cfg.tag and "." not in s.model else s.model
+    where = "with the package" if cfg.file else f"fetched from {cfg.hf_hub_id or cfg.url}"
+    if not get_task(s.task).whole_image:
+        rest = "they are the backbone's, all else starts anew"
+    elif classes == cfg.num_classes:
+        rest = f"the head of {classes} classes included"
+    else:
+        rest = f"the head for {classes} outputs starts anew"
+    return f"{name}: weights of {cfg.num_classes} classes, {where}; {rest}"
 
 
 def _drop_path(s: TrainSettings) -> dict[str, float]:
