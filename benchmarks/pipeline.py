@@ -142,7 +142,7 @@ def row_of(name: str, title: str, way: Way) -> list[str]:
     larger = max(wall["read"], wall["compute"])
     ratios = wall["predict"] / larger, (wall["read"] + wall["compute"]) / larger
     work = cpu["predict"] / (cpu["read"] + cpu["compute"])
-    seconds = [f"{values[step]:.2f}" for values in (wall, cpu) for step in ("read", "compute", "predict")]
+    seconds = [f"{values[step]:.4f}" for values in (wall, cpu) for step in ("read", "compute", "predict")]
     speeds = [f"{way.images / values['predict']:.1f}" for values in (wall, cpu)]
     return [
         name,
