@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 
-__all__ = ["available_bytes", "check_inputs", "input_shape"]
+__all__ = ["SMALL", "available_bytes", "check_inputs", "input_shape"]
 
 SMALL = 4 << 20  # pixels of a batch up to which a pass or a step isn't estimated: it fits, and shall start at once
 BATCHES = 3  # of inputs that are there at once: one that is computed, and two that are read ahead

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..data.bands import MAX_CHANNELS, MOST_OF_PILLOW
+from ..data.bands import LARGEST, MAX_CHANNELS, MOST_OF_PILLOW, RESAMPLING
 from ..errors import MAX_SIDE, UserError, first_line
 from ..plain import check_plain
 from .arguments import TASKS, check_task_args, short
@@ -23,8 +23,6 @@ MAX_CLASSES = 1 << 16
 MAX_RESIZED = 10_000  # pixels of a side before the margin is cropped
 MAX_NAME = 1000  # characters of a class's name
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random")
-PLAIN = ("nearest", "bilinear", "bicubic")  # of these, for images of any numbers
-LARGEST = 1e30  # number in an image
 CROP_MODES = ("center", "squash", "border")
 
 
@@ -126,8 +124,8 @@ def _check_pixel_range(pixel_range: Any, channels: int, config: dict[str, Any]) 
         raise ValueError(f"pixel_range must be two numbers for each of {channels} channels, got {len(pairs)} pairs")
     if channels > MOST_OF_PILLOW and not per_channel:
         raise ValueError(f"images of {channels} channels need a pixel_range for each")
-    if per_channel and (config["interpolation"] not in PLAIN or config.get("crop_mode") == "border"):
-        raise ValueError(f"images of any numbers are resized by {', '.join(PLAIN)}, without a border")
+    if per_channel and (config["interpolation"] not in RESAMPLING or config.get("crop_mode") == "border"):
+        raise ValueError(f"images of any numbers are resized by {', '.join(RESAMPLING)}, without a border")
 
 
 def _is_measured(value: Any) -> bool:

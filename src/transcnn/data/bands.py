@@ -10,10 +10,23 @@ from PIL import Image
 
 from .broken import BrokenImage
 
-__all__ = ["MAX_CHANNELS", "MOST_OF_PILLOW", "Bands", "PixelRange", "bands_of_image", "is_per_channel", "to_bands"]
+__all__ = [
+    "LARGEST",
+    "MAX_CHANNELS",
+    "MOST_OF_PILLOW",
+    "RESAMPLING",
+    "Bands",
+    "PixelRange",
+    "bands_of_image",
+    "check_count",
+    "is_per_channel",
+    "to_bands",
+]
 
 MAX_CHANNELS = 1024
 MOST_OF_PILLOW = 4  # channels that images of Pillow's may have
+LARGEST = 1e30  # number in an image; float32 holds little more
+RESAMPLING = ("nearest", "bilinear", "bicubic")  # that suit any numbers
 DISPLAYED = (2, 98)  # percentiles of a channel that are black and white where people look at it
 
 # Two numbers: what is black and white in grey images of more than 8 bits. A pair of them for each channel: images are
@@ -129,16 +142,22 @@ def to_bands(pixels: np.ndarray, pixel_range: Sequence[Sequence[float]] | None, 
     first, *_, channels = pixels.shape
     wanted = None if pixel_range is None else len(pixel_range)
     turned = "; arrays are (H, W, C): numpy.moveaxis(array, 0, -1) makes (C, H, W) so"
-    if wanted is not None and channels != wanted:
-        words = f"it has {channels} channel{'s' * (channels != 1)}, {wanted} {'are' if wanted != 1 else 'is'} wanted"
-        raise BrokenImage(words + turned * (first == wanted))
-    if wanted is None and first < 32 <= min(pixels.shape[1:]):
+    if wanted is not None:
+        check_count(channels, wanted, hint=turned * (first == wanted))
+    elif first < 32 <= min(pixels.shape[1:]):
         raise BrokenImage(f"{pixels.shape} would be {channels} channels{turned}; --in_chans {channels} takes it as is")
     if channels > MAX_CHANNELS:
         raise BrokenImage(f"it has {channels} channels; at most {MAX_CHANNELS} are read")
     if pixels.dtype.kind == "b":
         pixels = pixels.astype(np.uint8)
     return Bands(pixels, pixel_range, format)
+
+
+def check_count(channels: int, wanted: int, *, hint: str = "") -> None:
+    """Raise BrokenImage for another number of channels than is wanted; none stand for others."""
+    if channels != wanted:
+        words = f"it has {channels} channel{'s' * (channels != 1)}, {wanted} {'are' if wanted != 1 else 'is'} wanted"
+        raise BrokenImage(words + hint)
 
 
 def bands_of_image(image: Image.Image, pixel_range: Sequence[Sequence[float]]) -> Bands:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from ..errors import UserError
-from .bands import Bands, PixelRange, bands_of_image, is_per_channel, to_bands
+from .bands import Bands, PixelRange, bands_of_image, check_count, is_per_channel, to_bands
 from .broken import BrokenImage, NoPhotograph
 from .rasters import is_npy, is_tiff, read_npy, read_tiff
 
@@ -165,8 +165,7 @@ def to_channels(image: Any, in_chans: int) -> Any:
         BrokenImage: Bands of another number.
     """
     if isinstance(image, Bands):
-        if image.channels != in_chans:
-            raise BrokenImage(f"it has {image.channels} channels, {in_chans} {'are' if in_chans > 1 else 'is'} wanted")
+        check_count(image.channels, in_chans)
         return image
     if in_chans not in MODES:
         raise UserError(f"images have 1, 2, 3 or 4 channels (L, LA, RGB, RGBA), got in_chans={in_chans}")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...errors import UserError, check_range
-from ..bands import MAX_CHANNELS, MOST_OF_PILLOW, PixelRange, is_per_channel
+from ..bands import LARGEST, MAX_CHANNELS, MOST_OF_PILLOW, RESAMPLING, PixelRange, is_per_channel
 from ..broken import NoPhotograph
 from ..images import BrokenImage
 from ..rasters import is_tiff, tiff_layout
@@ -21,7 +21,6 @@ __all__ = ["Channels", "measure_channels"]
 
 LOOKED_AT = 16  # images, for what kind they are
 MEASURED = 64  # images whose numbers are gone through
-LARGEST = 1e30  # of numbers; float32 holds little more
 MOST_NUMBERS = 1 << 22  # that means and deviations are of
 LIMITS: dict[str, Any] = {"u": np.iinfo, "i": np.iinfo, "f": np.finfo}
 
@@ -54,7 +53,7 @@ class Channels:
             return config
         if self.mean is None:
             return {**config, "pixel_range": list(self.pixel_range)}
-        plain = config["interpolation"] if config["interpolation"] in ("nearest", "bilinear") else "bicubic"
+        plain = config["interpolation"] if config["interpolation"] in RESAMPLING else "bicubic"
         mode = "center" if config.get("crop_mode") == "border" else config.get("crop_mode") or "center"
         ends = [list(pair) for pair in self.pixel_range]  # pyright: ignore
         measured = {"pixel_range": ends, "mean": self.mean, "std": self.std}

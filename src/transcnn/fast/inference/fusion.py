@@ -182,16 +182,14 @@ def _plan(block: nn.Module) -> Plan | None:
             others = [one for add in (*rest, node) if _is_sum(add) for one in add.args if one not in (layer, *rest)]
             step = Step("fused", str(layer.target), [layer.args[0], *others], {}, act)
         elif node.op == "call_module" and type(modules[str(node.target)]) in _NOTHING and node.args:
-            step = None
-        else:
-            step = Step(node.op, node.target, node.args, dict(node.kwargs))
-        if step is None:
             ref[node] = ref[node.args[0]]  # pyright: ignore
             continue
+        else:
+            step = Step(node.op, node.target, node.args, dict(node.kwargs))
         step.args, step.kwargs = (_refer(given, ref) for given in (step.args, step.kwargs))
         steps.append(step)
         ref[node] = Ref(len(steps))
-    plan = Plan(steps, _refer(outputs[0].args[0], ref), _skipped(block, nodes, inner | set(ends), modules))
+    plan = Plan(steps, _refer(outputs[0].args[0], ref), _skipped(nodes, inner | set(ends), modules))
     _free(plan)
     return plan
 
@@ -296,15 +294,17 @@ def _nothing_changes(between: list[torch.fx.Node], modules: dict[str, nn.Module]
 
 
 def _skipped(
-    block: nn.Module, nodes: list[torch.fx.Node], fused: set[torch.fx.Node], modules: dict[str, nn.Module]
+    nodes: list[torch.fx.Node], fused: set[torch.fx.Node], modules: dict[str, nn.Module]
 ) -> list[tuple[str, type[nn.Module]]]:
     """The modules that the plan doesn't call: fused ones, those that do nothing, and sequences."""
-    names = {str(node.target) for node in nodes if node.op == "call_module" and node in fused}
+    names: set[str] = set()
     for node in nodes:
-        if node.op == "call_module" and type(modules[str(node.target)]) in _NOTHING:
-            names.add(str(node.target))
-    for node in nodes:
-        parent = str(node.target).rpartition(".")[0] if node.op == "call_module" else ""
+        if node.op != "call_module":
+            continue
+        name = str(node.target)
+        if node in fused or type(modules[name]) in _NOTHING:
+            names.add(name)
+        parent = name.rpartition(".")[0]
         while parent:
             names.add(parent)
             parent = parent.rpartition(".")[0]
