@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from attention_variants import VARIANTS
-from seeds import mean_and_spread, read_runs, train_or_resume, write_rows
+from seeds import beside, mean_and_spread, read_runs, train_or_resume, write_rows
 from timm.models import create_model
 
 from transcnn.commands.compare import compare
@@ -84,11 +84,6 @@ def arguments() -> argparse.Namespace:
     if options.sizes and options.host != "transcnn_nano":
         parser.error("--sizes measures transcnn_nano alone")
     return options
-
-
-def beside(path: Path, what: str) -> Path:
-    """results/attention.csv -> results/attention_runs.csv."""
-    return path.with_stem(f"{path.stem}_{what}")
 
 
 def wanted(options: argparse.Namespace, variant: str, lr: float, seed: int) -> dict[str, Any]:

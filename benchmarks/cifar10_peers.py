@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from plug_cifar10 import ResNet20
-from seeds import mean_and_spread, read_runs, train_or_resume, write_rows
+from seeds import beside, best_rate, mean_and_spread, read_runs, train_or_resume, write_rows
 from timm.models import create_model, register_model
 from torch import nn
 
@@ -113,7 +113,7 @@ def main() -> None:
             epochs = max(1, round(60 * options.minutes * speeds[name] / IMAGES))
             if options.tune:
                 epochs = max(1, round(options.tune_share * epochs))
-            for lr in options.lrs if options.tune else [best_rate(tuning, name)]:
+            for lr in options.lrs if options.tune else [best_rate(tuning, name, "lr", "val_top1")]:
                 key = {"network": name, "epochs": epochs, "lr": lr, "seed": seed}
                 if not any(all(row[k] == v for k, v in key.items()) for row in rows):
                     rows.append(run(options, key))
@@ -121,11 +121,6 @@ def main() -> None:
                     write_rows(path, rows)
     if not options.tune:
         write_rows(options.out, [row_of(name, speeds[name], rows) for name in options.networks])
-
-
-def beside(path: Path, what: str) -> Path:
-    """results/cifar10_peers.csv -> results/cifar10_peers_runs.csv."""
-    return path.with_stem(f"{path.stem}_{what}")
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
@@ -145,15 +140,6 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
             rows.append({"network": name, "images_per_s": round(BATCH / statistics.median(times), 1)})
             write_rows(path, rows)
     return {row["network"]: row["images_per_s"] for row in rows}
-
-
-def best_rate(tuning: Path, name: str) -> float:
-    """Of the highest accuracy on held-back images."""
-    rows = [row for row in read_runs(tuning, RUN_NUMBERS) if row["network"] == name]
-    if not rows:
-        raise SystemExit(f"{tuning} has no rate of {name}; run --tune first")
-    rates = sorted({row["lr"] for row in rows})
-    return max(rates, key=lambda lr: statistics.mean(row["val_top1"] for row in rows if row["lr"] == lr))
 
 
 def run(options: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:

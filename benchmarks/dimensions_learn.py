@@ -19,7 +19,6 @@ run, anew after each; runs that a file holds are not repeated.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -28,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from seeds import mean_and_spread, read_runs, write_rows
+from seeds import best_rate, mean_and_spread, read_runs, write_rows
 from torch import Tensor, nn
 
 import transcnn
@@ -239,7 +238,7 @@ def main() -> None:
     for name, make in networks(data).items():
         if args.networks and name not in args.networks:
             continue
-        rates = args.rates if args.tune else [best_rate(tuning, name)]
+        rates = args.rates if args.tune else [best_rate(tuning, name, "rate", "top1")]
         for key in (
             (name, split, rate, seed, args.epochs) for split in splits for rate in rates for seed in args.seeds
         ):
@@ -249,15 +248,6 @@ def main() -> None:
                 write_rows(path, rows)
     for name in dict.fromkeys(row["network"] for row in rows):
         print(name, "mean and spread", *mean_and_spread([row["top1"] for row in rows if row["network"] == name]))
-
-
-def best_rate(tuning: Path, name: str) -> float:
-    """Of the highest mean accuracy on held-back examples."""
-    rows = [row for row in read_runs(tuning, ("seed", "epochs", "rate", "top1")) if row["network"] == name]
-    if not rows:
-        raise SystemExit(f"{tuning} has no rate of {name}; run --tune first")
-    means = {rate: statistics.mean(r["top1"] for r in rows if r["rate"] == rate) for rate in {r["rate"] for r in rows}}
-    return max(means, key=means.__getitem__)
 
 
 def run(data: Digits | Voxels, make: Callable[[], nn.Module], key: dict[str, Any], tune: bool) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from attention_layers import BAM, SCA, botnet_attention
-from seeds import mean_and_spread, read_runs, train_or_resume, write_rows
+from seeds import beside, mean_and_spread, read_runs, train_or_resume, write_rows
 from timm.layers import create_attn
 from timm.models import create_model, register_model
 from torch import Tensor, nn
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/plug_cifar10.csv"))
     parser.add_argument("--figure", type=Path, help="where the plot goes [beside the table]")
     options = parser.parse_args()
-    file = options.out.with_stem(options.out.stem + "_runs")
+    file = beside(options.out, "runs")
     runs = read_runs(file, ("seed", "epochs", "top1"))
     for seed in options.seeds:
         for variant in options.variants:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transcnn.commands.train import train
 
-__all__ = ["mean_and_spread", "read_runs", "train_or_resume", "write_rows"]
+__all__ = ["beside", "best_rate", "mean_and_spread", "read_runs", "train_or_resume", "write_rows"]
 
 
 def train_or_resume(folder: Path, data: str, **settings: Any) -> dict[str, Any]:
@@ -37,6 +37,20 @@ def write_rows(path: Path, rows: list[dict[str, Any]], columns: list[str] | None
         writer = csv.DictWriter(file, columns or list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def beside(path: Path, what: str) -> Path:
+    """results/attention.csv, "runs" -> results/attention_runs.csv."""
+    return path.with_stem(f"{path.stem}_{what}")
+
+
+def best_rate(tuning: Path, network: str, rate: str, score: str) -> float:
+    """The learning rate of a network's runs in a CSV with the highest mean score, by the names of both columns."""
+    rows = [row for row in read_runs(tuning, (rate, score)) if row["network"] == network]
+    if not rows:
+        raise SystemExit(f"{tuning} has no rate of {network}; run --tune first")
+    rates = sorted({row[rate] for row in rows})
+    return max(rates, key=lambda one: statistics.mean(row[score] for row in rows if row[rate] == one))
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:

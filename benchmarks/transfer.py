@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as parquet
 import torch
-from seeds import mean_and_spread, read_runs, train_or_resume, write_rows
+from seeds import beside, mean_and_spread, read_runs, train_or_resume, write_rows
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -57,7 +57,7 @@ def main() -> None:
     if options.tune:
         tune(options)
         return
-    file = options.out.with_stem(options.out.stem + "_runs")
+    file = beside(options.out, "runs")
     runs = read_runs(file, RUN_NUMBERS)
     for key in plan(options):
         if not any(all(row[name] == value for name, value in key.items()) for row in runs):
@@ -240,7 +240,7 @@ def tune(options: argparse.Namespace) -> None:
             score = learn(options, key, few_images(options, 100, options.seeds[0]))["val_score"]
             rows.append({**key, "val_score": score})
             print(f"{start} at {lr:g}: {score:.2f} % of held-back images", flush=True)
-            write_rows(options.out.with_stem(options.out.stem + "_tuning"), rows)
+            write_rows(beside(options.out, "tuning"), rows)
 
 
 def write_table(path: Path, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from seeds import mean_and_spread, read_runs, train_or_resume, write_rows
+from seeds import beside, mean_and_spread, read_runs, train_or_resume, write_rows
 from timm.models import create_model
 
 from transcnn.cli import parse
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/weights_peers"))
     parser.add_argument("--out", type=Path, default=Path("results/weights_peers.csv"))
     options = parser.parse_args()
-    file = options.out.with_stem(options.out.stem + "_runs")
+    file = beside(options.out, "runs")
     runs = read_runs(file, RUN_NUMBERS)
     for seed in options.seeds:
         for name in options.networks:

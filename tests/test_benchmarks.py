@@ -437,29 +437,6 @@ def test_images_a_second_from_file_to_prediction(tmp_path: Path, monkeypatch: py
     assert all(float(row["images_per_s"]) > 0 and row["images"] == "3" for row in rows)
 
 
-# --- cifar10_peers.py ---------------------------------------------------------------------------------------------
-
-
-def test_peers_are_of_our_size(tmp_path: Path) -> None:
-    import cifar10_peers
-
-    for network in cifar10_peers.NETWORKS:
-        model = create_model("cifar10_peer", network=network, num_classes=7).eval()
-        assert sum(p.numel() for p in model.parameters()) <= 1_500_000
-        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
-    rows = [
-        {"network": "swin", "epochs": 1, "lr": lr, "seed": 0, "top1": 0.0, "train_seconds": 1.0} for lr in (0.1, 0.2)
-    ]
-    tuning = tmp_path / "tuning.csv"
-    cifar10_peers.write_rows(tuning, [{**rows[0], "val_top1": 30.5}, {**rows[1], "val_top1": 40.5}])
-    assert cifar10_peers.best_rate(tuning, "swin") == 0.2
-    with pytest.raises(SystemExit, match="run --tune first"):
-        cifar10_peers.best_rate(tuning, "resnet")
-
-
-# --- pipeline.py --------------------------------------------------------------------------------------------------
-
-
 def test_predict_is_compared_with_reading_and_computing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("os.environ", dict(os.environ))  # which importing it adds to
     import pipeline
@@ -509,3 +486,23 @@ def test_engines_are_timed_once_and_drawn(tmp_path: Path, monkeypatch: pytest.Mo
     assert accuracy_speed.fastest(lines, "fp32", 8) == {"hatnet_tiny": (30.0, 79.8, "optimize")}
     accuracy_speed.draw(lines, 8, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+# --- cifar10_peers.py ---------------------------------------------------------------------------------------------
+
+
+def test_peers_are_of_our_size(tmp_path: Path) -> None:
+    import cifar10_peers
+
+    for network in cifar10_peers.NETWORKS:
+        model = create_model("cifar10_peer", network=network, num_classes=7).eval()
+        assert sum(p.numel() for p in model.parameters()) <= 1_500_000
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    rows = [
+        {"network": "swin", "epochs": 1, "lr": lr, "seed": 0, "top1": 0.0, "train_seconds": 1.0} for lr in (0.1, 0.2)
+    ]
+    tuning = tmp_path / "tuning.csv"
+    cifar10_peers.write_rows(tuning, [{**rows[0], "val_top1": 30.5}, {**rows[1], "val_top1": 40.5}])
+    assert cifar10_peers.best_rate(tuning, "swin", "lr", "val_top1") == 0.2
+    with pytest.raises(SystemExit, match="run --tune first"):
+        cifar10_peers.best_rate(tuning, "resnet", "lr", "val_top1")
