@@ -274,9 +274,16 @@ def oddities(make_class_folder: Callable[..., Path], class_image: Callable[..., 
 
 
 @pytest.fixture
-def no_loops() -> Iterator[None]:
-    """gradio makes event loops for its locks and leaves them open."""
+def closed_loops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """After the test no event loop that it made is open: one that is collected so fails whoever runs meanwhile."""
+    made: list[asyncio.AbstractEventLoop] = []
+    new = asyncio.new_event_loop
+
+    def recorded() -> asyncio.AbstractEventLoop:
+        made.append(new())
+        return made[-1]
+
+    monkeypatch.setattr(asyncio, "new_event_loop", recorded)
     yield
-    for thing in gc.get_objects():
-        if isinstance(thing, asyncio.BaseEventLoop) and not thing.is_running():
-            thing.close()
+    assert made
+    assert [loop for loop in made if not loop.is_closed()] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import re
@@ -24,6 +25,7 @@ from transcnn.commands.demo import demo
 from transcnn.commands.predict import predict
 from transcnn.data.images import read_image
 from transcnn.demo.drawing import draw_look, enlarged, mark_spot
+from transcnn.demo.loop import in_event_loop
 from transcnn.demo.server import EXAMPLES, find_examples
 from transcnn.demo.viewer import SHOWN, Viewer, to_other
 from transcnn.errors import UserError
@@ -299,7 +301,7 @@ def test_bad_arguments(argument: dict[str, Any], words: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("no_loops")
+@pytest.mark.usefixtures("closed_loops")
 def test_what_the_browser_sends_is_taken_apart(viewer: Viewer) -> None:
     pytest.importorskip("gradio")
     from transcnn.demo.page import _file_of, build_page
@@ -312,6 +314,16 @@ def test_what_the_browser_sends_is_taken_apart(viewer: Viewer) -> None:
     page = build_page(viewer)
     assert {function.api_visibility for function in page.fns.values()} == {"private"}
     assert page.analytics_enabled is False
+
+
+def test_a_running_event_loop_is_the_one_that_is_used() -> None:
+    """As in Jupyter."""
+
+    async def cell() -> bool:
+        return in_event_loop(asyncio.get_running_loop) is asyncio.get_running_loop()
+
+    assert asyncio.run(cell())
+    assert in_event_loop(asyncio.get_running_loop).is_closed()  # of its own, where none runs
 
 
 # --- in a browser ---------------------------------------------------------------------------------------------------

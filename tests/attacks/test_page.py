@@ -299,7 +299,7 @@ def test_a_fault_inside_is_one_plain_line(caplog: pytest.LogCaptureFixture) -> N
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("no_loops")
+@pytest.mark.usefixtures("closed_loops")
 def test_the_real_page_is_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """gradio's own server, over a real connection: host, other pages, CORS, size."""
     pytest.importorskip("gradio")

@@ -15,6 +15,7 @@ import gradio as gr
 
 from ..data.images import BrokenImage, read_image
 from ..text import markdown, printable
+from .loop import in_event_loop
 from .viewer import Viewer, Visit
 
 __all__ = ["build_page"]
@@ -51,6 +52,10 @@ def plainly(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def build_page(viewer: Viewer, examples: Sequence[str] = (), keep_files: int = 3600) -> gr.Blocks:
     """The page of one network; ``examples`` are image files to click, ``keep_files`` seconds that uploads live."""
+    return in_event_loop(_build_page, viewer, examples, keep_files)
+
+
+def _build_page(viewer: Viewer, examples: Sequence[str], keep_files: int) -> gr.Blocks:
     with gr.Blocks(
         title=f"{viewer.name} · transcnn",
         analytics_enabled=False,
@@ -74,57 +79,63 @@ def build_page(viewer: Viewer, examples: Sequence[str] = (), keep_files: int = 3
                 answer = _answer_box(viewer)
                 gallery = _gallery(examples)
                 upload = _upload_button(viewer)
-        outputs = [visit, photo, message, answer]
         look = _Look(viewer, visit) if viewer.stages else None
         if look is not None:
-            outputs += look.outputs
-            gr.on(
-                [look.stage.change, look.head.change],
-                plainly(look.again),
-                [visit, look.stage, look.head],
-                look.outputs,
-                **_quiet("always_last"),
-            )
-            photo.select(
-                plainly(look.clicked),
-                [visit, look.stage, look.head],
-                [visit, photo, *look.outputs],
-                **_quiet("always_last"),
-            )
-
-        def open_file(file: str | bytes | None, stage: int, head: str) -> list[Any]:
-            """Everything on the page for a file just given; a file that can't be read clears it and says why."""
-            if file is None:
-                return [None, None, gr.skip(), None, *(look.empty() if look else ())]
-            try:
-                image = read_image(file, viewer.pixel_range)
-            except BrokenImage as error:
-                words = f"**This file can't be shown:** {markdown(error)}. Try another image."
-                return [None, None, gr.Markdown(words, visible=True), None, *(look.empty() if look else ())]
-            seen = viewer.visit(image)
-            said = viewer.answer(image)
-            shown = look.shown(seen, stage, head) if look else []
-            return [seen, viewer.marked(seen), gr.Markdown(visible=False), _said(said), *shown]
-
-        def opened(payload: dict[str, Any] | None, stage: int = 0, head: str = MEAN) -> list[Any]:
-            return open_file(_file_of(payload), stage, head)
-
-        def chosen(event: gr.SelectData, stage: int = 0, head: str = MEAN) -> list[Any]:
-            return open_file(examples[int(event.index)], stage, head)
-
-        def cleared() -> list[Any]:
-            return [None, gr.skip(), gr.Markdown(visible=False), None, *(look.empty() if look else ())]
-
-        controls = [look.stage, look.head] if look is not None else []
-        # Without preprocessing gradio opens no file itself: it would say "Error" of what it can't read.
-        photo.input(plainly(opened), [photo, *controls], outputs, preprocess=False, **_quiet())
-        if upload is not None:
-            upload.upload(plainly(opened), [upload, *controls], outputs, preprocess=False, **_quiet())
-        photo.clear(cleared, None, outputs, **_quiet())
-        if gallery is not None:
-            gallery.select(plainly(chosen), controls, outputs, **_quiet())
+            look.listen(visit, photo)
+        files = _Files(viewer, examples, look)
+        files.listen([visit, photo, message, answer], photo, upload, gallery)
         gr.Markdown("Your images stay on the machine that serves this page, and are deleted there after an hour.")
     return page
+
+
+class _Files:
+    """What happens when a visitor gives a file, clicks an example, or clears the image."""
+
+    def __init__(self, viewer: Viewer, examples: Sequence[str], look: _Look | None) -> None:
+        self.viewer, self.examples, self.look = viewer, examples, look
+
+    def listen(
+        self, outputs: list[Any], photo: gr.Image, upload: gr.UploadButton | None, gallery: gr.Gallery | None
+    ) -> None:
+        """Answer the events of these components; ``outputs`` are the visit, the image, the message and the answer."""
+        controls = [self.look.stage, self.look.head] if self.look is not None else []
+        outputs = [*outputs, *(self.look.outputs if self.look is not None else ())]
+        # Without preprocessing gradio opens no file itself: it would say "Error" of what it can't read.
+        photo.input(plainly(self.opened), [photo, *controls], outputs, preprocess=False, **_quiet())
+        if upload is not None:
+            upload.upload(plainly(self.opened), [upload, *controls], outputs, preprocess=False, **_quiet())
+        photo.clear(self.cleared, None, outputs, **_quiet())
+        if gallery is not None:
+            gallery.select(plainly(self.chosen), controls, outputs, **_quiet())
+
+    def shown(self, file: str | bytes | None, stage: int, head: str) -> list[Any]:
+        """Everything on the page for a file just given; a file that can't be read clears it and says why."""
+        if file is None:
+            return [None, None, gr.skip(), None, *self._no_look()]
+        try:
+            image = read_image(file, self.viewer.pixel_range)
+        except BrokenImage as error:
+            words = f"**This file can't be shown:** {markdown(error)}. Try another image."
+            return [None, None, gr.Markdown(words, visible=True), None, *self._no_look()]
+        seen = self.viewer.visit(image)
+        said = self.viewer.answer(image)
+        maps = self.look.shown(seen, stage, head) if self.look is not None else []
+        return [seen, self.viewer.marked(seen), gr.Markdown(visible=False), _said(said), *maps]
+
+    def opened(self, payload: dict[str, Any] | None, stage: int = 0, head: str = MEAN) -> list[Any]:
+        """A file of the visitor's."""
+        return self.shown(_file_of(payload), stage, head)
+
+    def chosen(self, event: gr.SelectData, stage: int = 0, head: str = MEAN) -> list[Any]:
+        """One of the examples."""
+        return self.shown(self.examples[int(event.index)], stage, head)
+
+    def cleared(self) -> list[Any]:
+        """No image any more."""
+        return [None, gr.skip(), gr.Markdown(visible=False), None, *self._no_look()]
+
+    def _no_look(self) -> list[Any]:
+        return self.look.empty() if self.look is not None else []
 
 
 class _Look:
@@ -170,6 +181,13 @@ class _Look:
                     self.images.append(image)
                     self.captions.append(gr.Markdown(elem_classes="caption"))
         self.outputs: list[Any] = [self.head, *self.images, *self.captions]
+
+    def listen(self, visit: gr.State, photo: gr.Image) -> None:
+        """Answer another stage or head, and clicks on the image."""
+        controls = [visit, self.stage, self.head]
+        quiet = _quiet("always_last")
+        gr.on([self.stage.change, self.head.change], plainly(self.again), controls, self.outputs, **quiet)
+        photo.select(plainly(self.clicked), controls, [visit, photo, *self.outputs], **quiet)
 
     def shown(self, visit: Visit, stage: int, head: str) -> list[Any]:
         """The maps of a visit, for ``outputs``."""

@@ -14,6 +14,7 @@ from ..data.bands import is_per_channel
 from ..data.listing import is_image_name
 from ..errors import UserError
 from .guard import Guard, Limits, Names, WithoutCors, check_address, stored_files
+from .loop import in_event_loop
 
 __all__ = ["serve"]
 
@@ -100,9 +101,10 @@ def _launch(page: Any, host: str, port: int | None, limits: Limits, open: bool, 
     from .page import CSS
 
     fonts = ["system-ui", "sans-serif"]
-    page.queue(max_size=limits.sessions)
+    in_event_loop(page.queue, max_size=limits.sessions)
     try:
-        _, address, _ = page.launch(
+        _, address, _ = in_event_loop(
+            page.launch,
             server_name=host,
             server_port=port,
             max_file_size=limits.file_bytes,
