@@ -13,8 +13,8 @@ neither among the 40 nor of the test split), results/DATA_tuning.csv, from which
 
 Peers are as wide as gives about as many multiply-adds. Ours takes the mask of real samples; peers see zeros after the
 end, in training as in the test. Sounds are learnt in bf16, volumes in fp32: gradients of PyTorch's 3-D convolutions in
-bf16 are NaN now and then on a CPU. Writes results/spoken_digits.csv, spoken_digits_speakers.csv and voxels.csv, a line a
-run, anew after each; runs that a file holds are not repeated.
+bf16 are NaN now and then on a CPU. Writes results/spoken_digits.csv, spoken_digits_speakers.csv and voxels.csv, a line
+a run, anew after each; runs that a file holds are not repeated.
 """
 
 from __future__ import annotations
