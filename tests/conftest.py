@@ -38,6 +38,10 @@ hypothesis.settings.load_profile("default")
 # With pytest-xdist each core has a process of its own; OMP_NUM_THREADS, which PyTorch reads, may ask for fewer.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
+# Libraries make millions of small objects while they are imported and while they trace a network; to search all of them
+# again for garbage took a tenth of the suite's time. Garbage is collected at the end of each file in any case.
+gc.set_threshold(20_000, 20, 100)
+
 # Tests that need processes fork them from one server, which has imported what takes seconds.
 PRELOAD = "transcnn.cli transcnn.training.run transcnn.training.resume torchvision timm"
 PRELOAD += " segmentation_models_pytorch sklearn.datasets torch.utils.tensorboard jsonargparse typeshed_client"

@@ -1,6 +1,9 @@
 """transcnn compare: what it counts, what it refuses, what it writes; levels from the image's size."""
 
 import csv
+import dataclasses
+import io
+import json
 import sys
 from pathlib import Path
 
@@ -18,6 +21,11 @@ from transcnn.errors import UserError
 from transcnn.levels import auto_levels
 
 QUICK = dict(batch=2, rounds=2, seconds=0.0, memory=False)
+# Two stages, one with grids and one without: all there is to trace, in seconds.
+TWO_STAGES = (
+    "transcnn_test:dims=(8,16):depths=(1,1):expansions=(2,2):kernel_sizes=(3,3)"
+    ":grid_sizes=(4,None):pool_ratios=(4,None):stem_stride=2"
+)
 
 
 def test_the_table_and_its_files(tmp_path, capsys):
@@ -111,16 +119,26 @@ def test_one_that_fails_leaves_the_others(capsys):
 
 
 def test_training_and_memory():
+    """Memory is that of the network, not of whoever asks."""
+    held = torch.ones(2**30, dtype=torch.uint8)  # written to: 1 GiB of this process
     (row,) = compare("transcnn_test", sizes="32", dtype="bf16", train=True, batch=2, rounds=1, seconds=0.0)
     assert row["engine"] == "train"
     assert row["images_per_s"] > 0
-    assert row["peak_mb"] > row["above_mb"] > 0
-
-
-def test_memory_is_that_of_the_network_not_of_whoever_asks():
-    held = torch.ones(2**30, dtype=torch.uint8)  # written to: 1 GiB of this process
-    (row,) = compare("transcnn_test", sizes="32", engine="eager", **{**QUICK, "memory": True})
     assert held.numel() / 2**20 > row["peak_mb"] > row["above_mb"] > 0
+
+
+@pytest.mark.parametrize("engine", ["eager", "optimize"])
+def test_the_process_that_takes_memory_runs_the_engine(engine, monkeypatch, capsys):
+    """Here in this process, whose peak is no smaller than what it holds."""
+    case = measuring.Case("transcnn_test", engine, "fp32", "infer", 32, 2)
+    what = {**dataclasses.asdict(case), "reference": None, "threads": torch.get_num_threads()}
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(what)))
+    ran = []
+    monkeypatch.setattr(measuring, "prepare", lambda *args: ran.append(args[0]) or prepare(*args))
+    measuring._child()
+    peak, above = json.loads(capsys.readouterr().out)
+    assert peak > above >= 0
+    assert ran == [engine]
 
 
 def test_a_training_step_trains():
@@ -181,7 +199,7 @@ def test_without_the_extra_its_networks_leave_the_others_their_line(monkeypatch,
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_other_engines_agree(engine):
     pytest.importorskip(engine)
-    model = build("transcnn_test", 32)
+    model = build(TWO_STAGES, 32)
     x = torch.randn(2, 3, 32, 32)
     expected = model(x).detach()
     answer = prepare(engine, model, "fp32", x)(x)
@@ -192,7 +210,7 @@ def test_other_engines_agree(engine):
 def test_openvino_computes_in_bf16():
     """Which it refused where one channel is pooled."""
     pytest.importorskip("openvino")
-    model, x = build("transcnn_test", 32), torch.randn(2, 3, 31, 33)
+    model, x = build(TWO_STAGES, 32), torch.randn(2, 3, 31, 33)
     expected = model(x)
     answer = prepare("openvino", model, "bf16", x)(x)
     assert float((answer - expected).norm() / expected.norm()) <= 5e-2

@@ -28,7 +28,7 @@ from transcnn.errors import UserError
 from transcnn.fast import accelerate_training, dispatch, optimize, plain
 from transcnn.fast.cpu import support
 
-CASES = int(os.environ.get("TRANSCNN_CASES", "60"))
+CASES = int(os.environ.get("TRANSCNN_CASES", "40"))
 NETWORKS = {
     "transcnn": dict(dims=(32, 32, 32, 64), head_dim=32),
     "narrow": {},
@@ -40,7 +40,7 @@ NETWORKS = {
 }
 SMALL = dict(embed_dim=(8, 16), depth=(2, 1))
 OTHERS: dict[str, dict[str, Any]] = {
-    "resnet10t": {},
+    "resnet10t": dict(channels=(16, 16, 32, 32)),
     "test_efficientnet": {},
     "test_convnext": {},
     "repvit_m0_9": SMALL,

@@ -57,23 +57,33 @@ COMMANDS_TRIED = [["train"], ["eval", "run"], ["predict", "run", "a.png"]]
 
 @pytest.fixture(scope="module")
 def without_extras() -> subprocess.CompletedProcess[str]:
-    """An interpreter without the extras: a network's output shape, and exit codes of commands that need an extra."""
+    """An interpreter without the extras: what the package alone imports, which names timm knows after it, a network's
+    output shape, and exit codes of commands that need an extra."""
     return run_python(
-        HIDE + "import torch, transcnn, timm\n"
+        HIDE + "import transcnn, transcnn.cli\n"
+        "print({'torch', 'timm'} & set(sys.modules))\n"
+        "import timm.models\n"
+        "print(timm.is_model('transcnn_tiny'), type(sys.meta_path[0]).__name__ != '_AfterTimm')\n"
+        "import torch\n"
         "model = timm.create_model('transcnn_test').eval()\n"
         "print(tuple(model(torch.zeros(1, 3, 64, 64)).shape))\n"
-        f"from transcnn.cli import main\nprint([main(command) for command in {COMMANDS_TRIED}])"
+        f"print([transcnn.cli.main(command) for command in {COMMANDS_TRIED}])"
     )
+
+
+def test_timm_knows_our_names_whichever_is_imported_first(without_extras: subprocess.CompletedProcess[str]) -> None:
+    """And the package alone, as the command line imports it, needs no torch."""
+    assert without_extras.stdout.splitlines()[:2] == ["set()", "True True"], without_extras.stderr
 
 
 def test_core_alone_builds_every_model(without_extras: subprocess.CompletedProcess[str]) -> None:
     """With none of the extras installed, the package imports, and its networks run."""
     assert without_extras.returncode == 0, without_extras.stderr
-    assert without_extras.stdout.splitlines()[0] == "(1, 10)"
+    assert without_extras.stdout.splitlines()[2] == "(1, 10)"
 
 
 def test_missing_extra_is_named(without_extras: subprocess.CompletedProcess[str]) -> None:
-    assert without_extras.stdout.splitlines()[1] == "[2, 2, 2]", without_extras.stderr
+    assert without_extras.stdout.splitlines()[3] == "[2, 2, 2]", without_extras.stderr
     lines = without_extras.stderr.strip().splitlines()
     assert len(lines) == len(COMMANDS_TRIED)
     assert all('pip install "transcnn[train]"' in line for line in lines)
@@ -87,17 +97,6 @@ def test_import_is_quick(fresh_imports: dict[str, Any]) -> None:
     """Under one second of CPU time beyond torch and timm, and nothing heavy comes along."""
     assert fresh_imports["seconds"] < 1
     assert set(EXTRAS.split()).isdisjoint(fresh_imports["transcnn"])
-
-
-def test_timm_knows_our_names_whichever_is_imported_first() -> None:
-    """And the package alone, as the command line imports it, needs no torch."""
-    result = run_python(
-        "import sys, transcnn, transcnn.cli\n"
-        "alone = {'torch', 'timm'} & set(sys.modules)\n"
-        "import timm.models\n"
-        "print(alone, timm.is_model('transcnn_tiny'), type(sys.meta_path[0]).__name__ != '_AfterTimm')"
-    )
-    assert result.stdout.strip() == "set() True True", result.stderr
 
 
 def test_attention_needs_torch_alone() -> None:
