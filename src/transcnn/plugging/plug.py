@@ -1,13 +1,6 @@
 """H-MHSA, or another attention, in any CNN: put it after named modules, train it, take it out again.
 
 Paper: arXiv 2106.03180 calls H-MHSA "readily pluggable into any CNN architecture"; this module does so by one call.
-
-How a branch is held. The host's modules keep their classes, names and places in the tree, because checkpoints,
-``isinstance``, indexing and timm's helpers all rely on them; a wrapper would rename them. A branch is a child named
-``hmhsa`` of the module that it follows. An ``nn.Sequential``, or any module that runs its children in order, runs it as
-its last child. Other modules get a forward hook, a plain function with a path, so that copying, pickling, tracing and
-exporting see nothing unusual. Where a module hands its children other things than maps (a dense block), the branch
-lives in one of those children and the hook still runs it after the whole.
 """
 
 from __future__ import annotations
@@ -17,110 +10,33 @@ import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
-from timm.layers import create_attn, use_fused_attn
 from torch import Tensor, nn
 
-from ..attention import CONVS, Conv, Size, default_head_dim, merge, one_if_equal
-from ..backbone import ATTENTIONS, norm_layers
+from ..attention import CONVS, Size, default_head_dim
+from ..backbone import norm_layers
 from ..errors import UserError, first_line
-from .places import Example, Place, call, default_levels, find, run
+from .branches import LAYERS, NAME, ConvReplacement, HMHSABranch, Layer, Plug
+from .holders import choose_holders
+from .places import Example, Place, call, default_levels, find
 
 __all__ = [
+    "LAYERS",
     "ConvReplacement",
     "HMHSABranch",
     "load_host",
     "plug",
     "plug_like",
     "plug_spec",
+    "plugged",
     "plugged_parameters",
     "unplug",
 ]
 
-NAME = "hmhsa"  # of the child that holds a branch
-# timm's attention layers that need nothing but a number of channels, and keep the shape of every map.
-LAYERS = ("se", "ese", "eca", "ecam", "ceca", "gc", "gca", "cbam", "lcbam", "sk", "splat", "lambda", "nl")
-Layer = str | Callable[[int], nn.Module]
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Plug:
-    """All that it takes to make one plug again, without running the network: a line of :func:`plug_spec`."""
-
-    at: str  # the module that H-MHSA follows, or the convolution that it replaces
-    mode: str  # "add" or "replace"
-    dim: int
-    head_dim: int
-    grid_sizes: tuple[Size, ...]
-    pool_ratios: tuple[Size, ...]
-    norm_layer: str | Callable[[int], nn.Module]
-    stride: tuple[int, ...] = (1, 1)  # of a replaced convolution
-    inside: str = ""  # the descendant of the module that holds the branch; "" is the module itself
-    hooked: bool = False  # whether a forward hook runs the branch
-    ndim: int = 2  # of the maps
-    layer: Layer | None = None  # in the place of H-MHSA
-
-    def attention(self, like: Tensor | None) -> nn.Module:
-        made = {} if like is None else {"device": like.device, "dtype": like.dtype}
-        if self.layer is not None:
-            layer: Any = create_attn(self.layer, self.dim) if isinstance(self.layer, str) else self.layer(self.dim)
-            if not isinstance(layer, nn.Module):
-                raise UserError(f"layer must make a module from a number of channels, got a {type(layer).__name__}")
-            return layer.to(**made)
-        norm = norm_layers(self.ndim)[self.norm_layer] if isinstance(self.norm_layer, str) else self.norm_layer
-        attention = ATTENTIONS[self.ndim](
-            self.dim,
-            head_dim=self.head_dim,
-            grid_sizes=self.grid_sizes,
-            pool_ratios=self.pool_ratios,
-            norm_layer=norm,
-            **made,
-        )
-        attention.set_fused_attn(use_fused_attn())
-        return attention
-
-
-class HMHSABranch(nn.Module):
-    """``y = x + scale·HMHSA(x)``, (B, C, *S) -> (B, C, *S); ``scale`` is learnt per channel and starts at 0."""
-
-    def __init__(self, plug: Plug, like: Tensor | None = None) -> None:
-        super().__init__()
-        self.plug = plug
-        self.attn = plug.attention(like)
-        like = next(self.attn.parameters(), like)
-        made = {} if like is None else {"device": like.device, "dtype": like.dtype}
-        self.scale = nn.Parameter(torch.zeros(plug.dim, **made))  # (C,)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, *S) -> (B, C, *S) of the same dtype, whatever autocast makes of the branch."""
-        return x + (self.scale[(..., *(None,) * self.plug.ndim)] * self.attn(x)).to(x.dtype)
-
-
-class ConvReplacement(nn.Module):
-    """H-MHSA in a convolution's place, then average pooling by its stride, (B, C, *S) -> (B, C, *⌈S/s⌉).
-
-    After Srinivas et al., "Bottleneck Transformers for Visual Recognition", arXiv 2101.11605. The convolution is kept
-    for :func:`unplug`, outside of the tree: it is no part of ``parameters()`` or ``state_dict()``.
-    """
-
-    def __init__(self, plug: Plug, conv: Conv) -> None:
-        super().__init__()
-        self.plug = plug
-        self.attn = plug.attention(conv.weight)
-        self._conv = (conv,)  # in a tuple, so that it isn't registered
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, *S) -> (B, C, *⌈S/s⌉)."""
-        return merge(self.attn(x), one_if_equal(self.plug.stride))
-
-    def original(self) -> Conv:
-        """The replaced convolution, on the device and of the dtype that the network has now."""
-        like = next(self.attn.parameters(), None)
-        return self._conv[0] if like is None else self._conv[0].to(like)
 
 
 def plug(
@@ -178,32 +94,43 @@ def plug(
     _check_layer(layer, ndim, head_dim=head_dim, grid_sizes=grid_sizes)
     if mode == "replace":
         places = _convolutions(model, places[-1:] if at == "auto" else places, example)
-    plugs = []
-    for place in places:
-        size = place.size if mode == "add" else place.in_size  # H-MHSA runs before the pooling that does the stride
-        fitting = default_levels(*size)
-        plugs.append(
-            Plug(
-                at=place.name,
-                mode=mode,
-                dim=place.channels,
-                head_dim=head_dim or default_head_dim(place.channels),
-                grid_sizes=() if layer else fitting[0] if grid_sizes is None else tuple(grid_sizes),
-                pool_ratios=() if layer else fitting[1] if pool_ratios is None else tuple(pool_ratios),
-                norm_layer=norm_layer,
-                stride=_conv_stride(model, place) if mode == "replace" else (1,) * ndim,
-                ndim=ndim,
-                layer=layer,
-            )
-        )
-        if layer is not None and not isinstance(layer, str):
-            _try_layer(plugs[-1], size)
+    levels = None if grid_sizes is None or pool_ratios is None else (tuple(grid_sizes), tuple(pool_ratios))
+    plugs = [_plug_for(model, place, mode, layer, head_dim, levels, norm_layer) for place in places]
     _check_free(model, plugs)
     if mode == "add":
-        plugs = _choose_holders(model, plugs, example)
+        plugs = choose_holders(model, plugs, example)
     else:
         warnings.warn("mode='replace' changes the model's outputs: H-MHSA starts untrained", stacklevel=2)
     return _attach(model, plugs)
+
+
+def _plug_for(
+    model: nn.Module,
+    place: Place,
+    mode: str,
+    layer: Layer | None,
+    head_dim: int | None,
+    levels: tuple[tuple[Size, ...], tuple[Size, ...]] | None,
+    norm_layer: str | Callable[[int], nn.Module],
+) -> Plug:
+    """What is plugged in at a place; levels that aren't given fit its map."""
+    size = place.size if mode == "add" else place.in_size  # H-MHSA runs before the pooling that does the stride
+    grid_sizes, pool_ratios = ((), ()) if layer else levels or default_levels(*size)
+    plug = Plug(
+        at=place.name,
+        mode=mode,
+        dim=place.channels,
+        head_dim=head_dim or default_head_dim(place.channels),
+        grid_sizes=grid_sizes,
+        pool_ratios=pool_ratios,
+        norm_layer=norm_layer,
+        stride=_conv_stride(model, place) if mode == "replace" else (1,) * len(size),
+        ndim=len(size),
+        layer=layer,
+    )
+    if layer is not None and not isinstance(layer, str):
+        _try_layer(plug, size)
+    return plug
 
 
 def unplug(model: nn.Module) -> nn.Module:
@@ -425,68 +352,3 @@ def _convolutions(model: nn.Module, places: Sequence[Place], example: Example | 
                 f"{(conv.in_channels, *conv.in_size)}, H-MHSA {(conv.in_channels, *fits)}"
             )
     return convs
-
-
-def _choose_holders(model: nn.Module, plugs: Sequence[Plug], example: Example | None) -> list[Plug]:
-    """Settle for each place where the branch lives and who runs it (see the top of this file)."""
-    unknown = {each.at: model.get_submodule(each.at) for each in plugs}
-    unknown = {
-        at: module
-        for at, module in unknown.items()
-        if type(module).forward is not nn.Sequential.forward and any(module.children())
-    }
-    inputs: dict[nn.Module, tuple[Any, Any]] = {}
-
-    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-        inputs[module] = (args, kwargs)
-
-    if unknown:
-        handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in unknown.values()]
-        try:
-            run(model, example, meta=True)
-        except UserError:
-            run(model, example)
-        finally:
-            for handle in handles:
-                handle.remove()
-    settled = []
-    for each in plugs:
-        module = model.get_submodule(each.at)
-        if each.at in unknown:
-            inside, hooked = _try_holders(module, *inputs[module])
-        else:
-            inside, hooked = "", not isinstance(module, nn.Sequential)
-        settled.append(replace(each, inside=inside, hooked=hooked))
-    return settled
-
-
-class _Probe(nn.Module):
-    """Passes its input on, and remembers it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Any] = []
-
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        self.seen.append(x)
-        return x
-
-
-def _try_holders(module: nn.Module, args: Any, kwargs: Any) -> tuple[str, bool]:
-    """Which descendant can hold a child more without harm ("" is the module), and whether a hook must run it."""
-    holders = ["", *reversed([name for name, _ in module.named_children()])]
-    holders += [name for name, inner in module.named_modules() if not any(inner.children())]
-    for inside in holders:
-        probe, holder = _Probe(), module.get_submodule(inside)
-        holder.add_module(NAME, probe)
-        try:
-            output = call(module, args, kwargs)
-        except Exception:  # the module runs all its children, and not on maps
-            continue
-        finally:
-            delattr(holder, NAME)
-        if not probe.seen:
-            return inside, True
-        if not inside and len(probe.seen) == 1 and output is probe.seen[0]:
-            return inside, False
-    raise AssertionError("a module without children runs none")
