@@ -12,20 +12,18 @@ import argparse
 import difflib
 import inspect
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from types import FunctionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 import yaml
 
-from .errors import UserError, require
-from .plain import (
+from ..errors import UserError
+from ..plain import (
     FORMER_NAMES,
     MAX_CHARACTERS,
     READING_ERRORS,
@@ -34,53 +32,18 @@ from .plain import (
     describe_type,
     describe_value,
     load_plain,
-    load_text,
     members,
     new_parser,
     one_line,
     short,
     with_new_names,
 )
-from .settings import HELP_GROUPS, TrainSettings
+from ..settings import HELP_GROUPS, TrainSettings
+from .argument import Argument, HelpFormatter, docs_of, types_of
 
 __all__ = ["Argument", "Command", "describe_type", "members", "read_settings"]
 
 COMMAND_LINE = "command line"
-
-
-@dataclass(frozen=True)
-class Argument:
-    """One flag: its full name (``group.name`` in a group), type, default and help."""
-
-    name: str
-    type: Any
-    default: Any
-    help: str
-    positional: bool = False
-    empty: ClassVar[Any] = inspect.Parameter.empty  # the default of what must be given
-
-    @property
-    def is_switch(self) -> bool:
-        return self.type is bool
-
-    @property
-    def is_list(self) -> bool:
-        return any(get_origin(kind) in (list, tuple) for kind in members(self.type))
-
-    def value(self, words: str | list[str]) -> Any:
-        """What was typed, as what jsonargparse checks. Names are taken as they are, never parsed."""
-        kinds = members(self.type)
-        if isinstance(words, list):
-            if str in kinds and len(words) == 1 and words != ["null"]:  # a file may be called so
-                return words[0]
-            if list[str] in kinds:
-                return words
-            return load_text(words[0]) if len(words) == 1 else [load_text(word) for word in words]
-        if get_origin(self.type) is Literal:
-            return words
-        if str in kinds:
-            return None if words == "null" and type(None) in kinds else words
-        return load_text(words)
 
 
 class Command:
@@ -99,15 +62,15 @@ class Command:
         )  # a function, or a dataclass of its arguments
         self.groups: dict[str, Any] = {}  # name of a group: its dataclass
         self.arguments: dict[str, Argument] = {}
-        docs = _help_of(self.source)
-        hints = _hints(self.source)
+        docs = docs_of(self.source)
+        hints = types_of(self.source)
         for parameter in inspect.signature(self.source).parameters.values():
             kind, default = hints[parameter.name], parameter.default
             if parameter.name == "origins":  # no setting: where the others came from
                 continue
             if is_dataclass(kind):
                 self.groups[parameter.name] = kind
-                inner_docs, inner_hints = _help_of(kind), get_type_hints(kind)
+                inner_docs, inner_hints = docs_of(kind), get_type_hints(kind)
                 for item in fields(kind):
                     full = f"{parameter.name}.{item.name}"
                     value = getattr(default, item.name)
@@ -145,12 +108,12 @@ class Command:
     def parser(self) -> argparse.ArgumentParser:
         """argparse's parser of the words; values stay text."""
         text = inspect.getdoc(self.function) or ""
-        usage = " ".join(["transcnn", self.name, *(_usage(p) for p in self.positionals), "[--FLAG VALUE ...]"])
+        positionals = (argument.usage for argument in self.positionals)
         parser = argparse.ArgumentParser(
             prog=f"transcnn {self.name}",
-            usage=usage,
+            usage=" ".join(["transcnn", self.name, *positionals, "[--FLAG VALUE ...]"]),
             description=re.split(r"\n(?:Args|Returns|Raises):\n", text)[0].strip(),
-            formatter_class=_HelpFormatter,
+            formatter_class=HelpFormatter,
             add_help=False,
             allow_abbrev=False,
             exit_on_error=False,
@@ -189,8 +152,8 @@ class Command:
         last = argument.name.rpartition(".")[2]
         shown = f"--{argument.name if last in self.shared else last}"
         form = {"nargs": "+"} if argument.is_list else {}
-        title = argument.name.upper() if argument.positional else _metavar(argument)
-        action = group.add_argument(shown, dest=argument.name, metavar=title, help=_help_line(argument), **form)
+        words = {"metavar": argument.metavar, "help": argument.help_line}
+        action = group.add_argument(shown, dest=argument.name, **words, **form)
         action.positional = argument.positional
         for flag, name in self.flags.items():  # other spellings are understood, not shown
             if name == argument.name and flag != shown and flag[2:] not in self.shared:
@@ -325,7 +288,7 @@ class Command:
     def check(self, tree: Mapping[str, Any]) -> dict[str, Any]:
         """Values (in groups) with the right types, and the defaults for what isn't there."""
         for argument in self.arguments.values():
-            if argument.default is inspect.Parameter.empty and argument.name not in tree:
+            if argument.default is Argument.empty and argument.name not in tree:
                 raise UserError(f"{argument.name.upper()} is missing: {argument.help.splitlines()[0]}")
         for name, argument in self.arguments.items():  # jsonargparse lets null be any type's
             group, _, inner = name.rpartition(".")
@@ -358,7 +321,7 @@ class Command:
             parser.add_class_arguments(self.source, skip={"origins"})
         else:  # not by the function itself, for whose name jsonargparse would search the package and import it all
             for argument in self.arguments.values():
-                default = None if argument.default is inspect.Parameter.empty else argument.default
+                default = None if argument.default is Argument.empty else argument.default
                 parser.add_argument(f"--{argument.name}", type=argument.type, default=default)
         return parser
 
@@ -371,24 +334,6 @@ class Command:
                 value = tree.get(group, {}).get(inner) if group else tree.get(name)
                 return f"{name} must be {describe_type(argument.type)}, got {describe_value(value)}"
         return f"the arguments can't be understood: {text}"
-
-
-def _hints(source: Any) -> dict[str, Any]:
-    """The types of a function's parameters (what it returns may need an import that takes seconds), or of fields."""
-    if inspect.isclass(source):
-        return get_type_hints(source)
-    bare = FunctionType(source.__code__, source.__globals__, closure=source.__closure__)
-    bare.__annotations__ = {name: kind for name, kind in source.__annotations__.items() if name != "return"}
-    return {name: _as_typed(kind) for name, kind in get_type_hints(bare).items()}
-
-
-def _as_typed(kind: Any) -> Any:
-    """A type without the paths that it allows, which are text on the command line."""
-    if get_origin(kind) is list:
-        return list[_as_typed(get_args(kind)[0])]
-    if len(members(kind)) == 1:
-        return kind
-    return Union[tuple(_as_typed(member) for member in members(kind) if member != os.PathLike[str])]  # noqa: UP007
 
 
 def read_settings(values: Mapping[str, Any]) -> TrainSettings:
@@ -416,46 +361,3 @@ def _of_settings() -> Command:
 def _put(tree: dict[str, Any], name: str, value: Any) -> None:
     group, _, inner = name.rpartition(".")
     (tree.setdefault(group, {}) if group else tree)[inner] = value
-
-
-def _help_of(source: Any) -> dict[str, str]:
-    """What the docstring of a function or a class says of each argument."""
-    parse = require("docstring_parser", "train").parse
-    return {item.arg_name: " ".join((item.description or "").split()) for item in parse(source.__doc__ or "").params}
-
-
-def _usage(argument: Argument) -> str:
-    word = argument.name.upper() + (" ..." if argument.is_list else "")
-    return word if argument.default is inspect.Parameter.empty else f"[{word}]"
-
-
-def _metavar(argument: Argument) -> str:
-    if argument.is_switch:
-        return ""
-    kinds = [kind for kind in members(argument.type) if kind is not type(None)]
-    if get_origin(kinds[0]) is Literal:
-        return "{" + ",".join(map(str, get_args(kinds[0]))) + "}"
-    if not {str, list[str]}.isdisjoint(kinds):
-        return "NAME"
-    return {float: "X", Arguments: "{NAME: VALUE}"}.get(kinds[0], "N")
-
-
-def _help_line(argument: Argument) -> str:
-    text = argument.help.replace("``", "").replace("%", "%%")
-    if argument.default in (None, inspect.Parameter.empty, ()) or argument.default is False:
-        return text
-    default = "on" if argument.default is True else argument.default
-    return f"{text} (default: {default})".replace("(default: on)", f"(default: on; --no_{argument.name} turns it off)")
-
-
-class _HelpFormatter(argparse.HelpFormatter):
-    """argparse's, with paragraphs kept in the description and room for long flags."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28)
-
-    def _format_action_invocation(self, action: Any) -> str:
-        return action.metavar if getattr(action, "positional", False) else super()._format_action_invocation(action)
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "\n\n".join(super(_HelpFormatter, self)._fill_text(part, width, indent) for part in text.split("\n\n"))
