@@ -24,12 +24,11 @@ from timm.layers import (
     get_device_dtype,
     is_scriptable,
     trunc_normal_,
-    use_fused_attn,
 )
 from torch import Tensor, nn
 
-from .attention import BATCH_NORMS, CONVS, HMHSA, SIZES, HMHSA1d, HMHSA3d, Size, coarser
-from .blocks import Block, ConvDownsample, DualDownsample, InvertedResidual, Stage, Stem, dilate
+from .attention import BATCH_NORMS, HMHSA, SIZES, HMHSA1d, HMHSA3d, Size, coarser
+from .blocks import Parts, Stage, dilate
 from .masking import check_mask, keep_real, unless_traced
 
 __all__ = ["TransCNN", "norm_layers"]
@@ -137,60 +136,23 @@ class TransCNN(nn.Module):
             output_stride=output_stride,
             ndim=ndim,
         )
-        if ndim != 2:
-            output_stride = stem_stride * 2**stages
         _check_head(num_classes, global_pool)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         make_norm = norm_layers(ndim)[norm_layer] if isinstance(norm_layer, str) else norm_layer
-        conv = CONVS[ndim]
-
-        def norm(channels: int) -> nn.Module:
-            return make_norm(channels).to(**dd)
-
         # Not in place: SiLU needs its input for the backward pass, so in place it would be copied first.
         act: Callable[[], nn.Module] = get_act_layer(act_layer)  # pyright: ignore
-
-        def downsample(i: int) -> nn.Module:
-            if i == 0:
-                return nn.Identity()
-            if design == "hatnet":
-                return ConvDownsample(dims[i - 1], dims[i], norm_layer=norm, ndim=ndim, **dd)
-            return DualDownsample(dims[i - 1], dims[i], norm_layer=norm, act_layer=act, ndim=ndim, **dd)
-
-        def block(i: int, drop_path: float) -> Block:
-            grids = _levels(grid_sizes[i])
-            attn = ATTENTIONS[ndim](
-                dims[i],
-                head_dim=head_dims[i],
-                grid_sizes=grids,
-                pool_ratios=_levels(pool_ratios[i]) if grids else (),
-                norm_layer=norm,
-                **dd,
-            )
-            attn.set_fused_attn(use_fused_attn())
-            irb = InvertedResidual(
-                dims[i],
-                expansions[i],
-                kernel_sizes[i],
-                pre_norm=design == "hatnet",
-                norm_layer=norm,
-                act_layer=act,
-                ndim=ndim,
-                **dd,
-            )
-            return Block(attn, irb, drop_path, proj_norm=norm(dims[i]) if design == "hatnet" else None)
-
-        strides = STEM_STRIDES[stem_stride]
-        self.stem = Stem(
-            conv(in_chans, stem_width, 3, stride=strides[0], padding=1, **dd),
-            norm(stem_width),
-            act(),
-            conv(stem_width, dims[0], 3, stride=strides[1], padding=1, **dd),
-        )
+        parts = Parts(design, ATTENTIONS[ndim], make_norm, act, dd)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        self.stages = nn.Sequential(
-            *(Stage(downsample(i), [block(i, rate) for rate in rates[i]]) for i in range(stages))  # pyright: ignore
-        )
+
+        def stage(i: int) -> Stage:
+            downsample = parts.downsample(dims[i - 1] if i else None, dims[i])
+            grids = _levels(grid_sizes[i])
+            ratios = _levels(pool_ratios[i]) if grids else ()
+            widths = (dims[i], expansions[i], kernel_sizes[i], head_dims[i])
+            return Stage(downsample, [parts.block(*widths, grids, ratios, rate) for rate in rates[i]])  # pyright: ignore
+
+        self.stem = parts.stem(in_chans, stem_width, dims[0], STEM_STRIDES[stem_stride])
+        self.stages = nn.Sequential(*map(stage, range(stages)))
         self.ndim = ndim
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -198,17 +160,15 @@ class TransCNN(nn.Module):
         self.drop_rate = drop_rate
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
+        strides = [stem_stride * 2**i for i in range(stages)]
+        largest = max(stem_stride, output_stride) if ndim == 2 else strides[-1]
         self.feature_info = [
-            {
-                "num_chs": dim,
-                "reduction": min(stem_stride * 2**i, max(stem_stride, output_stride)),
-                "module": f"stages.{i}",
-            }
-            for i, dim in enumerate(dims)
+            {"num_chs": dim, "reduction": min(stride, largest), "module": f"stages.{i}"}
+            for i, (dim, stride) in enumerate(zip(dims, strides, strict=True))
         ]
-        for i, stage in enumerate(self.stages):
-            if (beyond := stem_stride * 2**i // output_stride) > 1 and i:
-                dilate(stage, beyond // 2)  # pyright: ignore
+        for made, stride in zip(self.stages, strides, strict=True):
+            if stride > largest:
+                dilate(made, stride // largest // 2)  # pyright: ignore
         self.apply(_init_weights)
 
     def forward_features(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

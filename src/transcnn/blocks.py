@@ -9,22 +9,23 @@ before every convolution that mixes positions, and enters no statistics and no m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath, use_fused_attn
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
-from .attention import CONVS, HMHSA, coarser
+from .attention import CONVS, HMHSA, Size, coarser
 from .layers import strided
 from .masking import keep_real, normalise, unless_traced
 
 MAX_POOLS: dict[int, Any] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 
-__all__ = ["Block", "ConvDownsample", "DualDownsample", "InvertedResidual", "Stage", "Stem", "dilate"]
+__all__ = ["Block", "ConvDownsample", "DualDownsample", "InvertedResidual", "Parts", "Stage", "Stem", "dilate"]
 
 
 class Stem(nn.Sequential):
@@ -242,3 +243,62 @@ class Stage(nn.Module):
         for block in blocks:
             x = block(x)
         return x
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Makes a network's parts, all of one design, with the same kinds of attention, norm and activation."""
+
+    design: str  # transcnn or hatnet
+    attention: type[HMHSA]
+    norm_layer: Callable[[int], nn.Module]
+    act_layer: Callable[[], nn.Module]
+    dd: dict[str, Any]  # device and dtype
+
+    def norm(self, channels: int) -> nn.Module:
+        return self.norm_layer(channels).to(**self.dd)
+
+    def stem(self, in_chans: int, width: int, dim: int, strides: tuple[int, int]) -> Stem:
+        """Two convolutions with a norm between them."""
+        conv = CONVS[self.attention.ndim]
+        return Stem(
+            conv(in_chans, width, 3, stride=strides[0], padding=1, **self.dd),
+            self.norm(width),
+            self.act_layer(),
+            conv(width, dim, 3, stride=strides[1], padding=1, **self.dd),
+        )
+
+    def downsample(self, in_dim: int | None, dim: int) -> nn.Module:
+        """What stands before a stage's blocks: nothing before the first, whose ``in_dim`` is None."""
+        if in_dim is None:
+            return nn.Identity()
+        norm, ndim = self.norm, self.attention.ndim
+        if self.design == "hatnet":
+            return ConvDownsample(in_dim, dim, norm_layer=norm, ndim=ndim, **self.dd)
+        return DualDownsample(in_dim, dim, norm_layer=norm, act_layer=self.act_layer, ndim=ndim, **self.dd)
+
+    def block(
+        self,
+        dim: int,
+        expansion: int,
+        kernel_size: int,
+        head_dim: int | None,
+        grid_sizes: Sequence[Size],
+        pool_ratios: Sequence[Size],
+        drop_path: float,
+    ) -> Block:
+        """H-MHSA and an inverted residual."""
+        hatnet, levels = self.design == "hatnet", dict(grid_sizes=grid_sizes, pool_ratios=pool_ratios)
+        attn = self.attention(dim, head_dim=head_dim, **levels, norm_layer=self.norm, **self.dd)
+        attn.set_fused_attn(use_fused_attn())
+        irb = InvertedResidual(
+            dim,
+            expansion,
+            kernel_size,
+            pre_norm=hatnet,
+            norm_layer=self.norm,
+            act_layer=self.act_layer,
+            ndim=self.attention.ndim,
+            **self.dd,
+        )
+        return Block(attn, irb, drop_path, proj_norm=self.norm(dim) if hatnet else None)
