@@ -450,9 +450,9 @@ def test_the_packages_weights_of_200_classes(class_image, tmp_path):
 def test_training_says_which_published_weights_it_starts_from():
     settings = partial(TrainSettings, data="photos", model="transcnn_micro", pretrained=True)
     assert published_start(settings(), 4) == (
-        "transcnn_micro.tiny_imagenet: weights of 200 classes, with the package; the head for 4 outputs starts anew"
+        "transcnn_micro.tiny_imagenet: weights of 200 classes from the package; the head for 4 outputs starts anew"
     )
     assert published_start(settings(), 200).endswith("the head of 200 classes included")
     dense = published_start(settings(model="resnet18.a1_in1k", task="segment"), 4)
-    assert dense.startswith("resnet18.a1_in1k: weights of 1000 classes, fetched from timm/resnet18.a1_in1k; ")
+    assert dense.startswith("resnet18.a1_in1k: weights of 1000 classes from hf-hub:timm/resnet18.a1_in1k; ")
     assert dense.endswith("they are the backbone's, all else starts anew")

@@ -12,7 +12,7 @@ from .. import variants as _registers_our_models  # noqa: F401
 from ..errors import UserError, first_line
 from .plug import plug_like
 
-__all__ = ["build_model"]
+__all__ = ["build_model", "source_of_weights"]
 
 
 def build_model(name: str, plug: Any = None, **kwargs: Any) -> nn.Module:
@@ -42,11 +42,20 @@ def build_model(name: str, plug: Any = None, **kwargs: Any) -> nn.Module:
         raise UserError(_no_weights(name, error)) from error
 
 
+def source_of_weights(name: str) -> str:
+    """Where a network's published weights come from: "the package", a repository of the hub, an address; "" of none."""
+    config = timm.get_pretrained_cfg(name)
+    if config is None:
+        return ""
+    if config.file:
+        return "the package"
+    return f"hf-hub:{config.hf_hub_id}" if config.hf_hub_id else str(config.url or "")
+
+
 def _no_weights(name: str, error: Exception) -> str:
     """What to do where published weights can't be fetched."""
-    config = timm.get_pretrained_cfg(name)
-    where = (config.hf_hub_id and f"hf-hub:{config.hf_hub_id}") or config.url if config else None
+    source = source_of_weights(name)
     return (
-        f"can't fetch the weights of {name}{f' from {where}' if where else ''}: {first_line(error, 200)}; offline, "
+        f"can't fetch the weights of {name}{f' from {source}' if source else ''}: {first_line(error, 200)}; offline, "
         "give --init_from a file of weights that is here, or train without --pretrained"
     )

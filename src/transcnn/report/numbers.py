@@ -14,11 +14,12 @@ from .page import html_table
 from .plots import BLUE, ORANGE, new_figure, plot_images
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["plot_histograms", "plot_scatter", "write_number_report"]
 
-MAX_PANELS = 9
+MAX_PANELS, ACROSS = 9, 3
 HEADS = {"mae": "MAE", "rmse": "RMSE", "r2": "R²", "spearman": "Spearman", "of_the_mean": "MAE of the mean"}
 
 
@@ -59,12 +60,8 @@ def plot_scatter(names: Sequence[str], truth: np.ndarray, found: np.ndarray) -> 
     """Prediction over truth, a panel for each of the first columns; None without images."""
     if not len(truth):
         return None
-    shown = list(names)[:MAX_PANELS]
-    columns = min(3, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = new_figure(4.2 * columns, 4.0 * rows)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for i, (axes, name) in enumerate(zip(panels, shown, strict=False)):
+    figure, panels = _panels(names, 4.2, 4.0)
+    for i, axes in enumerate(panels):
         known = ~np.isnan(truth[:, i])
         x, y = truth[known, i], found[known, i]
         axes.scatter(x, y, s=12, alpha=0.5, color=BLUE, linewidths=0)
@@ -72,9 +69,7 @@ def plot_scatter(names: Sequence[str], truth: np.ndarray, found: np.ndarray) -> 
             ends = [float(x.min()), float(x.max())]
             axes.plot(ends, ends, color=ORANGE, linewidth=1.5, label="right")
             axes.legend(frameon=False, loc="upper left")
-        axes.set(xlabel="Truth", ylabel="Prediction", title=printable(name))
-    for axes in panels:
-        axes.axis("off")
+        axes.set(xlabel="Truth", ylabel="Prediction")
     return figure
 
 
@@ -84,12 +79,19 @@ def _number(value: Any) -> str:
 
 def plot_histograms(values: np.ndarray, names: Sequence[str]) -> Figure:
     """How the columns of (N, columns) are distributed, NaN left out; a panel for each of the first nine."""
-    names = names[:MAX_PANELS]
-    across = min(3, len(names))
-    figure = new_figure(3.4 * across, 2.6 * -(-len(names) // across))
-    for i, name in enumerate(names):
-        axes = figure.add_subplot(-(-len(names) // across), across, i + 1)
+    figure, panels = _panels(names, 3.4, 2.6)
+    for i, axes in enumerate(panels):
         column = values[:, i]
         axes.hist(column[np.isfinite(column)], bins=30, color=BLUE)
-        axes.set(title=printable(name)[:30], ylabel="images" if i % across == 0 else "")
+        axes.set(ylabel="images" if i % ACROSS == 0 else "")
     return figure
+
+
+def _panels(names: Sequence[str], width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel of this size in inches for each of the first names, which is its title."""
+    names = names[:MAX_PANELS]
+    across = min(ACROSS, len(names))
+    down = -(-len(names) // across)
+    figure = new_figure(width * across, height * down)
+    panels = [figure.add_subplot(down, across, i + 1, title=printable(name)[:30]) for i, name in enumerate(names)]
+    return figure, panels

@@ -22,6 +22,7 @@ from ..dense.build import build_network
 from ..distributed.processes import rank, world
 from ..errors import UserError
 from ..plain import check_plain
+from ..plugging.build import source_of_weights
 from ..plugging.plug import plug as plug_in
 from ..plugging.plug import plug_like, plug_spec
 from ..settings import TrainSettings
@@ -142,14 +143,13 @@ def published_start(s: TrainSettings, classes: int) -> str:
     cfg = get_pretrained_cfg(s.model)
     assert cfg is not None
     name = f"{s.model}.{cfg.tag}" if cfg.tag and "." not in s.model else s.model
-    where = "with the package" if cfg.file else f"fetched from {cfg.hf_hub_id or cfg.url}"
     if not get_task(s.task).whole_image:
         rest = "they are the backbone's, all else starts anew"
     elif classes == cfg.num_classes:
         rest = f"the head of {classes} classes included"
     else:
         rest = f"the head for {classes} outputs starts anew"
-    return f"{name}: weights of {cfg.num_classes} classes, {where}; {rest}"
+    return f"{name}: weights of {cfg.num_classes} classes from {source_of_weights(s.model)}; {rest}"
 
 
 def _drop_path(s: TrainSettings) -> dict[str, float]:
