@@ -86,13 +86,7 @@ def embed(
     names = [as_text(name) for name in (images if isinstance(images, list) else [images] if images else ())]
     if out is None and knn is None and duplicates is None and search is None:
         raise UserError("say what for: --out FILE, --knn K, --duplicates 0.98 or --search IMAGE")
-    if out is not None and Path(out).suffix.lower() not in SUFFIXES:
-        raise UserError(f"out must end in {' or '.join(SUFFIXES)}, got {os.fspath(out)}")
-    for target in (out, csv):
-        if target is not None:
-            check_writable(Path(target), [name for name in names if os.path.isfile(name)])
-    if out is not None and Path(out).suffix.lower() == ".npy":
-        _check_names(Path(out).with_suffix(".csv"), Path(out))
+    _check_targets(out, csv, names)
     network = _Network(as_text(checkpoint), layer, normalize, model, img_size, precision, accelerator)
     stored = _stored(network.name, names)
     errors: dict[str, str] = {}
@@ -117,6 +111,17 @@ def embed(
     if not quiet:
         _print(found, out)
     return found
+
+
+def _check_targets(out: StrPath | None, csv: StrPath | None, names: list[str]) -> None:
+    """Refuse files that can't be written, before anything takes time."""
+    if out is not None and Path(out).suffix.lower() not in SUFFIXES:
+        raise UserError(f"out must end in {' or '.join(SUFFIXES)}, got {os.fspath(out)}")
+    for target in (out, csv):
+        if target is not None:
+            check_writable(Path(target), [name for name in names if os.path.isfile(name)])
+    if out is not None and Path(out).suffix.lower() == ".npy":
+        _check_names(Path(out).with_suffix(".csv"), Path(out))
 
 
 def _check_names(names: Path, out: Path) -> None:

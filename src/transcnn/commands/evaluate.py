@@ -99,21 +99,11 @@ def evaluate(
         loaded = load(checkpoint, model)
         loaded.resize_input(img_size)
         check_forward(loaded, -(-batch_size // world()), chosen=img_size is not None)
-        views = _views(loaded, window=window, flip=flip)
-        loaded.info["task_args"] = {**(loaded.info.get("task_args") or {}), **views}
-        trained = loaded.info.get("settings") or {}
+        views = _set_views(loaded, window=window, flip=flip)
         chosen = _data_of(loaded, checkpoint, data)
         _set_table(loaded, chosen, images, target)
-        part = first_here(
-            lambda: _open(
-                loaded,
-                chosen,
-                split,
-                val_fraction=trained.get("val_fraction", 0.1) if val_fraction is None else val_fraction,
-                seed=trained.get("seed", 0) if seed is None else seed,
-                strict=strict_data,
-            )
-        )
+        held_back = _held_back(loaded, val_fraction, seed)
+        part = first_here(lambda: _open(loaded, chosen, split, **held_back, strict=strict_data))
         if not quiet:
             _say_if_learnt(loaded, chosen, part.split or split)
         folder = Path(out) if out else Path(checkpoint) / "eval" if Path(checkpoint).is_dir() else None
@@ -145,20 +135,25 @@ def evaluate(
     if folder is not None:
         write_results(folder, learner, scores, part, metrics, broken, report=report)
     if not quiet:
-        say_what_is_off(learner, scores, broken, folder)
-        learner.print_table(metrics)
-        if folder is not None:
-            print(f"written: {printable(folder / 'metrics.json')}")
+        _print(learner, scores, metrics, broken, folder)
     return metrics
 
 
-def _views(loaded: Loaded, **given: Any) -> dict[str, Any]:
-    """How images are to be looked at, other than training did."""
+def _print(learner: Any, scores: Any, metrics: dict[str, Any], broken: Any, folder: Path | None) -> None:
+    say_what_is_off(learner, scores, broken, folder)
+    learner.print_table(metrics)
+    if folder is not None:
+        print(f"written: {printable(folder / 'metrics.json')}")
+
+
+def _set_views(loaded: Loaded, **given: Any) -> dict[str, Any]:
+    """How images are to be looked at, other than training did; the network's information says so from now on."""
     views = {name: value for name, value in given.items() if value}
     for name in views:
         if loaded.task not in VIEWS[name]:
             tasks = " and ".join(VIEWS[name])
             raise UserError(f"{name} is for {tasks} alone; {loaded.source} is for the task {loaded.task}")
+    loaded.info["task_args"] = {**(loaded.info.get("task_args") or {}), **views}
     return views
 
 
@@ -180,6 +175,15 @@ def _say_if_learnt(loaded: Loaded, data: str | None, split: str) -> None:
             f"transcnn: the run learnt from these images ({split}): scores of new ones are lower",
             file=sys.stderr,
         )
+
+
+def _held_back(loaded: Loaded, val_fraction: float | None, seed: int | None) -> dict[str, Any]:
+    """What a validation split is held back by: what was given, else what the run had."""
+    trained = loaded.info.get("settings") or {}
+    return {
+        "val_fraction": trained.get("val_fraction", 0.1) if val_fraction is None else val_fraction,
+        "seed": trained.get("seed", 0) if seed is None else seed,
+    }
 
 
 def _set_table(loaded: Loaded, data: str | None, images: str | None, target: list[str] | None) -> None:

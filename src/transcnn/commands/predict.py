@@ -108,34 +108,55 @@ def predict(
     predictor.resize_input(img_size)
     predictor.check_memory(min(batch_size, len(files)), chosen=img_size is not None)
     predictor.check_min_score(min_score)
-    dense = predictor.task in DENSE
-    writer = _dataset_writer(predictor, Path(out), format)
-    folder = OutputFolder(Path(out), files, coco=predictor.task == "detect") if dense else None
-    if folder is not None:
-        folder.prepare()
-    rows = []
-    for found in predictor.predict_iter(files, batch_size=batch_size, top_k=top_k, min_score=min_score):
-        rows.append({**found.to_dict(), **(folder.add(found) if folder is not None else {})})
-        if writer is not None and isinstance(found, Detections):
-            writer.add(found)
-    for output in (folder, writer):
-        if output is not None:
-            output.finish()
+    outputs = _Outputs(predictor, Path(out), files, format)
+    answers = predictor.predict_iter(files, batch_size=batch_size, top_k=top_k, min_score=min_score)
+    rows = [{**found.to_dict(), **outputs.add(found)} for found in answers]
+    outputs.finish()
     if csv:
         atomic_write(Path(csv), lambda path: write_csv(path, rows, top_k, table))
     if json:
         print(json_text(rows, indent=2))
     elif not quiet:
         print_table(rows, top_k)
-    if unread := [row for row in rows if "error" in row]:
-        summary = f"{len(unread)} of {len(rows)} files can't be read"
-        if strict:
-            error = UserError(f"{summary}; the first: {unread[0]['file']}: {unread[0]['error']}")
-            error.code = 1 if len(unread) < len(rows) else 2
-            raise error
-        if not quiet:
-            print(summary, file=sys.stderr)
+    _say_unread(rows, strict, quiet)
     return rows
+
+
+class _Outputs:
+    """What a network that segments or detects writes beside its rows: images, and a data set where one is wanted."""
+
+    def __init__(self, predictor: Any, out: Path, files: list[str], format: Any) -> None:
+        self.writer = _dataset_writer(predictor, out, format)
+        self.folder = OutputFolder(out, files, coco=predictor.task == "detect") if predictor.task in DENSE else None
+        if self.folder is not None:
+            self.folder.prepare()
+
+    def add(self, found: Any) -> dict[str, Any]:
+        """Write what belongs to one image; what its row says of that."""
+        row = self.folder.add(found) if self.folder is not None else {}
+        if self.writer is not None and isinstance(found, Detections):
+            self.writer.add(found)
+        return row
+
+    def finish(self) -> None:
+        """Write what belongs to all images."""
+        for output in (self.folder, self.writer):
+            if output is not None:
+                output.finish()
+
+
+def _say_unread(rows: list[dict[str, Any]], strict: bool, quiet: bool) -> None:
+    """How many files can't be read, if any; with ``strict`` that is an error."""
+    unread = [row for row in rows if "error" in row]
+    if not unread:
+        return
+    summary = f"{len(unread)} of {len(rows)} files can't be read"
+    if strict:
+        error = UserError(f"{summary}; the first: {unread[0]['file']}: {unread[0]['error']}")
+        error.code = 1 if len(unread) < len(rows) else 2
+        raise error
+    if not quiet:
+        print(summary, file=sys.stderr)
 
 
 def _dataset_writer(predictor: Any, out: Path, format: Any) -> DatasetWriter | None:
