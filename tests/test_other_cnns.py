@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from transcnn.fast import optimize
 from transcnn.fast.inference import convolutions
+from transcnn.fast.inference.chains import Chain
 from transcnn.fast.inference.convolutions import FastConv2d, FastLinear, activation, onednn_fits
 
 pytestmark = pytest.mark.skipif(not onednn_fits(torch.zeros(1)), reason="needs oneDNN")
@@ -53,18 +54,27 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 class Calls:
-    """Counts how often oneDNN fuses what."""
+    """Counts how often oneDNN fuses what, and how often a kernel computes several layers."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.found: Counter = Counter()
         for kind in (FastConv2d, FastLinear):
             monkeypatch.setattr(kind, "fused", self.counted(kind.fused))
+        monkeypatch.setattr(Chain, "run", self.run_counted(Chain.run))
 
     def counted(self, fused: Any) -> Any:
         def count(layer: nn.Module, x: Tensor, other: Tensor | None, act: Any) -> Tensor | None:
             y = fused(layer, x, other, act)
             self.found["sum" if other is not None else "plain"] += y is not None
             self.found[act[0]] += y is not None
+            return y
+
+        return count
+
+    def run_counted(self, run: Any) -> Any:
+        def count(*args: Any) -> Tensor | None:
+            y = run(*args)
+            self.found["kernel"] += y is not None
             return y
 
         return count
@@ -80,7 +90,7 @@ def test_hosts_give_the_same(host, dtype, monkeypatch):
     exact = copy.deepcopy(model).double()(x.double())
     fast, calls = optimize(model, dtype), Calls(monkeypatch)
     ours = relative(fast(x), exact)
-    assert calls.found["sum"] + sum(calls.found[act] for act in ("relu", "gelu", "swish", "hardswish")) > 0
+    assert sum(calls.found[what] for what in ("sum", "kernel", "relu", "gelu", "swish", "hardswish")) > 0
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         theirs = relative(model(x.float()), exact)
     assert ours <= (max(4 * theirs, 2e-6) if dtype == torch.float32 else 1.5 * theirs + 2e-3)

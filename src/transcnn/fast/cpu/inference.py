@@ -11,17 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import call as cpu
-from .call import FP32, KERNEL_SIZES, PANEL, Checked, depth_fits, heads_fit, optional, require, round_up
+from .call import FP32, PANEL, Checked, depth_fits, heads_fit, optional, require, round_up
 
 __all__ = [
     "Packed",
     "downsample",
     "global_attention",
-    "inverted_residual",
     "local_attention",
-    "pack_inverted_residual",
     "pack_pointwise",
     "pack_stem",
+    "packed_matrix",
     "stem",
 ]
 
@@ -73,58 +72,6 @@ def pack_pointwise(weight: Tensor, bias: Tensor) -> Affine:
     return weight.view(-1, PANEL, k // pair, pair).transpose(1, 2).contiguous(), bias.float()
 
 
-def pack_inverted_residual(
-    expand: Tensor,
-    expand_bias: Tensor,
-    depthwise: Tensor,
-    depthwise_bias: Tensor | None,
-    project: Tensor,
-    project_bias: Tensor,
-) -> tuple[Affine, Affine, Affine]:
-    """The weights of an inverted residual as :func:`inverted_residual` takes them."""
-    depthwise_bias = expand_bias * 0 if depthwise_bias is None else depthwise_bias
-    padding = -len(expand) % PANEL
-    expand, project = F.pad(expand, (0, 0, 0, padding)), F.pad(project, (0, padding))
-    depthwise = F.pad(depthwise.float().squeeze(1).permute(1, 2, 0), (0, padding)).contiguous()  # (k, k, hidden)
-    return (
-        pack_pointwise(expand, F.pad(expand_bias, (0, padding))),
-        (depthwise, F.pad(depthwise_bias.float(), (0, padding))),
-        pack_pointwise(project, project_bias),
-    )
-
-
-def inverted_residual(
-    x: Tensor, residual: Tensor | None, expand: Affine, depthwise: Affine, project: Affine, out: Tensor | None = None
-) -> Tensor:
-    """Expansion, SiLU, depthwise convolution, SiLU, projection, plus residual; (B, H, W, C) -> (B, H, W, C').
-
-    The result is written to ``out`` where given, which may be ``x`` or ``residual``.
-    """
-    x = x.contiguous()
-    batch, height, width, channels = x.shape
-    size, _, hidden = depthwise[0].shape
-    if out is None:
-        out = x.new_empty(batch, height, width, len(project[1]))
-    residual = None if residual is None else residual.to(x.dtype).contiguous()
-    outputs, dtype = out.shape[3], x.dtype
-    shape = (batch, height, width, outputs)
-    fits = size in KERNEL_SIZES and depth_fits(channels, dtype) and outputs % 16 == 0
-    require(fits, "inverted_residual", channels, outputs, size)
-    cpu.call(
-        "inverted_residual",
-        dtype,
-        ("x", x, dtype, (batch, height, width, channels)),
-        optional("residual", residual, dtype, shape),
-        ("out", out, dtype, shape),
-        *_matrix("expand", expand, dtype, hidden, channels),
-        ("depthwise", depthwise[0], FP32, (size, size, hidden)),
-        ("depthwise bias", depthwise[1], FP32, (hidden,)),
-        *_matrix("project", project, dtype, outputs, hidden),
-        *(batch, height, width, channels, hidden, outputs, size),
-    )
-    return out
-
-
 def pack_stem(first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor) -> tuple[Affine, Affine]:
     """The weights of two 3x3 convolutions as :func:`stem` takes them."""
     rows = second.permute(0, 2, 3, 1).flatten(1)  # (C", 9·C')
@@ -152,7 +99,7 @@ def stem(x: Tensor, first: Affine, second: Affine, strides: tuple[int, int]) -> 
         ("out", out, dtype, (batch, height, width, outputs)),
         ("first", first[0], FP32, (9 * channels, hidden)),
         ("first bias", first[1], FP32, (hidden,)),
-        *_matrix("second", (weight, bias), dtype, outputs, depth),
+        *packed_matrix("second", (weight, bias), dtype, outputs, depth),
         *(hidden, outputs, depth, *strides),
     )
     return out
@@ -169,7 +116,7 @@ def downsample(x: Tensor, y: Tensor, matrix: Affine) -> Tensor:
         dtype,
         ("x", x, dtype, (batch, height, width, channels)),
         ("y", y, dtype, (batch, (height + 1) // 2, (width + 1) // 2, outputs)),
-        *_matrix("matrix", matrix, dtype, outputs, channels),
+        *packed_matrix("matrix", matrix, dtype, outputs, channels),
         *(batch, height, width, channels, outputs),
     )
     return y
@@ -188,7 +135,7 @@ def local_attention(x: Tensor, normed: Tensor, qkv: Affine, scale: Tensor | None
         ("x", x, dtype, shape),
         ("normed", normed, dtype, shape),
         ("out", out, dtype, shape),
-        *_matrix("qkv", qkv, dtype, 3 * channels, channels),
+        *packed_matrix("qkv", qkv, dtype, 3 * channels, channels),
         optional("scale", scale, FP32, (channels,)),
         *(batch, height, width, channels, head_dim, size),
     )
@@ -230,9 +177,9 @@ def global_attention(
         dtype,
         ("a1", a1, dtype, shape),
         optional("residual", residual, dtype, shape),
-        *_matrix("q", q, dtype, channels, channels),
+        *packed_matrix("q", q, dtype, channels, channels),
         ("kv", kv, dtype, (batch, tokens, 2 * channels)),
-        *_matrix("proj", proj, dtype, channels, channels),
+        *packed_matrix("proj", proj, dtype, channels, channels),
         ctypes.addressof(pointers),
         len(levels),
         ("packed", a1.new_empty(packed), dtype, (packed,)),
@@ -241,7 +188,7 @@ def global_attention(
     return a1
 
 
-def _matrix(name: str, packed: Affine, dtype: torch.dtype, outputs: int, inputs: int) -> tuple[Checked, Checked]:
+def packed_matrix(name: str, packed: Affine, dtype: torch.dtype, outputs: int, inputs: int) -> tuple[Checked, Checked]:
     """What :func:`pack_pointwise` makes of weights (outputs, inputs), to be checked."""
     pair = _pair(dtype)
     panels = (round_up(outputs) // PANEL, inputs // pair, PANEL, pair)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import build, inference, training
 from .call import FP32
+from .inverted_residual import inverted_residual, pack_inverted_residual
 
 __all__ = ["supports"]
 
@@ -79,11 +80,11 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     qkv = rand(192, 64)
 
     expand, depthwise, project = rand(64, 64), rand(64, 1, 3, 3), rand(64, 64)
-    packed = inference.pack_inverted_residual(expand, zeros[:64], depthwise, zeros[:64], project, zeros[:64])
+    packed = pack_inverted_residual(expand, zeros[:64], depthwise, zeros[:64], project, zeros[:64])
     y = F.silu(F.conv2d(x.double().permute(0, 3, 1, 2), expand.double()[..., None, None]))
     y = F.silu(F.conv2d(y, depthwise.double(), padding=1, groups=64))
     y = F.conv2d(y, project.double()[..., None, None]).permute(0, 2, 3, 1)
-    yield "inverted_residual", inference.inverted_residual(x, None, *packed), y
+    yield "inverted_residual", inverted_residual(x, None, *packed), y
 
     first, second = rand(16, 3, 3, 3), rand(32, 16, 3, 3)
     image = rand(1, 3, 9, 10)

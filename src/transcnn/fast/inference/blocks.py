@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ...attention import HMHSA
 from ..cpu import inference as cpu
 from ..cpu.call import KERNEL_SIZES
+from ..cpu.inverted_residual import inverted_residual, pack_inverted_residual
 from ..dispatch import fits_cpu, to_nchw, to_nhwc
 from .attention import FastHMHSA
 from .entry import InferenceOnly, entry, refuse_mask
@@ -28,7 +29,7 @@ class FastInvertedResidual(InferenceOnly):
         super().__init__()
         self.expand, self.depthwise, self.project = expand, depthwise, project
         self.halo = depthwise.weight.shape[2] // 2
-        self._pack = cpu.Packed(cpu.pack_inverted_residual)
+        self._pack = cpu.Packed(pack_inverted_residual)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, overwrite: bool = False) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C'), plus ``residual`` (B, H, W, C') where given.
@@ -39,7 +40,7 @@ class FastInvertedResidual(InferenceOnly):
             layers = (self.expand, self.depthwise, self.project)
             weights = self._pack(*(tensor for layer in layers for tensor in (layer.weight, layer.bias)))
             reuse = overwrite and residual is not None and residual.dtype == x.dtype and residual.is_contiguous()
-            return cpu.inverted_residual(x, residual, *weights, out=residual if reuse else None)
+            return inverted_residual(x, residual, *weights, out=residual if reuse else None)
 
         def compute(tile: Tile) -> Tensor:
             images, rows, columns = tile

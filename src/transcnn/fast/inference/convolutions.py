@@ -12,13 +12,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import GELU, GELUTanh
+from timm.layers import GELU, GELUTanh, Sigmoid
 from torch import Tensor, nn
 
 from ...layers import drop_columns, widen
+from ..cpu.inverted_residual import ACTIVATIONS
+from ..cpu.inverted_residual import Activation as KernelActivation
 from ..dispatch import eager_cpu, traced
 
-__all__ = ["FastConv2d", "FastLinear", "Fused", "activation", "fused_activation", "make_fast", "onednn_fits"]
+__all__ = [
+    "FastConv2d",
+    "FastLinear",
+    "Fused",
+    "activation",
+    "fused_activation",
+    "kernel_activation",
+    "make_fast",
+    "onednn_fits",
+]
 
 Activation = tuple[str, tuple[float, ...], str]  # oneDNN's name, numbers and algorithm
 NONE: Activation = ("none", (), "")
@@ -43,6 +54,7 @@ _MODULES: dict[type[nn.Module], Callable[[Any], Activation]] = {
     GELUTanh: lambda _: ("gelu", (), "tanh"),
     nn.Hardswish: lambda _: ("hardswish", (), ""),
     nn.Sigmoid: lambda _: ("sigmoid", (), ""),
+    Sigmoid: lambda _: ("sigmoid", (), ""),
     nn.Hardsigmoid: lambda _: ("hardsigmoid", (), ""),
     nn.Tanh: lambda _: ("tanh", (), ""),
 }
@@ -56,6 +68,15 @@ def activation(module: nn.Module) -> Activation | None:
 def fused_activation(function: Any) -> Activation | None:
     """The same of a function that is called without options."""
     return _FUNCTIONS.get(function)
+
+
+def kernel_activation(act: Activation) -> KernelActivation | None:
+    """The same for our C++ kernels; None of those that they don't have."""
+    name, numbers, algorithm = act
+    if name == "hardtanh":
+        return "clamp", *numbers  # pyright: ignore
+    name = {"swish": "silu", "gelu": "gelu_tanh" if algorithm == "tanh" else "gelu"}.get(name, name)
+    return (name, 0.0, 0.0) if name in ACTIVATIONS else None
 
 
 def onednn_fits(x: Tensor) -> bool:

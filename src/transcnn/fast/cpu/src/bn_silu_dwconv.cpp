@@ -128,9 +128,9 @@ void forward(const T* e, const float* scale, const float* shift, const float* we
                     };
                     const auto from = s.rows(map + c / LANES * block);
                     const float* w = weight + channel + c;
-                    if (s.size == 3) convolve<3>(from, bottom - top, s.width, w, s.channels, Vec16{}, take);
-                    if (s.size == 5) convolve<5>(from, bottom - top, s.width, w, s.channels, Vec16{}, take);
-                    if (s.size == 7) convolve<7>(from, bottom - top, s.width, w, s.channels, Vec16{}, take);
+                    if (s.size == 3) convolve<3>(from, bottom - top, s.width, w, s.channels, Vec16{}, each_position(s.width, take));
+                    if (s.size == 5) convolve<5>(from, bottom - top, s.width, w, s.channels, Vec16{}, each_position(s.width, take));
+                    if (s.size == 7) convolve<7>(from, bottom - top, s.width, w, s.channels, Vec16{}, each_position(s.width, take));
                     add_channel_sums(own + channel + c, s.channels, centre, first, second, (bottom - top) * s.width);
                 }
             }
@@ -215,9 +215,9 @@ void backward(const T* m, const T* ds, const float* const* norm2, const T* e, co
                         second += of_z * (before - mean);
                     };
                     const float* w = flipped + channel + c;
-                    if (s.size == 3) convolve<3>(s.rows(g), bottom - top, s.width, w, s.channels, Vec16{}, take);
-                    if (s.size == 5) convolve<5>(s.rows(g), bottom - top, s.width, w, s.channels, Vec16{}, take);
-                    if (s.size == 7) convolve<7>(s.rows(g), bottom - top, s.width, w, s.channels, Vec16{}, take);
+                    if (s.size == 3) convolve<3>(s.rows(g), bottom - top, s.width, w, s.channels, Vec16{}, each_position(s.width, take));
+                    if (s.size == 5) convolve<5>(s.rows(g), bottom - top, s.width, w, s.channels, Vec16{}, each_position(s.width, take));
+                    if (s.size == 7) convolve<7>(s.rows(g), bottom - top, s.width, w, s.channels, Vec16{}, each_position(s.width, take));
                     for (int i = 0; i < LANES; i++) {
                         own[channel + c + i] += first[i];
                         own[s.channels + channel + c + i] += second[i];

@@ -1,7 +1,7 @@
 // Depthwise convolution in fp32 of sixteen channels that are contiguous in memory, on a zero-padded map.
 //
-// A map has rows + SIZE - 1 rows of width + SIZE - 1 positions, and AT_ONCE further positions at its end, which may be read;
-// row(i) is the address of the i-th row. The weights (i, j) of the kernel are at (i * SIZE + j) * ldw.
+// A map has (rows - 1) * STRIDE + SIZE rows of (width - 1) * STRIDE + SIZE positions, and AT_ONCE * STRIDE further positions at
+// its end, which may be read; row(i) is the address of the i-th row. The weights (i, j) of the kernel are at (i * SIZE + j) * ldw.
 
 #pragma once
 
@@ -14,8 +14,8 @@ inline long map_size(long rows, long width, long size) {
     return ((rows + size - 1) * (width + size - 1) + AT_ONCE) * LANES;
 }
 
-// Calls take(y * width + x, sum) with the convolution's output at each position.
-template <int SIZE, class Rows, class Take>
+// Calls take(y, x, count, sums) with the convolution's output at ``count`` positions from (y, x) on.
+template <int SIZE, int STRIDE = 1, class Rows, class Take>
 inline void convolve(Rows row, long rows, long width, const float* weight, long ldw, Vec16 bias, Take take) {
     static_assert(SIZE / 2 <= MAX_HALO);
     for (long y = 0; y < rows; y++)
@@ -24,19 +24,27 @@ inline void convolve(Rows row, long rows, long width, const float* weight, long 
 #pragma GCC unroll 8
             for (Vec16& sum : sums) sum = bias;
             for (int i = 0; i < SIZE; i++) {
-                const float* p = row(y + i) + x * LANES;
+                const float* p = row(y * STRIDE + i) + x * STRIDE * LANES;
                 Vec16 weights[SIZE];
                 for (int j = 0; j < SIZE; j++) weights[j] = load(weight + (i * SIZE + j) * ldw);
-#pragma GCC unroll 16
-                for (int j = 0; j < SIZE + AT_ONCE - 1; j++) {
+#pragma GCC unroll 24
+                for (int j = 0; j < SIZE + (AT_ONCE - 1) * STRIDE; j++) {
                     Vec16 value = load(p + j * LANES);
 #pragma GCC unroll 8
                     for (int k = 0; k < AT_ONCE; k++)
-                        if (j - k >= 0 && j - k < SIZE) sums[k] += value * weights[j - k];
+                        if (j - k * STRIDE >= 0 && j - k * STRIDE < SIZE) sums[k] += value * weights[j - k * STRIDE];
                 }
             }
-            for (long k = 0; k < AT_ONCE && x + k < width; k++) take(y * width + x + k, sums[k]);
+            take(y, x, width - x < AT_ONCE ? width - x : AT_ONCE, sums);
         }
+}
+
+// Of take(y * width + x, sum) for one position what :func:`convolve` calls.
+template <class Take>
+inline auto each_position(long width, Take take) {
+    return [=](long y, long x, long count, const Vec16* sums) mutable {
+        for (long k = 0; k < AT_ONCE && k < count; k++) take(y * width + x + k, sums[k]);
+    };
 }
 
 // Accumulates rows FROM to TO (exclusive) of the weight gradient, (SIZE * SIZE, 16), from a map of the input and one of the

@@ -72,6 +72,29 @@ inline void store(bf16* p, Vec16 x) {
     std::memcpy(p, &halves, sizeof halves);
 }
 
+// The same of the first n alone; zeros in place of the others.
+template <class T>
+inline Vec16 load_some(const T* p, long n) {
+    if (n >= LANES) return load(p);
+    T some[LANES] = {};
+    if (n == LANES / 2)
+        std::memcpy(some, p, LANES / 2 * sizeof(T));  // which is one instruction
+    else
+        std::memcpy(some, p, n * sizeof(T));
+    return load(some);
+}
+
+template <class T>
+inline void store_some(T* p, Vec16 x, long n) {
+    if (n >= LANES) return store(p, x);
+    T some[LANES];
+    store(some, x);
+    if (n == LANES / 2)
+        std::memcpy(p, some, LANES / 2 * sizeof(T));
+    else
+        std::memcpy(p, some, n * sizeof(T));
+}
+
 // x > y ? x : y and x < y ? x : y: y where either is NaN. GCC 12 compiles the latter forms to a comparison and a blend.
 inline Vec16 larger(Vec16 x, Vec16 y) {
 #if defined(__AVX512F__)

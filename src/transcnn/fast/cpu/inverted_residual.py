@@ -1,0 +1,209 @@
+"""Inverted residuals of any CNN, and perceptrons of each position, by their C++ kernel."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import call as cpu
+from .call import FP32, KERNEL_SIZES, depth_fits, optional, require, round_up
+from .inference import Affine, pack_pointwise, packed_matrix
+
+__all__ = ["ACTIVATIONS", "Layers", "Weights", "inverted_residual", "pack_inverted_residual", "pack_squeeze"]
+
+# In the order of activations.h.
+ACTIVATIONS = ("none", "relu", "clamp", "silu", "gelu", "gelu_tanh", "hardswish", "sigmoid", "hardsigmoid")
+Activation = tuple[str, float, float]  # its name, and the bounds of "clamp"
+NONE: Activation = ("none", 0.0, 0.0)
+SILU: Activation = ("silu", 0.0, 0.0)
+Weights = tuple[Affine | None, Affine | None, Affine | None]  # of expansion, depthwise convolution and projection
+
+
+class Layers(NamedTuple):
+    """What is between the products of an inverted residual; as it stands, what is in ours."""
+
+    channels: int | None = None  # hidden ones, without those that fill up a panel; None: all
+    stride: int = 1
+    padding: tuple[int, int, int, int] | None = None  # above, below, before and after; None: half of the kernel's size
+    acts: tuple[Activation, Activation, Activation] = (SILU, SILU, NONE)
+    squeeze_acts: tuple[Activation, Activation] = (SILU, ("sigmoid", 0.0, 0.0))
+
+
+OURS = Layers()
+
+
+class _Activation(ctypes.Structure):
+    _fields_ = (("kind", ctypes.c_long), ("low", ctypes.c_float), ("high", ctypes.c_float))
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_long)
+        for name in (
+            *("batch", "height", "width", "channels", "depth", "hidden", "used", "out_height", "out_width", "outputs"),
+            *("size", "stride", "above", "before"),
+        )
+    )
+
+
+class _Squeeze(ctypes.Structure):
+    _fields_ = (
+        ("reduce", ctypes.c_void_p),
+        ("reduce_bias", ctypes.c_void_p),
+        ("expand", ctypes.c_void_p),
+        ("expand_bias", ctypes.c_void_p),
+        ("squeezed", ctypes.c_long),
+        ("images", ctypes.c_long),
+        ("act", _Activation),
+        ("gate", _Activation),
+        ("maps", ctypes.c_void_p),
+    )
+
+
+def pack_inverted_residual(
+    expand: Tensor | None,
+    expand_bias: Tensor | None,
+    depthwise: Tensor | None,
+    depthwise_bias: Tensor | None,
+    project: Tensor | None,
+    project_bias: Tensor | None,
+) -> Weights:
+    """The weights of an inverted residual as :func:`inverted_residual` takes them; biases may be missing.
+
+    Matrices are (outputs, inputs), with more inputs than the map has where a product wants that.
+    """
+    hidden = len(expand if depthwise is None else depthwise)  # pyright: ignore
+    wide = round_up(hidden)
+    expanded = projected = None
+    if expand is not None:
+        depth = expand.shape[1] if expand.dtype == FP32 else max(32, round_up(expand.shape[1], 16))
+        expand = F.pad(expand, (0, depth - expand.shape[1], 0, wide - hidden))
+        expanded = pack_pointwise(expand, _filled(expand_bias, hidden, wide, expand))
+    if project is not None:
+        outputs = len(project)
+        projected = pack_pointwise(
+            F.pad(project, (0, wide - hidden)), _filled(project_bias, outputs, round_up(outputs, 16), project)
+        )
+    convolved = None
+    if depthwise is not None:
+        kernel = F.pad(depthwise.float().squeeze(1).permute(1, 2, 0), (0, wide - hidden)).contiguous()  # (k, k, hidden)
+        convolved = kernel, _filled(depthwise_bias, hidden, wide, depthwise).float()
+    return expanded, convolved, projected
+
+
+def pack_squeeze(
+    reduce: Tensor, reduce_bias: Tensor | None, expand: Tensor, expand_bias: Tensor | None
+) -> tuple[Affine, Affine]:
+    """The matrices (outputs, inputs) of squeeze-and-excitation as :func:`inverted_residual` takes them."""
+    squeezed, hidden = reduce.shape
+    few, wide = round_up(squeezed, 16), round_up(hidden)
+    reduced = F.pad(reduce.float().t(), (0, few - squeezed, 0, wide - hidden)).contiguous()
+    expanded = F.pad(expand.float().t(), (0, wide - hidden, 0, few - squeezed)).contiguous()
+    return (
+        (reduced, _filled(reduce_bias, squeezed, few, reduce).float()),
+        (expanded, _filled(expand_bias, hidden, wide, expand).float()),
+    )
+
+
+def _filled(bias: Tensor | None, channels: int, wide: int, like: Tensor) -> Tensor:
+    return like.new_zeros(wide) if bias is None else F.pad(bias, (0, wide - channels))
+
+
+def inverted_residual(
+    x: Tensor,
+    residual: Tensor | None,
+    expand: Affine | None,
+    depthwise: Affine | None,
+    project: Affine | None,
+    out: Tensor | None = None,
+    squeeze: tuple[Affine, Affine] | None = None,
+    layers: Layers = OURS,
+    outputs: int | None = None,
+) -> Tensor:
+    """Expansion, depthwise convolution, squeeze-and-excitation, projection, residual: (B, H, W, C) -> (B, H', W', C').
+
+    Args:
+        x: The map.
+        residual: (B, H', W', C'), added before the last activation; None without a projection.
+        expand, depthwise, project: Packed weights; None for what isn't there: one of the first two is.
+        out: Where the result is written, which may be ``x`` or ``residual`` where all is as in our networks.
+        squeeze: Packed weights, None where there is none; only with a projection.
+        layers: What is between the products.
+        outputs: C'; None: as many as the projection's bias has.
+    """
+    x = x.contiguous()
+    batch, height, width, channels = x.shape
+    require(expand is not None or depthwise is not None, "inverted_residual")
+    size, _, hidden = (1, 1, len(expand[1])) if depthwise is None else depthwise[0].shape  # pyright: ignore
+    dtype, stride = x.dtype, layers.stride
+    above, below, before, after = layers.padding or (size // 2,) * 4
+    shape = (batch, (height + above + below - size) // stride + 1, (width + before + after - size) // stride + 1)
+    if outputs is None:
+        outputs = channels if project is None else len(project[1])
+    if out is None:
+        out = x.new_empty(*shape, outputs)
+    residual = None if residual is None else residual.to(dtype).contiguous()
+    depth = channels if expand is None else expand[0].shape[1] * expand[0].shape[3]
+    used = round_up(layers.channels or hidden, 16)
+    fits = size in KERNEL_SIZES and stride in (1, 2) and min(shape) > 0 and used <= hidden
+    if depthwise is None:
+        fits = stride == 1 and used <= hidden and project is not None and squeeze is None
+    fits = fits and all(0 <= n < size for n in (above, below, before, after))
+    if expand is None:
+        fits = fits and round_up(channels, 16) == used
+    else:
+        fits = fits and channels <= depth and (dtype == FP32 or depth_fits(depth, dtype))
+    if project is None:
+        fits = fits and round_up(outputs, 16) == used and residual is None and squeeze is None
+    require(fits, "inverted_residual", channels, outputs, size, stride)
+    sizes = _Shape(*x.shape, depth, hidden, used, *shape[1:], outputs, size, stride, above, before)
+    acts = (_Activation * 3)(*map(_activation, layers.acts))
+    squeezed, maps = _squeeze(x, squeeze, layers, (batch, *shape[1:], hidden))
+    cpu.call(
+        "inverted_residual",
+        dtype,
+        ("x", x, dtype, (batch, height, width, channels)),
+        optional("residual", residual, dtype, (*shape, outputs)),
+        ("out", out, dtype, (*shape, outputs)),
+        *((None, None) if expand is None else packed_matrix("expand", expand, dtype, hidden, depth)),
+        optional("depthwise", depthwise and depthwise[0], FP32, (size, size, hidden)),
+        optional("depthwise bias", depthwise and depthwise[1], FP32, (hidden,)),
+        *((None, None) if project is None else packed_matrix("project", project, dtype, round_up(outputs, 16), hidden)),
+        ctypes.addressof(sizes),
+        ctypes.addressof(acts),
+        None if squeezed is None else ctypes.addressof(squeezed),
+    )
+    del maps  # until here its memory is in use
+    return out
+
+
+def _activation(act: Activation) -> _Activation:
+    return _Activation(ACTIVATIONS.index(act[0]), act[1], act[2])
+
+
+def _squeeze(
+    x: Tensor, squeeze: tuple[Affine, Affine] | None, layers: Layers, shape: tuple[int, int, int, int]
+) -> tuple[_Squeeze | None, Tensor | None]:
+    """What the kernel takes, and the map that it points to."""
+    if squeeze is None:
+        return None, None
+    (reduce, reduce_bias), (expand, expand_bias) = squeeze
+    batch, height, width, hidden = shape
+    squeezed = len(reduce_bias)
+    for name, weight, size in (
+        ("reduce", reduce, (hidden, squeezed)),
+        ("reduce bias", reduce_bias, (squeezed,)),
+        ("excite", expand, (squeezed, hidden)),
+        ("excite bias", expand_bias, (hidden,)),
+    ):
+        cpu.check("inverted_residual", name, weight, FP32, size)
+    require(squeezed % 16 == 0, "inverted_residual", squeezed)
+    images = min(batch, torch.get_num_threads() * max(1, 512 // (height * width)))  # enough for every thread
+    maps = x.new_empty(images, height, width, hidden)
+    pointers = (w.data_ptr() for w in (reduce, reduce_bias, expand, expand_bias))
+    acts = map(_activation, layers.squeeze_acts)
+    return _Squeeze(*pointers, squeezed, images, *acts, maps.data_ptr()), maps

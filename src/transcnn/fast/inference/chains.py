@@ -1,0 +1,223 @@
+"""Layers in a row in the plan of a block that one kernel computes: inverted residuals of any CNN, and perceptrons."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..cpu.call import KERNEL_SIZES
+from ..cpu.inference import Packed
+from ..cpu.inverted_residual import NONE as IDENTITY
+from ..cpu.inverted_residual import Activation, Layers, inverted_residual, pack_inverted_residual, pack_squeeze
+from ..dispatch import fits_cpu, hooked, to_nchw, to_nhwc
+from .convolutions import FastConv2d, FastLinear, kernel_activation
+from .plan import Ref, Step, mapped
+from .tracing import Tracer, activation_of, passes
+
+__all__ = ["Chain", "chain_names", "with_chains"]
+
+_FEW = 64  # positions for which two products alone are as fast
+_CHAINS = re.compile("pds?p|ds?p|pd|pp|ll")  # of kinds, see _kind
+
+
+class _Squeeze(NamedTuple):
+    """Squeeze-and-excitation: the names of its 1x1 convolutions, and the activations after them."""
+
+    reduce: str
+    excite: str
+    acts: tuple[Activation, Activation]
+
+
+@dataclass
+class Chain:
+    """Convolutions of a block by name, None where there is none: 1x1, depthwise, squeeze-and-excitation's two, 1x1.
+
+    Without the depthwise one the two others may be linear layers, of (..., C).
+    """
+
+    names: tuple[str | None, ...]
+    layers: Layers
+    channels: int
+    outputs: int
+    _pack: Packed = field(default_factory=lambda: Packed(_packed))
+
+    def run(self, block: nn.Module, x: Any, other: Any = None) -> Tensor | None:
+        """(B, C, H, W) -> (B, C', H', W'), plus ``other`` before the last activation; None where the kernel can't."""
+        given = [x] if other is None else [x, other]
+        if not all(isinstance(t, Tensor) and t.dtype == x.dtype and fits_cpu(t, gemm=False) for t in given):
+            return None
+        layers: list[Any] = [None if name is None else block.get_submodule(name) for name in self.names]
+        weights = [w for layer in layers for w in ((None, None) if layer is None else (layer.weight, layer.bias))]
+        if any(w is not None and (w.dtype != x.dtype or not w.is_cpu or w.is_inference()) for w in weights):
+            return None
+        linear = isinstance(layers[-1], nn.Linear)
+        maps = [_map(t, linear) for t in given]
+        if any(t is None for t in maps) or maps[0].shape[3] != self.channels:  # pyright: ignore
+            return None
+        shape = self._shape(maps[0], layers[1])  # pyright: ignore
+        if min(shape) < 1 or (other is not None and maps[1].shape != shape):  # pyright: ignore
+            return None  # PyTorch says what is wrong, or broadcasts
+        if layers[1] is None and shape[0] * shape[1] * shape[2] < _FEW:
+            return None
+        packed, squeeze = self._pack(*weights)
+        many = {"squeeze": squeeze, "layers": self.layers, "outputs": self.outputs}
+        y = inverted_residual(maps[0], maps[1] if other is not None else None, *packed, **many)  # pyright: ignore
+        return y.view(*x.shape[:-1], self.outputs) if linear else to_nchw(y)
+
+    def _shape(self, x: Tensor, depthwise: nn.Conv2d | None) -> tuple[int, int, int, int]:
+        """The result's, (B, H', W', C')."""
+        batch, height, width, _ = x.shape
+        if depthwise is not None:
+            above, below, before, after = self.layers.padding or (0, 0, 0, 0)
+            size, stride = depthwise.kernel_size[0], self.layers.stride
+            height, width = (height + above + below - size) // stride + 1, (width + before + after - size) // stride + 1
+        return batch, height, width, self.outputs
+
+
+def _map(x: Tensor, linear: bool) -> Tensor | None:
+    """A map (B, C, H, W), or the input of a linear layer, as (B, H, W, C)."""
+    if linear:
+        return x.contiguous().view(1, 1, -1, x.shape[-1]) if x.ndim > 1 else None
+    return to_nhwc(x) if x.ndim == 4 else None
+
+
+def _packed(*weights: Tensor | None) -> Any:
+    """What :func:`inverted_residual` takes of the layers' weights and biases."""
+    expand, depthwise, reduce, excite, project = (
+        (weight if i == 1 or weight is None else weight.flatten(1), bias)
+        for i, (weight, bias) in enumerate(zip(weights[::2], weights[1::2], strict=True))
+    )
+    squeeze = None if reduce[0] is None or excite[0] is None else pack_squeeze(*reduce, *excite)  # pyright: ignore
+    return pack_inverted_residual(*expand, *depthwise, *project), squeeze  # pyright: ignore
+
+
+def with_chains(steps: list[Step], output: Any, modules: dict[str, nn.Module]) -> list[Step]:
+    """The steps, with those that one kernel computes as one."""
+    reads: Counter[int] = Counter()
+    for given in (*((list(step.args), step.kwargs) for step in steps), output):
+        mapped(given, lambda one: reads.update([one.number]) if isinstance(one, Ref) else None)
+    kinds = "".join(_kind(step, modules) for step in steps)
+    made: list[Step] = []
+    i = 0
+    while i < len(steps):
+        end = i + 1
+        while end < len(steps) and _follows(steps[end - 1], steps[end], reads):
+            end += 1
+        found = _CHAINS.match(kinds, i, end)
+        step = steps[i]
+        if found:
+            parts = steps[i : found.end()]
+            args = [step.args[0], *parts[-1].args[1:]]
+            step = Step("chain", _chain(parts, found[0], modules), args, {}, parts[-1].number, parts=parts)
+        made.append(step)
+        i = found.end() if found else i + 1
+    return made
+
+
+def chain_names(step: Step, modules: dict[str, nn.Module]) -> list[str]:
+    """The modules that this step doesn't call, for it is a chain."""
+    names = [str(part.target) for part in step.parts]
+    return [name for top in names for name in modules if name == top or name.startswith(f"{top}.")]
+
+
+def _follows(before: Step, step: Step, reads: Counter[int]) -> bool:
+    """Whether a step reads the one before, which nothing else does, and which adds no other map."""
+    return list(step.args[:1]) == [Ref(before.number)] and reads[before.number] == len(before.args) == 1
+
+
+def _kind(step: Step, modules: dict[str, nn.Module]) -> str:
+    """p for a 1x1 convolution, d a depthwise one, l a linear layer, s squeeze-and-excitation, a dot for all else."""
+    module = modules.get(str(step.target)) if step.kind in ("fused", "call_module") else None
+    if module is None or step.kwargs or hooked(module) or kernel_activation(step.act) is None:
+        return "."
+    if type(module) is FastLinear:
+        return "l"
+    if type(module) is FastConv2d:
+        return "p" if _is_pointwise(module) else "d" if _is_depthwise(module) else "."
+    return "." if len(step.args) != 1 or _squeeze(module) is None else "s"
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    return set(conv.kernel_size) == set(conv.stride) == {1} and not any(conv.padding) and conv.groups == 1
+
+
+def _is_depthwise(conv: nn.Conv2d) -> bool:
+    size, *others = {*conv.kernel_size}
+    fits = not others and size in KERNEL_SIZES and conv.stride in ((1, 1), (2, 2)) and conv.dilation == (1, 1)
+    fits = fits and conv.groups == conv.in_channels == conv.out_channels
+    return fits and all(int(n) < size for n in conv.padding)
+
+
+def _squeeze(module: nn.Module) -> _Squeeze | None:
+    """What this is as squeeze-and-excitation: x * gate(conv(act(conv(mean of x)))); None of any other module."""
+    if sum(type(child) is FastConv2d and _is_pointwise(child) for child in module.children()) != 2:
+        return None
+    if any(map(hooked, module.modules())):
+        return None
+    try:
+        graph = Tracer().trace(module)
+    except Exception:  # tracing runs the module's own code, which may fail on a proxy in any way
+        return None
+    modules = dict(module.named_modules())
+    *inputs, output = (node for node in graph.nodes if node.op in ("placeholder", "output"))
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output") and not passes(node, modules)]
+    if len(inputs) != 1 or len(nodes) != 6:
+        return None
+    mean, reduce, act, excite, gate, product = nodes
+
+    def read(node: torch.fx.Node) -> list[Any]:
+        """What a node reads, beyond those that do nothing."""
+        sources = list(node.args)
+        while any(isinstance(s, torch.fx.Node) and s not in nodes and s not in inputs for s in sources):
+            sources = [s.args[0] if isinstance(s, torch.fx.Node) and s not in (*nodes, *inputs) else s for s in sources]
+        return sources
+
+    pools = mean.op == "call_module" and getattr(modules[str(mean.target)], "output_size", 0) in (1, (1, 1))
+    pools = pools and type(modules[str(mean.target)]) is nn.AdaptiveAvgPool2d and read(mean) == inputs
+    means = mean.op == "call_method" and mean.target == "mean" and mean.kwargs == {"keepdim": True}
+    means = means and read(mean) in ([*inputs, (2, 3)], [*inputs, [2, 3]])
+    convs = all(node.op == "call_module" and type(modules[str(node.target)]) is FastConv2d for node in (reduce, excite))
+    scales = product.op == "call_function" and product.target in (operator.mul, torch.mul) and not product.kwargs
+    scales = scales and read(product) in ([*inputs, gate], [gate, *inputs]) and read(output) == [product]
+    row = all(read(node) == [before] for before, node in itertools.pairwise(nodes[:5]))
+    acts = [activation_of(node, modules) for node in (act, gate)]
+    known = [None if act is None else kernel_activation(act) for act in acts]
+    if not ((pools or means) and convs and scales and row) or None in known:
+        return None
+    return _Squeeze(str(reduce.target), str(excite.target), tuple(known))  # pyright: ignore
+
+
+def _chain(parts: list[Step], kinds: str, modules: dict[str, nn.Module]) -> Chain:
+    depthwise, squeeze = (parts[kinds.index(kind)] if kind in kinds else None for kind in "ds")
+    expand = None if kinds[0] == "d" else parts[0]
+    project = None if kinds[-1] == "d" else parts[-1]
+    first, last = modules[parts[0].target], modules[parts[-1].target]
+    acts = tuple(IDENTITY if part is None else kernel_activation(part.act) for part in (expand, depthwise, project))
+    layers = Layers(_inputs(first) if expand is None else _outputs(first), acts=acts)  # pyright: ignore
+    squeezed: tuple[str | None, str | None] = None, None
+    if squeeze is not None:
+        found = _squeeze(modules[squeeze.target])
+        assert found is not None
+        squeezed = f"{squeeze.target}.{found.reduce}", f"{squeeze.target}.{found.excite}"
+        layers = layers._replace(squeeze_acts=found.acts)
+    if depthwise is not None:
+        conv: Any = modules[depthwise.target]
+        above, before = conv.padding
+        layers = layers._replace(stride=conv.stride[0], padding=(above, above, before, before))
+    names = (expand and expand.target, depthwise and depthwise.target, *squeezed, project and project.target)
+    return Chain(names, layers, _inputs(first), _outputs(last))
+
+
+def _inputs(layer: Any) -> int:
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+
+
+def _outputs(layer: Any) -> int:
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels

@@ -1,0 +1,59 @@
+"""Forward passes of blocks as graphs of the layers and functions that they call."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import torch
+import torch.fx
+from timm.layers import DropPath
+from torch import nn
+
+from ..dispatch import hooked
+from .convolutions import Activation, activation, fused_activation
+
+__all__ = ["NOTHING", "Tracer", "activation_of", "passes"]
+
+NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d, DropPath)  # in evaluation
+
+
+class _Proxy(torch.fx.Proxy):
+    """Records what changes a tensor in place as that; fx takes ``x += y`` for ``x = x + y``."""
+
+    def _in_place(self, function: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    __iadd__ = functools.partialmethod(_in_place, operator.iadd)
+    __isub__ = functools.partialmethod(_in_place, operator.isub)
+    __imul__ = functools.partialmethod(_in_place, operator.imul)
+    __itruediv__ = functools.partialmethod(_in_place, operator.itruediv)
+    __ipow__ = functools.partialmethod(_in_place, operator.ipow)
+
+
+class Tracer(torch.fx.Tracer):
+    """Only a block's own forward pass, and that of sequences in it."""
+
+    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+        return _Proxy(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) is not nn.Sequential or hooked(m)
+
+
+def activation_of(node: torch.fx.Node, modules: dict[str, nn.Module]) -> Activation | None:
+    """The activation that this node computes of one tensor."""
+    if len(node.args) != 1:
+        return None
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return None if hooked(module) or node.kwargs else activation(module)
+    plain = node.op == "call_function" and set(node.kwargs) <= {"inplace"}
+    return fused_activation(node.target) if plain else None
+
+
+def passes(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether this does nothing in evaluation."""
+    module = modules[str(node.target)] if node.op == "call_module" else None
+    return type(module) in NOTHING and not hooked(module) and len(node.args) == 1  # pyright: ignore
