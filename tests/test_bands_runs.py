@@ -213,7 +213,7 @@ def test_the_page_says_what_it_takes(run, network, folder, tmp_path):
     assert viewer.takes.startswith("This network takes images of 7 channels: a TIFF of so many bands")
 
 
-def test_a_run_goes_on_with_what_was_measured_at_its_beginning(run, folder, tmp_path):
+def test_a_run_goes_on_with_what_was_measured_at_its_beginning(run, folder, tmp_path, no_report):
     """Though the data has changed since."""
     shutil.copytree(run, tmp_path / "run")
     shutil.copytree(folder, tmp_path / "data")

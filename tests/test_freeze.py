@@ -81,7 +81,7 @@ def test_what_cannot_be_frozen_is_told(spec, message):
         freeze(model, model, spec)
 
 
-def test_a_run_leaves_frozen_parts_and_their_norms_as_they_were(class_folder, tmp_path):
+def test_a_run_leaves_frozen_parts_and_their_norms_as_they_were(class_folder, tmp_path, no_report):
     before = {name: tensor.clone() for name, tensor in start(tmp_path, class_folder).items()}
     train(
         str(class_folder),
