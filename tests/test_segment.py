@@ -196,7 +196,7 @@ def test_palette_label_maps_keep_their_ids_and_lend_their_colours(tmp_path):
     assert set(np.unique(splits.train.read(0)[1])) == {IGNORE, 0, 1, 2}
 
 
-def test_what_cannot_be_used_is_left_out_counted_and_listed(data, tmp_path):
+def test_what_cannot_be_used_is_left_out_counted_and_listed(data, tmp_path, no_report):
     folder = make_data(tmp_path / "d", {"train": 10, "val": 3})
     images, labels = folder / "images" / "train", folder / "labels" / "train"
     (images / "00.jpg").write_bytes((images / "00.jpg").read_bytes()[:300])
@@ -544,7 +544,7 @@ def named_layout(folder: Path, kind: str) -> tuple[str, list[tuple[Path, Path]]]
 
 
 @pytest.mark.parametrize(("kind", "classes", "used"), [("voc", 21, (0, 12, 15)), ("cityscapes", 19, (7, 23, 26))])
-def test_torchvisions_sets_are_taken_by_name(kind, classes, used, tmp_path):
+def test_torchvisions_sets_are_taken_by_name(kind, classes, used, tmp_path, no_report):
     name, pairs = named_layout(tmp_path / "data", kind)
     for i, (image_file, label_file) in enumerate(pairs):
         image, ids = picture(i)
