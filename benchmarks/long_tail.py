@@ -1,6 +1,6 @@
 """Rare classes: long-tailed CIFAR-10, and what each remedy is worth in balanced accuracy.
 
-    python benchmarks/long_tail.py CIFAR10 --epochs 30 --seeds 0 1 2
+    python benchmarks/long_tail.py CIFAR10 --epochs 16 --seeds 0 1 2
 
 CIFAR10 is a folder of Parquet files with splits train and test. Of the training images the classes keep 5000, 2997,
 1796, ... 50 (factor 100, exponential: the field's CIFAR-10-LT, Cui et al., arXiv 1901.05555), the test split stays
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", default="transcnn_nano")
     parser.add_argument("--img_size", type=int, default=32)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--factor", type=float, default=100.0)
@@ -93,13 +93,13 @@ def measure(args: argparse.Namespace, data: Path, variant: str, seed: int) -> di
         img_size=args.img_size,
         epochs=args.epochs,
         seed=seed,
-        lr=3e-3,
+        lr=1e-2,
         batch_size=128,
         eval_metric="balanced_accuracy",
         limit_batches=args.limit_batches,
         classify=VARIANTS[variant],
-        optim=Optim(warmup_epochs=min(2, args.epochs / 4)),
-        augment=Augment(smoothing=0.0),
+        optim=Optim(opt="muon", weight_decay=0.05, warmup_epochs=min(1, args.epochs / 4), clip_grad=None),
+        augment=Augment(policy="small", smoothing=0.0),
         ema=Ema(ema_decay=0.99),
     )
     accuracies = list(metrics["class_accuracy"].values())
