@@ -230,6 +230,33 @@ def test_whatever_a_convolution_is_given():
         assert torch.allclose(optimize(nn.Sequential(linear))(x), linear(x), atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_first_convolutions_read_images_as_they_are(dtype):
+    torch.manual_seed(0)
+    for channels, width, bias, act in ((3, 32, True, nn.GELU()), (1, 16, False, nn.ReLU6()), (4, 24, True, nn.SiLU())):
+        model = nn.Sequential(Head(nn.Conv2d(channels, width, 3, 2, 1, bias=bias), act)).to(dtype)
+        fast, double = optimize(model, dtype), copy.deepcopy(model).double()
+        for size in ((2, channels, 9, 40), (1, channels, 1, 1), (3, channels, 70, 7)):
+            image = torch.randn(size).to(dtype)
+            for x in (image, image.contiguous(memory_format=torch.channels_last), image.flip(3).mT.contiguous().mT):
+                assert relative(fast(x), double(x.double())) <= (2e-6 if dtype == torch.float32 else 1e-2)
+        with pytest.raises(RuntimeError):
+            fast(torch.zeros(1, channels + 1, 9, 9).to(dtype))
+        fast[0].conv.weight.mul_(2)
+        double[0].conv.weight.mul_(2)
+        assert relative(fast(image), double(image.double())) <= (2e-6 if dtype == torch.float32 else 1e-2)
+
+
+class Head(nn.Module):
+    def __init__(self, conv: nn.Conv2d, act: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.act = conv, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv(x))
+
+
 @torch.no_grad()
 def test_packed_weights_follow_the_weights_and_the_size():
     conv = nn.Conv2d(8, 16, 3)

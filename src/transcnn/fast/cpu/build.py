@@ -89,7 +89,7 @@ def rebuild() -> ctypes.CDLL | None:
 
 
 def isa_support() -> int:
-    """What the library computes in on this CPU: bit 0 is fp32, bit 1 bf16; 0 without a library."""
+    """What the library computes in on this CPU: bit 0 is fp32, bit 1 bf16, bit 2 bf16 by AMX; 0 without a library."""
     kernels = library()
     return 0 if kernels is None else int(kernels.isa_support())
 

@@ -14,7 +14,9 @@ __all__ = [
     "KERNEL_SIZES",
     "MAX_HEAD_DIM",
     "PANEL",
+    "Argument",
     "Checked",
+    "argument",
     "call",
     "check",
     "check_memory",
@@ -30,16 +32,17 @@ MAX_HEAD_DIM = 256
 KERNEL_SIZES = (3, 5, 7)  # of a depthwise convolution
 FP32 = torch.float32
 Checked = tuple[str, Tensor, torch.dtype, tuple[int, ...]]  # name, tensor, and the dtype and shape that it must have
+Argument = Checked | int | ctypes.c_void_p | None
 
 
-def call(name: str, dtype: torch.dtype, *arguments: Checked | int | None, threads: int | None = None) -> None:
+def call(name: str, dtype: torch.dtype, *arguments: Argument, threads: int | None = None) -> None:
     """Call a kernel.
 
     Args:
         name: The kernel's name, without the suffix for its dtype.
         dtype: What it computes in.
         arguments: Integers and addresses, None for a tensor that the kernel can do without, or (name, tensor, dtype,
-            shape), where dtype and shape are what the kernel takes the memory for.
+            shape), where dtype and shape are what the kernel takes the memory for; or what :func:`argument` made of it.
         threads: How many it uses; None for as many as PyTorch.
 
     Raises:
@@ -51,18 +54,19 @@ def call(name: str, dtype: torch.dtype, *arguments: Checked | int | None, thread
     if library is None or not build.isa_support() & {FP32: 1, torch.bfloat16: 2}.get(dtype, 0):
         raise ValueError(f"there is no kernel {name!r} for {dtype} on this CPU")
     kernel = getattr(library, f"{name}_{'fp32' if dtype == FP32 else 'bf16'}")
-    given = [_argument(name, x) for x in arguments]
+    given = [argument(name, x) for x in arguments]
     failed = library.allocations_that_failed()
     kernel(*given, ctypes.c_long(threads or torch.get_num_threads()))
     if library.allocations_that_failed() != failed:
         raise MemoryError(f"kernel {name!r} finds no memory")
 
 
-def _argument(kernel: str, x: Checked | int | None) -> ctypes.c_void_p | ctypes.c_long:
+def argument(kernel: str, x: Argument) -> ctypes.c_void_p | ctypes.c_long:
+    """What the kernel gets for this; a tensor is checked, and must be kept for as long as the address is used."""
     if isinstance(x, int):
         return ctypes.c_long(x)
-    if x is None:
-        return ctypes.c_void_p(None)
+    if x is None or isinstance(x, ctypes.c_void_p):
+        return x or ctypes.c_void_p(None)
     check(kernel, *x)
     return ctypes.c_void_p(x[1].data_ptr())
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import call as cpu
+from .activations import SILU, Activation, activation
 from .call import FP32, PANEL, Checked, depth_fits, heads_fit, optional, require, round_up
 
 __all__ = [
@@ -72,26 +73,37 @@ def pack_pointwise(weight: Tensor, bias: Tensor) -> Affine:
     return weight.view(-1, PANEL, k // pair, pair).transpose(1, 2).contiguous(), bias.float()
 
 
-def pack_stem(first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor) -> tuple[Affine, Affine]:
-    """The weights of two 3x3 convolutions as :func:`stem` takes them."""
+def pack_stem(
+    first: Tensor, first_bias: Tensor | None, second: Tensor | None = None, second_bias: Tensor | None = None
+) -> tuple[Affine, Affine | None]:
+    """The weights of two 3x3 convolutions, or of one, as :func:`stem` takes them."""
+    bias = first.new_zeros(len(first)) if first_bias is None else first_bias
+    affine = first.float().flatten(1).t().contiguous(), bias.float()
+    if second is None or second_bias is None:
+        return affine, None
     rows = second.permute(0, 2, 3, 1).flatten(1)  # (C", 9·C')
     if rows.dtype == torch.bfloat16:
         rows = F.pad(rows, (0, -rows.shape[1] % PANEL))
-    return (first.float().flatten(1).t().contiguous(), first_bias.float()), pack_pointwise(rows, second_bias)
+    return affine, pack_pointwise(rows, second_bias)
 
 
-def stem(x: Tensor, first: Affine, second: Affine, strides: tuple[int, int]) -> Tensor:
-    """3x3 convolution, SiLU, 3x3 convolution, with these strides (1 or 2); (B, C, H, W) -> (B, H', W', C')."""
+def stem(x: Tensor, first: Affine, second: Affine | None, strides: tuple[int, int], act: Activation = SILU) -> Tensor:
+    """3x3 convolution, activation, 3x3 convolution, with these strides (1 or 2); (B, C, H, W) -> (B, H', W', C').
+
+    Where ``second`` is None the second stride is 1.
+    """
     batch, channels, height, width = x.shape
     for stride in strides:
         height, width = -(-height // stride), -(-width // stride)
-    weight, bias = second
-    hidden, outputs, dtype = len(first[1]), len(bias), x.dtype
+    hidden, dtype = len(first[1]), x.dtype
+    outputs = hidden if second is None else len(second[1])
     depth = 9 * hidden if dtype == FP32 else round_up(9 * hidden)
-    require(set(strides) <= {1, 2} and hidden % 16 == outputs % 16 == 0, "stem", hidden, outputs, *strides)
+    fits = set(strides) <= {1, 2} and hidden % 16 == outputs % 16 == 0 and (second is not None or strides[1] == 1)
+    require(fits, "stem", hidden, outputs, *strides)
     cpu.check_memory("stem", "x", x, dtype, tuple(x.shape))
     out = x.new_empty(batch, height, width, outputs)
     images = _Images(x.data_ptr(), (ctypes.c_long * 4)(*x.shape), (ctypes.c_long * 4)(*x.stride()))
+    kind = activation(act)
     cpu.call(
         "stem",
         dtype,
@@ -99,8 +111,9 @@ def stem(x: Tensor, first: Affine, second: Affine, strides: tuple[int, int]) -> 
         ("out", out, dtype, (batch, height, width, outputs)),
         ("first", first[0], FP32, (9 * channels, hidden)),
         ("first bias", first[1], FP32, (hidden,)),
-        *packed_matrix("second", (weight, bias), dtype, outputs, depth),
-        *(hidden, outputs, depth, *strides),
+        *((None, None) if second is None else packed_matrix("second", second, dtype, outputs, depth)),
+        *(hidden, outputs, depth if second is not None else 0, *strides),
+        ctypes.addressof(kind),
     )
     return out
 

@@ -9,17 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import build
 from . import call as cpu
-from .call import FP32, KERNEL_SIZES, depth_fits, optional, require, round_up
+from .activations import IDENTITY, SIGMOID, SILU, Activation, CActivation, activation
+from .call import FP32, KERNEL_SIZES, optional, require, round_up
 from .inference import Affine, pack_pointwise, packed_matrix
 
-__all__ = ["ACTIVATIONS", "Layers", "Weights", "inverted_residual", "pack_inverted_residual", "pack_squeeze"]
+__all__ = [
+    "InvertedResidual",
+    "Layers",
+    "Weights",
+    "inverted_residual",
+    "pack_inverted_residual",
+    "pack_squeeze",
+]
 
-# In the order of activations.h.
-ACTIVATIONS = ("none", "relu", "clamp", "silu", "gelu", "gelu_tanh", "hardswish", "sigmoid", "hardsigmoid")
-Activation = tuple[str, float, float]  # its name, and the bounds of "clamp"
-NONE: Activation = ("none", 0.0, 0.0)
-SILU: Activation = ("silu", 0.0, 0.0)
+KERNEL = "inverted_residual"
 Weights = tuple[Affine | None, Affine | None, Affine | None]  # of expansion, depthwise convolution and projection
 
 
@@ -29,15 +34,11 @@ class Layers(NamedTuple):
     channels: int | None = None  # hidden ones, without those that fill up a panel; None: all
     stride: int = 1
     padding: tuple[int, int, int, int] | None = None  # above, below, before and after; None: half of the kernel's size
-    acts: tuple[Activation, Activation, Activation] = (SILU, SILU, NONE)
-    squeeze_acts: tuple[Activation, Activation] = (SILU, ("sigmoid", 0.0, 0.0))
+    acts: tuple[Activation, Activation, Activation] = (SILU, SILU, IDENTITY)
+    squeeze_acts: tuple[Activation, Activation] = (SILU, SIGMOID)
 
 
 OURS = Layers()
-
-
-class _Activation(ctypes.Structure):
-    _fields_ = (("kind", ctypes.c_long), ("low", ctypes.c_float), ("high", ctypes.c_float))
 
 
 class _Shape(ctypes.Structure):
@@ -58,8 +59,8 @@ class _Squeeze(ctypes.Structure):
         ("expand_bias", ctypes.c_void_p),
         ("squeezed", ctypes.c_long),
         ("images", ctypes.c_long),
-        ("act", _Activation),
-        ("gate", _Activation),
+        ("act", CActivation),
+        ("gate", CActivation),
         ("maps", ctypes.c_void_p),
     )
 
@@ -80,7 +81,7 @@ def pack_inverted_residual(
     wide = round_up(hidden)
     expanded = projected = None
     if expand is not None:
-        depth = expand.shape[1] if expand.dtype == FP32 else max(32, round_up(expand.shape[1], 16))
+        depth = _depth(expand.shape[1], expand.dtype)
         expand = F.pad(expand, (0, depth - expand.shape[1], 0, wide - hidden))
         expanded = pack_pointwise(expand, _filled(expand_bias, hidden, wide, expand))
     if project is not None:
@@ -93,6 +94,13 @@ def pack_inverted_residual(
         kernel = F.pad(depthwise.float().squeeze(1).permute(1, 2, 0), (0, wide - hidden)).contiguous()  # (k, k, hidden)
         convolved = kernel, _filled(depthwise_bias, hidden, wide, depthwise).float()
     return expanded, convolved, projected
+
+
+def _depth(channels: int, dtype: torch.dtype) -> int:
+    """So many at least do products sum over: AMX takes them by 32, other instructions for bf16 in pairs."""
+    if dtype == FP32:
+        return channels
+    return max(32, round_up(channels, 16)) if build.isa_support() & 4 else round_up(channels, 2)
 
 
 def pack_squeeze(
@@ -135,62 +143,93 @@ def inverted_residual(
         layers: What is between the products.
         outputs: C'; None: as many as the projection's bias has.
     """
-    x = x.contiguous()
-    batch, height, width, channels = x.shape
-    require(expand is not None or depthwise is not None, "inverted_residual")
-    size, _, hidden = (1, 1, len(expand[1])) if depthwise is None else depthwise[0].shape  # pyright: ignore
-    dtype, stride = x.dtype, layers.stride
-    above, below, before, after = layers.padding or (size // 2,) * 4
-    shape = (batch, (height + above + below - size) // stride + 1, (width + before + after - size) // stride + 1)
-    if outputs is None:
-        outputs = channels if project is None else len(project[1])
-    if out is None:
-        out = x.new_empty(*shape, outputs)
-    residual = None if residual is None else residual.to(dtype).contiguous()
-    depth = channels if expand is None else expand[0].shape[1] * expand[0].shape[3]
-    used = round_up(layers.channels or hidden, 16)
-    fits = size in KERNEL_SIZES and stride in (1, 2) and min(shape) > 0 and used <= hidden
-    if depthwise is None:
-        fits = stride == 1 and used <= hidden and project is not None and squeeze is None
-    fits = fits and all(0 <= n < size for n in (above, below, before, after))
-    if expand is None:
-        fits = fits and round_up(channels, 16) == used
-    else:
-        fits = fits and channels <= depth and (dtype == FP32 or depth_fits(depth, dtype))
-    if project is None:
-        fits = fits and round_up(outputs, 16) == used and residual is None and squeeze is None
-    require(fits, "inverted_residual", channels, outputs, size, stride)
-    sizes = _Shape(*x.shape, depth, hidden, used, *shape[1:], outputs, size, stride, above, before)
-    acts = (_Activation * 3)(*map(_activation, layers.acts))
-    squeezed, maps = _squeeze(x, squeeze, layers, (batch, *shape[1:], hidden))
-    cpu.call(
-        "inverted_residual",
-        dtype,
-        ("x", x, dtype, (batch, height, width, channels)),
-        optional("residual", residual, dtype, (*shape, outputs)),
-        ("out", out, dtype, (*shape, outputs)),
-        *((None, None) if expand is None else packed_matrix("expand", expand, dtype, hidden, depth)),
-        optional("depthwise", depthwise and depthwise[0], FP32, (size, size, hidden)),
-        optional("depthwise bias", depthwise and depthwise[1], FP32, (hidden,)),
-        *((None, None) if project is None else packed_matrix("project", project, dtype, round_up(outputs, 16), hidden)),
-        ctypes.addressof(sizes),
-        ctypes.addressof(acts),
-        None if squeezed is None else ctypes.addressof(squeezed),
-    )
-    del maps  # until here its memory is in use
-    return out
+    ready = InvertedResidual(tuple(x.shape), x.dtype, (expand, depthwise, project), squeeze, layers, outputs)
+    return ready(x, residual, out)
 
 
-def _activation(act: Activation) -> _Activation:
-    return _Activation(ACTIVATIONS.index(act[0]), act[1], act[2])
+class InvertedResidual:
+    """:func:`inverted_residual` for inputs of one size, its weights checked."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        weights: Weights,
+        squeeze: tuple[Affine, Affine] | None = None,
+        layers: Layers = OURS,
+        outputs: int | None = None,
+    ) -> None:
+        batch, height, width, channels = shape
+        expand, depthwise, project = self._keep = weights
+        require(expand is not None or depthwise is not None, KERNEL)
+        size, _, hidden = (1, 1, len(expand[1])) if depthwise is None else depthwise[0].shape  # pyright: ignore
+        above, below, before, after = layers.padding or (size // 2,) * 4
+        stride = layers.stride
+        sides = (height + above + below - size) // stride + 1, (width + before + after - size) // stride + 1
+        if outputs is None:
+            outputs = channels if project is None else len(project[1])
+        depth = channels if expand is None else expand[0].shape[1] * expand[0].shape[3]
+        used = round_up(layers.channels or hidden, 16)
+        fits = size in KERNEL_SIZES and stride in (1, 2) and min(sides) > 0 and used <= hidden
+        if depthwise is None:
+            fits = stride == 1 and used <= hidden and project is not None and squeeze is None
+        fits = fits and all(0 <= n < size for n in (above, below, before, after))
+        if expand is None:
+            fits = fits and round_up(channels, 16) == used
+        else:
+            fits = fits and channels <= depth == _depth(depth, dtype)
+        if project is None:
+            fits = fits and round_up(outputs, 16) == used and squeeze is None
+        require(fits, KERNEL, channels, outputs, size, stride)
+        self._in, self._out, self._dtype = shape, (batch, *sides, outputs), dtype
+        self._adds = project is not None
+        self._sizes = _Shape(*shape, depth, hidden, used, *sides, outputs, size, stride, above, before)
+        self._acts = (CActivation * 3)(*map(activation, layers.acts))
+        fixed = (
+            *((None, None) if expand is None else packed_matrix("expand", expand, dtype, hidden, depth)),
+            optional("depthwise", depthwise and depthwise[0], FP32, (size, size, hidden)),
+            optional("depthwise bias", depthwise and depthwise[1], FP32, (hidden,)),
+            *(
+                (None, None)
+                if project is None
+                else packed_matrix("project", project, dtype, round_up(outputs, 16), hidden)
+            ),
+        )
+        self._fixed = [cpu.argument(KERNEL, x) for x in fixed]
+        self._pointers = ctypes.c_void_p(ctypes.addressof(self._sizes)), ctypes.c_void_p(ctypes.addressof(self._acts))
+        self._squeeze = None if squeeze is None else _squeeze(squeeze, layers, (batch, *sides, hidden))
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """(B, H, W, C) -> (B, H', W', C')."""
+        require(residual is None or self._adds, KERNEL)
+        x = x.contiguous()
+        if out is None:
+            out = x.new_empty(self._out)
+        residual = None if residual is None else residual.to(self._dtype).contiguous()
+        squeeze = maps = None
+        if self._squeeze is not None:
+            shape, template = self._squeeze[:2]
+            maps = x.new_empty(shape)
+            squeeze = _Squeeze.from_buffer_copy(template)  # one of its own for each thread that calls
+            squeeze.maps = maps.data_ptr()
+        cpu.call(
+            KERNEL,
+            self._dtype,
+            ("x", x, self._dtype, self._in),
+            optional("residual", residual, self._dtype, self._out),
+            ("out", out, self._dtype, self._out),
+            *self._fixed,
+            *self._pointers,
+            None if squeeze is None else ctypes.addressof(squeeze),
+        )
+        del maps  # until here its memory is in use
+        return out
 
 
 def _squeeze(
-    x: Tensor, squeeze: tuple[Affine, Affine] | None, layers: Layers, shape: tuple[int, int, int, int]
-) -> tuple[_Squeeze | None, Tensor | None]:
-    """What the kernel takes, and the map that it points to."""
-    if squeeze is None:
-        return None, None
+    squeeze: tuple[Affine, Affine], layers: Layers, shape: tuple[int, int, int, int]
+) -> tuple[tuple[int, int, int, int], _Squeeze, tuple[Affine, Affine]]:
+    """The size of the map that the kernel needs, what it takes but for that map, and the weights that it points to."""
     (reduce, reduce_bias), (expand, expand_bias) = squeeze
     batch, height, width, hidden = shape
     squeezed = len(reduce_bias)
@@ -200,10 +239,9 @@ def _squeeze(
         ("excite", expand, (squeezed, hidden)),
         ("excite bias", expand_bias, (hidden,)),
     ):
-        cpu.check("inverted_residual", name, weight, FP32, size)
-    require(squeezed % 16 == 0, "inverted_residual", squeezed)
+        cpu.check(KERNEL, name, weight, FP32, size)
+    require(squeezed % 16 == 0, KERNEL, squeezed)
     images = min(batch, torch.get_num_threads() * max(1, 512 // (height * width)))  # enough for every thread
-    maps = x.new_empty(images, height, width, hidden)
     pointers = (w.data_ptr() for w in (reduce, reduce_bias, expand, expand_bias))
-    acts = map(_activation, layers.squeeze_acts)
-    return _Squeeze(*pointers, squeezed, images, *acts, maps.data_ptr()), maps
+    acts = map(activation, layers.squeeze_acts)
+    return (images, height, width, hidden), _Squeeze(*pointers, squeezed, images, *acts, None), squeeze

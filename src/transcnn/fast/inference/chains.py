@@ -12,18 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..cpu.activations import IDENTITY, Activation
 from ..cpu.call import KERNEL_SIZES
 from ..cpu.inference import Packed
-from ..cpu.inverted_residual import NONE as IDENTITY
-from ..cpu.inverted_residual import Activation, Layers, inverted_residual, pack_inverted_residual, pack_squeeze
+from ..cpu.inverted_residual import InvertedResidual, Layers, pack_inverted_residual, pack_squeeze
 from ..dispatch import fits_cpu, hooked, to_nchw, to_nhwc
 from .convolutions import FastConv2d, FastLinear, kernel_activation
-from .plan import Ref, Step, mapped
+from .plan import Ref, Step, mapped, submodule
 from .tracing import Tracer, activation_of, passes
 
 __all__ = ["Chain", "chain_names", "with_chains"]
 
 _FEW = 64  # positions for which two products alone are as fast
+_SIZES = 8  # of inputs, for each of which a call is kept
 _CHAINS = re.compile("pds?p|ds?p|pd|pp|ll")  # of kinds, see _kind
 
 
@@ -53,7 +54,7 @@ class Chain:
         given = [x] if other is None else [x, other]
         if not all(isinstance(t, Tensor) and t.dtype == x.dtype and fits_cpu(t, gemm=False) for t in given):
             return None
-        layers: list[Any] = [None if name is None else block.get_submodule(name) for name in self.names]
+        layers: list[Any] = [None if name is None else submodule(block, name) for name in self.names]
         weights = [w for layer in layers for w in ((None, None) if layer is None else (layer.weight, layer.bias))]
         if any(w is not None and (w.dtype != x.dtype or not w.is_cpu or w.is_inference()) for w in weights):
             return None
@@ -66,9 +67,15 @@ class Chain:
             return None  # PyTorch says what is wrong, or broadcasts
         if layers[1] is None and shape[0] * shape[1] * shape[2] < _FEW:
             return None
-        packed, squeeze = self._pack(*weights)
-        many = {"squeeze": squeeze, "layers": self.layers, "outputs": self.outputs}
-        y = inverted_residual(maps[0], maps[1] if other is not None else None, *packed, **many)  # pyright: ignore
+        packed, squeeze, ready = self._pack(*weights)
+        key = maps[0].shape, torch.get_num_threads()  # pyright: ignore
+        kernel = ready.get(key)
+        if kernel is None:
+            if len(ready) >= _SIZES:
+                ready.clear()
+            kernel = InvertedResidual(tuple(key[0]), x.dtype, packed, squeeze, self.layers, self.outputs)
+            ready[key] = kernel
+        y = kernel(*maps)
         return y.view(*x.shape[:-1], self.outputs) if linear else to_nchw(y)
 
     def _shape(self, x: Tensor, depthwise: nn.Conv2d | None) -> tuple[int, int, int, int]:
@@ -89,13 +96,13 @@ def _map(x: Tensor, linear: bool) -> Tensor | None:
 
 
 def _packed(*weights: Tensor | None) -> Any:
-    """What :func:`inverted_residual` takes of the layers' weights and biases."""
+    """What the kernel takes of the layers' weights and biases, and calls of it by sizes of the input."""
     expand, depthwise, reduce, excite, project = (
         (weight if i == 1 or weight is None else weight.flatten(1), bias)
         for i, (weight, bias) in enumerate(zip(weights[::2], weights[1::2], strict=True))
     )
     squeeze = None if reduce[0] is None or excite[0] is None else pack_squeeze(*reduce, *excite)  # pyright: ignore
-    return pack_inverted_residual(*expand, *depthwise, *project), squeeze  # pyright: ignore
+    return pack_inverted_residual(*expand, *depthwise, *project), squeeze, {}  # pyright: ignore
 
 
 def with_chains(steps: list[Step], output: Any, modules: dict[str, nn.Module]) -> list[Step]:

@@ -16,9 +16,10 @@ from timm.layers import GELU, GELUTanh, Sigmoid
 from torch import Tensor, nn
 
 from ...layers import drop_columns, widen
-from ..cpu.inverted_residual import ACTIVATIONS
-from ..cpu.inverted_residual import Activation as KernelActivation
-from ..dispatch import eager_cpu, traced
+from ..cpu.activations import ACTIVATIONS
+from ..cpu.activations import Activation as KernelActivation
+from ..cpu.inference import Packed, pack_stem, stem
+from ..dispatch import eager_cpu, fits_cpu, to_nchw, traced
 
 __all__ = [
     "FastConv2d",
@@ -33,6 +34,7 @@ __all__ = [
 
 Activation = tuple[str, tuple[float, ...], str]  # oneDNN's name, numbers and algorithm
 NONE: Activation = ("none", (), "")
+_IMAGE_CHANNELS = 4  # at most
 _RELU6 = ("hardtanh", (0.0, 6.0), "")
 _FUNCTIONS: dict[Any, Activation] = {
     F.relu: ("relu", (), ""),
@@ -126,9 +128,13 @@ class FastConv2d(Fused, nn.Conv2d):
 
     _narrow: bool
     _packed: _Packed
+    _stem: Packed | None  # of the first convolution of a network
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
+        y = self._as_stem(input, NONE)
+        if y is not None:
+            return y
         if not self._narrow:
             return self._convolve(input)
         return drop_columns(self._convolve(widen(input)), input)
@@ -139,9 +145,23 @@ class FastConv2d(Fused, nn.Conv2d):
 
     def fused(self, x: Tensor, other: Tensor | None, act: Activation) -> Tensor | None:
         """act(conv(x) + other), (B, C, H, W) and (B, C', H', W') -> (B, C', H', W'); None where that can't be fused."""
+        y = self._as_stem(x, act) if other is None else None
+        if y is not None:
+            return y
         if self._narrow and widen(x) is not x:
             return None
         return self._by_onednn(x, other, act)
+
+    def _as_stem(self, x: Tensor, act: Activation) -> Tensor | None:
+        """act(conv(x)) by a C++ kernel, which reads images in any memory format; None of other convolutions."""
+        pack, kind, weight, bias = self._stem, kernel_activation(act), self.weight, self.bias
+        if pack is None or kind is None or not isinstance(x, Tensor) or x.ndim != 4 or weight.is_inference():
+            return None
+        alike = x.shape[1] == self.in_channels and x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
+        if not alike or not fits_cpu(x, self.out_channels, gemm=False):
+            return None
+        first, _ = pack(weight, bias)
+        return to_nchw(stem(x, first, None, (self.stride[0], 1), kind))
 
     def _by_onednn(self, x: Tensor, other: Tensor | None, act: Activation) -> Tensor | None:
         weight = self.weight
@@ -205,6 +225,8 @@ def make_fast(model: nn.Module) -> None:
             module._packed = _Packed()  # pyright: ignore
             sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
             module._narrow = sizes == ((3, 3), (2, 2), (1, 1), (1, 1))  # pyright: ignore
+            first = module._narrow and module.groups == 1 and module.in_channels <= _IMAGE_CHANNELS  # pyright: ignore
+            module._stem = Packed(pack_stem) if first else None  # pyright: ignore
         elif FastLinear.fits(module):
             module.__class__ = FastLinear
 

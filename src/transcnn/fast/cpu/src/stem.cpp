@@ -1,10 +1,11 @@
-// The stem of a network for inference: strided 3x3 convolution, SiLU, strided 3x3 convolution.
+// The stem of a network for inference: strided 3x3 convolution, activation, strided 3x3 convolution; or the first two alone.
 //
 // The map between them, the largest of a network, is never stored as a whole: a few rows of it are computed and used while
 // they are in a core's L2 cache. Images may have any strides.
 
 #include <algorithm>
 
+#include "activations.h"
 #include "gemm.h"
 
 namespace {
@@ -25,9 +26,10 @@ struct Work {
     Images images;
     T* out;
     const float *first, *first_bias;  // (channels * 9, hidden)
-    const T* second;                  // packed, ``depth`` weights per output
+    const T* second;                  // packed, ``depth`` weights per output; null where there is none
     const float* second_bias;
     long hidden, outputs, depth, first_stride, second_stride;
+    Activation act;
 };
 
 // Computes rows top to bottom (exclusive) of one image's output.
@@ -38,7 +40,7 @@ class Rows {
         : w(work), image(image), top(top), bottom(bottom), height(strided(w.images.height, w.first_stride)),
           width(strided(w.images.width, w.first_stride)), line((width + 2) * w.hidden),
           plane(w.images.width + 2 + 2 * SOME) {
-        const long rows = (bottom - top - 1) * w.second_stride + 3;
+        const long rows = w.second ? (bottom - top - 1) * w.second_stride + 3 : 0;
         Scratch& memory = scratch();
         if (!memory.begin((rows * line + AT_ONCE * w.depth) * sizeof(T) + 3 * w.images.channels * plane * 4 + 1024)) return;
         map = memory.take<T>(rows * line);
@@ -50,6 +52,12 @@ class Rows {
 
     void run() {
         if (!map) return;  // there was no memory
+        for (long y = top; y < (w.second ? top : bottom); y++) {
+            T* to = w.out + (image * height + y) * width * w.hidden;
+            copy(y * w.first_stride - 1);
+            w.first_stride == 1 ? first<1>(to) : first<2>(to);
+        }
+        if (!w.second) return;
         const long begin = top * w.second_stride - 1, end = (bottom - 1) * w.second_stride + 2;
         for (long y = begin; y < end; y++) {
             T* to = map + (y - begin) * line;
@@ -84,7 +92,7 @@ class Rows {
             }
     }
 
-    // One row of the first convolution, and SiLU.
+    // One row of the first convolution, and the activation.
     template <long STRIDE>
     void first(T* to) {
         for (long c = 0; c < w.hidden; c += LANES)
@@ -98,7 +106,9 @@ class Rows {
 #pragma GCC unroll 12
                     for (long i = 0; i < SOME; i++) sums[i] += p[i * STRIDE] * weight;
                 }
-                for (long i = 0; i < SOME && x + i < width; i++) store(to + (x + i) * w.hidden + c, silu<T>(sums[i]));
+                w.act.template with<T>([&](auto f) {
+                    for (long i = 0; i < SOME && x + i < width; i++) store(to + (x + i) * w.hidden + c, f(sums[i]));
+                });
             }
     }
 
@@ -152,9 +162,9 @@ void stem(const Work<T>& w, long threads) {
 #define STEM(NAME, T)                                                                                                   \
     extern "C" void NAME(const Images* images, T* out, const float* first, const float* first_bias, const T* second,    \
                          const float* second_bias, long hidden, long outputs, long depth, long first_stride,            \
-                         long second_stride, long threads) {                                                            \
+                         long second_stride, const Activation* act, long threads) {                                     \
         stem(Work<T>{*images, out, first, first_bias, second, second_bias, hidden, outputs, depth, first_stride,        \
-                     second_stride},                                                                                    \
+                     second_stride, *act},                                                                              \
              threads);                                                                                                  \
     }
 
