@@ -46,7 +46,7 @@ VARIANTS = {
 }
 # A build for tests (TRANSCNN_NATIVE_DEBUG=1), which ends the process where a kernel reads or writes out of bounds.
 DEBUG = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-TIME_LIMIT = 60.0  # seconds for the compiler, which takes about five
+TIME_LIMIT = 180.0  # seconds for the compiler, which takes about twenty of a core of its own
 DEBUG_TIME_LIMIT = 1800.0
 _log = logging.getLogger(__name__)
 
