@@ -32,7 +32,7 @@ MAX_HEAD_DIM = 256
 KERNEL_SIZES = (3, 5, 7)  # of a depthwise convolution
 FP32 = torch.float32
 Checked = tuple[str, Tensor, torch.dtype, tuple[int, ...]]  # name, tensor, and the dtype and shape that it must have
-Argument = Checked | int | ctypes.c_void_p | None
+Argument = Checked | int | ctypes.c_void_p | ctypes.c_long | None
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Argument, threads: int | None = None) -> None:
@@ -65,7 +65,7 @@ def argument(kernel: str, x: Argument) -> ctypes.c_void_p | ctypes.c_long:
     """What the kernel gets for this; a tensor is checked, and must be kept for as long as the address is used."""
     if isinstance(x, int):
         return ctypes.c_long(x)
-    if x is None or isinstance(x, ctypes.c_void_p):
+    if x is None or isinstance(x, ctypes.c_void_p | ctypes.c_long):
         return x or ctypes.c_void_p(None)
     check(kernel, *x)
     return ctypes.c_void_p(x[1].data_ptr())

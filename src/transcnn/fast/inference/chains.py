@@ -75,7 +75,7 @@ class Chain:
                 ready.clear()
             kernel = InvertedResidual(tuple(key[0]), x.dtype, packed, squeeze, self.layers, self.outputs)
             ready[key] = kernel
-        y = kernel(*maps)
+        y = kernel(*maps)  # pyright: ignore
         return y.view(*x.shape[:-1], self.outputs) if linear else to_nchw(y)
 
     def _shape(self, x: Tensor, depthwise: nn.Conv2d | None) -> tuple[int, int, int, int]:
