@@ -71,18 +71,7 @@ def test_a_recipe_for_tables_takes_two_steps(path, tmp_path):
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(tmp_path / f"{i}.png")
     lines = [",".join([f"{i}.png", str(i), *(str((i + k) % 2) for k in range(len(target)))]) for i in range(12)]
     (tmp_path / "labels.csv").write_text("\n".join([",".join(["file", "group", *target]), *lines]))
-    flags = [
-        "--config",
-        str(path),
-        "--model",
-        "transcnn_test",
-        "--model_args",
-        "{}",
-        "--img_size",
-        "32",
-        "--epochs",
-        "1",
-    ]
+    flags = ["--config", str(path), "--img_size", "32", "--epochs", "1"]
     flags += ["--batch_size", "4", "--limit_batches", "2", "--accelerator", "cpu", "--precision", "32", "--quiet"]
     flags += ["--num_workers", "0", "--warmup_epochs", "0", "--out", str(tmp_path / "run")]
     assert train(**cli.parse("train", train, [str(tmp_path / "labels.csv"), *flags])).metrics["images"] > 0
