@@ -116,8 +116,8 @@ def test_rare_classes_are_told_with_what_to_do():
     assert remarks_on_classes(labels, ["a", "b", "c"]) == [
         "the train split has no images of 'c'",
         "the val split has no images of 'c'",
-        "a has 100 training images, b has 10: --logit_adjustment 1 finds rare classes (or --class_weights sqrt, or "
-        "--sampler balanced), and --eval_metric balanced_accuracy chooses the epoch by all classes alike",
+        "a has 100 training images, b has 10: --logit_adjustment 1 finds rare classes, and --eval_metric "
+        "balanced_accuracy chooses the epoch by all classes alike",
     ]
     assert not remarks_on_classes({"train": np.repeat([0, 1], [99, 10])}, ["a", "b"])
 

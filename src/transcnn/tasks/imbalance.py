@@ -62,8 +62,8 @@ def remarks_on_classes(labels: dict[str, np.ndarray], names: Sequence[str]) -> l
     if counts[largest] >= RATIO * counts[smallest]:
         few, many = (f"{printable(names[i])} has {counts[i]:,}" for i in (smallest, largest))
         remarks.append(
-            f"{many} training images, {few}: --logit_adjustment 1 finds rare classes (or --class_weights sqrt, or "
-            "--sampler balanced), and --eval_metric balanced_accuracy chooses the epoch by all classes alike"
+            f"{many} training images, {few}: --logit_adjustment 1 finds rare classes, and --eval_metric "
+            "balanced_accuracy chooses the epoch by all classes alike"
         )
     return remarks
 
