@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from test_cpu_inference import threads
 from test_other_cnns import randomised, relative
 from transcnn.fast import optimize
 from transcnn.fast.cpu import support
@@ -54,16 +55,6 @@ def counted() -> Iterator[Counter]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Chain, "run", count)
         yield called
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def exact(x: Tensor, residual: Tensor | None, layers: Layers, convs: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
