@@ -45,7 +45,7 @@ def main() -> None:
     flags = ["--config", args.config, *(["--target", args.target] if args.target else [])]
     settings = TrainSettings(**cli.parse("train", train, [args.data, *flags]))
     settings = replace(settings, epochs=args.epochs or settings.epochs, limit_batches=args.limit_batches)
-    task = settings.task or ""
+    task = settings.task
     path = args.out / f"{task}.csv"
     score, better = CHOSEN_BY[task]
     runs = read_runs(beside(path, "runs"), ("epochs", "lr", "seed", score, "of_the_mean", "params", *FIGURES[task]))
@@ -66,14 +66,14 @@ def main() -> None:
         tried = [found(chosen, lr, args.seeds[0]) for lr in args.lrs]
         lr = better(tried, key=lambda row: row[score])["lr"]
         rows = [found(chosen, lr, seed) for seed in args.seeds]
-        table.append({**{name: rows[0][name] for name in ("model", "start", "params", "epochs", "lr")}})
-        table[-1]["seeds"] = len(rows)
+        row = {name: rows[0][name] for name in ("model", "start", "params", "epochs", "lr")} | {"seeds": len(rows)}
         for figure in FIGURES[task]:
-            table[-1][figure], table[-1][f"{figure}_spread"] = mean_and_spread([row[figure] for row in rows])
+            row[figure], row[f"{figure}_spread"] = mean_and_spread([one[figure] for one in rows])
         if task == "regress":
-            table[-1]["of_the_mean"] = rows[0]["of_the_mean"]
+            row["of_the_mean"] = rows[0]["of_the_mean"]
+        table.append(row)
         write_rows(path, table)
-        print(table[-1], flush=True)
+        print(row, flush=True)
 
 
 def contenders(settings: TrainSettings) -> list[TrainSettings]:
@@ -91,11 +91,11 @@ def run(args: argparse.Namespace, settings: TrainSettings, score: str) -> dict[s
     name = f"{settings.model}-{start_of(settings)}-{settings.epochs}-{settings.lr:g}-{settings.seed}"
     left_out = ("origins", "data", "out", "resume", "quiet", "channels_last")
     asked = {item: getattr(settings, item) for item in settings.__dataclass_fields__ if item not in left_out}
-    metrics = train_or_resume(args.runs / (settings.task or "") / name, args.data, **asked)
+    metrics = train_or_resume(args.runs / settings.task / name, args.data, **asked)
     row: dict[str, Any] = {"params": parameters(settings), score: round(metrics[score], 4)}
     if settings.task == "regress":
         row["of_the_mean"] = next(iter(metrics["columns"].values()))["of_the_mean"]
-    return row | {figure: metrics[figure] for figure in FIGURES[settings.task or ""]}
+    return row | {figure: metrics[figure] for figure in FIGURES[settings.task]}
 
 
 def parameters(settings: TrainSettings) -> int:

@@ -110,7 +110,12 @@ def with_chains(steps: list[Step], output: Any, modules: dict[str, nn.Module]) -
     reads: Counter[int] = Counter()
     for given in (*((list(step.args), step.kwargs) for step in steps), output):
         mapped(given, lambda one: reads.update([one.number]) if isinstance(one, Ref) else None)
-    kinds = "".join(_kind(step, modules) for step in steps)
+    layers = [_layer(step, modules) for step in steps]
+    squeezes = [
+        None if layer is None or len(step.args) != 1 else _squeeze(layer)
+        for step, layer in zip(steps, layers, strict=True)
+    ]
+    kinds = "".join("s" if squeeze else _kind(layer) for squeeze, layer in zip(squeezes, layers, strict=True))
     made: list[Step] = []
     i = 0
     while i < len(steps):
@@ -122,7 +127,8 @@ def with_chains(steps: list[Step], output: Any, modules: dict[str, nn.Module]) -
         if found:
             parts = steps[i : found.end()]
             args = [step.args[0], *parts[-1].args[1:]]
-            step = Step("chain", _chain(parts, found[0], modules), args, {}, parts[-1].number, parts=parts)
+            squeeze = next(filter(None, squeezes[i : found.end()]), None)
+            step = Step("chain", _chain(parts, found[0], modules, squeeze), args, {}, parts[-1].number, parts=parts)
         made.append(step)
         i = found.end() if found else i + 1
     return made
@@ -139,16 +145,20 @@ def _follows(before: Step, step: Step, reads: Counter[int]) -> bool:
     return list(step.args[:1]) == [Ref(before.number)] and reads[before.number] == len(before.args) == 1
 
 
-def _kind(step: Step, modules: dict[str, nn.Module]) -> str:
-    """p for a 1x1 convolution, d a depthwise one, l a linear layer, s squeeze-and-excitation, a dot for all else."""
+def _layer(step: Step, modules: dict[str, nn.Module]) -> nn.Module | None:
+    """What a step calls of one map, where a kernel may compute it; None of all else."""
     module = modules.get(str(step.target)) if step.kind in ("fused", "call_module") else None
-    if module is None or step.kwargs or hooked(module) or kernel_activation(step.act) is None:
-        return "."
-    if type(module) is FastLinear:
+    known = module is not None and not step.kwargs and not hooked(module)
+    return module if known and kernel_activation(step.act) is not None else None
+
+
+def _kind(layer: nn.Module | None) -> str:
+    """p for a 1x1 convolution, d a depthwise one, l a linear layer, a dot for all else."""
+    if type(layer) is FastLinear:
         return "l"
-    if type(module) is FastConv2d:
-        return "p" if _is_pointwise(module) else "d" if _is_depthwise(module) else "."
-    return "." if len(step.args) != 1 or _squeeze(module) is None else "s"
+    if type(layer) is FastConv2d:
+        return "p" if _is_pointwise(layer) else "d" if _is_depthwise(layer) else "."
+    return "."
 
 
 def _is_pointwise(conv: nn.Conv2d) -> bool:
@@ -201,8 +211,8 @@ def _squeeze(module: nn.Module) -> _Squeeze | None:
     return _Squeeze(str(reduce.target), str(excite.target), tuple(known))  # pyright: ignore
 
 
-def _chain(parts: list[Step], kinds: str, modules: dict[str, nn.Module]) -> Chain:
-    depthwise, squeeze = (parts[kinds.index(kind)] if kind in kinds else None for kind in "ds")
+def _chain(parts: list[Step], kinds: str, modules: dict[str, nn.Module], squeeze: _Squeeze | None) -> Chain:
+    depthwise = parts[kinds.index("d")] if "d" in kinds else None
     expand = None if kinds[0] == "d" else parts[0]
     project = None if kinds[-1] == "d" else parts[-1]
     first, last = modules[parts[0].target], modules[parts[-1].target]
@@ -210,10 +220,9 @@ def _chain(parts: list[Step], kinds: str, modules: dict[str, nn.Module]) -> Chai
     layers = Layers(_inputs(first) if expand is None else _outputs(first), acts=acts)  # pyright: ignore
     squeezed: tuple[str | None, str | None] = None, None
     if squeeze is not None:
-        found = _squeeze(modules[squeeze.target])
-        assert found is not None
-        squeezed = f"{squeeze.target}.{found.reduce}", f"{squeeze.target}.{found.excite}"
-        layers = layers._replace(squeeze_acts=found.acts)
+        name = parts[kinds.index("s")].target
+        squeezed = f"{name}.{squeeze.reduce}", f"{name}.{squeeze.excite}"
+        layers = layers._replace(squeeze_acts=squeeze.acts)
     if depthwise is not None:
         conv: Any = modules[depthwise.target]
         above, before = conv.padding
