@@ -82,30 +82,6 @@ def m5(classes: int, width: int) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4 * width, classes))
 
 
-def peers(ndim: int, classes: int, size: tuple[int, ...]) -> dict[str, Callable[[], nn.Module]]:
-    """Ours, and peers as wide as gives about as many multiply-adds; those with H-MHSA plugged in as well."""
-    name = f"transcnn{ndim}d_nano"
-    x = torch.empty(1, 1, *size, device="meta")
-    with torch.device("meta"):
-        wanted = count(transcnn.create_model(name, num_classes=classes), x).macs
-
-    def as_wide(make: Callable[[int], nn.Module]) -> Callable[[], nn.Module]:
-        with torch.device("meta"):
-            off = {width: abs(count(make(width), x).macs - wanted) for width in range(8, 257, 8)}
-        best = min(off, key=off.__getitem__)
-        return lambda: make(best)
-
-    others = {"ResNet": as_wide(lambda width: ResNet(ndim, classes, width, 4 if ndim == 1 else 2))}
-    if ndim == 1:
-        others["M5"] = as_wide(lambda width: m5(classes, width))
-    example = torch.zeros(1, 1, *size)
-    plugged = {
-        f"{other} with H-MHSA": lambda make=make: transcnn.plug(make(), example=example)
-        for other, make in others.items()
-    }
-    return {name: lambda: transcnn.create_model(name, num_classes=classes), **others, **plugged}
-
-
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
