@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from test_cpu_inference import threads
-from test_other_cnns import randomised, relative
+from test_other_cnns import host_named, randomised, relative
 from transcnn.fast import optimize
 from transcnn.fast.cpu import support
 from transcnn.fast.cpu.inverted_residual import Layers, inverted_residual, pack_inverted_residual, pack_squeeze
@@ -47,8 +47,8 @@ def counted() -> Iterator[Counter]:
     called: Counter = Counter()
     run = Chain.run
 
-    def count(self: Chain, *args: Any) -> Tensor | None:
-        y = run(self, *args)
+    def count(self: Chain, *args: Any, **kwargs: Any) -> Tensor | None:
+        y = run(self, *args, **kwargs)
         called["kernel" if y is not None else "parts"] += 1
         return y
 
@@ -194,14 +194,19 @@ def test_sizes_that_the_kernel_is_not_made_for_are_refused():
 
 
 # The last one's convolutions of stride 2 pad by themselves: 7 of 11 blocks.
-HOSTS = {"mobilenetv2_035": 17, "mobilenetv3_small_050": 11, "tf_mobilenetv3_small_075": 7}
+HOSTS = {
+    "mobilenetv2_035": 17,
+    "mobilenetv3_small_050": 11,
+    "tf_mobilenetv3_small_075": 7,
+    "torchvision mobilenet_v3_small": 11,
+}
 
 
 @pytest.mark.parametrize("host", HOSTS)
 @torch.no_grad()
 def test_networks_of_inverted_residuals(host):
     torch.manual_seed(0)
-    model = randomised(timm.create_model(host, num_classes=7))
+    model = randomised(host_named(host))
     double = copy.deepcopy(model).double()
     for dtype in DTYPES:
         fast = optimize(model, dtype)

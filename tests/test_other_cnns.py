@@ -6,6 +6,7 @@ import copy
 import operator
 import pickle
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models import ConvNeXt, EfficientNet, get_model
+from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.efficientnet import FusedMBConvConfig, MBConvConfig
 
 from transcnn.fast import optimize
 from transcnn.fast.inference import convolutions
@@ -33,7 +37,22 @@ HOSTS: dict[str, dict[str, Any]] = {
     "fastvit_t8": dict(layers=(1, 1, 1, 1), embed_dims=(8, 16, 16, 16)),
     "mobileone_s0": {},
     "mobilenetv3_small_050": {},
+    "torchvision resnet18": {},
+    "torchvision convnext": dict(block_setting=[CNBlockConfig(16, 24, 1), CNBlockConfig(24, None, 1)]),
+    "torchvision efficientnet": dict(
+        inverted_residual_setting=[FusedMBConvConfig(4, 3, 1, 16, 16, 2), MBConvConfig(4, 3, 2, 16, 24, 2, 1, 1)],
+        dropout=0.0,
+    ),
 }
+TORCHVISION = {"convnext": ConvNeXt, "efficientnet": EfficientNet}
+
+
+def host_named(name: str, **arguments: Any) -> nn.Module:
+    """timm's network of this name, or torchvision's."""
+    library, _, other = name.rpartition(" ")
+    if not library:
+        return timm.create_model(name, num_classes=7, **arguments)
+    return TORCHVISION.get(other, partial(get_model, other))(num_classes=7, **arguments)
 
 
 def relative(ours: Tensor, exact: Tensor) -> float:
@@ -63,8 +82,9 @@ class Calls:
         monkeypatch.setattr(Chain, "run", self.run_counted(Chain.run))
 
     def counted(self, fused: Any) -> Any:
-        def count(layer: nn.Module, x: Tensor, other: Tensor | None, act: Any) -> Tensor | None:
-            y = fused(layer, x, other, act)
+        def count(layer: nn.Module, x: Tensor, other: Tensor | None, act: Any, reuse: bool = False) -> Tensor | None:
+            y = fused(layer, x, other, act, reuse)
+            self.found["reused"] += y is not None and y is other
             self.found["sum" if other is not None else "plain"] += y is not None
             self.found[act[0]] += y is not None
             return y
@@ -72,8 +92,8 @@ class Calls:
         return count
 
     def run_counted(self, run: Any) -> Any:
-        def count(*args: Any) -> Tensor | None:
-            y = run(*args)
+        def count(*args: Any, **kwargs: Any) -> Tensor | None:
+            y = run(*args, **kwargs)
             self.found["kernel"] += y is not None
             return y
 
@@ -85,7 +105,7 @@ class Calls:
 @torch.no_grad()
 def test_hosts_give_the_same(host, dtype, monkeypatch):
     torch.manual_seed(0)
-    model = randomised(timm.create_model(host, num_classes=7, **HOSTS[host]))
+    model = randomised(host_named(host, **HOSTS[host]))
     x = torch.randn(2, 3, 65, 70).to(dtype)
     exact = copy.deepcopy(model).double()(x.double())
     fast, calls = optimize(model, dtype), Calls(monkeypatch)
@@ -150,9 +170,23 @@ def changed_after_identity(m: Block, x: Tensor) -> Tensor:
     return z + y
 
 
+def read_later(m: Block, x: Tensor) -> Tensor:
+    z = m.conv2(x)
+    return (m.conv1(x) + z) * z
+
+
+def seen_later(m: Block, x: Tensor) -> Tensor:
+    z = m.conv2(x)
+    view = z.flatten(2)
+    y = m.conv1(x) + z
+    return y * view.view(y.shape)
+
+
 BLOCKS = {
     "residual": (lambda m, x: m.act(m.conv2(F.relu(m.conv1(x))) + x), {"relu": 2, "sum": 1, "plain": 1}),
-    "two convolutions": (lambda m, x: m.conv1(x) + m.conv2(x), {"sum": 1, "none": 1}),
+    "two convolutions": (lambda m, x: m.conv1(x) + m.conv2(x), {"sum": 1, "none": 1, "reused": 1}),
+    "read later": (read_later, {"sum": 1, "none": 1}),
+    "seen later": (seen_later, {"sum": 1, "none": 1}),
     "in place between": (in_place_between, {}),
     "itself": (added_to_itself, {}),
     "read twice": (read_twice, {}),  # the activation changes what conv2 reads
@@ -176,6 +210,57 @@ def test_what_is_fused_and_what_is_not(name, monkeypatch):
     fast, calls = optimize(model), Calls(monkeypatch)
     assert relative(fast(x.clone()), exact) <= 2e-6
     assert +calls.found == expected
+
+
+class Around(nn.Module):
+    """Blocks with sums that stand in another module than their layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Block(lambda m, x: m.conv2(m.conv1(x))), Block(lambda m, x: m.conv2(m.act(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        return F.relu(self.second(x) + x)
+
+
+@torch.no_grad()
+def test_sums_in_another_module_than_the_layers(monkeypatch):
+    model, x = nn.Sequential(nn.Sequential(Around(), Around())), torch.randn(2, 8, 9, 7)
+    model[0][0].second.act = model[0][1].second.act = nn.Tanh()  # changes nothing in place
+    exact = copy.deepcopy(model).double()(x.double())
+    fast, calls = optimize(model), Calls(monkeypatch)
+    given = x.clone(memory_format=torch.channels_last)
+    assert relative(fast(given), exact) <= 2e-6
+    assert torch.equal(given, x)
+    # One sum is written over its map: the input isn't the network's own, and what Tanh reads it might keep.
+    assert +calls.found == {"sum": 4, "none": 2, "relu": 2, "reused": 1}
+    handle = fast[0][1].second.register_forward_hook(lambda *_: torch.zeros_like(x))
+    assert not torch.equal(fast(x), exact)
+    handle.remove()
+    fast[0][1].second = nn.Identity()
+    model[0][1].second = nn.Identity()
+    assert relative(fast(x), model(x)) <= 2e-6
+
+
+class Dynamic(nn.Module):
+    """What can't be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block(BLOCKS["residual"][0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) if x.sum() > 0 else self.block(-x)
+
+
+@torch.no_grad()
+def test_blocks_in_what_cannot_be_traced(monkeypatch):
+    model = nn.Sequential(nn.Sequential(Dynamic(), nn.Identity()))
+    x = torch.randn(2, 8, 9, 7).to(memory_format=torch.channels_last)
+    fast, calls = optimize(model), Calls(monkeypatch)
+    assert relative(fast(x), model(x)) <= 2e-6
+    assert +calls.found == BLOCKS["residual"][1]
 
 
 @torch.no_grad()

@@ -21,11 +21,11 @@ from .convolutions import FastConv2d, FastLinear, kernel_activation
 from .plan import Ref, Step, mapped, submodule
 from .tracing import Tracer, activation_of, passes
 
-__all__ = ["Chain", "chain_names", "with_chains"]
+__all__ = ["Chain", "chain_names", "squeeze_of", "with_chains"]
 
 _FEW = 64  # positions for which two products alone are as fast
 _SIZES = 8  # of inputs, for each of which a call is kept
-_CHAINS = re.compile("pds?p|ds?p|pd|pp|ll")  # of kinds, see _kind
+_CHAINS = re.compile("pds?p|ds?p|pd|pp(?!d)|ll")  # of kinds, see _kind
 
 
 class _Squeeze(NamedTuple):
@@ -49,8 +49,11 @@ class Chain:
     outputs: int
     _pack: Packed = field(default_factory=lambda: Packed(_packed))
 
-    def run(self, block: nn.Module, x: Any, other: Any = None) -> Tensor | None:
-        """(B, C, H, W) -> (B, C', H', W'), plus ``other`` before the last activation; None where the kernel can't."""
+    def run(self, block: nn.Module, x: Any, other: Any = None, reuse: bool = False) -> Tensor | None:
+        """(B, C, H, W) -> (B, C', H', W'), plus ``other`` before the last activation; None where the kernel can't.
+
+        With ``reuse`` the result may be written over ``other``.
+        """
         given = [x] if other is None else [x, other]
         if not all(isinstance(t, Tensor) and t.dtype == x.dtype and fits_cpu(t, gemm=False) for t in given):
             return None
@@ -75,7 +78,7 @@ class Chain:
                 ready.clear()
             kernel = InvertedResidual(tuple(key[0]), x.dtype, packed, squeeze, self.layers, self.outputs)
             ready[key] = kernel
-        y = kernel(*maps)  # pyright: ignore
+        y = kernel(*maps, out=maps[1] if reuse else None)  # pyright: ignore
         return y.view(*x.shape[:-1], self.outputs) if linear else to_nchw(y)
 
     def _shape(self, x: Tensor, depthwise: nn.Conv2d | None) -> tuple[int, int, int, int]:
@@ -112,7 +115,7 @@ def with_chains(steps: list[Step], output: Any, modules: dict[str, nn.Module]) -
         mapped(given, lambda one: reads.update([one.number]) if isinstance(one, Ref) else None)
     layers = [_layer(step, modules) for step in steps]
     squeezes = [
-        None if layer is None or len(step.args) != 1 else _squeeze(layer)
+        None if layer is None or len(step.args) != 1 else squeeze_of(layer)
         for step, layer in zip(steps, layers, strict=True)
     ]
     kinds = "".join("s" if squeeze else _kind(layer) for squeeze, layer in zip(squeezes, layers, strict=True))
@@ -172,7 +175,7 @@ def _is_depthwise(conv: nn.Conv2d) -> bool:
     return fits and all(int(n) < size for n in conv.padding)
 
 
-def _squeeze(module: nn.Module) -> _Squeeze | None:
+def squeeze_of(module: nn.Module) -> _Squeeze | None:
     """What this is as squeeze-and-excitation: x * gate(conv(act(conv(mean of x)))); None of any other module."""
     if sum(type(child) is FastConv2d and _is_pointwise(child) for child in module.children()) != 2:
         return None

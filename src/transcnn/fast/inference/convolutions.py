@@ -98,8 +98,8 @@ def _bf16() -> bool:
 class Fused(nn.Module):
     """A layer that can also be followed by a sum and an activation in one pass."""
 
-    def fused(self, x: Tensor, other: Tensor | None, act: Activation) -> Tensor | None:
-        """act(layer(x) + other); None where that can't be fused."""
+    def fused(self, x: Tensor, other: Tensor | None, act: Activation, reuse: bool = False) -> Tensor | None:
+        """act(layer(x) + other), written over ``other`` if that may be reused; None where that can't be fused."""
         raise NotImplementedError
 
 
@@ -143,14 +143,17 @@ class FastConv2d(Fused, nn.Conv2d):
         y = self._by_onednn(x, None, NONE)
         return super().forward(x) if y is None else y
 
-    def fused(self, x: Tensor, other: Tensor | None, act: Activation) -> Tensor | None:
-        """act(conv(x) + other), (B, C, H, W) and (B, C', H', W') -> (B, C', H', W'); None where that can't be fused."""
+    def fused(self, x: Tensor, other: Tensor | None, act: Activation, reuse: bool = False) -> Tensor | None:
+        """act(conv(x) + other), (B, C, H, W) and (B, C', H', W') -> (B, C', H', W'); None where that can't be fused.
+
+        With ``reuse`` the result may be written over ``other``.
+        """
         y = self._as_stem(x, act) if other is None else None
         if y is not None:
             return y
         if self._narrow and widen(x) is not x:
             return None
-        return self._by_onednn(x, other, act)
+        return self._by_onednn(x, other, act, reuse)
 
     def _as_stem(self, x: Tensor, act: Activation) -> Tensor | None:
         """act(conv(x)) by a C++ kernel, which reads images in any memory format; None of other convolutions."""
@@ -163,7 +166,7 @@ class FastConv2d(Fused, nn.Conv2d):
         first, _ = pack(weight, bias)
         return to_nchw(stem(x, first, None, (self.stride[0], 1), kind))
 
-    def _by_onednn(self, x: Tensor, other: Tensor | None, act: Activation) -> Tensor | None:
+    def _by_onednn(self, x: Tensor, other: Tensor | None, act: Activation, reuse: bool = False) -> Tensor | None:
         weight = self.weight
         if not (onednn_fits(x) and x.ndim == 4 and x.dtype == weight.dtype and x.numel()):
             return None
@@ -183,7 +186,10 @@ class FastConv2d(Fused, nn.Conv2d):
         if other is None:
             return op(x, weight, self.bias, *options, act[0], list(act[1]), act[2])
         name = None if act == NONE else act[0]
-        return op.binary(x, other, weight, self.bias, *options, "add", 1.0, name, list(act[1]), act[2])
+        more = (weight, self.bias, *options, "add", 1.0, name, list(act[1]), act[2])
+        if reuse and act[0] in ("none", "relu"):  # all that oneDNN's operation in place knows
+            return torch.ops.mkldnn._convolution_pointwise_.binary(other, x, *more)
+        return op.binary(x, other, *more)
 
     @staticmethod
     def fits(conv: nn.Module) -> bool:
@@ -199,7 +205,7 @@ class FastLinear(Fused, nn.Linear):
         y = self.fused(input, None, NONE)
         return super().forward(input) if y is None else y
 
-    def fused(self, x: Tensor, other: Tensor | None, act: Activation) -> Tensor | None:
+    def fused(self, x: Tensor, other: Tensor | None, act: Activation, reuse: bool = False) -> Tensor | None:
         """act(linear(x) + other), (..., C) and (..., C') -> (..., C'); None where that can't be fused."""
         fits = onednn_fits(x) and x.ndim > 1 and x.dtype == self.weight.dtype and x.numel()
         if not fits or x.shape[-1] != self.in_features:

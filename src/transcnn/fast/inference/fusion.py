@@ -1,9 +1,9 @@
 """Blocks of any CNN with sums and activations fused into the convolutions and linear layers before them.
 
-A block's forward pass is traced; where it reads ``act(conv(x) + y)`` or ``act(conv(x))``, the block runs a plan in
-which that is one operation. Its modules and attributes stay what and where they are, and its own forward pass runs
-wherever the plan doesn't fit: in traces, on a GPU, with other arguments, and when one of the modules that were fused
-got a hook or was replaced.
+A block's forward pass is traced, and with it that of the modules in it where they can be traced, too; where it reads
+``act(conv(x) + y)`` or ``act(conv(x))``, the block runs a plan in which that is one operation. Its modules and
+attributes stay what and where they are, and its own forward pass runs wherever the plan doesn't fit: in traces, on a
+GPU, with other arguments, and when one of the modules that were fused got a hook or was replaced.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import torch.fx
 from torch import nn
 
 from ..dispatch import hooked
-from .chains import chain_names, with_chains
+from .chains import chain_names, squeeze_of, with_chains
 from .convolutions import NONE, Activation, Fused
 from .entry import InferenceOnly
 from .plan import Plan, Ref, Step, free, mapped, plain_class
@@ -37,7 +38,7 @@ def fuse_blocks(model: nn.Module, left: list[nn.Module]) -> int:
         if isinstance(module, _Planned):  # of a network that is optimized again
             del module._plan
             object.__setattr__(module, "__class__", module._plain_class)
-        skipped = isinstance(module, InferenceOnly | Fused | nn.Sequential | torch.jit.ScriptModule)
+        skipped = isinstance(module, InferenceOnly | Fused | torch.jit.ScriptModule)
         if module is model or skipped or any(module is other for other in left) or hooked(module):
             continue
         plan = _plan(module)
@@ -50,11 +51,10 @@ def fuse_blocks(model: nn.Module, left: list[nn.Module]) -> int:
 
 def _plan(block: nn.Module) -> Plan | None:
     """What fuses something of this block; None where nothing can be, or the block can't be traced."""
-    if not any(isinstance(m, Fused) for m in _near(block)) or len(inspect.signature(block.forward).parameters) != 1:
+    if not _computes(block) or len(inspect.signature(block.forward).parameters) != 1:
         return None
-    try:
-        graph = Tracer().trace(block)
-    except Exception:  # tracing runs the block's own code, which may fail on a proxy in any way
+    graph = _graph(block, _opens) or (_graph(block) if any(isinstance(m, Fused) for m in _near(block)) else None)
+    if graph is None:
         return None
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
@@ -90,8 +90,33 @@ def _plan(block: nn.Module) -> Plan | None:
         *(name for step in steps for name in chain_names(step, modules)),
     }
     plan = Plan(steps, output, [(name, plain_class(modules[name])) for name in sorted(skipped)])
-    free(plan)
+    free(plan, modules)
     return plan
+
+
+def _computes(module: nn.Module) -> bool:
+    """Whether anything in this can be fused with something else."""
+    return any(isinstance(m, Fused) for m in module.modules())
+
+
+def _opens(module: nn.Module) -> bool:
+    """Whether the forward pass of a module in a block is traced as the block's own."""
+    closed = isinstance(module, InferenceOnly | Fused | torch.jit.ScriptModule)
+    library = type(module).__module__.startswith("torch.nn.")
+    return not (closed or library) and _computes(module) and squeeze_of(module) is None
+
+
+def _graph(block: nn.Module, *opens: Callable[[nn.Module], bool]) -> torch.fx.Graph | None:
+    """What a block computes; None where it can't be traced."""
+    before = set(vars(block))
+    try:
+        graph = Tracer(*opens).trace(block)
+    except Exception:  # tracing runs the block's own code, which may fail on a proxy in any way
+        graph = None
+    for name in set(vars(block)) - before:  # tensors made meanwhile, which would be neither cast nor moved
+        delattr(block, name)
+        graph = None
+    return graph
 
 
 def _near(block: nn.Module) -> list[nn.Module]:

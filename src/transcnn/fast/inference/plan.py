@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx.node import map_aggregate
 
 from ..dispatch import hooked
-from .convolutions import NONE, Activation, onednn_fits
+from .convolutions import NONE, Activation, Fused, onednn_fits
 
 __all__ = ["Plan", "Ref", "Step", "free", "mapped", "plain_class", "submodule"]
 
@@ -38,6 +38,7 @@ class Step:
     number: int  # of its result
     act: Activation = NONE
     free: list[int] = field(default_factory=list)  # results that nothing reads later
+    reuse: bool = False  # whether the result may be written over the map that is added
     parts: list[Step] = field(default_factory=list)
 
 
@@ -74,7 +75,7 @@ def _values(given: Any, found: dict[int, Any]) -> Any:
 
 def _as_one(block: nn.Module, step: Step, found: dict[int, Any]) -> bool:
     """Whether a kernel has computed all parts of this step at once."""
-    y = step.target.run(block, *_values(list(step.args), found))
+    y = step.target.run(block, *_values(list(step.args), found), reuse=step.reuse)
     if y is not None:
         found[step.number] = y
     return y is not None
@@ -84,7 +85,7 @@ def _do(block: nn.Module, step: Step, args: list[Any], kwargs: dict[str, Any]) -
     if step.kind == "fused":
         layer, others = submodule(block, step.target), args[1:]
         other = others[0] if others else None
-        y = layer.fused(args[0], other, step.act)  # pyright: ignore
+        y = layer.fused(args[0], other, step.act, step.reuse)  # pyright: ignore
         if y is None:
             y = layer(args[0])
             y = _ACTS[step.act[0]](y if other is None else y + other, step.act)
@@ -135,8 +136,8 @@ def mapped(given: Any, change: Callable[[Any], Any]) -> Any:
     return map_aggregate(given, change)
 
 
-def free(plan: Plan) -> None:
-    """Say after which step each result is read no more."""
+def free(plan: Plan, modules: dict[str, nn.Module]) -> None:
+    """Say after which step each result is read no more, and which step may write its own over one of those."""
     last: dict[int, int] = {}
 
     def read(i: int, given: Any) -> None:
@@ -150,3 +151,23 @@ def free(plan: Plan) -> None:
     for number, i in last.items():
         if i < len(plan.steps):
             plan.steps[i].free.append(number)
+    _reuse(plan.steps, modules)
+
+
+def _reuse(steps: list[Step], modules: dict[str, nn.Module]) -> None:
+    """Have sums written over the map that is added, where a layer made that map and only layers have read it.
+
+    Neither makes a view, so nothing else has that memory.
+    """
+    own: set[int] = set()
+    for step in steps:
+        layer = step.kind in ("fused", "chain") or isinstance(modules.get(str(step.target)), Fused)
+        if layer:
+            own.add(step.number)
+        else:
+            mapped(
+                (list(step.args), step.kwargs), lambda one: own.discard(one.number) if isinstance(one, Ref) else None
+            )
+        others = step.args[1:]
+        step.reuse = layer and len(others) == 1 and isinstance(others[0], Ref) and others[0] != step.args[0]
+        step.reuse = step.reuse and others[0].number in own and others[0].number in step.free

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,13 +34,17 @@ class _Proxy(torch.fx.Proxy):
 
 
 class Tracer(torch.fx.Tracer):
-    """Only a block's own forward pass, and that of sequences in it."""
+    """A block's own forward pass, that of sequences in it, and of whatever else ``opens`` says of a module."""
+
+    def __init__(self, opens: Callable[[nn.Module], bool] = lambda module: False) -> None:
+        super().__init__()
+        self._opens = opens
 
     def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) is not nn.Sequential or hooked(m)
+        return hooked(m) or not (isinstance(m, nn.Sequential) or self._opens(m))
 
 
 def activation_of(node: torch.fx.Node, modules: dict[str, nn.Module]) -> Activation | None:
