@@ -180,14 +180,17 @@ class FastConv2d(Fused, nn.Conv2d):
             return None  # PyTorch says what is wrong
         options = (list(self.padding), list(self.stride), list(self.dilation), self.groups)
         op = torch.ops.mkldnn._convolution_pointwise
-        if other is not None and not _addable(other, (len(x), self.out_channels, *sides), x.dtype, torch.channels_last):
+        if other is not None and not (
+            act[0] in ("none", "relu")  # all that oneDNN's operations know after a sum
+            and _addable(other, (len(x), self.out_channels, *sides), x.dtype, torch.channels_last)
+        ):
             return None
         weight = self._packed(weight, options, x.shape)
         if other is None:
             return op(x, weight, self.bias, *options, act[0], list(act[1]), act[2])
         name = None if act == NONE else act[0]
         more = (weight, self.bias, *options, "add", 1.0, name, list(act[1]), act[2])
-        if reuse and act[0] in ("none", "relu"):  # all that oneDNN's operation in place knows
+        if reuse:
             return torch.ops.mkldnn._convolution_pointwise_.binary(other, x, *more)
         return op.binary(x, other, *more)
 

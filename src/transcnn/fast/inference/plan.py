@@ -86,10 +86,13 @@ def _do(block: nn.Module, step: Step, args: list[Any], kwargs: dict[str, Any]) -
         layer, others = submodule(block, step.target), args[1:]
         other = others[0] if others else None
         y = layer.fused(args[0], other, step.act, step.reuse)  # pyright: ignore
+        if y is not None:
+            return y
+        y = None if other is None else layer.fused(args[0], other, NONE, step.reuse)  # pyright: ignore
         if y is None:
             y = layer(args[0])
-            y = _ACTS[step.act[0]](y if other is None else y + other, step.act)
-        return y
+            y = y if other is None else y + other
+        return _ACTS[step.act[0]](y, step.act)
     if step.kind == "call_module":
         return submodule(block, step.target)(*args, **kwargs)
     if step.kind == "call_method":
