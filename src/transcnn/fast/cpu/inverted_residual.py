@@ -14,9 +14,11 @@ from . import call as cpu
 from .activations import IDENTITY, SIGMOID, SILU, Activation, CActivation, activation
 from .call import FP32, KERNEL_SIZES, optional, require, round_up
 from .inference import Affine, pack_pointwise, packed_matrix
+from .passes import CSqueeze, squeeze_struct
 
 __all__ = [
     "InvertedResidual",
+    "InvertedResiduals",
     "Layers",
     "Weights",
     "inverted_residual",
@@ -39,6 +41,7 @@ class Layers(NamedTuple):
 
 
 OURS = Layers()
+_SIZES = 8  # of inputs that are kept
 
 
 class _Shape(ctypes.Structure):
@@ -48,20 +51,6 @@ class _Shape(ctypes.Structure):
             *("batch", "height", "width", "channels", "depth", "hidden", "used", "out_height", "out_width", "outputs"),
             *("size", "stride", "above", "before"),
         )
-    )
-
-
-class _Squeeze(ctypes.Structure):
-    _fields_ = (
-        ("reduce", ctypes.c_void_p),
-        ("reduce_bias", ctypes.c_void_p),
-        ("expand", ctypes.c_void_p),
-        ("expand_bias", ctypes.c_void_p),
-        ("squeezed", ctypes.c_long),
-        ("images", ctypes.c_long),
-        ("act", CActivation),
-        ("gate", CActivation),
-        ("maps", ctypes.c_void_p),
     )
 
 
@@ -210,7 +199,7 @@ class InvertedResidual:
         if self._squeeze is not None:
             shape, template = self._squeeze[:2]
             maps = x.new_empty(shape)
-            squeeze = _Squeeze.from_buffer_copy(template)  # one of its own for each thread that calls
+            squeeze = CSqueeze.from_buffer_copy(template)  # one of its own for each thread that calls
             squeeze.maps = maps.data_ptr()
         cpu.call(
             KERNEL,
@@ -226,22 +215,34 @@ class InvertedResidual:
         return out
 
 
+class InvertedResiduals:
+    """:class:`InvertedResidual` of the same layers for inputs of several sizes, each made once."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        squeeze: tuple[Affine, Affine] | None = None,
+        layers: Layers = OURS,
+        outputs: int | None = None,
+    ) -> None:
+        self._given, self._ready = (weights, squeeze, layers, outputs), {}
+
+    def __call__(self, x: Tensor) -> InvertedResidual:
+        """What computes inputs (B, H, W, C) like this one."""
+        key = x.shape, x.dtype, torch.get_num_threads()
+        found = self._ready.get(key)
+        if found is None:
+            if len(self._ready) >= _SIZES:
+                self._ready.clear()
+            found = self._ready[key] = InvertedResidual(tuple(x.shape), x.dtype, *self._given)
+        return found
+
+
 def _squeeze(
     squeeze: tuple[Affine, Affine], layers: Layers, shape: tuple[int, int, int, int]
-) -> tuple[tuple[int, int, int, int], _Squeeze, tuple[Affine, Affine]]:
+) -> tuple[tuple[int, int, int, int], CSqueeze, tuple[Affine, Affine]]:
     """The size of the map that the kernel needs, what it takes but for that map, and the weights that it points to."""
-    (reduce, reduce_bias), (expand, expand_bias) = squeeze
     batch, height, width, hidden = shape
-    squeezed = len(reduce_bias)
-    for name, weight, size in (
-        ("reduce", reduce, (hidden, squeezed)),
-        ("reduce bias", reduce_bias, (squeezed,)),
-        ("excite", expand, (squeezed, hidden)),
-        ("excite bias", expand_bias, (hidden,)),
-    ):
-        cpu.check(KERNEL, name, weight, FP32, size)
-    require(squeezed % 16 == 0, KERNEL, squeezed)
+    require(len(squeeze[1][1]) == hidden, KERNEL, hidden)
     images = min(batch, torch.get_num_threads() * max(1, 512 // (height * width)))  # enough for every thread
-    pointers = (w.data_ptr() for w in (reduce, reduce_bias, expand, expand_bias))
-    acts = map(activation, layers.squeeze_acts)
-    return (images, height, width, hidden), _Squeeze(*pointers, squeezed, images, *acts, None), squeeze
+    return (images, height, width, hidden), squeeze_struct(KERNEL, squeeze, layers.squeeze_acts, images), squeeze

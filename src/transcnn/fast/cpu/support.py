@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import build, inference, training
+from . import build, inference, passes, training
 from .call import FP32
-from .inverted_residual import inverted_residual, pack_inverted_residual
+from .inverted_residual import inverted_residual, pack_inverted_residual, pack_squeeze
 
 __all__ = ["supports"]
 
@@ -85,6 +85,16 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     y = F.silu(F.conv2d(y, depthwise.double(), padding=1, groups=64))
     y = F.conv2d(y, project.double()[..., None, None]).permute(0, 2, 3, 1)
     yield "inverted_residual", inverted_residual(x, None, *packed), y
+
+    few, many = rand(16, 64), rand(64, 16)
+    gate = torch.sigmoid(F.silu(x.double().mean((1, 2)) @ few.double().mT) @ many.double().mT)
+    packed = pack_squeeze(few, None, many, None)
+    yield "squeeze", passes.squeeze(x, packed), x.double() * gate[:, None, None]
+    one = torch.ones(64, device="cpu", dtype=FP32)
+    y = F.group_norm(x.double().permute(0, 3, 1, 2), 1).permute(0, 2, 3, 1)
+    yield "group_norm", passes.group_norm(x, one, one, 1e-5, residual=x), y + 1 + x.double()
+    y = F.max_pool2d(x.double().permute(0, 3, 1, 2), 3, 2, 1).permute(0, 2, 3, 1)
+    yield "max_pool", passes.max_pool(x, passes.Window(3, 2, (1, 1))), y
 
     first, second = rand(16, 3, 3, 3), rand(32, 16, 3, 3)
     image = rand(1, 3, 9, 10)

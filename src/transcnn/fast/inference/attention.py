@@ -32,7 +32,7 @@ from ..cpu.call import MAX_HEAD_DIM
 from ..dispatch import fits_triton, to_nchw, to_nhwc, uses_triton_grids
 from .attend import attend
 from .entry import InferenceOnly, entry, refuse_mask
-from .layers import Pointwise, affine, constant, fuse, gemm_fits
+from .layers import FastGroupNorm, Pointwise, affine, constant, fuse, gemm_fits
 from .tiles import Tile, in_tiles
 
 __all__ = ["FastHMHSA", "FastLocalStep"]
@@ -65,7 +65,10 @@ class FastLocalStep(InferenceOnly):
             a = self._attend(x[:, None], normed[:, None], (1, size))[:, 0]
         else:
             a = self._attend_in_volume(x, normed)
-        return a if self.grid_norm is None else self.grid_norm(a)
+        if self.grid_norm is None:
+            return a
+        norm = self.grid_norm[0] if len(self.grid_norm) == 1 else self.grid_norm
+        return norm(a, overwrite=True) if isinstance(norm, FastGroupNorm) else norm(a)
 
     def _attend_in_volume(self, x: Tensor, normed: Tensor) -> Tensor:
         """The same for (B, D, H, W, C): grids, cut out, are maps of one grid each."""

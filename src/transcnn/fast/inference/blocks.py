@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from ...attention import HMHSA
 from ..cpu import inference as cpu
 from ..cpu.call import KERNEL_SIZES
-from ..cpu.inverted_residual import inverted_residual, pack_inverted_residual
+from ..cpu.inverted_residual import InvertedResiduals, pack_inverted_residual
 from ..dispatch import fits_cpu, to_nchw, to_nhwc
 from .attention import FastHMHSA
+from .convolutions import FastMaxPool2d
 from .entry import InferenceOnly, entry, refuse_mask
-from .layers import NHWC, Pointwise, SpatialConv, fuse, gemm_fits
+from .layers import NHWC, FastGroupNorm, Pointwise, SpatialConv, fuse, gemm_fits
 from .tiles import Tile, in_tiles
 
 __all__ = ["FastBlock", "FastDualDownsample", "FastInvertedResidual", "FastStem"]
@@ -29,7 +30,7 @@ class FastInvertedResidual(InferenceOnly):
         super().__init__()
         self.expand, self.depthwise, self.project = expand, depthwise, project
         self.halo = depthwise.weight.shape[2] // 2
-        self._pack = cpu.Packed(pack_inverted_residual)
+        self._pack = cpu.Packed(_packed)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, overwrite: bool = False) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C'), plus ``residual`` (B, H, W, C') where given.
@@ -38,9 +39,9 @@ class FastInvertedResidual(InferenceOnly):
         """
         if self._matches_pattern() and gemm_fits(self.expand, x, x.shape[3], len(self.project.weight)):
             layers = (self.expand, self.depthwise, self.project)
-            weights = self._pack(*(tensor for layer in layers for tensor in (layer.weight, layer.bias)))
+            ready = self._pack(*(tensor for layer in layers for tensor in (layer.weight, layer.bias)))
             reuse = overwrite and residual is not None and residual.dtype == x.dtype and residual.is_contiguous()
-            return inverted_residual(x, residual, *weights, out=residual if reuse else None)
+            return ready(x)(x, residual, residual if reuse else None)
 
         def compute(tile: Tile) -> Tensor:
             images, rows, columns = tile
@@ -65,6 +66,10 @@ class FastInvertedResidual(InferenceOnly):
         return slice(start, stop), slice(side.start - start, side.stop - start)
 
 
+def _packed(*weights: Tensor) -> InvertedResiduals:
+    return InvertedResiduals(pack_inverted_residual(*weights))
+
+
 class FastBlock(InferenceOnly):
     """A block of TransCNN or HAT-Net for inference, (B, C, *S) -> (B, C, *S)."""
 
@@ -87,7 +92,7 @@ class FastBlock(InferenceOnly):
         y = x
         for layer in first:
             y = layer(y)
-        if isinstance(last, FastInvertedResidual):
+        if isinstance(last, FastInvertedResidual | FastGroupNorm):
             return to_nchw(last(y, x, overwrite=True))  # which saves the memory of a map
         if isinstance(last, Pointwise):
             return to_nchw(last(y, x))
@@ -116,7 +121,11 @@ class FastDualDownsample(InferenceOnly):
     def _matches_pattern(self) -> bool:
         """Whether the layers are those that the kernel computes."""
         pool = self.pool
-        pools = type(pool) is nn.MaxPool2d and (pool.kernel_size, pool.stride, pool.ceil_mode) == (2, 2, True)
+        pools = type(pool) in (nn.MaxPool2d, FastMaxPool2d) and (pool.kernel_size, pool.stride, pool.ceil_mode) == (
+            2,
+            2,
+            True,
+        )
         plain = type(self.act) is nn.SiLU and len(self.residual) == 1 and isinstance(self.residual[0], Pointwise)
         return pools and plain and len(self.conv) == 1
 

@@ -7,7 +7,7 @@ import operator
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from ..cpu.activations import IDENTITY, Activation
 from ..cpu.call import KERNEL_SIZES
 from ..cpu.inference import Packed
-from ..cpu.inverted_residual import InvertedResidual, Layers, pack_inverted_residual, pack_squeeze
+from ..cpu.inverted_residual import InvertedResiduals, Layers, pack_inverted_residual, pack_squeeze
+from ..cpu.passes import squeeze as run_squeeze
 from ..dispatch import fits_cpu, hooked, to_nchw, to_nhwc
 from .convolutions import FastConv2d, FastLinear, kernel_activation
 from .plan import Ref, Step, mapped, submodule
 from .tracing import Tracer, activation_of, passes
 
-__all__ = ["Chain", "chain_names", "squeeze_of", "with_chains"]
+__all__ = ["Chain", "Squeeze", "chain_names", "squeeze_of", "with_chains"]
 
 _FEW = 64  # positions for which two products alone are as fast
-_SIZES = 8  # of inputs, for each of which a call is kept
 _CHAINS = re.compile("pds?p|ds?p|pd|pp(?!d)|ll")  # of kinds, see _kind
 
 
@@ -59,7 +59,7 @@ class Chain:
             return None
         layers: list[Any] = [None if name is None else submodule(block, name) for name in self.names]
         weights = [w for layer in layers for w in ((None, None) if layer is None else (layer.weight, layer.bias))]
-        if any(w is not None and (w.dtype != x.dtype or not w.is_cpu or w.is_inference()) for w in weights):
+        if not _alike(weights, x.dtype):
             return None
         linear = isinstance(layers[-1], nn.Linear)
         maps = [_map(t, linear) for t in given]
@@ -71,14 +71,9 @@ class Chain:
         if layers[1] is None and shape[0] * shape[1] * shape[2] < _FEW:
             return None
         packed, squeeze, ready = self._pack(*weights)
-        key = maps[0].shape, torch.get_num_threads()  # pyright: ignore
-        kernel = ready.get(key)
-        if kernel is None:
-            if len(ready) >= _SIZES:
-                ready.clear()
-            kernel = InvertedResidual(tuple(key[0]), x.dtype, packed, squeeze, self.layers, self.outputs)
-            ready[key] = kernel
-        y = kernel(*maps, out=maps[1] if reuse else None)  # pyright: ignore
+        if not ready:
+            ready.append(InvertedResiduals(packed, squeeze, self.layers, self.outputs))
+        y = ready[0](maps[0])(*maps, out=maps[1] if reuse else None)  # pyright: ignore
         return y.view(*x.shape[:-1], self.outputs) if linear else to_nchw(y)
 
     def _shape(self, x: Tensor, depthwise: nn.Conv2d | None) -> tuple[int, int, int, int]:
@@ -91,6 +86,38 @@ class Chain:
         return batch, height, width, self.outputs
 
 
+@dataclass
+class Squeeze:
+    """Squeeze-and-excitation of a block alone: the names of its 1x1 convolutions, and the activations after them."""
+
+    names: tuple[str, str]
+    acts: tuple[Activation, Activation]
+    channels: int
+    over_input: ClassVar[bool] = True
+    _pack: Packed = field(default_factory=lambda: Packed(_packed_squeeze))
+
+    def run(self, block: nn.Module, x: Any, reuse: bool = False) -> Tensor | None:
+        """(B, C, H, W) -> (B, C, H, W), written over x if that may be reused; None where the kernel can't."""
+        if not (isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] == self.channels and fits_cpu(x, gemm=False)):
+            return None
+        layers = [submodule(block, name) for name in self.names]
+        weights = [w for layer in layers for w in (layer.weight, layer.bias)]
+        if not _alike(weights, x.dtype):
+            return None
+        x = to_nhwc(x)
+        return to_nchw(run_squeeze(x, self._pack(*weights), self.acts, x if reuse else None))
+
+
+def _alike(weights: list[Tensor | None], dtype: torch.dtype) -> bool:
+    """Whether a kernel that computes in this dtype can take all of these."""
+    return all(w is None or (w.dtype == dtype and w.is_cpu and not w.is_inference()) for w in weights)
+
+
+def _packed_squeeze(*weights: Tensor | None) -> Any:
+    (reduce, reduce_bias, excite, excite_bias) = weights
+    return pack_squeeze(reduce.flatten(1), reduce_bias, excite.flatten(1), excite_bias)  # pyright: ignore
+
+
 def _map(x: Tensor, linear: bool) -> Tensor | None:
     """A map (B, C, H, W), or the input of a linear layer, as (B, H, W, C)."""
     if linear:
@@ -99,13 +126,13 @@ def _map(x: Tensor, linear: bool) -> Tensor | None:
 
 
 def _packed(*weights: Tensor | None) -> Any:
-    """What the kernel takes of the layers' weights and biases, and calls of it by sizes of the input."""
+    """What the kernel takes of the layers' weights and biases, and room for its calls with them."""
     expand, depthwise, reduce, excite, project = (
         (weight if i == 1 or weight is None else weight.flatten(1), bias)
         for i, (weight, bias) in enumerate(zip(weights[::2], weights[1::2], strict=True))
     )
     squeeze = None if reduce[0] is None or excite[0] is None else pack_squeeze(*reduce, *excite)  # pyright: ignore
-    return pack_inverted_residual(*expand, *depthwise, *project), squeeze, {}  # pyright: ignore
+    return pack_inverted_residual(*expand, *depthwise, *project), squeeze, []  # pyright: ignore
 
 
 def with_chains(steps: list[Step], output: Any, modules: dict[str, nn.Module]) -> list[Step]:
@@ -132,6 +159,8 @@ def with_chains(steps: list[Step], output: Any, modules: dict[str, nn.Module]) -
             args = [step.args[0], *parts[-1].args[1:]]
             squeeze = next(filter(None, squeezes[i : found.end()]), None)
             step = Step("chain", _chain(parts, found[0], modules, squeeze), args, {}, parts[-1].number, parts=parts)
+        elif (alone := squeezes[i]) is not None:
+            step = Step("chain", _squeeze_alone(step, alone, modules), step.args, {}, step.number, parts=[step])
         made.append(step)
         i = found.end() if found else i + 1
     return made
@@ -232,6 +261,11 @@ def _chain(parts: list[Step], kinds: str, modules: dict[str, nn.Module], squeeze
         layers = layers._replace(stride=conv.stride[0], padding=(above, above, before, before))
     names = (expand and expand.target, depthwise and depthwise.target, *squeezed, project and project.target)
     return Chain(names, layers, _inputs(first), _outputs(last))
+
+
+def _squeeze_alone(step: Step, found: _Squeeze, modules: dict[str, nn.Module]) -> Squeeze:
+    names = f"{step.target}.{found.reduce}", f"{step.target}.{found.excite}"
+    return Squeeze(names, found.acts, _outputs(modules[names[1]]))
 
 
 def _inputs(layer: Any) -> int:

@@ -15,15 +15,18 @@ import torch.nn.functional as F
 from timm.layers import GELU, GELUTanh, Sigmoid
 from torch import Tensor, nn
 
+from ...attention import channels_last
 from ...layers import drop_columns, widen
 from ..cpu.activations import ACTIVATIONS
 from ..cpu.activations import Activation as KernelActivation
 from ..cpu.inference import Packed, pack_stem, stem
+from ..cpu.passes import Window, max_pool
 from ..dispatch import eager_cpu, fits_cpu, to_nchw, traced
 
 __all__ = [
     "FastConv2d",
     "FastLinear",
+    "FastMaxPool2d",
     "Fused",
     "activation",
     "fused_activation",
@@ -226,8 +229,39 @@ class FastLinear(Fused, nn.Linear):
         return type(linear) is nn.Linear
 
 
+class FastMaxPool2d(nn.MaxPool2d):
+    """Max pooling, with square windows by a C++ kernel."""
+
+    def forward(self, input: Tensor) -> Any:
+        """(B, C, H, W) -> (B, C, H', W'); indices, too, where the layer returns those."""
+        window = self._window(input)
+        return super().forward(input) if window is None else to_nchw(max_pool(channels_last(input), window))
+
+    def _window(self, x: Tensor) -> Window | None:
+        """What the kernel takes; None where it doesn't fit."""
+        if not isinstance(x, Tensor) or x.ndim != 4 or not fits_cpu(x, gemm=False):
+            return None
+        (size, *sizes), (stride, *strides), (above, before) = (
+            {*_pair(given)} if i < 2 else _pair(given)
+            for i, given in enumerate((self.kernel_size, self.stride, self.padding))
+        )
+        plain = not (sizes or strides or self.return_indices or self.ceil_mode) and {*_pair(self.dilation)} == {1}
+        fits = plain and x.is_contiguous(memory_format=torch.channels_last) and 2 * max(above, before) <= size
+        fits = fits and size <= min(x.shape[2] + 2 * above, x.shape[3] + 2 * before)
+        return Window(size, stride, (above, before)) if fits else None
+
+    @staticmethod
+    def fits(pool: nn.Module) -> bool:
+        """Whether a module can be one."""
+        return type(pool) is nn.MaxPool2d
+
+
+def _pair(given: Any) -> tuple[int, int]:
+    return (given, given) if isinstance(given, int) else tuple(given)  # pyright: ignore
+
+
 def make_fast(model: nn.Module) -> None:
-    """Have all convolutions and linear layers of exactly PyTorch's classes run by oneDNN where it can."""
+    """Have convolutions, linear layers and max pooling of exactly PyTorch's classes run by oneDNN or our kernels."""
     for module in model.modules():
         if FastConv2d.fits(module):
             module.__class__ = FastConv2d
@@ -238,6 +272,8 @@ def make_fast(model: nn.Module) -> None:
             module._stem = Packed(pack_stem) if first else None  # pyright: ignore
         elif FastLinear.fits(module):
             module.__class__ = FastLinear
+        elif FastMaxPool2d.fits(module):
+            module.__class__ = FastMaxPool2d
 
 
 def _addable(other: Any, shape: tuple[int, ...], dtype: torch.dtype, memory: torch.memory_format) -> bool:

@@ -20,14 +20,14 @@ from torch import nn
 
 from ..dispatch import hooked
 from .chains import chain_names, squeeze_of, with_chains
-from .convolutions import NONE, Activation, Fused
+from .convolutions import NONE, Activation, FastMaxPool2d, Fused
 from .entry import InferenceOnly
 from .plan import Plan, Ref, Step, free, mapped, plain_class
 from .tracing import NOTHING, Tracer, activation_of, passes
 
 __all__ = ["fuse_blocks"]
 
-_PURE = (*NOTHING, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.LayerNorm, nn.BatchNorm2d)
+_PURE = (*NOTHING, nn.MaxPool2d, FastMaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.LayerNorm, nn.BatchNorm2d)
 _PURE_FUNCTIONS = (operator.add, operator.mul, operator.sub, torch.add, torch.mul, torch.cat)
 
 
@@ -38,7 +38,7 @@ def fuse_blocks(model: nn.Module, left: list[nn.Module]) -> int:
         if isinstance(module, _Planned):  # of a network that is optimized again
             del module._plan
             object.__setattr__(module, "__class__", module._plain_class)
-        skipped = isinstance(module, InferenceOnly | Fused | torch.jit.ScriptModule)
+        skipped = isinstance(module, InferenceOnly | Fused | torch.jit.ScriptModule) or squeeze_of(module) is not None
         if module is model or skipped or any(module is other for other in left) or hooked(module):
             continue
         plan = _plan(module)

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from ...attention import BATCH_NORMS, CONVS, Conv, channels_first, channels_last
 from ...layers import drop_columns, widen
 from ..cpu import inference as cpu
+from ..cpu.activations import IDENTITY, SILU
+from ..cpu.passes import group_norm
 from ..dispatch import HALF_DTYPES, autotune, fits_cpu, fits_triton, hooked, to_nchw, to_nhwc
 from ..training.depthwise import KernelDepthwise
 from ..training.layers import KernelBatchNorm2d, KernelPointwise
@@ -32,6 +34,7 @@ from .entry import InferenceOnly, entry, refuse_mask
 
 __all__ = [
     "NHWC",
+    "FastGroupNorm",
     "Pointwise",
     "SpatialConv",
     "affine",
@@ -184,17 +187,29 @@ class _NCHWModule(InferenceOnly):
         return to_nhwc(self.module(channels_first(x)))
 
 
-class _GroupNorm1(InferenceOnly):
-    """GroupNorm with one group, (B, *S, C) -> (B, *S, C)."""
+class FastGroupNorm(InferenceOnly):
+    """GroupNorm with one group, and SiLU where ``silu`` says so, (B, *S, C) -> (B, *S, C)."""
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.weight, self.bias, self.eps, self.silu = norm.weight, norm.bias, norm.eps, False
+        self._pack = cpu.Packed(_in_fp32)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, *S, C) -> (B, *S, C)."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, overwrite: bool = False) -> Tensor:
+        """(B, *S, C) -> (B, *S, C), plus ``residual`` where given.
+
+        With ``overwrite`` the result may be written over ``residual``, or over x where there is none.
+        """
+        alike = self.weight is not None and x.shape[-1] == len(self.weight) and x.dtype == self.weight.dtype
+        if alike and fits_cpu(x, gemm=False):
+            act, out = SILU if self.silu else IDENTITY, x if residual is None else residual
+            out = out if overwrite and out.dtype == x.dtype and out.is_contiguous() else None
+            scale, shift = self._pack(self.weight, self.bias)
+            return group_norm(x, scale, shift, self.eps, act, residual, out)
         x = channels_first(x.contiguous())
-        return channels_last(F.group_norm(x, 1, self.weight, self.bias, self.eps))
+        y = F.group_norm(x, 1, self.weight, self.bias, self.eps)
+        y = channels_last(F.silu(y, inplace=True) if self.silu else y)
+        return y if residual is None else y.add_(residual)
 
 
 def fuse(layers: Iterable[nn.Module]) -> nn.Sequential:
@@ -213,15 +228,19 @@ def fuse(layers: Iterable[nn.Module]) -> nn.Sequential:
             i += after is not None
             fused.append(Pointwise(layer, before, after) if _is_pointwise(layer) else SpatialConv(layer, after))
             before = None
-            if i + 1 < len(row) and type(row[i + 1]) is nn.SiLU:
-                fused[-1].silu = True  # pyright: ignore
-                i += 1
         elif type(layer) in (nn.GroupNorm, GroupNorm1) and layer.num_groups == 1:
-            fused.append(_GroupNorm1(layer))  # pyright: ignore
+            fused.append(FastGroupNorm(layer))  # pyright: ignore
         else:
             fused.append(_NCHWModule(layer))
+        if fused and hasattr(fused[-1], "silu") and i + 1 < len(row) and type(row[i + 1]) is nn.SiLU:
+            fused[-1].silu = True  # pyright: ignore
+            i += 1
         i += 1
     return nn.Sequential(*fused)
+
+
+def _in_fp32(*weights: Tensor) -> tuple[Tensor, ...]:
+    return tuple(weight.float().contiguous() for weight in weights)
 
 
 class NHWC(InferenceOnly):

@@ -158,7 +158,8 @@ def free(plan: Plan, modules: dict[str, nn.Module]) -> None:
 
 
 def _reuse(steps: list[Step], modules: dict[str, nn.Module]) -> None:
-    """Have sums written over the map that is added, where a layer made that map and only layers have read it.
+    """Have sums written over the map that is added, where a layer made that map and only layers have read it; likewise
+    what a kernel can write over its input.
 
     Neither makes a view, so nothing else has that memory.
     """
@@ -171,6 +172,7 @@ def _reuse(steps: list[Step], modules: dict[str, nn.Module]) -> None:
             mapped(
                 (list(step.args), step.kwargs), lambda one: own.discard(one.number) if isinstance(one, Ref) else None
             )
-        others = step.args[1:]
-        step.reuse = layer and len(others) == 1 and isinstance(others[0], Ref) and others[0] != step.args[0]
-        step.reuse = step.reuse and others[0].number in own and others[0].number in step.free
+        takes = layer and (len(step.args) == 2 or getattr(step.target, "over_input", False))
+        over = step.args[-1] if takes else None
+        step.reuse = isinstance(over, Ref) and over not in step.args[:-1]
+        step.reuse = step.reuse and over.number in own and over.number in step.free  # pyright: ignore
