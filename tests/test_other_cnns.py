@@ -118,6 +118,26 @@ def test_hosts_give_the_same(host, dtype, monkeypatch):
         assert torch.equal(other(x), fast(x))
 
 
+@pytest.mark.parametrize("host", ["test_convnext", "fastvit_t8", "test_vit3"])
+@torch.no_grad()
+def test_layer_scales_are_folded(host):
+    torch.manual_seed(0)
+    model = randomised(timm.create_model(host, num_classes=7, **HOSTS.get(host, {})))
+
+    def scales(network: nn.Module) -> list[str]:
+        return [name for name, _ in network.named_parameters() if name.endswith("gamma")]
+
+    assert not scales(optimize(model))
+    kept = scales(optimize(model, "fp16"))  # whose smallest number is larger than many a scale
+    assert len(kept) > 3
+    x = torch.randn(2, 3, *model.default_cfg["input_size"][1:])
+    owner = model.get_submodule(kept[0].rpartition(".")[0])
+    owner.register_forward_hook(lambda module, given, output: output * 3)
+    fast = optimize(model)
+    assert scales(fast) == kept[:1]
+    assert relative(fast(x), model(x)) <= 5e-6
+
+
 class Block(nn.Module):
     """A block whose forward pass is given."""
 

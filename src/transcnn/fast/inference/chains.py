@@ -25,7 +25,7 @@ from .tracing import Tracer, activation_of, passes
 __all__ = ["Chain", "Squeeze", "chain_names", "squeeze_of", "with_chains"]
 
 _FEW = 64  # positions for which two products alone are as fast
-_CHAINS = re.compile("pds?p|ds?p|pd|pp(?!d)|ll")  # of kinds, see _kind
+_CHAINS = re.compile("pds?p|ds?p(?!p(?!d))|pd|pp(?!d)|ll")  # of kinds, see _kind; of d and pp the latter gains more
 
 
 class _Squeeze(NamedTuple):

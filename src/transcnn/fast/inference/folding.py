@@ -1,7 +1,9 @@
-"""BatchNorms folded into the convolutions before them, in any network."""
+"""BatchNorms and layer scales folded into the convolutions and linear layers before them, in any network."""
 
 from __future__ import annotations
 
+import operator
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -15,9 +17,10 @@ from ..dispatch import hooked
 from ..training.depthwise import KernelDepthwise
 from ..training.layers import KernelPointwise
 from .entry import InferenceOnly
-from .layers import affine, is_plain_conv
+from .layers import affine, constant, is_plain_conv
+from .tracing import passes
 
-__all__ = ["fold_batchnorms"]
+__all__ = ["fold_batchnorms", "fold_layer_scales"]
 
 
 def fold_batchnorms(model: nn.Module) -> list[str]:
@@ -35,6 +38,30 @@ def fold_batchnorms(model: nn.Module) -> list[str]:
         setattr(modules[conv_parent], conv_child, fuse_conv_bn_eval(conv, norm))  # pyright: ignore
         setattr(modules[parent], child, _after_norm(norm))
         folded.append(norm_name)
+    return folded
+
+
+def fold_layer_scales(model: nn.Module) -> list[str]:
+    """Fold every layer scale of timm's that follows a convolution or linear layer read by it alone, in place.
+
+    Returns the names of the folded parameters, which are gone.
+    """
+    modules = dict(model.named_modules())
+    folded = []
+    for layer_name, name in _scaled(model):
+        owner_name, _, own_name = name.rpartition(".")
+        layer, owner = modules[layer_name], modules[owner_name]
+        gamma = getattr(owner, own_name).detach().double().flatten()
+        weight = layer.weight.detach().double() * gamma.view(-1, *(1,) * (layer.weight.ndim - 1))  # pyright: ignore
+        layer.weight = constant(weight, layer.weight)  # pyright: ignore
+        if layer.bias is not None:
+            layer.bias = constant(layer.bias.detach().double() * gamma, layer.bias)  # pyright: ignore
+        if type(owner).__name__ == "ConvNeXtBlock":
+            owner.gamma = None  # pyright: ignore
+        else:
+            parent, _, child = owner_name.rpartition(".")
+            setattr(modules[parent], child, nn.Identity())
+        folded.append(name)
     return folded
 
 
@@ -78,6 +105,68 @@ def _pairs(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
             and not hooked(norm)
         ):
             yield prefix + str(source.target), prefix + str(node.target)
+
+
+def _scaled(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Names of each layer and of the parameter that scales its channels and can be left out."""
+    if isinstance(model, InferenceOnly) or not any(map(_is_scale, model.modules())):
+        return
+    try:
+        graph = _Tracer().trace(model)
+    except Exception:  # as above
+        for name, child in model.named_children():
+            yield from _scaled(child, f"{prefix}{name}.")
+        return
+    modules = dict(model.named_modules())
+    calls = Counter(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
+    for node in graph.nodes:
+        gamma, last = _factor(node, model)
+        if gamma is None or not isinstance(node.args[0], torch.fx.Node):
+            continue
+        layer, last = _scaled_layer(node.args[0], modules, last)
+        owner = modules[str(gamma.target).rpartition(".")[0]]
+        if layer is None or not last or not _is_scale(owner) or any(calls[str(n.target)] > 1 for n in (layer, gamma)):
+            continue
+        if not any(name.startswith(f"{layer.target}.") for name in calls):  # its weights, by something else
+            yield prefix + str(layer.target), prefix + str(gamma.target)
+
+
+def _is_scale(module: nn.Module) -> bool:
+    """Whether this multiplies by a parameter that can be left out: timm's layer scales, and ConvNeXt's block."""
+    named = type(module).__name__ in ("LayerScale", "LayerScale2d", "ConvNeXtBlock")
+    own = isinstance(getattr(module, "gamma", None), nn.Parameter)
+    return named and own and type(module).__module__.startswith("timm.") and not hooked(module)
+
+
+def _factor(node: torch.fx.Node, model: nn.Module) -> tuple[torch.fx.Node | None, bool]:
+    """The parameter that a node multiplies by; and whether it scales the last dimension, not the third from the end."""
+    times = node.op == "call_method" and node.target in ("mul", "mul_")
+    times = times or (node.op == "call_function" and node.target in (operator.mul, torch.mul))
+    gamma = node.args[1] if times and len(node.args) == 2 and not node.kwargs else None
+    if not isinstance(gamma, torch.fx.Node) or len(gamma.users) != 1:
+        return None, False
+    if gamma.op == "get_attr":
+        shape = operator.attrgetter(str(gamma.target))(model).shape
+        return (gamma if shape in ((shape.numel(),), (shape.numel(), 1, 1)) else None), len(shape) == 1
+    shaped = gamma.op == "call_method" and gamma.target in ("view", "reshape") and gamma.args[1:] == (1, -1, 1, 1)
+    source = gamma.args[0] if shaped else None
+    plain = isinstance(source, torch.fx.Node) and source.op == "get_attr" and len(source.users) == 1
+    return (source if plain else None), False  # pyright: ignore
+
+
+def _scaled_layer(node: torch.fx.Node, modules: dict[str, nn.Module], last: bool) -> tuple[torch.fx.Node | None, bool]:
+    """The layer whose result alone this is; and whether ``last``, the dimension that is scaled, is of its channels."""
+    while len(node.users) == 1 and node.args and isinstance(node.args[0], torch.fx.Node):
+        module = modules[str(node.target)] if node.op == "call_module" else None
+        moves = node.op == "call_method" and node.target == "permute" and node.args[1:] == (0, 3, 1, 2)
+        if type(module) is nn.Linear or (isinstance(module, nn.Conv2d) and is_plain_conv(module)):
+            return (None if hooked(module) else node), last == (type(module) is nn.Linear)
+        if moves and not last:
+            last = True
+        elif module is None or not passes(node, modules):
+            break
+        node = node.args[0]
+    return None, False
 
 
 def _foldable(norm: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from .attention import FastHMHSA
 from .blocks import FastBlock, FastDualDownsample, FastStem
 from .convolutions import make_fast
 from .entry import InferenceOnly, inference_only
-from .folding import fold_batchnorms
+from .folding import fold_batchnorms, fold_layer_scales
 from .fusion import fuse_blocks
 from .layers import NHWC, channels_last_memory
 from .merging import merge_branches
@@ -82,6 +82,8 @@ def optimize(
         parameter.requires_grad_(False)
     fast = _replace(fast)
     fold_batchnorms(fast)
+    if torch.float16 not in (kind, *(p.dtype for p in fast.parameters())):  # a scale of 1e-6 is below its numbers
+        fold_layer_scales(fast)
     make_fast(fast)
     _to_channels_last(fast)
     parts = _computing(fast)
