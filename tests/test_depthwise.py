@@ -1,4 +1,4 @@
-"""The depthwise convolution of accelerate_training: values and gradients against PyTorch's own, however asked for."""
+"""Depthwise and 1x1x1 convolutions of accelerate_training: values and gradients against those of PyTorch."""
 
 from __future__ import annotations
 
@@ -11,39 +11,55 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from transcnn.attention import CONVS
 from transcnn.errors import UserError
 from transcnn.fast import accelerate_training
 from transcnn.fast import plain as undo
-from transcnn.fast.training.depthwise import KernelDepthwise
+from transcnn.fast.training.depthwise import KernelDepthwise, KernelDepthwise1d, KernelDepthwise3d
+from transcnn.fast.training.layers import KernelPointwise3d
 
 
-def faster(conv: nn.Conv2d) -> nn.Conv2d:
+def faster(conv: nn.Module) -> nn.Module:
     return accelerate_training(copy.deepcopy(conv))
 
 
-def plain_conv(channels: int, size: int, bias: bool = False) -> nn.Conv2d:
-    return nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels, bias=bias)
+def plain_conv(channels: int, size: int, bias: bool = False, ndim: int = 2) -> nn.Module:
+    return CONVS[ndim](channels, channels, size, padding=size // 2, groups=channels, bias=bias)
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
 
 
+def channels_innermost(x: torch.Tensor) -> torch.Tensor:
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 @given(
-    size=st.sampled_from([5, 7, 9]),
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 20), st.integers(1, 20)),
-    layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+    case=st.one_of(
+        st.tuples(st.just(1), st.sampled_from([5, 7, 9]), st.tuples(st.integers(1, 40))),
+        st.tuples(st.just(2), st.sampled_from([5, 7, 9]), st.tuples(*[st.integers(1, 20)] * 2)),
+        st.tuples(st.just(3), st.sampled_from([3, 5, 7]), st.tuples(*[st.integers(1, 9)] * 3)),
+    ),
+    batch=st.integers(1, 3),
+    channels=st.integers(1, 9),
+    layouts=st.tuples(st.booleans(), st.booleans()),
     bias=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_gradients_are_those_of_a_plain_convolution(size, shape, layout, bias, seed):
+def test_gradients_are_those_of_a_plain_convolution(case, batch, channels, layouts, bias, seed):
     torch.manual_seed(seed)
-    plain = plain_conv(shape[1], size, bias)
+    ndim, size, sides = case
+    plain = plain_conv(channels, size, bias, ndim)
     conv = faster(plain)
+    assert type(conv) is not type(plain)
     plain = plain.double()
-    x = torch.randn(shape).contiguous(memory_format=layout).requires_grad_()
+    x, grad = (
+        channels_innermost(torch.randn(batch, channels, *sides)) if last else torch.randn(batch, channels, *sides)
+        for last in layouts
+    )
+    x.requires_grad_()
     x64 = x.detach().double().requires_grad_()
-    grad = torch.randn(shape)
     y, expected = conv(x), plain(x64)
     y.backward(grad)
     expected.backward(grad.double())
@@ -55,12 +71,39 @@ def test_gradients_are_those_of_a_plain_convolution(size, shape, layout, bias, s
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_in_bf16_it_is_as_near_as_the_plain_convolution(layout, bias):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_a_1x1x1_convolution_is_one_product_in_channels_last_memory(layout, bias):
     torch.manual_seed(0)
-    plain = plain_conv(16, 5, bias)
+    plain = nn.Conv3d(6, 10, 1, bias=bias)
+    conv, plain = faster(plain), plain.double()
+    assert type(conv) is KernelPointwise3d
+    x = torch.randn(2, 6, 3, 5, 4).contiguous(memory_format=layout).requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    y, expected = conv(x), plain(x64)
+    assert y.is_contiguous(memory_format=layout)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    expected.backward(grad.double())
+    for ours, theirs in ((y, expected), (x.grad, x64.grad), *zip(gradients(conv), gradients(plain), strict=True)):
+        assert relative(ours, theirs) < 1e-6
+    assert torch.equal(conv(x[0]), plain.float()(x[0]))  # (C, D, H, W), as PyTorch's take it
+    with pytest.raises(RuntimeError, match="channels"):
+        conv(torch.randn(2, 5, 3, 5, 4).contiguous(memory_format=layout))
+
+
+def gradients(module: nn.Module) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in module.parameters()]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(("size", "sides"), [(9, (310,)), (5, (23, 31)), (3, (9, 12, 10))])
+def test_in_bf16_it_is_as_near_as_the_plain_convolution(size, sides, last, bias):
+    torch.manual_seed(0)
+    plain = plain_conv(16, size, bias, len(sides))
     conv, exact = faster(plain), copy.deepcopy(plain).double()
-    x = torch.randn(2, 16, 23, 31).contiguous(memory_format=layout)
+    x = torch.randn(2, 16, *sides)
+    x = channels_innermost(x) if last else x
     grad = torch.randn_like(x)
     exact(x.double()).backward(grad.double())
     errors = []
@@ -75,10 +118,11 @@ def test_in_bf16_it_is_as_near_as_the_plain_convolution(layout, bias):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # PyTorch's own forward mode
-def test_gradients_of_gradients_and_forward_ones():
+@pytest.mark.parametrize(("size", "sides"), [(5, (6,)), (5, (4, 3)), (3, (2, 3, 2))])
+def test_gradients_of_gradients_and_forward_ones(size, sides):
     torch.manual_seed(0)
-    conv = faster(plain_conv(2, 5, bias=True)).double()
-    x = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+    conv = faster(plain_conv(2, size, bias=True, ndim=len(sides))).double()
+    x = torch.randn(1, 2, *sides, dtype=torch.float64, requires_grad=True)
 
     def call(x, weight, bias):
         return torch.func.functional_call(conv, {"weight": weight, "bias": bias}, (x,))
@@ -128,12 +172,15 @@ def test_changed_options_are_obeyed(change):
         assert torch.equal(changed(x), plain(x))
 
 
-def test_only_those_that_gain_are_replaced_and_all_come_back():
-    row = [plain_conv(4, size) for size in (1, 3, 5, 9, 11)]
-    model = nn.Sequential(*row)
+@pytest.mark.parametrize(
+    ("ndim", "kind", "gain"), [(1, KernelDepthwise1d, 5), (2, KernelDepthwise, 5), (3, KernelDepthwise3d, 3)]
+)
+def test_only_those_that_gain_are_replaced_and_all_come_back(ndim, kind, gain):
+    sizes = (1, 3, 5, 9, 11)
+    model = nn.Sequential(*(plain_conv(4, size, ndim=ndim) for size in sizes))
     accelerate_training(model)
-    assert [type(conv) for conv in model] == [nn.Conv2d, nn.Conv2d, KernelDepthwise, KernelDepthwise, nn.Conv2d]
-    assert [type(conv) for conv in undo(model)] == [nn.Conv2d] * 5
+    assert [type(conv) for conv in model] == [kind if gain <= size <= 9 else CONVS[ndim] for size in sizes]
+    assert [type(conv) for conv in undo(model)] == [CONVS[ndim]] * 5
 
 
 def test_frozen_weights_and_frozen_inputs_get_no_gradient():

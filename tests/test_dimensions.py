@@ -90,6 +90,23 @@ def test_a_batchnorm_that_trains_sees_real_positions_alone() -> None:
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+@pytest.mark.parametrize("ndim", LEVELS)
+def test_a_mask_of_real_positions_alone_trains_as_none_does(ndim: int) -> None:
+    """To the last bit: what masks cost is paid by padding alone."""
+    model, x = make(ndim).train(), torch.randn(2, 2, *LARGEST[ndim], dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    mask = torch.ones_like(x[:, :1], dtype=torch.bool)
+    model.forward_features(x, mask).square().sum().backward()
+    twin.forward_features(x).square().sum().backward()
+    for ours, theirs in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(model.stages.parameters(), twin.stages.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    attention = model.stages[0].blocks[0].attn.eval()
+    y = torch.randn(2, 16, *LARGEST[ndim], dtype=torch.float64)
+    assert torch.equal(attention(y, torch.ones_like(y[:, :1], dtype=torch.bool)), attention(y))
+
+
 def test_masks_that_cannot_be_are_named() -> None:
     model = make(1)
     with pytest.raises(ValueError, match=r"mask must be a bool tensor \(1, 1, 40\), got torch.bool \(1, 1, 39\)"):

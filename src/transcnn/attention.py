@@ -27,7 +27,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .masking import check_mask, keep_real, never_none, normalise, unless_traced
+from .masking import check_mask, keep_real, never_none, normalise, unless_traced, unless_whole
 
 __all__ = ["HMHSA", "HMHSA1d", "HMHSA2d", "HMHSA3d", "LocalStep", "default_head_dim"]
 
@@ -129,7 +129,7 @@ class HMHSA(nn.Module):
         torch.fx traces takes no mask.
         """
         _check_input(x, self.dim, self.ndim, mask)
-        mask = unless_traced(mask)
+        mask = unless_whole(unless_traced(mask))
         x = keep_real(x, mask)
         if not self.local:
             q, k, v = self.qkv(normalise(self.norm, x, mask)).chunk(3, dim=1)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from .attention import BATCH_NORMS, HMHSA, SIZES, HMHSA1d, HMHSA3d, Size, coarser
 from .blocks import Parts, Stage, dilate
-from .masking import check_mask, keep_real, unless_traced
+from .masking import check_mask, keep_real, unless_traced, unless_whole
 
 __all__ = ["TransCNN", "norm_layers"]
 
@@ -177,9 +177,11 @@ class TransCNN(nn.Module):
         With a mask the map is zero outside of :meth:`feature_mask`.
         """
         mask = unless_traced(mask)
+        check_mask(mask, x)
+        if self.training:  # an optimized network refuses every mask, and never trains
+            mask = unless_whole(mask)
         if mask is None:
             return self.stages(self.stem(x))
-        check_mask(mask, x)
         x, mask = self.stem(x, mask), self._after_stem(mask)
         for stage in self.stages:
             x, mask = stage(x, mask), stage.coarser(mask)  # pyright: ignore

@@ -10,12 +10,23 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-__all__ = ["check_mask", "keep_real", "never_none", "normalise", "unless_traced"]
+__all__ = ["check_mask", "keep_real", "never_none", "normalise", "unless_traced", "unless_whole"]
 
 
 def unless_traced(mask: Tensor | None) -> Tensor | None:
     """``mask``; None where torch.fx traces, which gives every argument a stand-in: what it traces takes no mask."""
     return None if isinstance(mask, torch.fx.Proxy) else mask
+
+
+def unless_whole(mask: Tensor | None) -> Tensor | None:
+    """``mask``; None where every position is real: without a mask the same comes out, in two thirds of the time.
+
+    Looked at on a CPU alone and where code runs eagerly: a GPU would be waited for, and a graph holds no such choice.
+    """
+    graph = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    if graph or type(mask) is not Tensor or mask.device.type != "cpu":
+        return mask
+    return None if mask.all() else mask
 
 
 def keep_real(x: Tensor, mask: Tensor | None) -> Tensor:

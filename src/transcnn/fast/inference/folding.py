@@ -14,8 +14,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ...layers import drop_columns
 from ..dispatch import hooked
-from ..training.depthwise import KernelDepthwise
-from ..training.layers import KernelPointwise
+from ..training.depthwise import DepthwiseNd
+from ..training.layers import KernelPointwise, KernelPointwise3d
 from .entry import InferenceOnly
 from .layers import affine, constant, is_plain_conv
 from .tracing import passes
@@ -69,7 +69,7 @@ class _Tracer(torch.fx.Tracer):
     """Treats as leaves PyTorch's layers, norms of any library, and what was replaced already."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = InferenceOnly | KernelDepthwise | KernelPointwise | nn.modules.batchnorm._BatchNorm
+        own = InferenceOnly | DepthwiseNd | KernelPointwise | KernelPointwise3d | nn.modules.batchnorm._BatchNorm
         return isinstance(m, own) or super().is_leaf_module(m, module_qualified_name)
 
 

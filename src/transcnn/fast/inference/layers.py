@@ -27,8 +27,8 @@ from ..cpu import inference as cpu
 from ..cpu.activations import IDENTITY, SILU
 from ..cpu.passes import group_norm
 from ..dispatch import HALF_DTYPES, autotune, fits_cpu, fits_triton, hooked, to_nchw, to_nhwc
-from ..training.depthwise import KernelDepthwise
-from ..training.layers import KernelBatchNorm2d, KernelPointwise
+from ..training.depthwise import DepthwiseNd
+from ..training.layers import KernelBatchNorm2d, KernelPointwise, KernelPointwise3d
 from .convolutions import onednn_fits
 from .entry import InferenceOnly, entry, refuse_mask
 
@@ -273,8 +273,8 @@ def _flatten(layers: Iterable[nn.Module]) -> Iterable[nn.Module]:
 
 def is_plain_conv(module: nn.Module) -> TypeGuard[Conv]:
     """Whether this is a convolution of exactly PyTorch's or our classes, padded with zeros."""
-    kinds = (*CONVS.values(), KernelDepthwise, KernelPointwise)
-    return type(module) in kinds and module.padding_mode == "zeros"
+    plain = isinstance(module, DepthwiseNd) or type(module) in (*CONVS.values(), KernelPointwise, KernelPointwise3d)
+    return plain and module.padding_mode == "zeros"
 
 
 def _is_pointwise(conv: nn.Module) -> bool:

@@ -11,8 +11,8 @@ from ...blocks import InvertedResidual
 from ...errors import UserError
 from ..inference.entry import InferenceOnly
 from .attention import KernelHMHSA, KernelHMHSA1d, KernelHMHSA3d
-from .depthwise import KernelDepthwise, is_large_depthwise
-from .layers import KernelBatchNorm2d, KernelPointwise, is_pointwise
+from .depthwise import KernelDepthwise, KernelDepthwise1d, KernelDepthwise3d, gains_depthwise
+from .layers import KernelBatchNorm2d, KernelPointwise, KernelPointwise3d, is_pointwise, is_pointwise3d
 from .local import KernelLocalStep
 from .residual import KernelInvertedResidual
 
@@ -27,28 +27,35 @@ FASTER: dict[type[nn.Module], type[nn.Module]] = {
     InvertedResidual: KernelInvertedResidual,
     nn.BatchNorm2d: KernelBatchNorm2d,
 }
-FASTER_CONVS: dict[type[nn.Module], Callable[[nn.Module], bool]] = {
-    KernelPointwise: is_pointwise,
-    KernelDepthwise: is_large_depthwise,
-}
-PLAIN = {faster: slower for slower, faster in FASTER.items()} | dict.fromkeys(FASTER_CONVS, nn.Conv2d)
+# Of a convolution it depends on its shape.
+FASTER_CONVS: list[tuple[type[nn.Module], type[nn.Module], Callable[[nn.Module], bool]]] = [
+    (nn.Conv2d, KernelPointwise, is_pointwise),
+    (nn.Conv3d, KernelPointwise3d, is_pointwise3d),
+    (nn.Conv1d, KernelDepthwise1d, gains_depthwise),
+    (nn.Conv2d, KernelDepthwise, gains_depthwise),
+    (nn.Conv3d, KernelDepthwise3d, gains_depthwise),
+]
+PLAIN = {faster: slower for slower, faster in [*FASTER.items(), *(pair[:2] for pair in FASTER_CONVS)]}
 
 
 def accelerate_training(model: nn.Module) -> nn.Module:
     """Let ``model`` train with kernels of this package where those are faster, in place; returns the model.
 
-    On a CPU those are local and global attention, the weight gradient of depthwise convolutions of 5x5 to 9x9 (of any
-    network) and, fused, BatchNorm, SiLU and depthwise convolution of every inverted residual; on a GPU the attention
-    inside grids and, for large maps, the same fused layers, BatchNorm, 1x1 convolutions with a bias and the merging of
-    tokens. Maps must be channels-last (``model.to(memory_format=torch.channels_last)``, and the images as well).
-    Parameters, state dict, hooks and, up to rounding, outputs and gradients stay the same.
+    On a CPU those are local and global attention, the gradients of depthwise convolutions of 5 to 9, 5x5 to 9x9 and
+    3x3x3 to 9x9x9 and 1x1x1 convolutions (of any network) and, fused, BatchNorm, SiLU and depthwise convolution of
+    every inverted residual of images; on a GPU the attention inside grids and, for large maps, the same fused layers,
+    BatchNorm, 1x1 convolutions with a bias and the merging of tokens. Images must be channels-last
+    (``model.to(memory_format=torch.channels_last)``, and the images as well), and volumes are best so
+    (``torch.channels_last_3d``). Parameters, state dict, hooks and, up to rounding, outputs and gradients stay the
+    same.
 
     Modules of exactly PyTorch's and our classes change their class; :func:`plain` changes it back. Call that before
     torch.fx traces the network or gradients of gradients are computed (``create_graph=True``), which raise an error.
     PyTorch's own attention has no second derivatives on a CPU but by ``SDPBackend.MATH``.
     """
     for module in model.modules():
-        faster = next((faster for faster, fits in FASTER_CONVS.items() if fits(module)), FASTER.get(type(module)))
+        convs = (faster for conv, faster, gains in FASTER_CONVS if type(module) is conv and gains(module))
+        faster = next(convs, FASTER.get(type(module)))
         if faster is not None:
             module.__class__ = faster
     return model

@@ -1,8 +1,11 @@
-"""Depthwise convolutions whose weight gradient is fast on a CPU.
+"""Depthwise convolutions whose gradients are fast on a CPU, of sequences, images and volumes.
 
-Of a depthwise convolution the forward pass and the input gradient are PyTorch's. Its weight gradient on a CPU,
-though, takes thirty times as long for 5x5 as for 3x3 kernels. That of a k×k kernel is a mosaic of 3×3 gradients, each
-of the map shifted by two: ((k - 1) / 2)² of them cover all k² weights, and neighbours overlap in a row or a column.
+Of a depthwise convolution the forward pass is PyTorch's. PyTorch's gradients take far longer: up to 30 times the
+forward pass for the input's, and for the weight's 30 times as long for 5x5 as for 3x3 kernels. But
+
+- the input's gradient is the same convolution of the output's gradient, with the kernel turned round;
+- the weight's gradient is a mosaic of gradients of kernels three wide, each of the map shifted, and that of a kernel
+  with depth is one 2-D gradient for each of its planes.
 """
 
 from __future__ import annotations
@@ -13,40 +16,64 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...attention import CONVS
 from ..limits import refuse_fx
 
-__all__ = ["KernelDepthwise", "is_depthwise", "is_large_depthwise"]
+__all__ = [
+    "DepthwiseNd",
+    "KernelDepthwise",
+    "KernelDepthwise1d",
+    "KernelDepthwise3d",
+    "gains_depthwise",
+    "is_depthwise",
+]
 
-LARGEST = 9  # beyond, the many 3x3 gradients may take longer than PyTorch's own
+LARGEST = 9  # beyond, the many gradients of a mosaic may take longer than PyTorch's own
+FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-class KernelDepthwise(nn.Conv2d):
-    """A k×k convolution of each channel by itself, same size out as in, (B, C, H, W) -> (B, C, H, W)."""
+class DepthwiseNd(nn.modules.conv._ConvNd):
+    """Convolves each channel by itself, same size out as in, (B, C, *S) -> (B, C, *S)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
+        """(B, C, *S) -> (B, C, *S)."""
         refuse_fx(input)
         x, weight, bias = input, self.weight, self.bias
-        if not (weight.requires_grad and x.ndim == 4 and x.device.type == "cpu" and _eager() and is_depthwise(self)):
+        fits = weight.requires_grad and x.ndim == weight.ndim and x.device.type == "cpu" and _eager()
+        if not (fits and is_depthwise(self)):
             return super().forward(input)
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             x, weight = x.to(dtype), weight.to(dtype)
-        y: Tensor = _Depthwise.apply(x, weight)  # pyright: ignore
-        return y if bias is None else y + bias.to(y.dtype)[:, None, None]
+        y: Tensor = _Convolve.apply(x, weight)  # pyright: ignore
+        return y if bias is None else y + bias.to(y.dtype).view(-1, *(1,) * (y.ndim - 2))
 
 
-def is_depthwise(conv: nn.Conv2d) -> bool:
+class KernelDepthwise1d(DepthwiseNd, nn.Conv1d):
+    """Convolves each channel by itself, (B, C, L) -> (B, C, L)."""
+
+
+class KernelDepthwise(DepthwiseNd, nn.Conv2d):
+    """Convolves each channel by itself, (B, C, H, W) -> (B, C, H, W)."""
+
+
+class KernelDepthwise3d(DepthwiseNd, nn.Conv3d):
+    """Convolves each channel by itself, (B, C, D, H, W) -> (B, C, D, H, W)."""
+
+
+def is_depthwise(conv: nn.modules.conv._ConvNd) -> bool:
     """Whether this is a depthwise convolution with an odd kernel that leaves a map's size as it is."""
-    size = conv.kernel_size[0]
+    size, ndim = conv.kernel_size[0], len(conv.kernel_size)
     shape = (conv.kernel_size, conv.padding, conv.stride, conv.dilation)
-    same = shape == ((size, size), (size // 2, size // 2), (1, 1), (1, 1)) and size % 2 == 1
+    same = shape == ((size,) * ndim, (size // 2,) * ndim, (1,) * ndim, (1,) * ndim) and size % 2 == 1
     return same and conv.groups == conv.in_channels == conv.out_channels and conv.padding_mode == "zeros"
 
 
-def is_large_depthwise(module: nn.Module) -> bool:
-    """Whether :class:`KernelDepthwise` takes the place of this module: one where PyTorch's gradient is slower."""
-    return type(module) is nn.Conv2d and 3 < module.kernel_size[0] <= LARGEST and is_depthwise(module)
+def gains_depthwise(module: nn.Module) -> bool:
+    """Whether one of these classes takes the place of this module: one where PyTorch's gradients are slower."""
+    if type(module) not in CONVS.values() or not is_depthwise(module):  # pyright: ignore
+        return False
+    return (1 if type(module) is nn.Conv3d else 3) < module.kernel_size[0] <= LARGEST  # pyright: ignore
 
 
 def _eager() -> bool:
@@ -54,12 +81,12 @@ def _eager() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
-class _Depthwise(torch.autograd.Function):
+class _Convolve(torch.autograd.Function):
     generate_vmap_rule = True  # for torch.func
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+        return FUNCTIONS[x.ndim - 2](x, weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -69,34 +96,52 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore
         x, weight = ctx.saved_tensors
-        of_x = _gradient(grad, x, weight, weight.shape[-1] // 2, of_weight=False) if ctx.needs_input_grad[0] else None
+        turned = weight.flip(*range(2, weight.ndim))
+        of_x = _Convolve.forward(grad, turned) if ctx.needs_input_grad[0] else None
         return of_x, _gradient_of_weight(grad, x, weight) if ctx.needs_input_grad[1] else None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None) -> Tensor:  # pyright: ignore
         x, weight = ctx.saved_tensors
         pairs = [pair for pair in ((dx, weight), (x, dweight)) if pair[0] is not None and pair[1] is not None]
-        return torch.stack([_Depthwise.forward(a, b) for a, b in pairs]).sum(0)  # pyright: ignore
+        return torch.stack([_Convolve.forward(a, b) for a, b in pairs]).sum(0)  # pyright: ignore
 
 
 def _gradient_of_weight(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    size, (height, width) = weight.shape[-1], grad.shape[-2:]
-    x = F.pad(x, (size // 2,) * 4)
-    rows = []
-    for top in range(0, size - 1, 2):
-        row = []
-        for left in range(0, size - 1, 2):
-            shifted = x[..., top : top + height + 2, left : left + width + 2]
-            found = _gradient(grad, shifted, weight[..., :3, :3], 0, of_weight=True)
-            row.append(found[..., 1 if left else 0 :])  # without the column that overlaps the one before
-        rows.append(torch.cat(row, -1)[..., 1 if top else 0 :, :])
-    return torch.cat(rows, -2)
+    size, around = weight.shape[-1], weight.shape[-1] // 2
+    x = F.pad(x, (around,) * 2 * (x.ndim - 2))
+    if x.ndim < 5:
+        return _mosaic(grad, x, weight)
+    # Items' planes in one row of maps: each is as many planes of zeros longer than the gradient as padding has.
+    grad = F.pad(grad, (0, 0, 0, 0, 0, size - 1))
+    grad, x = (_planes(y) for y in (grad, x))  # (B·(D + size - 1), C, H, W)
+    count = len(x) - (size - 1)
+    planes = [_mosaic(grad[:count], x[top : top + count], weight[:, :, top]) for top in range(size)]
+    return torch.stack(planes, 2)
 
 
-def _gradient(grad: Tensor, x: Tensor, weight: Tensor, padding: int, *, of_weight: bool) -> Tensor:
-    """One of a depthwise convolution's two gradients, by PyTorch's kernel."""
+def _planes(x: Tensor) -> Tensor:
+    """(B, C, D, H, W) -> (B·D, C, H, W), channels-last, for which PyTorch's gradient is fastest."""
+    return x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def _mosaic(grad: Tensor, x: Tensor, weight: Tensor, axis: int = 2) -> Tensor:
+    """The gradient, from ``axis`` on of kernels three wide, of one dimension or two; ``x`` is padded."""
+    if axis == x.ndim:
+        return _gradient_of_three(grad, x, weight)
+    size, end, pieces = weight.shape[axis], 0, []
+    for start in (*range(0, size - 3, 3), size - 3):
+        shifted, part = x.narrow(axis, start, grad.shape[axis] + 2), weight.narrow(axis, start, 3)
+        piece = _mosaic(grad, shifted, part, axis + 1)
+        pieces.append(piece.narrow(axis, end - start, start + 3 - end))  # without what overlaps the one before
+        end = start + 3
+    return torch.cat(pieces, axis)
+
+
+def _gradient_of_three(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """That of PyTorch, of a kernel three wide without padding."""
+    ones, zeros = [1] * (x.ndim - 2), [0] * (x.ndim - 2)
     found = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], weight.shape[0],
-        [not of_weight, of_weight, False],
-    )  # fmt: skip
-    return found[of_weight]
+        grad, x, weight, None, ones, zeros, ones, False, zeros, weight.shape[0], [False, True, False]
+    )
+    return found[1]
