@@ -219,6 +219,7 @@ def test_openvino_computes_in_bf16():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (dict(models="transcnn1d_nano"), "transcnn1d_nano takes no images"),
         (dict(models="resnet10t,nosuch"), "neither transcnn, timm nor torchvision has a network called 'nosuch'"),
         (dict(sizes="0"), "sizes must be whole numbers of 1 or more separated by commas, got '0'"),
         (dict(sizes="big"), "sizes must be whole numbers of 1 or more separated by commas, got 'big'"),

@@ -448,6 +448,7 @@ def test_precision_words():
         (dict(epochs=0), "epochs must be 1 or more, got 0"),
         (dict(batch_size=-1), "batch_size must be 1 or more"),
         (dict(lr=0.0), "lr must be above 0"),
+        (dict(model="transcnn3d_nano"), "transcnn3d_nano takes no images"),
         (dict(model="transcnn_tinny"), "no model is named 'transcnn_tinny'; near ones: transcnn_tiny"),
         (dict(augment=Augment(smoothing=2)), "smoothing must be from 0 to 1"),
         (dict(augment=Augment(sizes=[16])), r"size_ends must have one entry for each of sizes, got \[\] for \[16\]"),

@@ -43,8 +43,8 @@ def build(spec: str, size: int) -> nn.Module:
     from torchvision.models import get_model
     from torchvision.models import list_models as torchvision_models
 
-    from .. import variants as _registers_our_models  # noqa: F401
     from ..backbone import TransCNN
+    from ..variants import VARIANTS_ND
 
     name, *pairs = spec.split(":")
     given = [pair.partition("=") for pair in pairs]
@@ -61,6 +61,8 @@ def build(spec: str, size: int) -> nn.Module:
         model = get_model(name, weights=None, **arguments)
     elif name in PEERS:
         model = PEERS[name](size, **arguments)
+    elif name in VARIANTS_ND:
+        raise UserError(f"{name} takes no images, which is what is compared here; benchmarks/dimensions.py measures it")
     else:
         raise UserError(
             f"neither transcnn, timm nor torchvision has a network called {name!r}, nor is it one of {', '.join(PEERS)}"

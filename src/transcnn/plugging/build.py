@@ -8,8 +8,8 @@ from typing import Any
 import timm
 from torch import nn
 
-from .. import variants as _registers_our_models  # noqa: F401
 from ..errors import UserError, first_line
+from ..variants import VARIANTS_ND
 from .plug import plug_like
 
 __all__ = ["build_model", "source_of_weights"]
@@ -21,6 +21,8 @@ def build_model(name: str, plug: Any = None, **kwargs: Any) -> nn.Module:
     ``plug`` puts H-MHSA in, as :func:`transcnn.plug_like` takes it: a spec, names or patterns.
     """
     base = name.split(".")[0]
+    if base in VARIANTS_ND:
+        raise UserError(f"{base} takes no images: a module of your own trains it, transcnn.create_model makes it")
     if not timm.is_model(base):
         if ":" in name or "/" in name:  # timm would read hf-hub:... and local-dir:..., and do what they say
             raise UserError(f"a model is named as timm lists it, got {name!r}; other weights: --init_from")
