@@ -34,6 +34,20 @@ inline void add_channel_sums(double* sums, long channels, Vec16 centre, Vec16 fi
     }
 }
 
+// Has what is read a few positions later brought into the cache: prefetchers don't follow a few channels of each position.
+template <class T>
+inline void soon(const T* p, long channels) {
+    __builtin_prefetch(p + 12 * channels);
+}
+
+// Calls f<4>(channel) for each four vectors of channels, and f<1> for those that are left.
+template <class F>
+inline void by_vectors(long channels, F f) {
+    long c = 0;
+    for (; c + 4 * LANES <= channels; c += 4 * LANES) f.template operator()<4>(c);
+    for (; c < channels; c += LANES) f.template operator()<1>(c);
+}
+
 // Adds what f(channel, index, first, second) accumulates over all positions to ``sums`` (threads, 2, channels).
 template <class F>
 void sum_up(long tokens, long channels, double* sums, long threads, F f) {
@@ -44,12 +58,21 @@ void sum_up(long tokens, long channels, double* sums, long threads, F f) {
         double* own = sums + omp_get_thread_num() * 2 * channels;
 #pragma omp for schedule(static)
         for (long piece = 0; piece < pieces; piece++)
-            for (long c = 0; c < channels; c += LANES) {
-                Vec16 first{}, second{};
+            by_vectors(channels, [&]<long COUNT>(long c) {
+                Vec16 first[COUNT] = {}, second[COUNT] = {};
                 const long end = std::min(tokens, (piece + 1) * SOME);
-                for (long token = piece * SOME; token < end; token++) f(c, token * channels + c, first, second);
-                for (int i = 0; i < LANES; i++) own[c + i] += first[i], own[channels + c + i] += second[i];
-            }
+                for (long token = piece * SOME; token < end; token++)
+#pragma GCC unroll 4
+                    for (long k = 0; k < COUNT; k++) {
+                        const long channel = c + k * LANES;
+                        f(channel, token * channels + channel, first[k], second[k]);
+                    }
+                for (long k = 0; k < COUNT; k++)
+                    for (int i = 0; i < LANES; i++) {
+                        own[c + k * LANES + i] += first[k][i];
+                        own[channels + c + k * LANES + i] += second[k][i];
+                    }
+            });
     }
 }
 
@@ -114,7 +137,9 @@ void forward(const T* e, const float* scale, const float* shift, const float* we
             for (long top = 0; top < s.height; top += step) {
                 const long bottom = std::min(s.height, top + step);
                 s.fill(map, block, channel, count, top, bottom, [&](long c, long position) {
-                    return silu<T>(load(e + (image + position) * s.channels + c) * load(scale + c) + load(shift + c));
+                    const T* from = e + (image + position) * s.channels + c;
+                    soon(from, s.channels);
+                    return silu<T>(load(from) * load(scale + c) + load(shift + c));
                 });
                 for (long c = 0; c < count; c += LANES) {
                     T* out = m + (image + top * s.width) * s.channels + channel + c;
@@ -146,17 +171,22 @@ void channel_sums(const T* x, double* sums, long tokens, long channels, long thr
         double* own = sums + omp_get_thread_num() * 2 * channels;
 #pragma omp for schedule(static)
         for (long start = 0; start < tokens; start += SOME)
-            for (long c = 0; c < channels; c += LANES) {
+            by_vectors(channels, [&]<long COUNT>(long c) {
                 const long end = std::min(tokens, start + SOME);
-                const Vec16 centre = load(x + start * channels + c);
-                Vec16 first{}, second{};
-                for (long token = start; token < end; token++) {
-                    Vec16 off = load(x + token * channels + c) - centre;
-                    first += off;
-                    second += off * off;
-                }
-                add_channel_sums(own + c, channels, centre, first, second, end - start);
-            }
+                Vec16 centre[COUNT], first[COUNT] = {}, second[COUNT] = {};
+                for (long k = 0; k < COUNT; k++) centre[k] = load(x + start * channels + c + k * LANES);
+                for (long token = start; token < end; token++)
+#pragma GCC unroll 4
+                    for (long k = 0; k < COUNT; k++) {
+                        const T* from = x + token * channels + c + k * LANES;
+                        soon(from, channels);
+                        const Vec16 off = load(from) - centre[k];
+                        first[k] += off;
+                        second[k] += off * off;
+                    }
+                for (long k = 0; k < COUNT; k++)
+                    add_channel_sums(own + c + k * LANES, channels, centre[k], first[k], second[k], end - start);
+            });
     }
 }
 
@@ -168,7 +198,7 @@ void backward(const T* m, const T* ds, const float* const* norm2, const T* e, co
     const float *scale2 = norm2[0], *shift2 = norm2[1], *by_z = norm2[2], *by_m = norm2[3], *rest = norm2[4];
     const float *scale1 = norm1[0], *shift1 = norm1[1], *mean1 = norm1[2];
     long some, step;
-    s.divide(2, some, step);
+    s.divide(3, some, step);
     const long pieces = (s.channels + some - 1) / some, per_image = s.height * s.width, area = s.size * s.size;
 #pragma omp parallel num_threads(threads)
     {
@@ -179,19 +209,28 @@ void backward(const T* m, const T* ds, const float* const* norm2, const T* e, co
             const long channel = item % pieces * some, count = std::min(some, s.channels - channel);
             const long block = map_size(step, s.width, s.size), image = item / pieces * per_image;
             Scratch& memory = scratch();
-            if (!memory.begin(2 * count / LANES * block * 4 + 128)) continue;
+            const long many = step * s.width * LANES;
+            if (!memory.begin(count / LANES * (2 * block + many) * 4 + 192)) continue;
+            float* slopes = memory.take<float>(count / LANES * many);  // SiLU'(BatchNorm(e))
             float* input = memory.take<float>(count / LANES * block);
             float* grad = memory.take<float>(count / LANES * block);
             for (long top = 0; top < s.height; top += step) {
                 const long bottom = std::min(s.height, top + step);
                 s.fill(grad, block, channel, count, top, bottom, [&](long c, long position) {
                     const long at = (image + position) * s.channels + c;
+                    soon(m + at, s.channels), soon(ds + at, s.channels);
                     Vec16 x = load(m + at), value;
                     Vec16 of_z = load(ds + at) * silu_gradient<T>(x * load(scale2 + c) + load(shift2 + c), value);
                     return of_z * load(by_z + c) + x * load(by_m + c) + load(rest + c);
                 });
                 s.fill(input, block, channel, count, top, bottom, [&](long c, long position) {
-                    return silu<T>(load(e + (image + position) * s.channels + c) * load(scale1 + c) + load(shift1 + c));
+                    const T* from = e + (image + position) * s.channels + c;
+                    soon(from, s.channels);
+                    Vec16 value, slope = silu_gradient<T>(load(from) * load(scale1 + c) + load(shift1 + c), value);
+                    const long own = position - top * s.width;  // outside the rows in the halo
+                    if (own >= 0 && own < (bottom - top) * s.width)
+                        store(slopes + (c - channel) / LANES * many + own * LANES, slope);
+                    return value;
                 });
                 for (long c = 0; c < count; c += LANES) {
                     const float *x = input + c / LANES * block, *g = grad + c / LANES * block;
@@ -204,15 +243,14 @@ void backward(const T* m, const T* ds, const float* const* norm2, const T* e, co
                     for (long i = 0; i < area; i++) store(weights + i * s.channels + channel + c, load(found + i * LANES));
 
                     const long start = (image + top * s.width) * s.channels + channel + c;
-                    const Vec16 scale = load(scale1 + channel + c), shift = load(shift1 + channel + c);
                     const Vec16 mean = load(mean1 + channel + c);
+                    const float* slope = slopes + c / LANES * many;
                     Vec16 first{}, second{};
                     const auto take = [&](long token, Vec16 sum) {
-                        Vec16 before = load(e + start + token * s.channels), value;
-                        Vec16 of_z = sum * silu_gradient<T>(before * scale + shift, value);
+                        const Vec16 of_z = sum * load(slope + token * LANES);
                         store(dz + start + token * s.channels, of_z);
                         first += of_z;
-                        second += of_z * (before - mean);
+                        second += of_z * (load(e + start + token * s.channels) - mean);
                     };
                     const float* w = flipped + channel + c;
                     if (s.size == 3) convolve<3>(s.rows(g), bottom - top, s.width, w, s.channels, Vec16{}, each_position(s.width, take));
@@ -244,6 +282,7 @@ template <class T>
 void bn_silu_backward_sums(const T* x, const T* ds, const float* scale, const float* shift, const float* mean, double* sums,
              long tokens, long channels, long threads) {
     sum_up(tokens, channels, sums, threads, [&](long c, long at, Vec16& first, Vec16& second) {
+        soon(x + at, channels), soon(ds + at, channels);
         Vec16 value, before = load(x + at);
         Vec16 dz = load(ds + at) * silu_gradient<T>(before * load(scale + c) + load(shift + c), value);
         first += dz;
