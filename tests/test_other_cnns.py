@@ -263,6 +263,63 @@ def test_sums_in_another_module_than_the_layers(monkeypatch):
     assert relative(fast(x), model(x)) <= 2e-6
 
 
+@pytest.mark.parametrize("mode", ["made", "optimized", "copied"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_in_inference_mode(mode, dtype):
+    """Whenever it begins; maps in any memory format, as a view by the network's own code may leave them."""
+
+    def contiguous(m: Any, x: Tensor) -> Tensor:
+        y = m.conv1(x)
+        return F.relu(m.conv2(y.contiguous()) + y)
+
+    with torch.inference_mode(mode == "made"):
+        torch.manual_seed(0)
+        model = nn.Sequential(Block(contiguous), Block(contiguous))
+    with torch.inference_mode(mode in ("made", "optimized")):
+        fast = optimize(model, dtype)
+    x = torch.randn(2, 8, 24, 32)
+    with torch.inference_mode():
+        fast = copy.deepcopy(fast) if mode == "copied" else fast
+        exact = copy.deepcopy(model).double()(x.double())
+        assert relative(fast(x), exact) <= (2e-6 if dtype == torch.float32 else 1e-2)
+
+
+class Caching(nn.Module):
+    """A block that keeps something of a call, as LeViT and EfficientFormer keep the biases of their attention."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.where, self.kept, self.rows, self.calls = where, {}, [], 0
+        self.register_buffer("bias", torch.randn(8, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.where == "dict":
+            key = str(x.device)
+            self.kept[key] = bias = self.kept.get(key, self.bias + 0)
+        elif self.where == "list":
+            self.rows.append(self.bias + x[0])
+            bias = self.rows.pop() if len(self.rows) > 1 else self.bias
+        elif self.where == "attribute":
+            self.calls += 1
+            bias = self.bias * self.calls
+        else:
+            self.bias, bias = self.bias + 1, self.bias
+        return F.relu(self.conv2(self.conv1(x)) + bias + x)
+
+
+@pytest.mark.parametrize("where", ["dict", "list", "attribute", "buffer"])
+@torch.no_grad()
+def test_blocks_that_keep_something_of_a_call(where):
+    """Tracing leaves nothing in them, and each call does what it did."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(Caching(where), nn.BatchNorm2d(8), Caching(where))).eval()
+    x = torch.randn(2, 8, 9, 7)
+    fast = pickle.loads(pickle.dumps(optimize(model)))
+    for _ in range(3):
+        assert relative(fast(x), model(x)) <= 2e-6
+
+
 class Dynamic(nn.Module):
     """What can't be traced."""
 

@@ -20,7 +20,7 @@ from ..cpu.passes import squeeze as run_squeeze
 from ..dispatch import fits_cpu, hooked, to_nchw, to_nhwc
 from .convolutions import FastConv2d, FastLinear, kernel_activation
 from .plan import Ref, Step, mapped, submodule
-from .tracing import Tracer, activation_of, passes
+from .tracing import Tracer, activation_of, graph_of, passes
 
 __all__ = ["Chain", "Squeeze", "chain_names", "squeeze_of", "with_chains"]
 
@@ -210,9 +210,8 @@ def squeeze_of(module: nn.Module) -> _Squeeze | None:
         return None
     if any(map(hooked, module.modules())):
         return None
-    try:
-        graph = Tracer().trace(module)
-    except Exception:  # tracing runs the module's own code, which may fail on a proxy in any way
+    graph = graph_of(module, Tracer())
+    if graph is None:
         return None
     modules = dict(module.named_modules())
     *inputs, output = (node for node in graph.nodes if node.op in ("placeholder", "output"))

@@ -184,7 +184,8 @@ class FastConv2d(Fused, nn.Conv2d):
         options = (list(self.padding), list(self.stride), list(self.dilation), self.groups)
         op = torch.ops.mkldnn._convolution_pointwise
         if other is not None and not (
-            act[0] in ("none", "relu")  # all that oneDNN's operations know after a sum
+            # All that oneDNN's operations know after a sum; and those of weights that aren't packed know no bf16.
+            (act[0] == "none" or (act[0] == "relu" and not weight.is_inference()))
             and _addable(other, (len(x), self.out_channels, *sides), x.dtype, torch.channels_last)
         ):
             return None

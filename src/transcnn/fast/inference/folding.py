@@ -18,7 +18,7 @@ from ..training.depthwise import DepthwiseNd
 from ..training.layers import KernelPointwise, KernelPointwise3d
 from .entry import InferenceOnly
 from .layers import affine, constant, is_plain_conv
-from .tracing import passes
+from .tracing import graph_of, passes
 
 __all__ = ["fold_batchnorms", "fold_layer_scales"]
 
@@ -79,9 +79,8 @@ def _pairs(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
         isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()
     ):
         return
-    try:
-        graph = _Tracer().trace(model)
-    except Exception:  # tracing runs the network's own code, which may fail on a proxy in any way
+    graph = graph_of(model, _Tracer())
+    if graph is None:
         for name, child in model.named_children():
             yield from _pairs(child, f"{prefix}{name}.")
         return
@@ -111,9 +110,8 @@ def _scaled(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Names of each layer and of the parameter that scales its channels and can be left out."""
     if isinstance(model, InferenceOnly) or not any(map(_is_scale, model.modules())):
         return
-    try:
-        graph = _Tracer().trace(model)
-    except Exception:  # as above
+    graph = graph_of(model, _Tracer())
+    if graph is None:
         for name, child in model.named_children():
             yield from _scaled(child, f"{prefix}{name}.")
         return

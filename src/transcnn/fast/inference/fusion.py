@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from .chains import chain_names, squeeze_of, with_chains
 from .convolutions import NONE, Activation, FastMaxPool2d, Fused
 from .entry import InferenceOnly
 from .plan import Plan, Ref, Step, free, mapped, plain_class
-from .tracing import NOTHING, Tracer, activation_of, passes
+from .tracing import NOTHING, Tracer, activation_of, graph_of, passes
 
 __all__ = ["fuse_blocks"]
 
@@ -53,7 +52,9 @@ def _plan(block: nn.Module) -> Plan | None:
     """What fuses something of this block; None where nothing can be, or the block can't be traced."""
     if not _computes(block) or len(inspect.signature(block.forward).parameters) != 1:
         return None
-    graph = _graph(block, _opens) or (_graph(block) if any(isinstance(m, Fused) for m in _near(block)) else None)
+    graph = graph_of(block, Tracer(_opens))
+    if graph is None and any(isinstance(m, Fused) for m in _near(block)):
+        graph = graph_of(block, Tracer())
     if graph is None:
         return None
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
@@ -104,19 +105,6 @@ def _opens(module: nn.Module) -> bool:
     closed = isinstance(module, InferenceOnly | Fused | torch.jit.ScriptModule)
     library = type(module).__module__.startswith("torch.nn.")
     return not (closed or library) and _computes(module) and squeeze_of(module) is None
-
-
-def _graph(block: nn.Module, *opens: Callable[[nn.Module], bool]) -> torch.fx.Graph | None:
-    """What a block computes; None where it can't be traced."""
-    before = set(vars(block))
-    try:
-        graph = Tracer(*opens).trace(block)
-    except Exception:  # tracing runs the block's own code, which may fail on a proxy in any way
-        graph = None
-    for name in set(vars(block)) - before:  # tensors made meanwhile, which would be neither cast nor moved
-        delattr(block, name)
-        graph = None
-    return graph
 
 
 def _near(block: nn.Module) -> list[nn.Module]:

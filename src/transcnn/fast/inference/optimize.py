@@ -36,6 +36,7 @@ _NAMES = {
 }
 
 
+@torch.inference_mode(False)  # weights made in that mode don't count their versions, so nothing packs them
 def optimize(
     model: nn.Module,
     dtype: torch.dtype | str | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import nn
 from ..dispatch import hooked
 from .convolutions import Activation, activation, fused_activation
 
-__all__ = ["NOTHING", "Tracer", "activation_of", "passes"]
+__all__ = ["NOTHING", "Tracer", "activation_of", "graph_of", "passes"]
 
 NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d, DropPath)  # in evaluation
 
@@ -45,6 +46,37 @@ class Tracer(torch.fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return hooked(m) or not (isinstance(m, nn.Sequential) or self._opens(m))
+
+
+def graph_of(module: nn.Module, tracer: torch.fx.Tracer) -> torch.fx.Graph | None:
+    """What a module computes; None where it can't be traced, or keeps something of a call (a cache, a count).
+
+    Of the latter a graph would tell one call, and what the code kept would be of the trace: that is taken back.
+    """
+    kept = [(one, copy.copy(one)) for m in module.modules() for one in (vars(m), *vars(m).values()) if _holds(one)]
+    try:
+        graph = tracer.trace(module)
+    except Exception:  # tracing runs the module's own code, which may fail on a proxy in any way
+        graph = None
+    for now, before in kept:
+        if not _same(now, before):
+            graph = None
+            now.clear()
+            (now.extend if isinstance(now, list) else now.update)(before)
+    return graph
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, dict | list | set)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether these hold the very same objects."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
+    if isinstance(a, set):
+        return a == b
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
 def activation_of(node: torch.fx.Node, modules: dict[str, nn.Module]) -> Activation | None:
