@@ -1,6 +1,6 @@
 """Training steps of our smaller networks beside plain ones and CNNs of as many multiply-adds.
 
-    nice -n -3 python benchmarks/training_steps.py                        # about five minutes of one core
+    nice -n -3 python benchmarks/training_steps.py                        # about three minutes of one core
     python benchmarks/training_steps.py --groups nano --rounds 9
 
 Writes results/speed_training_steps.csv. A step is forward, cross-entropy, backward and AdamW in bf16 autocast,
@@ -124,8 +124,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="that a network takes in its turn")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=1, help="that a network takes in its turn")
     parser.add_argument("--machine", default=f"{platform.machine()}, one thread", help="its name in the table")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--memory_of", nargs=2, metavar=("GROUP", "NETWORK"), help=argparse.SUPPRESS)

@@ -320,6 +320,20 @@ def test_blocks_that_keep_something_of_a_call(where):
         assert relative(fast(x), model(x)) <= 2e-6
 
 
+@torch.no_grad()
+def test_what_hooks_keep_is_not_written_over():
+    model = nn.Sequential(Block(lambda m, x: F.relu(m.conv1(x) + m.conv2(m.nothing(x)))))
+    x = torch.randn(2, 8, 9, 7).to(memory_format=torch.channels_last)
+    fast = optimize(model)
+    for name in ("conv1", "conv2"):
+        kept: list[Tensor] = []
+        handle = getattr(fast[0], name).register_forward_hook(lambda module, given, output, to=kept: to.append(output))
+        fast(x)
+        handle.remove()
+        (ours,) = kept
+        assert relative(ours, getattr(model[0], name)(x)) <= 2e-6
+
+
 class Dynamic(nn.Module):
     """What can't be traced."""
 

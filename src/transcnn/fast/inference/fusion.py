@@ -86,7 +86,10 @@ def _plan(block: nn.Module) -> Plan | None:
     steps = with_chains(steps, output, modules)
     if not ends and not any(step.parts for step in steps):
         return None
+    called = {str(step.target) for step in steps if step.kind == "call_module"}
     skipped = {
+        # Layers that are called count, too: a hook might keep a map that a sum is written over.
+        *(name for name in called if isinstance(modules[name], Fused)),
         *_skipped(nodes, inner | set(ends), modules),
         *(name for step in steps for name in chain_names(step, modules)),
     }

@@ -44,7 +44,10 @@ class Step:
 
 @dataclass
 class Plan:
-    """A block's forward pass of one tensor, as steps; and the modules that they don't call, by name and class."""
+    """A block's forward pass of one tensor, as steps; and the modules that must have no hooks, by name and class.
+
+    Those are the modules that the steps don't call, and the layers whose results may be written over.
+    """
 
     steps: list[Step]
     output: Any
