@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 import yaml
-from torch.utils.flop_counter import FlopCounterMode
 
 from transcnn.checkpoints.loading import Loaded, load
+from transcnn.plugging.cost import count
 
 SCORES = ("miou", "pixel_accuracy", "mean_accuracy", "map", "map50", "mask_map", "mask_map50")
 
@@ -35,9 +35,7 @@ def multiply_adds(loaded: Loaded, height: int, width: int) -> float | None:
     factor = min(short / min(height, width), args.get("long_side", float("inf")) / max(height, width))
     channels = loaded.preprocessing["input_size"][0]
     image = torch.zeros(channels, round(height * factor), round(width * factor))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        loaded.model([image] if loaded.task == "detect" else image[None])
-    return counter.get_total_flops() / 2
+    return count(loaded.model, [image] if loaded.task == "detect" else image[None]).macs
 
 
 def row_of(run: Path, height: int, width: int) -> dict[str, Any]:

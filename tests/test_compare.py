@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from torch import nn
 
 import transcnn
 from transcnn.commands.compare import compare
@@ -272,6 +273,27 @@ def test_cost_grows_with_the_pixels():
         auto = transcnn.create_model("transcnn_tiny", grid_sizes="auto", pool_ratios="auto", img_size=size)
         per_pixel.append(count(auto, torch.empty(1, 3, size, size, device="meta")).macs / size**2)
     assert max(per_pixel) / min(per_pixel) <= 1.1
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("transcnn_test", (1, 3, 64, 64)), ("transcnn1d_nano", (1, 1, 800)), ("transcnn3d_nano", (1, 1, 16, 16, 16))],
+)
+def test_a_real_input_costs_what_one_without_numbers_does(name, size):
+    """PyTorch's counter knows nothing of its own attention on a CPU."""
+    from transcnn.plugging.cost import count
+
+    model = transcnn.create_model(name)
+    real, shapes = count(model, torch.zeros(size)), count(model.to("meta"), torch.empty(size, device="meta"))
+    assert real == shapes
+    q = torch.zeros(2, 3, 5, 8)
+    attention = count(Attention(), q)
+    assert attention.macs == 2 * q.numel() * 5
+
+
+class Attention(nn.Module):
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(q, q, q)
 
 
 def test_published_weights_have_no_further_levels():

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..errors import UserError
 from ..variants import PAPER_TOP1
@@ -18,6 +18,7 @@ from .places import call
 __all__ = ["Counts", "count", "describe", "interleaved_seconds", "seconds_per_call"]
 
 LAYERS = (torch.ops.aten.convolution, torch.ops.aten.addmm)
+ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which PyTorch leaves out of its count
 
 
 class Counts(NamedTuple):
@@ -34,11 +35,15 @@ def count(model: nn.Module, *inputs: Any) -> Counts:
     With inputs on the meta device nothing is computed: shapes are all that counting needs. A network that looks at
     numbers (a detector) needs real inputs.
     """
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={ATTENTION_ON_CPU: _attention}) as counter:
         call(model, inputs, {})
     operations = counter.get_flop_counts().get("Global", {})
     layers = sum(operations.get(op, 0) for op in LAYERS) // 2
     return Counts(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2, layers)
+
+
+def _attention(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q, k, v)
 
 
 def describe(name: str, img_size: int | None = None) -> dict[str, Any]:
