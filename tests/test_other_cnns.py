@@ -36,6 +36,7 @@ HOSTS: dict[str, dict[str, Any]] = {
     "repvit_m0_9": SMALL,
     "fastvit_t8": dict(layers=(1, 1, 1, 1), embed_dims=(8, 16, 16, 16)),
     "mobileone_s0": {},
+    "starnet_s1": dict(base_dim=8, depths=(1, 1, 1, 1)),
     "mobilenetv3_small_050": {},
     "torchvision resnet18": {},
     "torchvision convnext": dict(block_setting=[CNBlockConfig(16, 24, 1), CNBlockConfig(24, None, 1)]),

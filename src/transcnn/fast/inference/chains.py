@@ -153,6 +153,8 @@ def with_chains(steps: list[Step], output: Any, modules: dict[str, nn.Module]) -
         while end < len(steps) and _follows(steps[end - 1], steps[end], reads):
             end += 1
         found = _CHAINS.match(kinds, i, end)
+        if found and found[0].endswith("d") and len(steps[found.end() - 1].args) > 1:  # only a projection can add
+            found = _CHAINS.match(kinds, i, found.end() - 1)
         step = steps[i]
         if found:
             parts = steps[i : found.end()]
