@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TESTS = ["tests/test_cpu_inference.py", "tests/test_chains.py", "tests/test_cpu_training.py", "tests/test_fast.py"]
+TESTS = [f"tests/test_{name}.py" for name in ("cpu_inference", "cpu_passes", "chains", "cpu_training", "fast")]
 # A kernel told that a map has one row more than it has.
 OVERRUN = """
 import torch
