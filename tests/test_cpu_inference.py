@@ -27,9 +27,10 @@ from fuzz import little_memory
 from transcnn.attention import HMHSA, LocalStep
 from transcnn.blocks import DualDownsample
 from transcnn.fast import dispatch, optimize
-from transcnn.fast.cpu import build, support, training
+from transcnn.fast.cpu import build, passes, support, training
 from transcnn.fast.cpu import call as cpu_call
 from transcnn.fast.cpu import inference as cpu
+from transcnn.fast.cpu.inverted_residual import pack_squeeze
 from transcnn.fast.inference.attention import FastHMHSA, FastLocalStep
 from transcnn.fast.inference.blocks import FastDualDownsample, FastInvertedResidual, FastStem
 from transcnn.fast.inference.layers import fuse
@@ -92,11 +93,16 @@ def threads(count: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def compare(module: nn.Module, exact: Callable[..., Tensor], *inputs: Tensor | None, kernel: str) -> None:
-    """The kernel's error against ``exact`` in double precision, and against that of the plain path."""
+def compare(
+    module: nn.Module, exact: Callable[..., Tensor], *inputs: Tensor | None, kernel: str, **others: int
+) -> None:
+    """The kernel's error against ``exact`` in double precision, and against that of the plain path.
+
+    ``others`` are calls of further kernels.
+    """
     with counted() as called:
         ours = module(*inputs)
-    assert called == {kernel: 1}
+    assert called == {kernel: 1, **others}
     expected = exact(*(None if x is None else x.double() for x in inputs))
     assert ours.shape == expected.shape
     assert ours.dtype == inputs[0].dtype
@@ -340,7 +346,8 @@ def test_the_local_step_is_as_near_as_the_plain_one(norm, dtype):
         nn.init.normal_(layer.bias, std=0.3)
     fast, double = FastLocalStep(step), copy.deepcopy(step).double()
     x = torch.randn(2, 17, 23, 64).to(dtype)
-    compare(fast, lambda x: double(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), x, kernel="local_attention")
+    others = {"group_norm": 2} if isinstance(step.norm, nn.GroupNorm) else {}
+    compare(fast, lambda x: double(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), x, kernel="local_attention", **others)
 
 
 @has_kernels
@@ -514,7 +521,7 @@ def test_stems_that_the_kernel_lacks_stay_with_pytorch(dtype):
         with counted() as called:
             y = FastStem(layers)(x)
         assert error(y, layers.double()(x.double())) <= BOUNDS[dtype]
-        assert not called
+        assert not called["stem"]
 
     def conv(inputs: int, outputs: int, size: int = 3, **options) -> nn.Conv2d:
         return nn.Conv2d(inputs, outputs, size, **{"stride": 2, "padding": 1, **options})
@@ -584,7 +591,7 @@ def test_downsampling_that_the_kernel_lacks_stay_with_pytorch(dtype):
         with counted() as called:
             y = fast_downsample(layers)(x)
         assert error(y, layers.double()(x.double())) <= BOUNDS[dtype]
-        assert not called
+        assert not called["stem"]
 
 
 # 5. Extremes
@@ -721,6 +728,9 @@ def kernel_calls(dtype: torch.dtype) -> dict[str, tuple]:
         training.bn_silu_dwconv_backward(x, training.bn_silu(x, (one, one)), (one,) * 5, x, (one,) * 3, kernel)
         training.bn_silu_backward_sums(x, x, (one,) * 3)
         training.bn_backward(x.clone(), x, (one,) * 3)
+        passes.group_norm(x, one, one, 1e-5, residual=x)
+        passes.squeeze(x, pack_squeeze(torch.ones(8, 32), None, torch.ones(32, 8), None))
+        passes.max_pool(x, passes.Window(2, 2))
     return given
 
 
@@ -1016,7 +1026,11 @@ def test_networks_give_the_same(kind):
         with counted() as called:
             assert error(fast(x), model(x)) <= 1e-5
         steps = sum(len(stage.blocks[0].attn.local) for stage in fast.stages)
-        others = {"hatnet": {}, "transcnn": {"downsample": 3}, "three levels": {"downsample": 3, "stem": 1}}
+        others = {
+            "hatnet": {"group_norm": 22},
+            "transcnn": {"downsample": 3},
+            "three levels": {"downsample": 3, "stem": 1},
+        }
         assert called == {"inverted_residual": 4, "local_attention": steps, "global_attention": 3, **others[kind]}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import pickle
+import random
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -283,6 +284,47 @@ def test_in_inference_mode(mode, dtype):
         fast = copy.deepcopy(fast) if mode == "copied" else fast
         exact = copy.deepcopy(model).double()(x.double())
         assert relative(fast(x), exact) <= (2e-6 if dtype == torch.float32 else 1e-2)
+
+
+def one_of_each_family(seed: int) -> list[str]:
+    """A network of each of timm's modules that has one of less than 20 M parameters, by chance."""
+    families: dict[str, list[str]] = {}
+    for name in timm.list_models():
+        families.setdefault(timm.model_entrypoint(name).__module__, []).append(name)
+    found, rng = [], random.Random(seed)
+    for names in families.values():
+        rng.shuffle(names)
+        small = (name for name in names[:5] if parameters(name) < 20e6)
+        found += [name for name, _ in zip(small, range(1), strict=False)]
+    return found
+
+
+def parameters(name: str) -> float:
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in timm.create_model(name).parameters())
+    except Exception:  # some of timm's can't be made there
+        return torch.inf
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_network_of_each_family_of_timms():
+    """Attention of others, caches, odd layers: whatever timm has, two minutes of it."""
+    wrong, names = {}, one_of_each_family(seed=0)
+    for name in names:
+        torch.manual_seed(0)
+        model = timm.create_model(name).eval()
+        size = model.pretrained_cfg["input_size"][-1]
+        x = torch.randn(2, 3, *((size, size) if model.pretrained_cfg.get("fixed_input_size") else (96, 128)))
+        exact = copy.deepcopy(model).double()(x.double())
+        for dtype, most in ((torch.float32, 2e-6), (torch.bfloat16, 5e-3)):
+            theirs = relative(copy.deepcopy(model).to(dtype)(x.to(dtype)), exact)
+            ours = relative(optimize(model, dtype)(x), exact)
+            if ours > 4 * theirs + most:
+                wrong[name, dtype] = ours, theirs
+    assert len(names) > 50
+    assert not wrong
 
 
 class Caching(nn.Module):
