@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.fx
@@ -73,60 +73,62 @@ class _Tracer(torch.fx.Tracer):
         return isinstance(m, own) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _pairs(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
+def _graphs(
+    model: nn.Module, wanted: Callable[[nn.Module], bool], prefix: str = ""
+) -> Iterator[tuple[str, nn.Module, torch.fx.Graph]]:
+    """What computes any that are ``wanted``: the model, or those of its parts that can be traced, with their prefix."""
+    if isinstance(model, InferenceOnly) or not any(map(wanted, model.modules())):
+        return
+    graph = graph_of(model, _Tracer())
+    if graph is not None:
+        yield prefix, model, graph
+        return
+    for name, child in model.named_children():
+        yield from _graphs(child, wanted, f"{prefix}{name}.")
+
+
+def _pairs(network: nn.Module) -> Iterator[tuple[str, str]]:
     """Names of each convolution and the BatchNorm that is the only one to read it."""
-    if isinstance(model, InferenceOnly) or not any(
-        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()
-    ):
-        return
-    graph = graph_of(model, _Tracer())
-    if graph is None:
-        for name, child in model.named_children():
-            yield from _pairs(child, f"{prefix}{name}.")
-        return
-    modules = dict(model.named_modules())
-    calls = [node.target for node in graph.nodes if node.op == "call_module"]
-    read = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
-    for node in graph.nodes:
-        source = node.args[0] if node.op == "call_module" and node.args else None
-        if isinstance(source, torch.fx.Node) and source.target is drop_columns and len(source.users) == 1:
-            source = source.args[0]  # a norm computes the same before columns are dropped and after
-        if not isinstance(source, torch.fx.Node) or source.op != "call_module" or len(source.users) != 1:
-            continue
-        conv, norm = modules[str(source.target)], modules[str(node.target)]
-        once = calls.count(source.target) == 1 and calls.count(node.target) == 1
-        if (
-            once
-            and is_plain_conv(conv)
-            and not any(name.startswith(f"{source.target}.") for name in read)  # its weights, by something else
-            and _foldable(norm)
-            and not hooked(conv)
-            and not hooked(norm)
-        ):
-            yield prefix + str(source.target), prefix + str(node.target)
+    for prefix, model, graph in _graphs(network, lambda m: isinstance(m, nn.modules.batchnorm._BatchNorm)):
+        modules = dict(model.named_modules())
+        calls = [node.target for node in graph.nodes if node.op == "call_module"]
+        read = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+        for node in graph.nodes:
+            source = node.args[0] if node.op == "call_module" and node.args else None
+            if isinstance(source, torch.fx.Node) and source.target is drop_columns and len(source.users) == 1:
+                source = source.args[0]  # a norm computes the same before columns are dropped and after
+            if not isinstance(source, torch.fx.Node) or source.op != "call_module" or len(source.users) != 1:
+                continue
+            conv, norm = modules[str(source.target)], modules[str(node.target)]
+            once = calls.count(source.target) == 1 and calls.count(node.target) == 1
+            if (
+                once
+                and is_plain_conv(conv)
+                and not any(name.startswith(f"{source.target}.") for name in read)  # its weights, by something else
+                and _foldable(norm)
+                and not hooked(conv)
+                and not hooked(norm)
+            ):
+                yield prefix + str(source.target), prefix + str(node.target)
 
 
-def _scaled(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
+def _scaled(network: nn.Module) -> Iterator[tuple[str, str]]:
     """Names of each layer and of the parameter that scales its channels and can be left out."""
-    if isinstance(model, InferenceOnly) or not any(map(_is_scale, model.modules())):
-        return
-    graph = graph_of(model, _Tracer())
-    if graph is None:
-        for name, child in model.named_children():
-            yield from _scaled(child, f"{prefix}{name}.")
-        return
-    modules = dict(model.named_modules())
-    calls = Counter(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
-    for node in graph.nodes:
-        gamma, last = _factor(node, model)
-        if gamma is None or not isinstance(node.args[0], torch.fx.Node):
-            continue
-        layer, last = _scaled_layer(node.args[0], modules, last)
-        owner = modules[str(gamma.target).rpartition(".")[0]]
-        if layer is None or not last or not _is_scale(owner) or any(calls[str(n.target)] > 1 for n in (layer, gamma)):
-            continue
-        if not any(name.startswith(f"{layer.target}.") for name in calls):  # its weights, by something else
-            yield prefix + str(layer.target), prefix + str(gamma.target)
+    for prefix, model, graph in _graphs(network, _is_scale):
+        modules = dict(model.named_modules())
+        calls = Counter(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
+        for node in graph.nodes:
+            gamma, last = _factor(node, model)
+            if gamma is None or not isinstance(node.args[0], torch.fx.Node):
+                continue
+            layer, last = _scaled_layer(node.args[0], modules, last)
+            owner = modules[str(gamma.target).rpartition(".")[0]]
+            if layer is None or not last or not _is_scale(owner):
+                continue
+            if any(calls[str(one.target)] > 1 for one in (layer, gamma)):
+                continue
+            if not any(name.startswith(f"{layer.target}.") for name in calls):  # its weights, by something else
+                yield prefix + str(layer.target), prefix + str(gamma.target)
 
 
 def _is_scale(module: nn.Module) -> bool:
