@@ -1,6 +1,6 @@
 """Training steps of our smaller networks beside plain ones and CNNs of as many multiply-adds.
 
-    nice -n -3 python benchmarks/training_steps.py                        # about three minutes of one core
+    python benchmarks/training_steps.py                        # about three minutes of one core
     python benchmarks/training_steps.py --groups nano --rounds 9
 
 Writes results/speed_training_steps.csv. A step is forward, cross-entropy, backward and AdamW in bf16 autocast,
@@ -37,7 +37,7 @@ from plug_cifar10 import ResNet20
 from torch import nn
 
 from transcnn.compare.engines import build, prepare_training
-from transcnn.compare.measuring import _memory_mb as memory_mb
+from transcnn.compare.measuring import memory_mb
 from transcnn.plugging.cost import count
 
 OUT = Path(__file__).resolve().parent.parent / "results" / "speed_training_steps.csv"

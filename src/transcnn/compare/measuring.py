@@ -24,7 +24,17 @@ from ..plugging.cost import count, seconds_per_call
 from ..variants import PAPER_TOP1
 from .engines import build, load_reference, prepare, prepare_training, same_weights
 
-__all__ = ["PAPER", "REFERENCE", "Case", "measure", "peak_memory", "prepare_case", "show_progress", "title"]
+__all__ = [
+    "PAPER",
+    "REFERENCE",
+    "Case",
+    "measure",
+    "memory_mb",
+    "peak_memory",
+    "prepare_case",
+    "show_progress",
+    "title",
+]
 
 # What arXiv 2106.03180 compares with or builds on, as far as a library has it (peers.py: what timm lacks), in the sizes
 # nearest to ours; ImageNet-1K top-1 in percent as each network's own paper reports it (ResNet and ResNeXt:
@@ -146,18 +156,18 @@ def _child() -> None:
     case = Case(**what)
     model = load_reference(reference) if case.model == REFERENCE else build(case.model, case.size)
     images = torch.randn(case.batch, 3, case.size, case.size)
-    before = _memory_mb("VmRSS")
+    before = memory_mb("VmRSS")
     if case.mode == "train":
         run = prepare_training(model, case.dtype, accelerate=case.model != REFERENCE)
     else:
         run = prepare(case.engine, model, case.dtype, images)
     del model
     run(images)
-    peak = _memory_mb("VmHWM")
+    peak = memory_mb("VmHWM")
     print(json.dumps([peak, peak - before]))
 
 
-def _memory_mb(kind: str) -> float:
+def memory_mb(kind: str) -> float:
     """This process's resident memory now (``VmRSS``) or at its peak (``VmHWM``)."""
     try:  # not getrusage, whose peak a process has from the one that started it
         lines = Path("/proc/self/status").read_text().splitlines()
