@@ -16,8 +16,6 @@ without ``accelerate_training``.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import os
 import platform
 import statistics
@@ -34,6 +32,7 @@ import torch
 from cifar10_peers import convnext
 from plain import plain
 from plug_cifar10 import ResNet20
+from seeds import read_runs, write_rows
 from torch import nn
 
 from transcnn.compare.engines import build, prepare_training
@@ -110,7 +109,7 @@ def measure(key: str, options: argparse.Namespace) -> list[dict[str, object]]:
         counted = count(group.networks[name]().eval(), images[:1])
         ratios = [one / base for one, base in zip(taken, first, strict=True)]
         child = [sys.executable, __file__, "--memory_of", key, name, "--dtype", options.dtype]
-        above = json.loads(subprocess.run(child, capture_output=True, text=True, check=True).stdout)
+        above = float(subprocess.run(child, capture_output=True, text=True, check=True).stdout)
         line = {"network": name, "size": group.size, "batch": group.batch, "dtype": options.dtype, "threads": 1}
         line |= {"params": counted.params, "macs": counted.macs, "clock": "CPU", "rounds": options.rounds}
         line |= {"images_per_s": f"{group.batch / statistics.median(taken):.1f}", "above_mb": f"{above:.0f}"}
@@ -135,17 +134,11 @@ def main() -> None:
         key, name = options.memory_of
         print(memory(name, GROUPS[key], options.dtype))
         return
-    lines: list[dict[str, object]] = []
-    if options.out.exists():
-        sizes = {str(GROUPS[key].size) for key in options.groups}
-        with options.out.open(newline="") as file:  # what isn't measured now stays
-            lines = [line for line in csv.DictReader(file) if line["size"] not in sizes]  # pyright: ignore
+    sizes = {str(GROUPS[key].size) for key in options.groups}
+    lines = [line for line in read_runs(options.out, ()) if line["size"] not in sizes]  # what isn't measured now stays
     for key in options.groups:
         lines += measure(key, options)
-        with options.out.open("w", newline="") as file:
-            writer: Any = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(lines)
+        write_rows(options.out, lines, FIELDS)
 
 
 if __name__ == "__main__":
