@@ -12,18 +12,17 @@ lines are in the file is not timed again, so a run that was ended goes on where 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # for all engines alike: before torch takes its first memory
 
 import torch
+from seeds import read_runs, write_rows
 
 import transcnn
 from transcnn.compare.engines import build, prepare
@@ -119,11 +118,7 @@ def main() -> None:
     if options.engines[0] != "optimize":
         parser.error("the first engine must be optimize, which the others are compared with")
     torch.set_num_threads(options.threads)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    lines: list[dict[str, object]] = []
-    if options.out.exists():
-        with options.out.open(newline="") as file:
-            lines = list(csv.DictReader(file))  # pyright: ignore
+    lines = read_runs(options.out, ())
     keys = ("network", "size", "dtype", "batch", "threads")
     for name in options.networks:
         for dtype in options.dtypes:
@@ -135,12 +130,7 @@ def main() -> None:
                 if done >= set(options.engines):
                     continue
                 lines += [line for line in measure(name, dtype, batch, options) if line["engine"] not in done]
-                part = options.out.with_suffix(".part")
-                with part.open("w", newline="") as file:
-                    writer: Any = csv.DictWriter(file, FIELDS)
-                    writer.writeheader()
-                    writer.writerows(lines)
-                part.replace(options.out)
+                write_rows(options.out, lines, FIELDS)
 
 
 if __name__ == "__main__":

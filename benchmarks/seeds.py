@@ -31,12 +31,17 @@ def read_runs(path: Path, numbers: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], columns: list[str] | None = None) -> None:
-    """A CSV of ``rows``, with the columns of the first unless told otherwise; its folder is made if need be."""
+    """A CSV of ``rows``, with the columns of the first unless told otherwise; its folder is made if need be.
+
+    A run that ends meanwhile leaves the file that was there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    part = path.with_suffix(".part")
+    with part.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns or list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    part.replace(path)
 
 
 def beside(path: Path, what: str) -> Path:
