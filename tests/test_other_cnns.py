@@ -20,9 +20,9 @@ from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.efficientnet import FusedMBConvConfig, MBConvConfig
 
 from transcnn.fast import optimize
-from transcnn.fast.inference import convolutions
+from transcnn.fast.inference.activations import WRITTEN, activation
 from transcnn.fast.inference.chains import Chain
-from transcnn.fast.inference.convolutions import FastConv2d, FastLinear, activation, onednn_fits
+from transcnn.fast.inference.convolutions import FastConv2d, FastLinear, onednn_fits
 
 pytestmark = pytest.mark.skipif(not onednn_fits(torch.zeros(1)), reason="needs oneDNN")
 BF16 = pytest.param(
@@ -412,8 +412,11 @@ def test_hooks_and_modules_that_come_later_count():
     assert (optimize(model)(x) == 1).all()
 
 
+ACTIVATIONS = [way for way in WRITTEN if isinstance(way, type)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("act", list(convolutions._MODULES), ids=lambda kind: f"{kind.__module__[:4]} {kind.__name__}")
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=lambda kind: f"{kind.__module__[:4]} {kind.__name__}")
 @torch.no_grad()
 def test_every_activation(act, dtype):
     assert activation(act()) is not None

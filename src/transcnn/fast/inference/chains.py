@@ -18,7 +18,8 @@ from ..cpu.inference import Packed
 from ..cpu.inverted_residual import InvertedResiduals, Layers, pack_inverted_residual, pack_squeeze
 from ..cpu.passes import squeeze as run_squeeze
 from ..dispatch import fits_cpu, hooked, to_nchw, to_nhwc
-from .convolutions import FastConv2d, FastLinear, kernel_activation
+from .activations import kernel_activation
+from .convolutions import FastConv2d, FastLinear
 from .plan import Ref, Step, mapped, submodule
 from .tracing import Tracer, activation_of, graph_of, passes
 

@@ -7,81 +7,28 @@ slow on CPUs that aren't Intel's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import GELU, GELUTanh, Sigmoid
 from torch import Tensor, nn
 
 from ...attention import channels_last
 from ...layers import drop_columns, widen
-from ..cpu.activations import ACTIVATIONS
-from ..cpu.activations import Activation as KernelActivation
 from ..cpu.inference import Packed, pack_stem, stem
 from ..cpu.passes import Window, max_pool
 from ..dispatch import eager_cpu, fits_cpu, to_nchw, traced
+from .activations import NONE, Activation, kernel_activation
 
 __all__ = [
     "FastConv2d",
     "FastLinear",
     "FastMaxPool2d",
     "Fused",
-    "activation",
-    "fused_activation",
-    "kernel_activation",
     "make_fast",
     "onednn_fits",
 ]
 
-Activation = tuple[str, tuple[float, ...], str]  # oneDNN's name, numbers and algorithm
-NONE: Activation = ("none", (), "")
 _IMAGE_CHANNELS = 4  # at most
-_RELU6 = ("hardtanh", (0.0, 6.0), "")
-_FUNCTIONS: dict[Any, Activation] = {
-    F.relu: ("relu", (), ""),
-    torch.relu: ("relu", (), ""),
-    F.relu6: _RELU6,
-    F.silu: ("swish", (), ""),
-    F.hardswish: ("hardswish", (), ""),
-    torch.sigmoid: ("sigmoid", (), ""),
-    torch.tanh: ("tanh", (), ""),
-}
-_MODULES: dict[type[nn.Module], Callable[[Any], Activation]] = {
-    nn.ReLU: lambda _: ("relu", (), ""),
-    nn.ReLU6: lambda _: _RELU6,
-    nn.Hardtanh: lambda act: ("hardtanh", (float(act.min_val), float(act.max_val)), ""),
-    nn.LeakyReLU: lambda act: ("leaky_relu", (float(act.negative_slope),), ""),
-    nn.SiLU: lambda _: ("swish", (), ""),
-    nn.GELU: lambda act: ("gelu", (), act.approximate),
-    GELU: lambda _: ("gelu", (), "none"),
-    GELUTanh: lambda _: ("gelu", (), "tanh"),
-    nn.Hardswish: lambda _: ("hardswish", (), ""),
-    nn.Sigmoid: lambda _: ("sigmoid", (), ""),
-    Sigmoid: lambda _: ("sigmoid", (), ""),
-    nn.Hardsigmoid: lambda _: ("hardsigmoid", (), ""),
-    nn.Tanh: lambda _: ("tanh", (), ""),
-}
-
-
-def activation(module: nn.Module) -> Activation | None:
-    """An activation as oneDNN knows it; None of any other module."""
-    return _MODULES[type(module)](module) if type(module) in _MODULES else None
-
-
-def fused_activation(function: Any) -> Activation | None:
-    """The same of a function that is called without options."""
-    return _FUNCTIONS.get(function)
-
-
-def kernel_activation(act: Activation) -> KernelActivation | None:
-    """The same for our C++ kernels; None of those that they don't have."""
-    name, numbers, algorithm = act
-    if name == "hardtanh":
-        return "clamp", *numbers  # pyright: ignore
-    name = {"swish": "silu", "gelu": "gelu_tanh" if algorithm == "tanh" else "gelu"}.get(name, name)
-    return (name, 0.0, 0.0) if name in ACTIVATIONS else None
 
 
 def onednn_fits(x: Tensor) -> bool:

@@ -18,8 +18,9 @@ import torch.fx
 from torch import nn
 
 from ..dispatch import hooked
+from .activations import NONE, Activation
 from .chains import chain_names, squeeze_of, with_chains
-from .convolutions import NONE, Activation, FastMaxPool2d, Fused
+from .convolutions import FastMaxPool2d, Fused
 from .entry import InferenceOnly
 from .plan import Plan, Ref, Step, free, mapped, plain_class
 from .tracing import NOTHING, Tracer, activation_of, graph_of, passes

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.fx.node import map_aggregate
 
 from ..dispatch import hooked
-from .convolutions import NONE, Activation, Fused, onednn_fits
+from .activations import NONE, Activation, apply
+from .convolutions import Fused, onednn_fits
 
 __all__ = ["Plan", "Ref", "Step", "free", "mapped", "plain_class", "submodule"]
 
@@ -95,7 +96,7 @@ def _do(block: nn.Module, step: Step, args: list[Any], kwargs: dict[str, Any]) -
         if y is None:
             y = layer(args[0])
             y = y if other is None else y + other
-        return _ACTS[step.act[0]](y, step.act)
+        return apply(step.act, y)
     if step.kind == "call_module":
         return submodule(block, step.target)(*args, **kwargs)
     if step.kind == "call_method":
@@ -103,20 +104,6 @@ def _do(block: nn.Module, step: Step, args: list[Any], kwargs: dict[str, Any]) -
     if step.kind == "get_attr":
         return operator.attrgetter(step.target)(block)
     return step.target(*args, **kwargs)
-
-
-_ACTS: dict[str, Any] = {
-    "none": lambda x, act: x,
-    "relu": lambda x, act: x.relu(),
-    "hardtanh": lambda x, act: nn.functional.hardtanh(x, *act[1]),
-    "leaky_relu": lambda x, act: nn.functional.leaky_relu(x, *act[1]),
-    "swish": lambda x, act: nn.functional.silu(x),
-    "gelu": lambda x, act: nn.functional.gelu(x, approximate=act[2]),
-    "hardswish": lambda x, act: nn.functional.hardswish(x),
-    "sigmoid": lambda x, act: x.sigmoid(),
-    "hardsigmoid": lambda x, act: nn.functional.hardsigmoid(x),
-    "tanh": lambda x, act: x.tanh(),
-}
 
 
 def submodule(block: nn.Module, name: str) -> Any:

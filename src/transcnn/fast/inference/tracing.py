@@ -14,7 +14,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from ..dispatch import hooked
-from .convolutions import Activation, activation, fused_activation
+from .activations import Activation, activation, activation_of_function
 
 __all__ = ["NOTHING", "Tracer", "activation_of", "graph_of", "passes"]
 
@@ -87,7 +87,7 @@ def activation_of(node: torch.fx.Node, modules: dict[str, nn.Module]) -> Activat
         module = modules[str(node.target)]
         return None if hooked(module) or node.kwargs else activation(module)
     plain = node.op == "call_function" and set(node.kwargs) <= {"inplace"}
-    return fused_activation(node.target) if plain else None
+    return activation_of_function(node.target) if plain else None
 
 
 def passes(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
