@@ -100,7 +100,7 @@ def test_import_is_quick(fresh_imports: dict[str, Any]) -> None:
 
 
 def test_attention_needs_torch_alone() -> None:
-    for name in ("attention", "masking"):
+    for name in ("attention", "grids", "masking"):
         roots = {imported.partition(".")[0] for imported in imports(PACKAGE / f"{name}.py")} - {"transcnn"}
         assert roots - set(sys.stdlib_module_names) == {"torch"}
 
@@ -108,12 +108,13 @@ def test_attention_needs_torch_alone() -> None:
 ARROWS = {
     "errors": set(),
     "masking": set(),
-    "attention": {"masking"},
+    "grids": {"masking"},
+    "attention": {"grids", "masking"},
     "checkpoints.published": {"errors"},
     "levels": {"errors"},
     "layers": set(),
-    "blocks": {"attention", "layers", "masking"},
-    "backbone": {"attention", "blocks", "layers", "masking"},
+    "blocks": {"attention", "grids", "layers", "masking"},
+    "backbone": {"attention", "blocks", "grids", "layers", "masking"},
     "text": set(),
     "report.fonts": set(),
     "report.plots": {"checkpoints.files", "report.fonts", "errors", "text"},

@@ -27,8 +27,9 @@ from timm.layers import (
 )
 from torch import Tensor, nn
 
-from .attention import BATCH_NORMS, HMHSA, SIZES, HMHSA1d, HMHSA3d, Size, coarser
+from .attention import BATCH_NORMS, HMHSA, SIZES, HMHSA1d, HMHSA3d
 from .blocks import Parts, Stage, dilate
+from .grids import Size, coarser
 from .masking import check_mask, keep_real, unless_traced, unless_whole
 
 __all__ = ["TransCNN", "norm_layers"]

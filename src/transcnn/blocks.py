@@ -19,7 +19,8 @@ from timm.layers import DropPath, use_fused_attn
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
-from .attention import CONVS, HMHSA, Size, coarser
+from .attention import CONVS, HMHSA
+from .grids import Size, coarser
 from .layers import strided
 from .masking import keep_real, normalise, unless_traced
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..attention import cut_into_grids, join_grids, product
 from ..checkpoints.loading import Loaded
 from ..errors import UserError
+from ..grids import cut_into_grids, join_grids, product
 from .geometry import carry, smooth
 from .record import ImageLike, Record, as_input, check_stage, heads_of, local_weights, record, token_weights
 

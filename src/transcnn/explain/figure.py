@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..attention import per_axis, product
+from ..grids import per_axis, product
 from ..report.plots import BLUE, GREY, ORANGE, new_figure
 from ..text import printable
 from .geometry import edges

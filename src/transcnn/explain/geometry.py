@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import Size, per_axis
+from ..grids import Size, per_axis
 
 MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 

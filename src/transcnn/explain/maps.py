@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..attention import Size, one_if_equal, per_axis, product
 from ..checkpoints.loading import Loaded
 from ..errors import UserError
+from ..grids import Size, one_if_equal, per_axis, product
 from .geometry import carry, cell_of, edges
 from .record import ImageLike, Record, as_input, check_stage, heads_of, record, token_weights
 

@@ -19,11 +19,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..attention import HMHSA, SIZES, Size, cut_into_grids
+from ..attention import HMHSA, SIZES
 from ..checkpoints.loading import Loaded, data_config_of
 from ..data.bands import Bands
 from ..data.images import BrokenImage, read_image
 from ..errors import UserError
+from ..grids import Size, cut_into_grids
 from ..plugging.places import eval_mode
 
 __all__ = ["ImageLike", "Record", "as_input", "check_stage", "heads_of", "local_weights", "record", "token_weights"]

@@ -22,8 +22,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..attention import Size, cut_into_grids, join_grids, product
 from ..checkpoints.loading import Loaded
+from ..grids import Size, cut_into_grids, join_grids, product
 from ..plugging.plug import ConvReplacement, HMHSABranch
 from .geometry import carry, cell_of
 from .maps import check_query

@@ -13,7 +13,8 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..attention import channels_first, channels_last, grid_attention
+from ..attention import grid_attention
+from ..grids import channels_first, channels_last
 from .cpu import support
 
 __all__ = [

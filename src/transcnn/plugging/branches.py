@@ -10,9 +10,10 @@ import torch
 from timm.layers import create_attn, use_fused_attn
 from torch import Tensor, nn
 
-from ..attention import Conv, Size, merge, one_if_equal
+from ..attention import Conv
 from ..backbone import ATTENTIONS, norm_layers
 from ..errors import UserError
+from ..grids import Size, merge, one_if_equal
 
 __all__ = ["LAYERS", "NAME", "ConvReplacement", "HMHSABranch", "Layer", "Plug"]
 

@@ -16,9 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..attention import CONVS, Size, default_head_dim
+from ..attention import CONVS, default_head_dim
 from ..backbone import norm_layers
 from ..errors import UserError, first_line
+from ..grids import Size
 from .branches import LAYERS, NAME, ConvReplacement, HMHSABranch, Layer, Plug
 from .holders import choose_holders
 from .places import Example, Place, call, default_levels, find

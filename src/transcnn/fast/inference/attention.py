@@ -13,20 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...attention import (
-    HMHSA,
-    SIZES,
-    LocalStep,
-    Size,
-    channels_first,
-    cut_into_grids,
-    join_grids,
-    merge,
-    per_axis,
-    product,
-    real_positions,
-    spread,
-)
+from ...attention import HMHSA, SIZES, LocalStep
+from ...grids import Size, channels_first, cut_into_grids, join_grids, merge, per_axis, product, real_positions, spread
 from ..cpu import inference as cpu
 from ..cpu.call import MAX_HEAD_DIM
 from ..dispatch import fits_triton, to_nchw, to_nhwc, uses_triton_grids

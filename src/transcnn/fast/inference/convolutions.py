@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...attention import channels_last
+from ...grids import channels_last
 from ...layers import drop_columns, widen
 from ..cpu.inference import Packed, pack_stem, stem
 from ..cpu.passes import Window, max_pool

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from timm.layers import GroupNorm1
 from torch import Tensor, nn
 
-from ...attention import BATCH_NORMS, CONVS, Conv, channels_first, channels_last
+from ...attention import BATCH_NORMS, CONVS, Conv
+from ...grids import channels_first, channels_last
 from ...layers import drop_columns, widen
 from ..cpu import inference as cpu
 from ..cpu.activations import IDENTITY, SILU

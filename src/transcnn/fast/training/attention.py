@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attention import HMHSA, HMHSA1d, HMHSA3d, Size, channels_first, channels_last
+from ...attention import HMHSA, HMHSA1d, HMHSA3d
+from ...grids import Size, channels_first, channels_last
 from ..cpu import training as cpu
 from ..cpu.call import MAX_HEAD_DIM
 from ..dispatch import fits_cpu

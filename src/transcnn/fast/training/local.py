@@ -11,8 +11,9 @@ import math
 
 from torch import Tensor
 
-from ...attention import LocalStep, channels_first, channels_last, cut_into_grids, join_grids
+from ...attention import LocalStep
 from ...attention import grid_attention as plain
+from ...grids import channels_first, channels_last, cut_into_grids, join_grids
 from ..dispatch import to_nchw, uses_triton_grids
 from ..limits import refuse_fx
 from .attention import fits_training, grid_attention
