@@ -15,8 +15,8 @@ from pathlib import Path
 __all__ = ["ROOT_ROOMS", "circle", "floors", "import_graph", "imports", "modules", "name_of", "room_graph", "room_of"]
 
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "transcnn"
-PAPER = ["attention", "masking", "layers", "blocks", "backbone", "variants", "levels"]
-# Modules that are not of the room of their folder: the paper is seven files, and the names of the published tensors are
+PAPER = ["attention", "grids", "masking", "layers", "blocks", "backbone", "variants", "levels"]
+# Modules that are not of the room of their folder: the paper is eight files, and the names of the published tensors are
 # known to it, while all else about checkpoints is above it.
 ROOT_ROOMS = {**dict.fromkeys(PAPER, "the paper"), "__main__": "cli", "": "transcnn"}
 ROOT_ROOMS["checkpoints.published"] = "checkpoints.published"
