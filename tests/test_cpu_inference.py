@@ -187,7 +187,8 @@ def test_any_number_of_threads_gives_the_same(dtype):
     for count in (1, 2, 3, 5):
         with threads(count), counted() as called:
             found.append([module(x[:1]), module(x), attn.forward_nhwc(x, x)])
-            assert called == {"inverted_residual": 2, "local_attention": 1, "global_attention": 1}
+            steps = ("local_attention", "average_pool", "pointwise", "global_attention")
+            assert called == {"inverted_residual": 2, **dict.fromkeys(steps, 1)}
     for one, two, attended in found:
         assert error(two, expected) <= BOUNDS[dtype]
         assert torch.equal(one, two[:1])
@@ -241,7 +242,7 @@ def test_layers_that_the_kernel_lacks_stay_with_pytorch(dtype):
             y = FastInvertedResidual(*fuse(layers))(x)
         exact = layers.double()(x.double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         assert error(y, exact) <= BOUNDS[dtype]
-        assert not called
+        assert not called["inverted_residual"]
 
     def mix(size: int, **options) -> nn.Conv2d:
         return nn.Conv2d(64, 64, size, **{"padding": size // 2, "groups": 64, **options})
@@ -465,10 +466,12 @@ def test_hmhsa_is_as_near_as_the_plain_one(ratios, dtype):
     expected = double(x.double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1) + residual.double()
     with torch.no_grad(), counted() as called:
         ours = error(fast.forward_nhwc(x, residual), expected)
-        assert called == {"local_attention": len(ratios), "global_attention": 1}
+        pools = sum(ratio > 1 for ratio in ratios)
+        expected_calls = {"local_attention": len(ratios), "average_pool": pools, "pointwise": 1, "global_attention": 1}
+        assert called == expected_calls
         with plain():
             theirs = error(fast.forward_nhwc(x, residual), expected)
-    assert sum(called.values()) == len(ratios) + 1
+    assert called == expected_calls
     assert ours <= (1e-6 if dtype == torch.float32 else 1.1 * theirs)
 
 
@@ -731,6 +734,9 @@ def kernel_calls(dtype: torch.dtype) -> dict[str, tuple]:
         passes.group_norm(x, one, one, 1e-5, residual=x)
         passes.squeeze(x, pack_squeeze(torch.ones(8, 32), None, torch.ones(32, 8), None))
         passes.max_pool(x, passes.Window(2, 2))
+        passes.average_pool(x, (2, 3))
+        cpu.pointwise(x, packed[0], x)
+        cpu.full_attention(qkv.flatten(1, 2), 32)
     return given
 
 
@@ -1031,7 +1037,9 @@ def test_networks_give_the_same(kind):
             "transcnn": {"downsample": 3},
             "three levels": {"downsample": 3, "stem": 1},
         }
-        assert called == {"inverted_residual": 4, "local_attention": steps, "global_attention": 3, **others[kind]}
+        local = {"local_attention": steps, "average_pool": steps}
+        last = {"global_attention": 3, "full_attention": 1, "pointwise": 5}  # K and V; Q, K and V, and a projection
+        assert called == {"inverted_residual": 4, **local, **last, **others[kind]}
 
 
 @pytest.mark.skipif(not support.supports(torch.bfloat16), reason="no bf16 on this processor")

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +18,7 @@ __all__ = [
     "KERNEL_SIZES",
     "MAX_HEAD_DIM",
     "PANEL",
+    "Address",
     "Argument",
     "Checked",
     "argument",
@@ -23,6 +28,9 @@ __all__ = [
     "depth_fits",
     "heads_fit",
     "optional",
+    "recorded",
+    "recording",
+    "refuse_failed_allocations",
     "require",
     "round_up",
 ]
@@ -32,7 +40,38 @@ MAX_HEAD_DIM = 256
 KERNEL_SIZES = (3, 5, 7)  # of a depthwise convolution
 FP32 = torch.float32
 Checked = tuple[str, Tensor, torch.dtype, tuple[int, ...]]  # name, tensor, and the dtype and shape that it must have
-Argument = Checked | int | ctypes.c_void_p | ctypes.c_long | None
+_Data = ctypes.Structure | ctypes.Array | ctypes.c_float
+
+
+class Address(ctypes.c_void_p):
+    """What a kernel gets for a tensor or a struct, which it keeps."""
+
+    owner: Any = None
+
+
+Argument = Checked | _Data | int | Address | ctypes.c_long | None
+
+
+class _Recorder(Protocol):
+    def add(self, kernel: Any, given: Sequence[Address | ctypes.c_long]) -> None: ...
+
+
+_local = threading.local()
+
+
+@contextmanager
+def recorded(recorder: _Recorder) -> Iterator[None]:
+    """Tell a recorder of each call of a kernel that this thread makes meanwhile."""
+    _local.recorder = recorder
+    try:
+        yield
+    finally:
+        _local.recorder = None
+
+
+def recording() -> bool:
+    """Whether this thread's calls are being recorded."""
+    return getattr(_local, "recorder", None) is not None
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Argument, threads: int | None = None) -> None:
@@ -41,8 +80,8 @@ def call(name: str, dtype: torch.dtype, *arguments: Argument, threads: int | Non
     Args:
         name: The kernel's name, without the suffix for its dtype.
         dtype: What it computes in.
-        arguments: Integers and addresses, None for a tensor that the kernel can do without, or (name, tensor, dtype,
-            shape), where dtype and shape are what the kernel takes the memory for; or what :func:`argument` made of it.
+        arguments: Integers, structs, None for a tensor that the kernel can do without, or (name, tensor, dtype, shape),
+            where dtype and shape are what the kernel takes the memory for; or what :func:`argument` made of it.
         threads: How many it uses; None for as many as PyTorch.
 
     Raises:
@@ -54,21 +93,36 @@ def call(name: str, dtype: torch.dtype, *arguments: Argument, threads: int | Non
     if library is None or not build.isa_support() & {FP32: 1, torch.bfloat16: 2}.get(dtype, 0):
         raise ValueError(f"there is no kernel {name!r} for {dtype} on this CPU")
     kernel = getattr(library, f"{name}_{'fp32' if dtype == FP32 else 'bf16'}")
-    given = [argument(name, x) for x in arguments]
+    given = [argument(name, x) for x in (*arguments, threads or torch.get_num_threads())]
     failed = library.allocations_that_failed()
-    kernel(*given, ctypes.c_long(threads or torch.get_num_threads()))
-    if library.allocations_that_failed() != failed:
+    kernel(*given)
+    refuse_failed_allocations(library, failed, name)
+    recorder = getattr(_local, "recorder", None)
+    if recorder is not None:
+        recorder.add(kernel, given)
+
+
+def refuse_failed_allocations(library: ctypes.CDLL, before: int, name: str) -> None:
+    """Raise a MemoryError where there were others since there were so many."""
+    if library.allocations_that_failed() != before:
         raise MemoryError(f"kernel {name!r} finds no memory")
 
 
-def argument(kernel: str, x: Argument) -> ctypes.c_void_p | ctypes.c_long:
-    """What the kernel gets for this; a tensor is checked, and must be kept for as long as the address is used."""
+def argument(kernel: str, x: Argument) -> Address | ctypes.c_long:
+    """What the kernel gets for this; a tensor is checked."""
     if isinstance(x, int):
         return ctypes.c_long(x)
-    if x is None or isinstance(x, ctypes.c_void_p | ctypes.c_long):
-        return x or ctypes.c_void_p(None)
-    check(kernel, *x)
-    return ctypes.c_void_p(x[1].data_ptr())
+    if x is None:
+        return Address(None)
+    if isinstance(x, Address | ctypes.c_long):
+        return x
+    if isinstance(x, _Data):
+        made, owner = Address(ctypes.addressof(x)), x
+    else:
+        check(kernel, *x)
+        made, owner = Address(x[1].data_ptr()), x[1]
+    made.owner = owner
+    return made
 
 
 def check(kernel: str, name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

@@ -17,11 +17,13 @@ from .call import FP32, PANEL, Checked, depth_fits, heads_fit, optional, require
 __all__ = [
     "Packed",
     "downsample",
+    "full_attention",
     "global_attention",
     "local_attention",
     "pack_pointwise",
     "pack_stem",
     "packed_matrix",
+    "pointwise",
     "stem",
 ]
 
@@ -107,13 +109,13 @@ def stem(x: Tensor, first: Affine, second: Affine | None, strides: tuple[int, in
     cpu.call(
         "stem",
         dtype,
-        ctypes.addressof(images),
+        images,
         ("out", out, dtype, (batch, height, width, outputs)),
         ("first", first[0], FP32, (9 * channels, hidden)),
         ("first bias", first[1], FP32, (hidden,)),
         *((None, None) if second is None else packed_matrix("second", second, dtype, outputs, depth)),
         *(hidden, outputs, depth if second is not None else 0, *strides),
-        ctypes.addressof(kind),
+        kind,
     )
     return out
 
@@ -193,12 +195,43 @@ def global_attention(
         *packed_matrix("q", q, dtype, channels, channels),
         ("kv", kv, dtype, (batch, tokens, 2 * channels)),
         *packed_matrix("proj", proj, dtype, channels, channels),
-        ctypes.addressof(pointers),
+        pointers,
         len(levels),
         ("packed", a1.new_empty(packed), dtype, (packed,)),
         *(batch, height, width, channels, head_dim, tokens),
     )
     return a1
+
+
+def full_attention(qkv: Tensor, head_dim: int) -> Tensor:
+    """softmax(Q·Kᵀ)·V of each head, (B, N, 3C) -> (B, N, C), of scaled Q."""
+    qkv = qkv.contiguous()
+    batch, tokens, three = qkv.shape
+    channels, dtype = three // 3, qkv.dtype
+    require(three % 3 == 0 and heads_fit(channels, head_dim, dtype), "full_attention", three, head_dim)
+    out = qkv.new_empty(batch, tokens, channels)
+    given = ("qkv", qkv, dtype, (batch, tokens, three)), ("out", out, dtype, (batch, tokens, channels))
+    cpu.call("full_attention", dtype, *given, batch, tokens, channels, head_dim)
+    return out
+
+
+def pointwise(x: Tensor, matrix: Affine, residual: Tensor | None = None) -> Tensor:
+    """A packed linear layer or 1x1 convolution, plus ``residual`` where given, (..., C) -> (..., C')."""
+    x = x.contiguous()
+    rows, inputs, outputs, dtype = x.shape[:-1].numel(), x.shape[-1], len(matrix[1]), x.dtype
+    require(depth_fits(inputs, dtype) and outputs % 16 == 0, "pointwise", inputs, outputs)
+    out, shape = x.new_empty(*x.shape[:-1], outputs), (*x.shape[:-1], outputs)
+    residual = None if residual is None else residual.to(dtype).contiguous()
+    cpu.call(
+        "pointwise",
+        dtype,
+        ("x", x, dtype, tuple(x.shape)),
+        optional("residual", residual, dtype, shape),
+        ("out", out, dtype, shape),
+        *packed_matrix("matrix", matrix, dtype, outputs, inputs),
+        *(rows, inputs, outputs),
+    )
+    return out
 
 
 def packed_matrix(name: str, packed: Affine, dtype: torch.dtype, outputs: int, inputs: int) -> tuple[Checked, Checked]:

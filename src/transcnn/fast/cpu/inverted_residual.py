@@ -149,7 +149,7 @@ class InvertedResidual:
         outputs: int | None = None,
     ) -> None:
         batch, height, width, channels = shape
-        expand, depthwise, project = self._keep = weights
+        expand, depthwise, project = weights
         require(expand is not None or depthwise is not None, KERNEL)
         size, _, hidden = (1, 1, len(expand[1])) if depthwise is None else depthwise[0].shape  # pyright: ignore
         above, below, before, after = layers.padding or (size // 2,) * 4
@@ -172,8 +172,8 @@ class InvertedResidual:
         require(fits, KERNEL, channels, outputs, size, stride)
         self._in, self._out, self._dtype = shape, (batch, *sides, outputs), dtype
         self._adds = project is not None
-        self._sizes = _Shape(*shape, depth, hidden, used, *sides, outputs, size, stride, above, before)
-        self._acts = (CActivation * 3)(*map(activation, layers.acts))
+        sizes = _Shape(*shape, depth, hidden, used, *sides, outputs, size, stride, above, before)
+        acts = (CActivation * 3)(*map(activation, layers.acts))
         fixed = (
             *((None, None) if expand is None else packed_matrix("expand", expand, dtype, hidden, depth)),
             optional("depthwise", depthwise and depthwise[0], FP32, (size, size, hidden)),
@@ -185,8 +185,11 @@ class InvertedResidual:
             ),
         )
         self._fixed = [cpu.argument(KERNEL, x) for x in fixed]
-        self._pointers = ctypes.c_void_p(ctypes.addressof(self._sizes)), ctypes.c_void_p(ctypes.addressof(self._acts))
-        self._squeeze = None if squeeze is None else _squeeze(squeeze, layers, (batch, *sides, hidden))
+        self._fixed += [cpu.argument(KERNEL, x) for x in (sizes, acts)]
+        self._squeeze = None
+        if squeeze is not None:
+            struct, self._maps = _squeeze(squeeze, layers, (batch, *sides, hidden))
+            self._squeeze = cpu.argument(KERNEL, struct)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """(B, H, W, C) -> (B, H', W', C')."""
@@ -195,12 +198,7 @@ class InvertedResidual:
         if out is None:
             out = x.new_empty(self._out)
         residual = None if residual is None else residual.to(self._dtype).contiguous()
-        squeeze = maps = None
-        if self._squeeze is not None:
-            shape, template = self._squeeze[:2]
-            maps = x.new_empty(shape)
-            squeeze = CSqueeze.from_buffer_copy(template)  # one of its own for each thread that calls
-            squeeze.maps = maps.data_ptr()
+        maps = None if self._squeeze is None else ("maps", x.new_empty(self._maps), self._dtype, self._maps)
         cpu.call(
             KERNEL,
             self._dtype,
@@ -208,10 +206,9 @@ class InvertedResidual:
             optional("residual", residual, self._dtype, self._out),
             ("out", out, self._dtype, self._out),
             *self._fixed,
-            *self._pointers,
-            None if squeeze is None else ctypes.addressof(squeeze),
+            self._squeeze,
+            maps,
         )
-        del maps  # until here its memory is in use
         return out
 
 
@@ -240,9 +237,9 @@ class InvertedResiduals:
 
 def _squeeze(
     squeeze: tuple[Affine, Affine], layers: Layers, shape: tuple[int, int, int, int]
-) -> tuple[tuple[int, int, int, int], CSqueeze, tuple[Affine, Affine]]:
-    """The size of the map that the kernel needs, what it takes but for that map, and the weights that it points to."""
+) -> tuple[CSqueeze, tuple[int, int, int, int]]:
+    """What the kernel gets, and the size of the map that it needs."""
     batch, height, width, hidden = shape
     require(len(squeeze[1][1]) == hidden, KERNEL, hidden)
     images = min(batch, torch.get_num_threads() * max(1, 512 // (height * width)))  # enough for every thread
-    return (images, height, width, hidden), squeeze_struct(KERNEL, squeeze, layers.squeeze_acts, images), squeeze
+    return squeeze_struct(KERNEL, squeeze, layers.squeeze_acts, images), (images, height, width, hidden)

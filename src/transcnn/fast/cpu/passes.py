@@ -1,10 +1,10 @@
-"""What takes a pass or two over a map, by C++ kernels: GroupNorm of one group, squeeze-and-excitation, max pooling."""
+"""What takes a pass or two over a map, by C++ kernels: GroupNorm of one group, squeeze-and-excitation, pooling."""
 
 from __future__ import annotations
 
 import ctypes
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .activations import IDENTITY, SIGMOID, SILU, Activation, CActivation, activ
 from .call import FP32, optional, require
 from .inference import Affine
 
-__all__ = ["CSqueeze", "Window", "group_norm", "max_pool", "squeeze", "squeeze_struct"]
+__all__ = ["CSqueeze", "Window", "average_pool", "group_norm", "max_pool", "squeeze", "squeeze_struct"]
 
 
 class CSqueeze(ctypes.Structure):
@@ -29,8 +29,8 @@ class CSqueeze(ctypes.Structure):
         ("images", ctypes.c_long),
         ("act", CActivation),
         ("gate", CActivation),
-        ("maps", ctypes.c_void_p),
     )
+    weights: Any = None  # that it points to
 
 
 class Window(NamedTuple):
@@ -77,7 +77,7 @@ def group_norm(
         ("out", out, x.dtype, shape),
         ("weight", weight, FP32, (channels,)),
         ("bias", bias, FP32, (channels,)),
-        *(ctypes.addressof(least), ctypes.addressof(kind), batch, math.prod(shape[1:-1]), channels),
+        *(least, kind, batch, math.prod(shape[1:-1]), channels),
     )
     return out
 
@@ -103,14 +103,14 @@ def squeeze(
     struct = squeeze_struct("squeeze", weights, acts, batch)
     out = torch.empty_like(x) if out is None else out
     given = ("x", x, x.dtype, shape), ("out", out, x.dtype, shape)
-    cpu.call("squeeze", x.dtype, *given, ctypes.addressof(struct), batch, height * width, channels, hidden)
+    cpu.call("squeeze", x.dtype, *given, struct, batch, height * width, channels, hidden)
     return out
 
 
 def squeeze_struct(
     kernel: str, weights: tuple[Affine, Affine], acts: tuple[Activation, Activation], images: int
 ) -> CSqueeze:
-    """What kernels get of packed weights, which must be kept as long as it is used."""
+    """What kernels get of packed weights."""
     (reduce, reduce_bias), (expand, expand_bias) = weights
     squeezed, hidden = len(reduce_bias), len(expand_bias)
     for name, weight, size in (
@@ -122,7 +122,9 @@ def squeeze_struct(
         cpu.check(kernel, name, weight, FP32, size)
     require(squeezed % 16 == 0, kernel, squeezed)
     pointers = (w.data_ptr() for w in (reduce, reduce_bias, expand, expand_bias))
-    return CSqueeze(*pointers, squeezed, images, *map(activation, acts), None)
+    made = CSqueeze(*pointers, squeezed, images, *map(activation, acts))
+    made.weights = weights
+    return made
 
 
 def max_pool(x: Tensor, window: Window) -> Tensor:
@@ -137,5 +139,16 @@ def max_pool(x: Tensor, window: Window) -> Tensor:
     out = x.new_empty(batch, down, across, channels)
     sizes = _Pool(batch, height, width, channels, down, across, size, stride, above, before)
     given = ("x", x, x.dtype, tuple(x.shape)), ("out", out, x.dtype, tuple(out.shape))
-    cpu.call("max_pool", x.dtype, *given, ctypes.addressof(sizes))
+    cpu.call("max_pool", x.dtype, *given, sizes)
+    return out
+
+
+def average_pool(x: Tensor, ratio: tuple[int, int]) -> Tensor:
+    """The mean of each patch's real positions, (B, H, W, C) -> (B, ⌈H/r⌉, ⌈W/r'⌉, C)."""
+    x = x.contiguous()
+    batch, height, width, channels = x.shape
+    require(min(ratio) >= 1, "average_pool", *ratio)
+    out = x.new_empty(batch, -(-height // ratio[0]), -(-width // ratio[1]), channels)
+    given = ("x", x, x.dtype, tuple(x.shape)), ("out", out, x.dtype, tuple(out.shape))
+    cpu.call("average_pool", x.dtype, *given, batch, height, width, channels, *ratio)
     return out

@@ -17,10 +17,12 @@ from ...attention import HMHSA, SIZES, LocalStep
 from ...grids import Size, channels_first, cut_into_grids, join_grids, merge, per_axis, product, real_positions, spread
 from ..cpu import inference as cpu
 from ..cpu.call import MAX_HEAD_DIM
-from ..dispatch import fits_triton, to_nchw, to_nhwc, uses_triton_grids
+from ..cpu.passes import average_pool as average_pool_on_cpu
+from ..dispatch import fits_cpu, fits_triton, to_nchw, to_nhwc, uses_triton_grids
 from .attend import attend
 from .entry import InferenceOnly, entry, refuse_mask
 from .layers import FastGroupNorm, Pointwise, affine, constant, fuse, gemm_fits
+from .replays import Replays
 from .tiles import Tile, in_tiles
 
 __all__ = ["FastHMHSA", "FastLocalStep"]
@@ -148,6 +150,7 @@ class FastHMHSA(InferenceOnly):
             after = torch.cat((one * attn.head_dim**-0.5, one, one)), torch.cat((0 * one, 0 * one, 0 * one))
             self.qkv = Pointwise(attn.qkv, before, after)
         self.proj = Pointwise(attn.proj)
+        self._replays = Replays()
 
     def weight_like(self) -> Tensor:
         """The last projection's, which every one has."""
@@ -159,14 +162,17 @@ class FastHMHSA(InferenceOnly):
         refuse_mask(mask)
         if x.ndim != self.ndim + 2 or x.shape[1] != self.dim:
             raise ValueError(f"expected a (B, {self.dim}, {SIZES[self.ndim]}) tensor, got {tuple(x.shape)}")
-        return to_nchw(self.forward_nhwc(to_nhwc(x)))
+        return to_nchw(self._replays(self, self.forward_nhwc, to_nhwc(x)))
 
     def forward_nhwc(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The same on (B, *S, C) -> (B, *S, C), plus ``residual`` where given."""
         batch = len(x)
         if not self.local:
             normed = x if self.norm_kv is None else self.norm_kv(x)
-            qkv = self.qkv(normed).view(batch, x.shape[1:-1].numel(), 3, self.num_heads, self.head_dim)
+            qkv = self.qkv(normed)
+            if self.head_dim <= MAX_HEAD_DIM and gemm_fits(self.qkv, normed, self.head_dim):
+                return self.proj(cpu.full_attention(qkv.flatten(1, -2), self.head_dim).view(x.shape), residual)
+            qkv = qkv.view(batch, x.shape[1:-1].numel(), 3, self.num_heads, self.head_dim)
             out = attend(*qkv.permute(2, 0, 3, 1, 4), fused=self.fused_attn)  # (B, h, N, d)
             return self.proj(out.transpose(1, 2).reshape(x.shape), residual)
 
@@ -222,6 +228,10 @@ def _merge(x: Tensor, ratio: Size) -> Tensor:
         from ..triton.pool import average_pool
 
         return average_pool(x.contiguous(), ratio)
+    if ratio != 1 and x.ndim in (3, 4) and fits_cpu(x, gemm=False):
+        ratios = (1, *per_axis(ratio, 1)) if x.ndim == 3 else per_axis(ratio, 2)
+        y = average_pool_on_cpu(x[:, None] if x.ndim == 3 else x, ratios)  # pyright: ignore
+        return y[:, 0] if x.ndim == 3 else y
     return to_nhwc(merge(to_nchw(x), ratio))
 
 

@@ -15,6 +15,7 @@ from .attention import FastHMHSA
 from .convolutions import FastMaxPool2d
 from .entry import InferenceOnly, entry, refuse_mask
 from .layers import NHWC, FastGroupNorm, Pointwise, SpatialConv, fuse, gemm_fits
+from .replays import Replays
 from .tiles import Tile, in_tiles
 
 __all__ = ["FastBlock", "FastDualDownsample", "FastInvertedResidual", "FastStem"]
@@ -77,6 +78,7 @@ class FastBlock(InferenceOnly):
         super().__init__()
         self.attn = FastHMHSA(attn)
         self.irb = _fuse_inverted_residual(fuse(irb))
+        self._replays = Replays()
 
     def weight_like(self) -> Tensor:
         """That of the attention."""
@@ -86,17 +88,20 @@ class FastBlock(InferenceOnly):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, C, *S) -> (B, C, *S)."""
         refuse_mask(mask)
-        x = to_nhwc(x)
+        return to_nchw(self._replays(self, self.forward_nhwc, to_nhwc(x)))
+
+    def forward_nhwc(self, x: Tensor) -> Tensor:
+        """(B, *S, C) -> (B, *S, C)."""
         x = self.attn.forward_nhwc(x, residual=x)
         *first, last = self.irb
         y = x
         for layer in first:
             y = layer(y)
         if isinstance(last, FastInvertedResidual | FastGroupNorm):
-            return to_nchw(last(y, x, overwrite=True))  # which saves the memory of a map
+            return last(y, x, overwrite=True)  # which saves the memory of a map
         if isinstance(last, Pointwise):
-            return to_nchw(last(y, x))
-        return to_nchw(last(y).add(x))
+            return last(y, x)
+        return last(y).add(x)
 
 
 class FastDualDownsample(InferenceOnly):

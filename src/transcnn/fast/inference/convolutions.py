@@ -24,6 +24,7 @@ __all__ = [
     "FastLinear",
     "FastMaxPool2d",
     "Fused",
+    "PackedConv",
     "make_fast",
     "onednn_fits",
 ]
@@ -53,7 +54,7 @@ class Fused(nn.Module):
         raise NotImplementedError
 
 
-class _Packed:
+class PackedConv:
     """A convolution's weight in the layout that oneDNN wants for one size of input; made again when either changes."""
 
     def __init__(self) -> None:
@@ -70,14 +71,14 @@ class _Packed:
         return cached[1]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Packed, ()  # a copy packs its own
+        return PackedConv, ()  # a copy packs its own
 
 
 class FastConv2d(Fused, nn.Conv2d):
     """A convolution of any CNN; strided 3x3 ones are correct in bf16 on narrow maps, too (:mod:`transcnn.layers`)."""
 
     _narrow: bool
-    _packed: _Packed
+    _packed: PackedConv
     _stem: Packed | None  # of the first convolution of a network
 
     def forward(self, input: Tensor) -> Tensor:
@@ -213,7 +214,7 @@ def make_fast(model: nn.Module) -> None:
     for module in model.modules():
         if FastConv2d.fits(module):
             module.__class__ = FastConv2d
-            module._packed = _Packed()  # pyright: ignore
+            module._packed = PackedConv()  # pyright: ignore
             sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
             module._narrow = sizes == ((3, 3), (2, 2), (1, 1), (1, 1))  # pyright: ignore
             first = module._narrow and module.groups == 1 and module.in_channels <= _IMAGE_CHANNELS  # pyright: ignore

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch import nn
+from torch import Tensor, nn
 
 from ..dispatch import hooked
 from .activations import NONE, Activation
@@ -222,11 +222,16 @@ def _rebuild(plain: type[nn.Module]) -> nn.Module:
 
 @functools.cache
 def _class(plain: type[nn.Module]) -> type[nn.Module]:
-    @functools.wraps(plain.forward)
-    def forward(self: _Planned, *args: Any, **kwargs: Any) -> Any:
+    def run(self: _Planned, *args: Any, **kwargs: Any) -> Any:
         if self._plan.fits(self, args, kwargs):
             return self._plan.run(self, args[0])
         return plain.forward(self, *args, **kwargs)
+
+    @functools.wraps(plain.forward)
+    def forward(self: _Planned, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            return run(self, *args, **kwargs)
+        return self._plan.replays(self, functools.partial(run, self), args[0])
 
     members = {"forward": forward, "_plain_class": plain, "__module__": plain.__module__, "__doc__": plain.__doc__}
     return type(plain.__name__, (_Planned, plain), members)

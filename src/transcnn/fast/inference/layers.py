@@ -30,7 +30,7 @@ from ..cpu.passes import group_norm
 from ..dispatch import HALF_DTYPES, autotune, fits_cpu, fits_triton, hooked, to_nchw, to_nhwc
 from ..training.depthwise import DepthwiseNd
 from ..training.layers import KernelBatchNorm2d, KernelPointwise, KernelPointwise3d
-from .convolutions import onednn_fits
+from .convolutions import PackedConv, onednn_fits
 from .entry import InferenceOnly, entry, refuse_mask
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_FEW_ROWS = 4096
 MEMORY = {4: torch.channels_last, 5: torch.channels_last_3d}
 Affine = tuple[Tensor, Tensor]  # scale and shift of each channel, in double precision
 
@@ -105,6 +106,9 @@ class Pointwise(InferenceOnly):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., C) -> (..., C'), plus ``residual`` (..., C') where given."""
+        few = x.numel() <= _FEW_ROWS * x.shape[-1]  # of more, oneDNN reads ahead better
+        if few and not self.silu and gemm_fits(self, x, *self.weight.shape):
+            return cpu.pointwise(x, self.packed(), residual)
         if onednn_fits(x):
             op = torch.ops.mkldnn._linear_pointwise
             if residual is not None:
@@ -150,20 +154,37 @@ class SpatialConv(InferenceOnly):
         self.bias = None if bias is None else constant(bias, conv.weight)
         self.options = (conv.stride, conv.padding, conv.dilation, conv.groups)
         self.silu = False
+        self._packed = PackedConv()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *S, C) -> (B, *S', C')."""
         if (self.silu or self.bias is not None) and x.dtype == self.weight.dtype and fits_triton(x):
             return self._on_gpu(x.contiguous())
-        y = self._convolve(x, self.bias)
-        y = F.silu(y, inplace=True) if self.silu else y
-        return to_nhwc(y)
+        return to_nhwc(self._convolve(x, self.bias, self.silu))
 
-    def _convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _convolve(self, x: Tensor, bias: Tensor | None, silu: bool = False) -> Tensor:
         x = channels_first(x)
-        if tuple(self.weight.shape[2:]) == (3, 3) and self.options == ((2, 2), (1, 1), (1, 1), 1):
-            return drop_columns(F.conv2d(widen(x), self.weight, bias, 2, 1), x)
-        return CONVOLVE[x.ndim - 2](x, self.weight, bias, *self.options)
+        narrow = tuple(self.weight.shape[2:]) == (3, 3) and self.options == ((2, 2), (1, 1), (1, 1), 1)
+        wide = widen(x) if narrow else x
+        y = self._by_onednn(wide, bias, silu)
+        if y is None:
+            y = CONVOLVE[x.ndim - 2](wide, self.weight, bias, *self.options)
+            y = F.silu(y, inplace=True) if silu else y
+        return drop_columns(y, x) if narrow else y
+
+    def _by_onednn(self, x: Tensor, bias: Tensor | None, silu: bool) -> Tensor | None:
+        """The same with weights that are packed once, not at each call; None where PyTorch's operation has to run."""
+        stride, padding, dilation, groups = self.options
+        if x.ndim != 4 or isinstance(padding, str) or not onednn_fits(x) or x.dtype != self.weight.dtype:
+            return None
+        reach = [d * (k - 1) + 1 for d, k in zip(dilation, self.weight.shape[2:], strict=True)]
+        inside = all(n + 2 * p >= r for n, p, r in zip(x.shape[2:], padding, reach, strict=True))
+        if not inside or not x.numel() or x.shape[1] != self.weight.shape[1] * groups:
+            return None  # PyTorch says what is wrong
+        options = (list(padding), list(stride), list(dilation), groups)
+        weight = self._packed(self.weight, options, x.shape)
+        op = torch.ops.mkldnn._convolution_pointwise
+        return op(x, weight, bias, *options, "swish" if silu else "none", [], "")
 
     def _on_gpu(self, x: Tensor) -> Tensor:
         """The same with bias and SiLU in one pass, for which PyTorch's operations need two."""

@@ -14,6 +14,7 @@ from torch.fx.node import map_aggregate
 from ..dispatch import hooked
 from .activations import NONE, Activation, apply
 from .convolutions import Fused, onednn_fits
+from .replays import Replays
 
 __all__ = ["Plan", "Ref", "Step", "free", "mapped", "plain_class", "submodule"]
 
@@ -53,6 +54,7 @@ class Plan:
     steps: list[Step]
     output: Any
     skipped: list[tuple[str, type[nn.Module]]]
+    replays: Replays = field(default_factory=Replays)
 
     def fits(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the plan computes what the block does now."""

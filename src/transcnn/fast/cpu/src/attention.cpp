@@ -1,6 +1,7 @@
-// The two steps of H-MHSA for inference: attention inside each grid, and of every position to the merged tokens.
+// The two steps of H-MHSA for inference: attention inside each grid, and of every position to the merged tokens. And attention of
+// all positions to each other, where there is only one step.
 //
-// Both compute Q (and K, V) of some positions, the attention and the sums while all of that is in a core's L2 cache.
+// The first two compute Q (and K, V) of some positions, the attention and the sums while all of that is in a core's L2 cache.
 
 #include <algorithm>
 
@@ -129,6 +130,34 @@ void global_attention(T* a1, const T* residual, const T* q, const float* q_bias,
     }
 }
 
+// softmax(Q·Kᵀ)·V of each head, (batch, tokens, 3·channels) -> (batch, tokens, channels); Q is scaled.
+template <class T>
+void full_attention(const T* qkv, T* out, long batch, long tokens, long channels, long head_dim, long threads) {
+    constexpr long ROWS = Tile<T>::ROWS;
+    const long padded = round_up(tokens, PANEL), heads = channels / head_dim, stride = 3 * channels;
+#pragma omp parallel num_threads(threads)
+    {
+        [[maybe_unused]] typename Tile<T>::Session session;
+#pragma omp for schedule(dynamic)
+        for (long i = 0; i < batch * heads; i++) {
+            const long head = i % heads * head_dim;
+            const T* q = qkv + i / heads * tokens * stride + head;
+            T* own = out + i / heads * tokens * channels + head;
+            Scratch& memory = scratch();
+            if (!memory.begin(padded * (head_dim + round_up(head_dim, PANEL)) * sizeof(T) + 1024)) continue;
+            T* keys = memory.take<T>(padded * head_dim);
+            T* values = memory.take<T>(padded * round_up(head_dim, PANEL));
+            pack_transposed(q + channels, stride, tokens, padded, head_dim, keys);
+            pack(q + 2 * channels, stride, tokens, padded, head_dim, values);
+            for (long first = 0; first < tokens; first += ROWS)
+                attend(q + first * stride, stride, std::min(ROWS, tokens - first), 1, keys, values, tokens, padded, head_dim,
+                       [&](long row, long rows, long column, long some, const float* c, const float* factor) {
+                           put(own + (first + row) * channels + column, channels, rows, some, c, factor + row);
+                       });
+        }
+    }
+}
+
 }  // namespace
 
 #define ATTENTION(SUFFIX, T)                                                                                            \
@@ -143,6 +172,10 @@ void global_attention(T* a1, const T* residual, const T* q, const float* q_bias,
                                     long threads) {                                                                     \
         global_attention(a1, residual, q, q_bias, kv, proj, proj_bias, maps, levels, packed, batch, height, width, channels,  \
                head_dim, tokens, threads);                                                                              \
+    }                                                                                                                   \
+    extern "C" void full_attention_##SUFFIX(const T* qkv, T* out, long batch, long tokens, long channels,               \
+                                            long head_dim, long threads) {                                              \
+        full_attention(qkv, out, batch, tokens, channels, head_dim, threads);                                           \
     }
 
 ATTENTION(fp32, float)

@@ -32,6 +32,7 @@ struct Work {
     const float* project_bias;
     Activation expanded, convolved, projected;
     const Squeeze* squeeze;  // null where there is none
+    T* maps;                 // room for the convolution's output of so many images as it takes at a time
     Shape s;
 };
 
@@ -282,7 +283,7 @@ void with_squeeze(const Work<T>& work, long threads) {
         [[maybe_unused]] typename Tile<T>::Session session;
         for (long start = 0; start < s.batch; start += at_once) {
             const long count = std::min(at_once, s.batch - start);
-            const auto map = [&](long image) { return static_cast<T*>(work.squeeze->maps) + image * positions * hidden; };
+            const auto map = [&](long image) { return work.maps + image * positions * hidden; };
             // The sums of a piece, (images, hidden), follow each other; those of a group's first piece become its gates.
             const auto sums = [&](long piece, long image) { return totals.get() + (piece * images + image) * hidden; };
 #pragma omp for schedule(dynamic)
@@ -400,9 +401,9 @@ void all_of(const Work<T>& work, long threads) {
     extern "C" void NAME(const T* x, const T* residual, T* out, const T* expand, const float* expand_bias,             \
                          const float* depthwise, const float* depthwise_bias, const T* project,                       \
                          const float* project_bias, const Shape* shape, const Activation* acts,                       \
-                         const Squeeze* squeeze, long threads) {                                                    \
+                         const Squeeze* squeeze, T* maps, long threads) {                                            \
         all_of(Work<T>{x, residual, out, expand, expand_bias, depthwise, depthwise_bias, project, project_bias,        \
-                       acts[0], acts[1], acts[2], squeeze, *shape},                                                    \
+                       acts[0], acts[1], acts[2], squeeze, maps, *shape},                                                    \
                threads);                                                                                               \
     }
 

@@ -1,5 +1,5 @@
 // What takes a pass or two over a map (batch, positions, channels): GroupNorm with one group, squeeze-and-excitation alone, max
-// pooling. PyTorch's own take several times as long on channels-last maps in bf16.
+// and average pooling. PyTorch's own take several times as long on channels-last maps in bf16.
 
 #include <algorithm>
 #include <cmath>
@@ -207,6 +207,29 @@ void max_pool(const T* x, T* y, const Pool& s, long threads) {
     }
 }
 
+// The mean of each patch's real positions, (batch, height, width, channels) -> (batch, ⌈height/down⌉, ⌈width/across⌉, channels).
+template <class T>
+void average_pool(const T* x, T* y, long batch, long height, long width, long channels, long down, long across, long threads) {
+    const long rows = (height + down - 1) / down, columns = (width + across - 1) / across;
+#pragma omp parallel for num_threads(threads)
+    for (long i = 0; i < batch * rows; i++) {
+        const long top = i % rows * down, bottom = std::min(top + down, height);
+        const T* image = x + i / rows * height * width * channels;
+        T* to = y + i * columns * channels;
+        for (long left = 0; left < width; left += across, to += channels) {
+            const long right = std::min(left + across, width);
+            const float share = 1.0f / ((bottom - top) * (right - left));
+            for (long c = 0; c < channels; c += LANES) {
+                Vec16 sum{};
+                for (long row = top; row < bottom; row++)
+                    for (long column = left; column < right; column++)
+                        sum += load_some(image + (row * width + column) * channels + c, channels - c);
+                store_some(to + c, sum * share, channels - c);
+            }
+        }
+    }
+}
+
 }  // namespace
 
 #define PASSES(SUFFIX, T)                                                                                                     \
@@ -219,7 +242,11 @@ void max_pool(const T* x, T* y, const Pool& s, long threads) {
                                      long hidden, long threads) {                                                           \
         squeeze(x, y, *q, batch, positions, channels, hidden, threads);                                                     \
     }                                                                                                                        \
-    extern "C" void max_pool_##SUFFIX(const T* x, T* y, const Pool* sizes, long threads) { max_pool(x, y, *sizes, threads); }
+    extern "C" void max_pool_##SUFFIX(const T* x, T* y, const Pool* sizes, long threads) { max_pool(x, y, *sizes, threads); } \
+    extern "C" void average_pool_##SUFFIX(const T* x, T* y, long batch, long height, long width, long channels, long down,  \
+                                          long across, long threads) {                                                      \
+        average_pool(x, y, batch, height, width, channels, down, across, threads);                                           \
+    }
 
 PASSES(fp32, float)
 #if defined(__AMX_BF16__) || defined(__AVX512BF16__)

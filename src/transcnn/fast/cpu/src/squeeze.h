@@ -9,7 +9,6 @@ struct Squeeze {
     const float *reduce, *reduce_bias, *expand, *expand_bias;
     long squeezed, images;  // so many images at a time
     Activation act, gate;
-    void* maps;  // the convolution's output of those
 };
 
 // The factors of an image's hidden channels, from the sums over its positions in ``gates``, which they are written over.

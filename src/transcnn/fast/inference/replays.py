@@ -1,0 +1,105 @@
+"""Modules whose kernels run without Python in between (:mod:`..cpu.replay`), from the third input of a size on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import repeat
+from operator import attrgetter, is_, itemgetter, methodcaller
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from ..cpu.call import recording
+from ..cpu.replay import Replay, record
+from ..dispatch import fits_cpu
+
+__all__ = ["Replays"]
+
+_SIZES = 8  # of inputs that are remembered
+_UNKNOWN = object()
+_HOOKS = [itemgetter(f"_{name}_hooks") for name in ("forward", "forward_pre", "backward", "backward_pre")]
+_GLOBAL_HOOKS = [name for name in vars(nn_module) if name.startswith("_global_") and name.endswith("_hooks")]
+_version, _pointer = attrgetter("_version"), methodcaller("data_ptr")
+
+
+class _State:
+    """What a module and those in it compute with: weights, modules, classes. Reading all of it must be quick."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._modules = list(module.modules())
+        self._classes = list(map(type, self._modules))
+        self._vars = list(map(vars, self._modules))
+        self._dicts = [own for m in self._modules for own in (m._parameters, m._buffers, m._modules)]
+        self._sizes = list(map(len, self._dicts))
+        self._owners, self._names, self._values = [], [], []
+        for own in self._dicts:
+            for name, value in own.items():
+                self._owners.append(own)
+                self._names.append(name)
+                self._values.append(value)
+        self._tensors = [value for value in self._values if isinstance(value, Tensor)]
+        # Those of inference mode don't count their versions.
+        self.counts = not any(x.is_inference() for x in self._tensors)
+        self._versions = list(map(_version, self._tensors)) if self.counts else []
+        self._pointers = list(map(_pointer, self._tensors))
+
+    def same(self) -> bool:
+        """Whether all of it is as it was."""
+        return (
+            list(map(len, self._dicts)) == self._sizes
+            and all(map(is_, map(dict.get, self._owners, self._names), self._values))  # pyright: ignore
+            and all(map(is_, map(type, self._modules), self._classes))
+            and list(map(_version, self._tensors)) == self._versions
+            and list(map(_pointer, self._tensors)) == self._pointers
+        )
+
+    def hooked(self) -> bool:
+        """Whether anything wants to see the modules' calls."""
+        own = any(any(map(hooks, self._vars)) for hooks in _HOOKS)
+        own = own or any(map(dict.__contains__, self._vars, repeat("forward")))
+        return own or any(vars(nn_module)[name] for name in _GLOBAL_HOOKS)
+
+
+class Replays:
+    """The recorded calls of a module's kernels, for each size of input; made anew when its weights have changed."""
+
+    def __init__(self) -> None:
+        self._state: _State | None = None
+        self._known: dict[Any, Replay | None] = {}
+        self._seen: set[Any] = set()
+
+    def __call__(self, module: nn.Module, function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
+        """function(*maps), which computes with the weights of ``module`` and keeps nothing."""
+        if recording() or not all(fits_cpu(x, gemm=False) for x in maps):
+            return function(*maps)
+        key = (torch.get_num_threads(), *((x.shape, x.stride(), x.dtype) for x in maps))
+        replay = self._known.get(key, _UNKNOWN)
+        if replay is None:
+            return function(*maps)
+        state = self._state
+        if state is None or not state.same():
+            state = _State(module)
+            self._state, self._known, self._seen = state, {}, set()
+            replay = _UNKNOWN
+        if not state.counts or state.hooked():
+            return function(*maps)
+        if isinstance(replay, Replay):
+            return replay(*maps)
+        if key not in self._seen:  # weights may have to be packed
+            _bound(self._seen)
+            self._seen.add(key)
+            return function(*maps)
+        result, made = record(function, *maps)
+        _bound(self._known)
+        self._known[key] = made
+        return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Replays, ()  # a copy records its own
+
+
+def _bound(remembered: dict[Any, Any] | set[Any]) -> None:
+    if len(remembered) >= _SIZES:
+        remembered.clear()
