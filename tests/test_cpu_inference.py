@@ -27,7 +27,7 @@ from fuzz import little_memory
 from transcnn.attention import HMHSA, LocalStep
 from transcnn.blocks import DualDownsample
 from transcnn.fast import dispatch, optimize
-from transcnn.fast.cpu import build, passes, support, training
+from transcnn.fast.cpu import build, norms, passes, support, training
 from transcnn.fast.cpu import call as cpu_call
 from transcnn.fast.cpu import inference as cpu
 from transcnn.fast.cpu.inverted_residual import pack_squeeze
@@ -731,6 +731,9 @@ def kernel_calls(dtype: torch.dtype) -> dict[str, tuple]:
         training.bn_silu_dwconv_backward(x, training.bn_silu(x, (one, one)), (one,) * 5, x, (one,) * 3, kernel)
         training.bn_silu_backward_sums(x, x, (one,) * 3)
         training.bn_backward(x.clone(), x, (one,) * 3)
+        _, statistics = norms.group_norm_forward(x, one, one, 2, 1e-5)
+        norms.group_norm_backward(x, x, one, one, statistics)
+        norms.batch_norm_backward(x, x, norms.batch_norm_forward(x, one, one, 1e-5)[1])
         passes.group_norm(x, one, one, 1e-5, residual=x)
         passes.squeeze(x, pack_squeeze(torch.ones(8, 32), None, torch.ones(32, 8), None))
         passes.max_pool(x, passes.Window(2, 2))

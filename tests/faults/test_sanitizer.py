@@ -17,7 +17,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TESTS = [f"tests/test_{name}.py" for name in ("cpu_inference", "cpu_passes", "chains", "cpu_training", "fast")]
+TESTS = [
+    f"tests/test_{name}.py"
+    for name in ("cpu_inference", "cpu_passes", "chains", "cpu_training", "training_norms", "fast")
+]
 # A kernel told that a map has one row more than it has.
 OVERRUN = """
 import torch

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import build, inference, passes, training
+from . import build, inference, norms, passes, training
 from .call import FP32
 from .inverted_residual import inverted_residual, pack_inverted_residual, pack_squeeze
 
@@ -143,6 +143,26 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     yield "bn_silu", training.bn_silu(x, (scale, shift)), z
     sums = torch.stack([x.double().sum((0, 1, 2)), x.double().square().sum((0, 1, 2))])
     yield "channel_sums", training.channel_sums(x).sum(0), sums
+    yield from _norms(x, grad, scale, shift)
+
+
+def _norms(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    leaves = exact, scale, shift = [t.double().requires_grad_() for t in (x.movedim(3, 1), weight, bias)]
+    with torch.enable_grad():
+        for groups in (1, 0):  # 0 for a BatchNorm
+            z = F.group_norm(exact, 1, scale, shift) if groups else F.batch_norm(exact, None, None, scale, shift, True)
+            y = F.silu(z).movedim(1, 3)
+            slopes = torch.autograd.grad(y, leaves, grad.double())
+            if groups:
+                ours, statistics = norms.group_norm_forward(x, weight, bias, groups, 1e-5, silu=True)
+                found = norms.group_norm_backward(x, grad, weight, bias, statistics, silu=True)
+            else:
+                ours, statistics = norms.batch_norm_forward(x, weight, bias, 1e-5, silu=True)
+                found = norms.batch_norm_backward(x, grad, statistics, silu=True)
+            name = "group_norm" if groups else "batch_norm"
+            yield f"{name}_forward", ours, y.detach()
+            for one, slope in zip(found, (slopes[0].movedim(1, 3), *slopes[1:]), strict=True):
+                yield f"{name}_backward", one, slope
 
 
 def _attend(q: Tensor, kv: Tensor, scale: float) -> Tensor:

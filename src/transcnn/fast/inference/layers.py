@@ -29,7 +29,8 @@ from ..cpu.activations import IDENTITY, SILU
 from ..cpu.passes import group_norm
 from ..dispatch import HALF_DTYPES, autotune, fits_cpu, fits_triton, hooked, to_nchw, to_nhwc
 from ..training.depthwise import DepthwiseNd
-from ..training.layers import KernelBatchNorm2d, KernelPointwise, KernelPointwise3d
+from ..training.layers import KernelPointwise, KernelPointwise3d
+from ..training.norms import KernelBatchNorm2d
 from .convolutions import PackedConv, onednn_fits
 from .entry import InferenceOnly, entry, refuse_mask
 

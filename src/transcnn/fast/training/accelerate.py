@@ -7,14 +7,16 @@ from collections.abc import Callable
 from torch import nn
 
 from ...attention import HMHSA, HMHSA1d, HMHSA3d, LocalStep
-from ...blocks import InvertedResidual
+from ...blocks import InvertedResidual, Stem
 from ...errors import UserError
 from ..inference.entry import InferenceOnly
 from .attention import KernelHMHSA, KernelHMHSA1d, KernelHMHSA3d
 from .depthwise import KernelDepthwise, KernelDepthwise1d, KernelDepthwise3d, gains_depthwise
-from .layers import KernelBatchNorm2d, KernelPointwise, KernelPointwise3d, is_pointwise, is_pointwise3d
+from .layers import KernelPointwise, KernelPointwise3d, is_pointwise, is_pointwise3d
 from .local import KernelLocalStep
+from .norms import KernelBatchNorm2d, KernelGroupNorm
 from .residual import KernelInvertedResidual
+from .stem import KernelStem
 
 __all__ = ["accelerate_training", "plain", "restore_classes"]
 
@@ -25,7 +27,9 @@ FASTER: dict[type[nn.Module], type[nn.Module]] = {
     HMHSA1d: KernelHMHSA1d,
     HMHSA3d: KernelHMHSA3d,
     InvertedResidual: KernelInvertedResidual,
+    Stem: KernelStem,
     nn.BatchNorm2d: KernelBatchNorm2d,
+    nn.GroupNorm: KernelGroupNorm,
 }
 # Of a convolution it depends on its shape.
 FASTER_CONVS: list[tuple[type[nn.Module], type[nn.Module], Callable[[nn.Module], bool]]] = [
@@ -41,11 +45,11 @@ PLAIN = {faster: slower for slower, faster in [*FASTER.items(), *(pair[:2] for p
 def accelerate_training(model: nn.Module) -> nn.Module:
     """Let ``model`` train with kernels of this package where those are faster, in place; returns the model.
 
-    On a CPU those are local and global attention, the gradients of depthwise convolutions of 5 to 9, 5x5 to 9x9 and
-    3x3x3 to 9x9x9 and 1x1x1 convolutions (of any network) and, fused, BatchNorm, SiLU and depthwise convolution of
-    every inverted residual of images; on a GPU the attention inside grids and, for large maps, the same fused layers,
-    BatchNorm, 1x1 convolutions with a bias and the merging of tokens. Images must be channels-last
-    (``model.to(memory_format=torch.channels_last)``, and the images as well), and volumes are best so
+    On a CPU those are local and global attention, BatchNorm of images, GroupNorm, the gradients of depthwise
+    convolutions of 5 to 9, 5x5 to 9x9 and 3x3x3 to 9x9x9 and 1x1x1 convolutions (of any network) and, fused, BatchNorm,
+    SiLU and depthwise convolution of every inverted residual of images; on a GPU the attention inside grids and, for
+    large maps, the same fused layers, BatchNorm, 1x1 convolutions with a bias and the merging of tokens. Images must be
+    channels-last (``model.to(memory_format=torch.channels_last)``, and the images as well), and volumes are best so
     (``torch.channels_last_3d``). Parameters, state dict, hooks and, up to rounding, outputs and gradients stay the
     same.
 

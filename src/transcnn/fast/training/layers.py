@@ -10,7 +10,6 @@ from ..dispatch import fits_triton
 from ..limits import refuse_fx
 
 __all__ = [
-    "KernelBatchNorm2d",
     "KernelPointwise",
     "KernelPointwise3d",
     "is_pointwise",
@@ -19,20 +18,6 @@ __all__ = [
 ]
 
 MIN_NUMEL = 2**23  # of a map; below, launching these kernels takes longer than they save
-
-
-class KernelBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose statistics and gradients take one pass over the map each, (B, C, H, W) -> (B, C, H, W)."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        refuse_fx(input)
-        supported = self.training and self.affine and self.momentum is not None and torch.is_grad_enabled()
-        if not (supported and input.ndim == 4 and input.shape[1] == self.num_features and uses_triton(input)):
-            return super().forward(input)
-        from ..triton.autograd import batch_norm
-
-        return batch_norm(input, self)
 
 
 class KernelPointwise(nn.Conv2d):

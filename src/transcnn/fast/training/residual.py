@@ -12,6 +12,8 @@ HAT-Net has no norms there; ``None`` stands for each of them then.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +25,8 @@ from ..cpu.call import KERNEL_SIZES
 from ..dispatch import fits_cpu, hooked
 from ..limits import first_order, refuse_fx
 from .depthwise import KernelDepthwise, is_depthwise
-from .layers import KernelBatchNorm2d, uses_triton
+from .layers import uses_triton
+from .norms import KernelBatchNorm2d, run_fused, track
 
 __all__ = ["KernelInvertedResidual"]
 
@@ -37,7 +40,7 @@ class KernelInvertedResidual(InvertedResidual):
         if mask is not None or x.ndim != 4:
             return super().forward(x, mask)
         if not (self.training and torch.is_grad_enabled() and self._matches_pattern()):
-            return super().forward(x)
+            return super().forward(x) if any(map(hooked, self.children())) else run_fused(self._each(), x)
         before, (norm1, act1, conv, norm2, act2) = self._layers()
         e = before(x)
         if uses_triton(e):
@@ -50,6 +53,9 @@ class KernelInvertedResidual(InvertedResidual):
             s = act1(e if norm1 is None else norm1(e))
             s = act2(conv(s) if norm2 is None else norm2(conv(s)))
         return self.conv3(s)
+
+    def _each(self) -> Iterator[nn.Module]:
+        return chain(self.conv1, self.conv2, self.conv3)
 
     def _layers(self) -> tuple[nn.Sequential, tuple[Any, ...]]:
         """What comes before the five fused layers, and those."""
@@ -141,12 +147,7 @@ def _statistics(
     positions = x.shape[:3].numel()
     mean, square = sums.sum(0) / positions
     variance = (square - mean**2).clamp_min(0)
-    if norm.track_running_stats and norm.running_mean is not None and norm.running_var is not None:
-        assert norm.num_batches_tracked is not None
-        norm.num_batches_tracked.add_(1)
-        momentum = 1 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-        norm.running_var.lerp_((variance * positions / (positions - 1)).to(norm.running_var.dtype), momentum)
+    track(norm, mean, variance, positions)
     inverse = (variance + norm.eps).rsqrt()
     scale = weight.detach().double() * inverse
     return _Statistics(*(t.float() for t in (mean, inverse, scale, bias.detach().double() - mean * scale)))
