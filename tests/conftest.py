@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ os.environ["MPLBACKEND"] = "Agg"
 for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ[_name] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+# Tests import OpenVINO before transcnn does, which keeps it from this.
+sys.modules["openvino_telemetry"] = None  # pyright: ignore
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -130,13 +133,29 @@ print(json.dumps(found))
     return {key: set(value) if isinstance(value, list) else value for key, value in json.loads(done.stdout).items()}
 
 
-@pytest.fixture
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs draw no report, which takes half of a small run's time: for tests of what is learnt alone."""
+@contextmanager
+def _drawing_off() -> Iterator[None]:
     from transcnn.tasks import get_task
+    from transcnn.training import run
 
-    for task in ("classify", "multilabel", "regress", "segment", "detect"):
-        monkeypatch.setattr(get_task(task), "write_report", lambda *_: None)
+    with pytest.MonkeyPatch.context() as patch:
+        for task in ("classify", "multilabel", "regress", "segment", "detect"):
+            patch.setattr(get_task(task), "write_report", lambda *_: None)
+        patch.setattr(run, "write_samples", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def drawing_off() -> Callable[[], AbstractContextManager[None]]:
+    """As ``no_report``, for the runs that several tests look at: ``with drawing_off():``."""
+    return _drawing_off
+
+
+@pytest.fixture
+def no_report() -> Iterator[None]:
+    """Runs draw no report and no samples, which take half of a small run's time: for tests of what is learnt alone."""
+    with _drawing_off():
+        yield
 
 
 @pytest.fixture(scope="session")

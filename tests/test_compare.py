@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib
 import io
 import json
 import sys
@@ -18,7 +19,7 @@ from transcnn.compare import engines, measuring
 from transcnn.compare.engines import build, load_reference, prepare, prepare_training
 from transcnn.compare.measuring import PAPER
 from transcnn.compare.peers import PEERS
-from transcnn.errors import UserError
+from transcnn.errors import UserError, require
 from transcnn.levels import auto_levels
 
 QUICK = dict(batch=2, rounds=2, seconds=0.0, memory=False)
@@ -205,6 +206,18 @@ def test_other_engines_agree(engine):
     expected = model(x).detach()
     answer = prepare(engine, model, "fp32", x)(x)
     assert float((answer - expected).norm() / expected.norm()) <= 1e-5
+
+
+def test_openvino_sends_no_usage_statistics(monkeypatch):
+    """It would start processes that do, and leave a file in the home folder."""
+    monkeypatch.delitem(sys.modules, "openvino_telemetry", raising=False)
+    pytest.importorskip("openvino")
+    require("openvino", "export")
+    with pytest.raises(ImportError):
+        importlib.import_module("openvino_telemetry")
+    from openvino.tools.ovc import telemetry_utils
+
+    assert telemetry_utils.tm.__name__.endswith("telemetry_stub")
 
 
 @torch.no_grad()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 
 __all__ = ["MAX_SEED", "MAX_SIDE", "UserError", "check_range", "first_line", "require"]
 
 MAX_SIDE = 1 << 13  # pixels of an input
 MAX_SEED = (1 << 32) - 1  # what NumPy and Lightning take
+# By what libraries would tell their makers on the internet how they are used; they do without where it isn't there.
+TELEMETRY = {"openvino": "openvino_telemetry"}
 
 
 class UserError(ValueError):
@@ -37,7 +40,9 @@ def check_range(least: float, most: float | None = None, **values: float | None)
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import ``module``, or raise a :class:`UserError` that names the extra to install."""
+    """Import ``module``, which then sends no usage statistics, or raise a :class:`UserError` that names the extra."""
+    if module in TELEMETRY:
+        sys.modules.setdefault(TELEMETRY[module], None)  # pyright: ignore  (as if it weren't installed)
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
