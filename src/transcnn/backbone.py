@@ -324,7 +324,7 @@ def _stage_indices(indices: int | Sequence[int] | None, stages: int) -> list[int
 
 def _init_weights(module: nn.Module) -> None:
     """Truncated normal of standard deviation 0.02, biases 0; norms keep PyTorch's 1 and 0."""
-    if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+    if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and not module.weight.is_meta:  # which holds no numbers
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
