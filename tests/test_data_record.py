@@ -94,7 +94,7 @@ def test_what_was_held_back_stays_so(began, class_image):
     assert changes[0].startswith("train with the new 'class_0/100.png'")
 
 
-def test_a_run_that_goes_on_refuses_changed_data_unless_told(make_class_folder, tmp_path, class_image):
+def test_a_run_that_goes_on_refuses_changed_data_unless_told(make_class_folder, tmp_path, class_image, no_report):
     folder = make_class_folder(classes=2, per_class=6)
     run = train(str(folder), **QUICK, epochs=1, out=str(tmp_path / "run")).run_dir
     before = read_record(run)

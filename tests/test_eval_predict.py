@@ -362,14 +362,14 @@ def test_eval_scores_what_a_run_held_back_as_the_run_did(whole_run, tmp_path, mo
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory, class_image) -> tuple[Path, Path]:
+def whole_run(tmp_path_factory, class_image, drawing_off) -> tuple[Path, Path]:
     """Images, and a short run on them in bf16, named by a path that is relative to another folder than the tests'."""
     folder = tmp_path_factory.mktemp("held")
     for label in range(2):
         (folder / "images" / f"class_{label}").mkdir(parents=True)
         for i in range(12):
             class_image(label, i).save(folder / "images" / f"class_{label}" / f"{i:03}.png")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, drawing_off():
         patch.chdir(folder)
         settings: dict[str, Any] = dict(model="transcnn_test", img_size=32, batch_size=4, epochs=2, precision="bf16")
         settings |= dict(val_fraction=0.15, seed=5, accelerator="cpu", num_workers=0, quiet=True)

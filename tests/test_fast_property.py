@@ -10,7 +10,8 @@ import copy
 import functools
 import os
 import pickle
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -255,6 +256,16 @@ def errors_of_rounding(
     ]
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def check(case: dict[str, Any]) -> None:
     model, x = build_model(case), images(case)
     original = copy.deepcopy(model)
@@ -280,10 +291,11 @@ def check(case: dict[str, Any]) -> None:
             # computation, it was 16, and the factor of 4 with 3e-2 and 5e-3 on top that this took hid a lost hook.)
             bounds = [2 * e for e in errors_of_rounding(original, case["method"], given, expected, dtype)]
     except (RuntimeError, ValueError):  # wrong channels, no images, ...
-        with pytest.raises((RuntimeError, ValueError)), torch.no_grad():
+        with pytest.raises((RuntimeError, ValueError)), torch.no_grad(), threads(case["threads"]):
             call(fast, case["method"], x)
         return
     with ExitStack() as stack:
+        stack.enter_context(threads(case["threads"]))  # all else takes the least time with one
         if case["grad"] == "required":
             x.requires_grad_()
         elif case["grad"] != "enabled":
@@ -314,13 +326,10 @@ def check(case: dict[str, Any]) -> None:
 @settings(max_examples=CASES, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck))
 @given(case=cases())
 def test_an_optimized_network_computes_the_same_or_says_why_not(case: dict[str, Any]) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(case["threads"])
     try:
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, threads(1):
             if not case["native"]:
                 patch.setattr(support, "supports", lambda dtype: False)
             check(case)
     finally:
-        torch.set_num_threads(before)
         assert dispatch.eager_cpu(torch.zeros(1))

@@ -32,6 +32,7 @@ from transcnn.tasks import get_task
 from transcnn.tasks.classify import Classify
 from transcnn.training import callbacks
 from transcnn.training.building import make_network
+from transcnn.training.run import write_samples
 from transcnn.training.run_dir import RunLock
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -58,14 +59,15 @@ def folder(make_class_folder) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, class_image) -> tuple[str, Path]:
+def whole(tmp_path_factory, class_image, drawing_off) -> tuple[str, Path]:
     """The same images, and a run on them that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     for label in range(2):
         (folder / "images" / f"class_{label}").mkdir(parents=True)
         for i in range(12):
             class_image(label, i).save(folder / "images" / f"class_{label}" / f"{i:03}.png")
-    return str(folder / "images"), train(str(folder / "images"), **BUSY, out=str(folder / "run")).run_dir
+    with drawing_off():
+        return str(folder / "images"), train(str(folder / "images"), **BUSY, out=str(folder / "run")).run_dir
 
 
 def rows_of(run: Path) -> list[dict[str, str]]:
@@ -93,6 +95,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 def test_a_network_learns_and_the_run_directory_is_complete(make_class_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Classify, "write_report", WRITE_REPORT)
+    monkeypatch.setattr("transcnn.training.run.write_samples", write_samples)
     data = make_class_folder(classes=3, per_class=30)
     result = train(
         str(data), **dict(QUICK, batch_size=8), epochs=12, lr=5e-3, ema=Ema(ema_decay=0.9), out=str(tmp_path / "run")
@@ -110,7 +113,7 @@ def test_a_network_learns_and_the_run_directory_is_complete(make_class_folder, t
         "report",
     ]
     assert len([p for p in run.iterdir() if "tfevents" in p.name]) == 1
-    assert (run / "report" / "index.html").is_file()
+    assert {"index.html", "augmented.png"} <= {p.name for p in (run / "report").iterdir()}
     assert yaml.safe_load((run / "config.yaml").read_text())["lr"] == 5e-3
 
     rows = rows_of(run)

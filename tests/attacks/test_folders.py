@@ -170,14 +170,16 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # changes of the hea
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> dict[str, Any]:
+def run(tmp_path_factory, drawing_off) -> dict[str, Any]:
     """What a short run's last.ckpt holds, and its data."""
     base = tmp_path_factory.mktemp("run")
     for i in range(16):
         (base / "photos" / str(i % 2)).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), (99 * (i % 2), i, i)).save(base / "photos" / str(i % 2) / f"{i}.png")
     quick: dict[str, Any] = {"model": "transcnn_test", "img_size": 32, "num_workers": 0, "limit_batches": 1}
-    train(str(base / "photos"), out=str(base / "out"), epochs=1, batch_size=4, quiet=True, accelerator="cpu", **quick)
+    options: dict[str, Any] = {"epochs": 1, "batch_size": 4, "quiet": True, "accelerator": "cpu", **quick}
+    with drawing_off():
+        train(str(base / "photos"), out=str(base / "out"), **options)
     return torch.load(base / "out" / "last.ckpt", weights_only=True)
 
 
