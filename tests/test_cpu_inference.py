@@ -735,6 +735,7 @@ def kernel_calls(dtype: torch.dtype) -> dict[str, tuple]:
         _, statistics = norms.group_norm_forward(x, one, one, 2, 1e-5)
         norms.group_norm_backward(x, x, one, one, statistics)
         norms.batch_norm_backward(x, x, norms.batch_norm_forward(x, one, one, 1e-5)[1])
+        training.pointwise_gradient(tokens.flatten(0, 1), torch.randn(14, 32).to(dtype), bias=True)
         passes.group_norm(x, one, one, 1e-5, residual=x)
         passes.squeeze(x, pack_squeeze(torch.ones(8, 32), None, torch.ones(32, 8), None))
         passes.max_pool(x, passes.Window(2, 2))

@@ -144,6 +144,11 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     sums = torch.stack([x.double().sum((0, 1, 2)), x.double().square().sum((0, 1, 2))])
     yield "channel_sums", training.channel_sums(x).sum(0), sums
     yield from _norms(x, grad, scale, shift)
+    rows = x.flatten(0, 2), grad.flatten(0, 2)
+    slopes = rows[1].double().mT @ rows[0].double(), rows[1].double().sum(0)
+    for ours, slope in zip(training.pointwise_gradient(*rows, bias=True), slopes, strict=True):
+        if ours is not None:
+            yield "pointwise_gradient", ours, slope
 
 
 def _norms(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:

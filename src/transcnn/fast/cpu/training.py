@@ -1,4 +1,5 @@
-"""The C++ kernels for training as functions of tensors: attention, and BN-SiLU-DWConv-BN-SiLU of an inverted residual.
+"""The C++ kernels for training as functions of tensors: attention, BN-SiLU-DWConv-BN-SiLU of an inverted residual, and
+the gradient of a 1x1 convolution's weight.
 
 All maps are (B, H, W, C) and contiguous; a BatchNorm is ``x * scale + shift`` with both (C) in fp32. Sums over
 positions are returned for each thread, (threads, 2, C) in double precision.
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import call as cpu
-from .call import FP32, KERNEL_SIZES, Checked, heads_fit, require
+from .call import FP32, KERNEL_SIZES, Checked, heads_fit, optional, require
 
 __all__ = [
     "bn_backward",
@@ -25,6 +26,7 @@ __all__ = [
     "global_forward",
     "grid_backward",
     "grid_forward",
+    "pointwise_gradient",
 ]
 
 
@@ -200,3 +202,26 @@ def _sums(x: Tensor) -> Tensor:
 
 def _of_sums(sums: Tensor, x: Tensor) -> Checked:
     return "sums", sums, torch.double, (len(sums), 2, x.shape[3])
+
+
+def pointwise_gradient(x: Tensor, grad: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
+    """The gradients of a 1x1 convolution's weight (C', C) and, if wanted, bias (C') in fp32.
+
+    ``x`` is (N, C), ``grad`` that of the result, (N, C').
+    """
+    (positions, inputs), outputs, threads = x.shape, grad.shape[-1], torch.get_num_threads()
+    require(inputs % 16 == 0 and outputs % 16 == 0, "pointwise_gradient", inputs, outputs)
+    shape = (outputs, inputs) if outputs <= inputs else (inputs, outputs)
+    found, sums = torch.zeros(threads, *shape), torch.zeros(threads, outputs) if bias else None
+    cpu.call(
+        "pointwise_gradient",
+        x.dtype,
+        _map("x", x),
+        ("grad", grad, x.dtype, (positions, outputs)),
+        ("found", found, FP32, (threads, *shape)),
+        optional("sums", sums, FP32, (threads, outputs)),
+        *(positions, inputs, outputs),
+        threads=threads,
+    )
+    weight = found[0] if threads == 1 else found.sum(0)
+    return weight if outputs <= inputs else weight.t().contiguous(), None if sums is None else sums.sum(0)

@@ -1,13 +1,16 @@
-"""PyTorch's layers that train by Triton kernels on a GPU, or by other operations on a CPU, where those are faster."""
+"""PyTorch's convolutions that train by Triton kernels on a GPU, by C++ kernels or other operations on a CPU."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dispatch import fits_triton
-from ..limits import refuse_fx
+from ..cpu.training import pointwise_gradient
+from ..dispatch import fits_cpu, fits_triton
+from ..limits import first_order, refuse_fx
 
 __all__ = [
     "KernelPointwise",
@@ -21,23 +24,57 @@ MIN_NUMEL = 2**23  # of a map; below, launching these kernels takes longer than 
 
 
 class KernelPointwise(nn.Conv2d):
-    """A 1x1 convolution with the bias in the product's epilogue, (B, C, H, W) -> (B, C', H, W)."""
+    """A 1x1 convolution, (B, C, H, W) -> (B, C', H, W).
+
+    On a GPU the bias is added in the product's epilogue. On a CPU the weight's gradient is a kernel's, which takes two
+    thirds of the time of PyTorch's in bf16.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H, W)."""
         refuse_fx(input)
         x, weight, bias = input, self.weight, self.bias
         supported = torch.is_grad_enabled() and input.ndim == 4 and input.shape[1] == self.in_channels
-        if not supported or bias is None or not _pointwise(self):
+        if not supported or not _pointwise(self):
             return super().forward(input)
-        if torch.is_autocast_enabled(input.device.type):
-            dtype = torch.get_autocast_dtype(input.device.type)
-            x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-        if not (x.dtype == weight.dtype and uses_triton(x)):
+        dtype, device = weight.dtype, input.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x = x.to(dtype)
+        if x.dtype != dtype or (bias is not None and bias.dtype != weight.dtype):
             return super().forward(input)
-        from ..triton.autograd import pointwise
+        if bias is not None and uses_triton(x):
+            from ..triton.autograd import pointwise
 
-        return pointwise(x, weight, bias)
+            return pointwise(x, weight.to(dtype), bias.to(dtype))
+        if weight.requires_grad and x.is_contiguous(memory_format=torch.channels_last) and self._fits_cpu(x):
+            return _Pointwise.apply(x, weight, bias)  # pyright: ignore
+        return super().forward(input)
+
+    def _fits_cpu(self, x: Tensor) -> bool:
+        return fits_cpu(x, self.in_channels, self.out_channels, gemm=False)
+
+
+class _Pointwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        lower = weight.detach().to(x.dtype)
+        ctx.save_for_backward(x, lower)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return F.conv2d(x, lower, None if bias is None else bias.detach().to(x.dtype))
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        (x, weight), (dtype, of_bias) = ctx.saved_tensors, ctx.dtypes
+        grad = grads[0].to(x.dtype).contiguous(memory_format=torch.channels_last)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            options = None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False]
+            dx = torch.ops.aten.convolution_backward(grad, x, weight, *options)[0]
+        rows = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (x, grad))
+        dweight, dbias = pointwise_gradient(*rows, bias=of_bias is not None)
+        return dx, dweight.to(dtype).view(weight.shape), None if dbias is None else dbias.to(of_bias)
 
 
 class KernelPointwise3d(nn.Conv3d):
@@ -64,7 +101,7 @@ def is_pointwise3d(module: nn.Module) -> bool:
 
 def is_pointwise(module: nn.Module) -> bool:
     """Whether :class:`KernelPointwise` can take the place of this module."""
-    return type(module) is nn.Conv2d and _pointwise(module) and module.bias is not None
+    return type(module) is nn.Conv2d and _pointwise(module)
 
 
 def _pointwise(conv: nn.modules.conv._ConvNd) -> bool:
