@@ -740,6 +740,7 @@ def kernel_calls(dtype: torch.dtype) -> dict[str, tuple]:
         passes.squeeze(x, pack_squeeze(torch.ones(8, 32), None, torch.ones(32, 8), None))
         passes.max_pool(x, passes.Window(2, 2))
         passes.average_pool(x, (2, 3))
+        passes.layer_norm(x, one, one, 1e-5)
         cpu.pointwise(x, packed[0], x)
         cpu.full_attention(qkv.flatten(1, 2), 32)
     return given

@@ -1,4 +1,4 @@
-"""GroupNorm, squeeze-and-excitation and max pooling by the C++ kernels."""
+"""Norms, squeeze-and-excitation and pooling by the C++ kernels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import pickle
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from test_other_cnns import relative
 from transcnn.fast import optimize
 from transcnn.fast.cpu import passes, support
 from transcnn.fast.cpu.inverted_residual import pack_squeeze
+from transcnn.fast.inference import convolutions
 from transcnn.fast.inference.chains import Squeeze
 from transcnn.fast.inference.layers import fuse
 
@@ -59,6 +61,12 @@ def test_any_map(data):
             y = passes.group_norm(out if over is x else x, scale, shift, 1e-5, **given)
             assert y is out
             assert close(y, normed + residual.double())
+
+        normed = F.layer_norm(x.double(), (channels,), scale.double(), shift.double())
+        assert close(passes.layer_norm(x, scale, shift, 1e-5), normed)
+        ratio = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+        mean = F.avg_pool2d(x.double().movedim(3, 1), ratio, ceil_mode=True, count_include_pad=False)
+        assert close(passes.average_pool(x, ratio), mean.movedim(1, 3))
 
         few = draw(st.integers(1, 40))
         weights = rand(few, channels) / channels**0.5, rand(few), rand(channels, few) / few**0.5, rand(channels)
@@ -168,6 +176,38 @@ def test_squeeze_and_excitation_alone(dtype, monkeypatch):
     fast[0].layers[1].reduce.weight.mul_(2)
     double[0].layers[1].reduce.weight.mul_(2)
     assert relative(fast(x), double(x.double())) <= 2 * BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_layer_norm_in_networks(dtype, monkeypatch):
+    norms = [nn.LayerNorm(20), timm.layers.LayerNorm(20), timm.layers.LayerNorm2d(20)]
+    given = [torch.randn(3, 7, 20), torch.randn(3, 7, 20), torch.randn(2, 20, 5, 6)]
+    calls: list[Tensor] = []
+    run = passes.layer_norm
+    monkeypatch.setattr(convolutions, "layer_norm", lambda x, *rest: calls.append(x) or run(x, *rest))
+    for norm, x in zip(norms, given, strict=True):
+        for p in norm.parameters():
+            nn.init.normal_(p)
+        model = nn.Sequential(norm)
+        fast = optimize(model, dtype)
+        expected = copy.deepcopy(model).double()(x.to(dtype).double())
+        assert relative(fast(x.to(dtype)), expected) <= 2 * BOUNDS[dtype]
+        assert len(calls) == 1
+        fast[0].weight.mul_(2)
+        fast[0].bias.zero_()
+        again = copy.deepcopy(fast)(x.to(dtype))
+        assert (
+            relative(again, 2 * (expected - model[0].bias.double().view(-1, *(1, 1) * (x.ndim == 4))))
+            <= 4 * BOUNDS[dtype]
+        )
+        calls.clear()
+        with pytest.raises(RuntimeError):
+            fast((x[:, :4] if x.ndim == 4 else x[..., :4]).to(dtype))
+        assert not calls
+    for norm in (nn.LayerNorm(20, bias=False), nn.LayerNorm(20, elementwise_affine=False), nn.LayerNorm((7, 20))):
+        assert torch.equal(optimize(nn.Sequential(norm))(given[0]), norm(given[0]))
+    assert not calls
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -19,6 +19,7 @@ __all__ = [
     "downsample",
     "full_attention",
     "global_attention",
+    "in_fp32",
     "local_attention",
     "pack_pointwise",
     "pack_stem",
@@ -65,6 +66,11 @@ def _unchanged(cached: tuple[Tensor, int] | None, weight: Tensor | None) -> bool
         return cached is weight
     tensor, version = cached
     return weight.data_ptr() == tensor.data_ptr() and weight.dtype == tensor.dtype and weight._version == version
+
+
+def in_fp32(*weights: Tensor) -> tuple[Tensor, ...]:
+    """Scales and shifts as the kernels of norms take them."""
+    return tuple(weight.float().contiguous() for weight in weights)
 
 
 def pack_pointwise(weight: Tensor, bias: Tensor) -> Affine:

@@ -64,7 +64,8 @@ def pack_inverted_residual(
 ) -> Weights:
     """The weights of an inverted residual as :func:`inverted_residual` takes them; biases may be missing.
 
-    Matrices are (outputs, inputs), with more inputs than the map has where a product wants that.
+    Matrices are (outputs, inputs), with more inputs than the map has where a product wants that. A depthwise
+    convolution that comes first may make several outputs of each input: one of all inputs, then the next of all.
     """
     hidden = len(expand if depthwise is None else depthwise)  # pyright: ignore
     wide = round_up(hidden)
@@ -157,6 +158,7 @@ class InvertedResidual:
         sides = (height + above + below - size) // stride + 1, (width + before + after - size) // stride + 1
         if outputs is None:
             outputs = channels if project is None else len(project[1])
+        self._adds = project is not None
         depth = channels if expand is None else expand[0].shape[1] * expand[0].shape[3]
         used = round_up(layers.channels or hidden, 16)
         fits = size in KERNEL_SIZES and stride in (1, 2) and min(sides) > 0 and used <= hidden
@@ -164,14 +166,13 @@ class InvertedResidual:
             fits = stride == 1 and used <= hidden and project is not None and squeeze is None
         fits = fits and all(0 <= n < size for n in (above, below, before, after))
         if expand is None:
-            fits = fits and round_up(channels, 16) == used
+            fits = fits and (round_up(channels, 16) == used or (channels % 16 == 0 == used % channels and self._adds))
         else:
             fits = fits and channels <= depth == _depth(depth, dtype)
         if project is None:
             fits = fits and round_up(outputs, 16) == used and squeeze is None
         require(fits, KERNEL, channels, outputs, size, stride)
         self._in, self._out, self._dtype = shape, (batch, *sides, outputs), dtype
-        self._adds = project is not None
         sizes = _Shape(*shape, depth, hidden, used, *sides, outputs, size, stride, above, before)
         acts = (CActivation * 3)(*map(activation, layers.acts))
         fixed = (

@@ -1,4 +1,4 @@
-"""What takes a pass or two over a map, by C++ kernels: GroupNorm of one group, squeeze-and-excitation, pooling."""
+"""What takes a pass or two over a map, by C++ kernels: norms, squeeze-and-excitation, pooling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .activations import IDENTITY, SIGMOID, SILU, Activation, CActivation, activ
 from .call import FP32, optional, require
 from .inference import Affine
 
-__all__ = ["CSqueeze", "Window", "average_pool", "group_norm", "max_pool", "squeeze", "squeeze_struct"]
+__all__ = ["CSqueeze", "Window", "average_pool", "group_norm", "layer_norm", "max_pool", "squeeze", "squeeze_struct"]
 
 
 class CSqueeze(ctypes.Structure):
@@ -78,6 +78,23 @@ def group_norm(
         ("weight", weight, FP32, (channels,)),
         ("bias", bias, FP32, (channels,)),
         *(least, kind, batch, math.prod(shape[1:-1]), channels),
+    )
+    return out
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the channels, (..., C) -> (..., C), with weight and bias (C) in fp32."""
+    x = x.contiguous()
+    channels, shape, least = x.shape[-1], tuple(x.shape), ctypes.c_float(eps)
+    out = torch.empty_like(x)
+    cpu.call(
+        "layer_norm",
+        x.dtype,
+        ("x", x, x.dtype, shape),
+        ("out", out, x.dtype, shape),
+        ("weight", weight, FP32, (channels,)),
+        ("bias", bias, FP32, (channels,)),
+        *(least, x.numel() // channels, channels),
     )
     return out
 

@@ -1,7 +1,11 @@
-"""Layers in a row in the plan of a block that one kernel computes: inverted residuals of any CNN, and perceptrons."""
+"""Layers in a row in the plan of a block that one kernel computes: inverted residuals of any CNN, and perceptrons.
+
+A depthwise convolution alone is the shortest inverted residual.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 import re
@@ -25,8 +29,10 @@ from .tracing import Tracer, activation_of, graph_of, passes
 
 __all__ = ["Chain", "Squeeze", "chain_names", "squeeze_of", "with_chains"]
 
-_FEW = 64  # positions for which two products alone are as fast
-_CHAINS = re.compile("pds?p|ds?p(?!p(?!d))|pd|pp(?!d)|ll")  # of kinds, see _kind; of d and pp the latter gains more
+_FEW = 1 << 18  # numbers in a map for which a depthwise convolution alone is as fast as oneDNN's
+_CHAINS = re.compile(
+    "pds?p|ds?p(?!p(?!d))|mp|pd|pp(?!d)|ll|d"
+)  # of kinds, see _kind; of d and pp the latter gains more
 
 
 class _Squeeze(NamedTuple):
@@ -48,7 +54,10 @@ class Chain:
     layers: Layers
     channels: int
     outputs: int
-    _pack: Packed = field(default_factory=lambda: Packed(_packed))
+
+    def __post_init__(self) -> None:
+        self._pack = Packed(functools.partial(_packed, self.channels))
+        self._alone = len([name for name in self.names if name]) == 1
 
     def run(self, block: nn.Module, x: Any, other: Any = None, reuse: bool = False) -> Tensor | None:
         """(B, C, H, W) -> (B, C', H', W'), plus ``other`` before the last activation; None where the kernel can't.
@@ -69,7 +78,7 @@ class Chain:
         shape = self._shape(maps[0], layers[1])  # pyright: ignore
         if min(shape) < 1 or (other is not None and maps[1].shape != shape):  # pyright: ignore
             return None  # PyTorch says what is wrong, or broadcasts
-        if layers[1] is None and shape[0] * shape[1] * shape[2] < _FEW:
+        if self._alone and x.numel() > _FEW:
             return None
         packed, squeeze, ready = self._pack(*weights)
         if not ready:
@@ -126,12 +135,16 @@ def _map(x: Tensor, linear: bool) -> Tensor | None:
     return to_nhwc(x) if x.ndim == 4 else None
 
 
-def _packed(*weights: Tensor | None) -> Any:
+def _packed(channels: int, *weights: Tensor | None) -> Any:
     """What the kernel takes of the layers' weights and biases, and room for its calls with them."""
     expand, depthwise, reduce, excite, project = (
         (weight if i == 1 or weight is None else weight.flatten(1), bias)
         for i, (weight, bias) in enumerate(zip(weights[::2], weights[1::2], strict=True))
     )
+    if expand[0] is None and depthwise[0] is not None and project[0] is not None:
+        order = torch.arange(len(depthwise[0])).view(channels, -1).t().flatten()  # of outputs, several of each input
+        depthwise = depthwise[0][order], None if depthwise[1] is None else depthwise[1][order]
+        project = project[0][:, order], project[1]
     squeeze = None if reduce[0] is None or excite[0] is None else pack_squeeze(*reduce, *excite)  # pyright: ignore
     return pack_inverted_residual(*expand, *depthwise, *project), squeeze, []  # pyright: ignore
 
@@ -161,9 +174,19 @@ def with_chains(steps: list[Step], output: Any, modules: dict[str, nn.Module]) -
             parts = steps[i : found.end()]
             args = [step.args[0], *parts[-1].args[1:]]
             squeeze = next(filter(None, squeezes[i : found.end()]), None)
-            step = Step("chain", _chain(parts, found[0], modules, squeeze), args, {}, parts[-1].number, parts=parts)
+            step = Step(
+                "chain",
+                _chain(parts, found[0], modules, squeeze),
+                args,
+                {},
+                parts[-1].number,
+                parts=parts,
+                by_kernel=True,
+            )
         elif (alone := squeezes[i]) is not None:
-            step = Step("chain", _squeeze_alone(step, alone, modules), step.args, {}, step.number, parts=[step])
+            step = Step(
+                "chain", _squeeze_alone(step, alone, modules), step.args, {}, step.number, parts=[step], by_kernel=True
+            )
         made.append(step)
         i = found.end() if found else i + 1
     return made
@@ -188,12 +211,21 @@ def _layer(step: Step, modules: dict[str, nn.Module]) -> nn.Module | None:
 
 
 def _kind(layer: nn.Module | None) -> str:
-    """p for a 1x1 convolution, d a depthwise one, l a linear layer, a dot for all else."""
+    """p for a 1x1 convolution, d a depthwise one, m one with several outputs of each input, l a linear layer.
+
+    A dot for all else.
+    """
     if type(layer) is FastLinear:
         return "l"
-    if type(layer) is FastConv2d:
-        return "p" if _is_pointwise(layer) else "d" if _is_depthwise(layer) else "."
-    return "."
+    if type(layer) is not FastConv2d:
+        return "."
+    if _is_pointwise(layer):
+        return "p"
+    if not _is_depthwise(layer):
+        return "."
+    if layer.out_channels == layer.in_channels:
+        return "d"
+    return "." if layer.in_channels % 16 else "m"
 
 
 def _is_pointwise(conv: nn.Conv2d) -> bool:
@@ -203,7 +235,7 @@ def _is_pointwise(conv: nn.Conv2d) -> bool:
 def _is_depthwise(conv: nn.Conv2d) -> bool:
     size, *others = {*conv.kernel_size}
     fits = not others and size in KERNEL_SIZES and conv.stride in ((1, 1), (2, 2)) and conv.dilation == (1, 1)
-    fits = fits and conv.groups == conv.in_channels == conv.out_channels
+    fits = fits and conv.groups == conv.in_channels
     return fits and all(int(n) < size for n in conv.padding)
 
 
@@ -246,12 +278,13 @@ def squeeze_of(module: nn.Module) -> _Squeeze | None:
 
 
 def _chain(parts: list[Step], kinds: str, modules: dict[str, nn.Module], squeeze: _Squeeze | None) -> Chain:
-    depthwise = parts[kinds.index("d")] if "d" in kinds else None
-    expand = None if kinds[0] == "d" else parts[0]
+    middle = max(kinds.find("d"), kinds.find("m"))
+    depthwise = parts[middle] if middle >= 0 else None
+    expand = None if middle == 0 else parts[0]
     project = None if kinds[-1] == "d" else parts[-1]
     first, last = modules[parts[0].target], modules[parts[-1].target]
     acts = tuple(IDENTITY if part is None else kernel_activation(part.act) for part in (expand, depthwise, project))
-    layers = Layers(_inputs(first) if expand is None else _outputs(first), acts=acts)  # pyright: ignore
+    layers = Layers(_outputs(first), acts=acts)  # pyright: ignore
     squeezed: tuple[str | None, str | None] = None, None
     if squeeze is not None:
         name = parts[kinds.index("s")].target

@@ -10,17 +10,21 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm, LayerNorm2d
 from torch import Tensor, nn
 
 from ...grids import channels_last
 from ...layers import drop_columns, widen
-from ..cpu.inference import Packed, pack_stem, stem
-from ..cpu.passes import Window, max_pool
+from ..cpu.inference import Packed, in_fp32, pack_stem, stem
+from ..cpu.passes import Window, layer_norm, max_pool
 from ..dispatch import eager_cpu, fits_cpu, to_nchw, traced
 from .activations import NONE, Activation, kernel_activation
 
 __all__ = [
     "FastConv2d",
+    "FastLayerNorm",
+    "FastLayerNorm2d",
     "FastLinear",
     "FastMaxPool2d",
     "Fused",
@@ -178,6 +182,35 @@ class FastLinear(Fused, nn.Linear):
         return type(linear) is nn.Linear
 
 
+class FastLayerNorm(nn.LayerNorm):
+    """LayerNorm over the last dimension, by a C++ kernel."""
+
+    _fp32: Packed
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        fits = isinstance(input, Tensor) and input.ndim > 1 and input.shape[-1:] == self.normalized_shape
+        fits = fits and input.dtype == self.weight.dtype and not self.weight.is_inference()
+        if not fits or not fits_cpu(input, gemm=False):
+            return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        scale, shift = self._fp32(self.weight, self.bias)
+        return layer_norm(input, scale, shift, self.eps)
+
+    @staticmethod
+    def fits(norm: nn.Module) -> bool:
+        """Whether a module can be one, or a :class:`FastLayerNorm2d`."""
+        known = type(norm) in (nn.LayerNorm, LayerNorm, LayerNorm2d)
+        return known and len(norm.normalized_shape) == 1 and norm.weight is not None and norm.bias is not None  # pyright: ignore
+
+
+class FastLayerNorm2d(FastLayerNorm):
+    """The same over the channels of a map."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return to_nchw(super().forward(channels_last(input)))
+
+
 class FastMaxPool2d(nn.MaxPool2d):
     """Max pooling, with square windows by a C++ kernel."""
 
@@ -223,6 +256,9 @@ def make_fast(model: nn.Module) -> None:
             module.__class__ = FastLinear
         elif FastMaxPool2d.fits(module):
             module.__class__ = FastMaxPool2d
+        elif FastLayerNorm.fits(module):
+            module.__class__ = FastLayerNorm2d if type(module) is LayerNorm2d else FastLayerNorm  # pyright: ignore
+            module._fp32 = Packed(in_fp32)  # pyright: ignore
 
 
 def _addable(other: Any, shape: tuple[int, ...], dtype: torch.dtype, memory: torch.memory_format) -> bool:

@@ -20,14 +20,18 @@ from torch import Tensor, nn
 from ..dispatch import hooked
 from .activations import NONE, Activation
 from .chains import chain_names, squeeze_of, with_chains
-from .convolutions import FastMaxPool2d, Fused
+from .convolutions import FastLayerNorm, FastLayerNorm2d, FastMaxPool2d, Fused
 from .entry import InferenceOnly
 from .plan import Plan, Ref, Step, free, mapped, plain_class
 from .tracing import NOTHING, Tracer, activation_of, graph_of, passes
 
 __all__ = ["fuse_blocks"]
 
-_PURE = (*NOTHING, nn.MaxPool2d, FastMaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.LayerNorm, nn.BatchNorm2d)
+_PURE = (
+    *NOTHING,
+    *(nn.MaxPool2d, FastMaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.BatchNorm2d),
+    *(nn.LayerNorm, FastLayerNorm, FastLayerNorm2d),
+)
 _PURE_FUNCTIONS = (operator.add, operator.mul, operator.sub, torch.add, torch.mul, torch.cat)
 
 
@@ -80,6 +84,7 @@ def _plan(block: nn.Module) -> Plan | None:
             continue
         else:
             step = Step(node.op, node.target, node.args, dict(node.kwargs), len(steps) + 1)
+            step.by_kernel = isinstance(modules.get(str(node.target)), FastLayerNorm | FastMaxPool2d)
         step.args, step.kwargs = (_refer(given, ref) for given in (step.args, step.kwargs))
         steps.append(step)
         ref[node] = Ref(step.number)

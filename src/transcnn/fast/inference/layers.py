@@ -216,7 +216,7 @@ class FastGroupNorm(InferenceOnly):
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
         self.weight, self.bias, self.eps, self.silu = norm.weight, norm.bias, norm.eps, False
-        self._pack = cpu.Packed(_in_fp32)
+        self._pack = cpu.Packed(cpu.in_fp32)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, overwrite: bool = False) -> Tensor:
         """(B, *S, C) -> (B, *S, C), plus ``residual`` where given.
@@ -260,10 +260,6 @@ def fuse(layers: Iterable[nn.Module]) -> nn.Sequential:
             i += 1
         i += 1
     return nn.Sequential(*fused)
-
-
-def _in_fp32(*weights: Tensor) -> tuple[Tensor, ...]:
-    return tuple(weight.float().contiguous() for weight in weights)
 
 
 class NHWC(InferenceOnly):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx.node import map_aggregate
 
+from ..cpu.call import recording
 from ..dispatch import hooked
 from .activations import NONE, Activation, apply
 from .convolutions import Fused, onednn_fits
@@ -42,6 +44,7 @@ class Step:
     free: list[int] = field(default_factory=list)  # results that nothing reads later
     reuse: bool = False  # whether the result may be written over the map that is added
     parts: list[Step] = field(default_factory=list)
+    by_kernel: bool = False  # whether our kernels may compute it
 
 
 @dataclass
@@ -56,6 +59,10 @@ class Plan:
     skipped: list[tuple[str, type[nn.Module]]]
     replays: Replays = field(default_factory=Replays)
 
+    def __post_init__(self) -> None:
+        self._rows = _rows(self.steps, self.output)
+        self._parts = any(row.output is not None for row in self._rows)
+
     def fits(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the plan computes what the block does now."""
         if len(args) != 1 or kwargs or not onednn_fits(args[0]):
@@ -66,13 +73,67 @@ class Plan:
     def run(self, block: nn.Module, x: Tensor) -> Any:
         """The block's result."""
         found: dict[int, Any] = {0: x}
-        for step in self.steps:
-            if not (step.parts and _as_one(block, step, found)):
-                for part in step.parts or (step,):
-                    found[part.number] = _do(block, part, *_values((list(part.args), part.kwargs), found))
-            for number in step.free:
-                found.pop(number, None)
+        fresh = self._parts and not recording() and self.replays.fresh(block)
+        for i, row in enumerate(self._rows):
+            if fresh and row.output is not None:
+                maps = [found[number] for number in row.inputs]
+                found[row.output] = self.replays.part(i, functools.partial(_alone, block, row), *maps)
+                del maps
+                _forget(row.steps, found)
+            else:
+                _run(block, row.steps, found)
         return _values(self.output, found)
+
+
+@dataclass
+class _Row:
+    """Steps in a row that kernels may compute alone."""
+
+    steps: list[Step]
+    inputs: list[int]  # what it reads of other steps' results
+    output: int | None  # the only result that others read; None where it has to be run step by step
+
+
+def _rows(steps: list[Step], output: Any) -> list[_Row]:
+    """The steps, those in a row that kernels may compute together."""
+    return [_row(list(some), steps, output) for _, some in itertools.groupby(steps, lambda step: step.by_kernel)]
+
+
+def _row(some: list[Step], steps: list[Step], output: Any) -> _Row:
+    own = {step.number for step in some}
+    read = _numbers([(list(step.args), step.kwargs) for step in some])
+    later = _numbers([[(list(step.args), step.kwargs) for step in steps if step.number not in own], output])
+    results = own & later
+    alone = some[0].by_kernel and len(results) == 1
+    return _Row(some, sorted(read - own), results.pop() if alone else None)
+
+
+def _numbers(given: Any) -> set[int]:
+    """The results that are read here."""
+    found: set[int] = set()
+    mapped(given, lambda one: found.add(one.number) if isinstance(one, Ref) else None)
+    return found
+
+
+def _alone(block: nn.Module, row: _Row, *maps: Tensor) -> Any:
+    found = dict(zip(row.inputs, maps, strict=True))
+    _run(block, row.steps, found)
+    return found[row.output]  # pyright: ignore
+
+
+def _run(block: nn.Module, steps: list[Step], found: dict[int, Any]) -> None:
+    for step in steps:
+        if not (step.parts and _as_one(block, step, found)):
+            for part in step.parts or (step,):
+                found[part.number] = _do(block, part, *_values((list(part.args), part.kwargs), found))
+        _forget([step], found)
+
+
+def _forget(steps: list[Step], found: dict[int, Any]) -> None:
+    """Drop the results that nothing reads after these steps."""
+    for step in steps:
+        for number in step.free:
+            found.pop(number, None)
 
 
 def _values(given: Any, found: dict[int, Any]) -> Any:

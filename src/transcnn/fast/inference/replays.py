@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from itertools import repeat
 from operator import attrgetter, is_, itemgetter, methodcaller
 from typing import Any
@@ -70,29 +70,35 @@ class Replays:
         self._known: dict[Any, Replay | None] = {}
         self._seen: set[Any] = set()
 
-    def __call__(self, module: nn.Module, function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
-        """function(*maps), which computes with the weights of ``module`` and keeps nothing."""
-        if recording() or not all(fits_cpu(x, gemm=False) for x in maps):
-            return function(*maps)
-        key = (torch.get_num_threads(), *((x.shape, x.stride(), x.dtype) for x in maps))
-        replay = self._known.get(key, _UNKNOWN)
-        if replay is None:
-            return function(*maps)
+    def fresh(self, module: nn.Module) -> bool:
+        """Whether recorded calls of this module's kernels can be made, for nothing has changed since."""
         state = self._state
         if state is None or not state.same():
             state = _State(module)
             self._state, self._known, self._seen = state, {}, set()
-            replay = _UNKNOWN
-        if not state.counts or state.hooked():
+        return state.counts and not state.hooked()
+
+    def __call__(self, module: nn.Module, function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
+        """function(*maps), which computes with the weights of ``module`` and keeps nothing."""
+        usable = _usable(maps) and self._known.get(_key(None, maps), _UNKNOWN) is not None and self.fresh(module)
+        return self.part(None, function, *maps) if usable else function(*maps)
+
+    def part(self, name: Hashable, function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
+        """The same of a part of the module, which must be :meth:`fresh`."""
+        if not _usable(maps):
             return function(*maps)
+        key = _key(name, maps)
+        replay = self._known.get(key, _UNKNOWN)
         if isinstance(replay, Replay):
             return replay(*maps)
+        if replay is None:
+            return function(*maps)
         if key not in self._seen:  # weights may have to be packed
-            _bound(self._seen)
+            _bound(self._seen, key)
             self._seen.add(key)
             return function(*maps)
         result, made = record(function, *maps)
-        _bound(self._known)
+        _bound(self._known, key)
         self._known[key] = made
         return result
 
@@ -100,6 +106,16 @@ class Replays:
         return Replays, ()  # a copy records its own
 
 
-def _bound(remembered: dict[Any, Any] | set[Any]) -> None:
-    if len(remembered) >= _SIZES:
+def _usable(maps: Sequence[Tensor]) -> bool:
+    """Whether kernels run on these maps, and nobody records their calls."""
+    return not recording() and all(fits_cpu(x, gemm=False) for x in maps)
+
+
+def _key(name: Hashable, maps: Sequence[Tensor]) -> tuple[Hashable, ...]:
+    return name, torch.get_num_threads(), *((x.shape, x.stride(), x.dtype) for x in maps)
+
+
+def _bound(remembered: dict[Any, Any] | set[Any], key: tuple[Hashable, ...]) -> None:
+    """Make room for another size of a part of a module."""
+    if sum(other[0] == key[0] for other in remembered) >= _SIZES:
         remembered.clear()

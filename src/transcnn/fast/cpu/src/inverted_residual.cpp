@@ -172,13 +172,14 @@ class Piece {
                  });
     }
 
-    // Copies ``rows`` rows at y, for the depthwise convolution comes first.
+    // Copies ``rows`` rows at y, for the depthwise convolution comes first. Of more hidden channels than the input has, each part
+    // is of all input channels.
     void copy(const T* own, long y, long rows) {
         for (long row = y; row < y + rows; row++, own += s.width * s.channels)
             for (long c = 0; c < some && first + c < s.used; c += LANES) {
                 float* to = map + c / LANES * block + row_offset(row) + (left - edge) * LANES;
-                const T* from = own + first + c;
-                const long lanes = s.channels - first - c;
+                const long channel = (first + c) % s.channels, lanes = s.channels - channel;
+                const T* from = own + channel;
                 for (long x = 0; x < right - left; x++) store(to + x * LANES, load_some(from + x * s.channels, lanes));
             }
     }

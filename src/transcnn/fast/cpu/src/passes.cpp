@@ -1,5 +1,5 @@
-// What takes a pass or two over a map (batch, positions, channels): GroupNorm with one group, squeeze-and-excitation alone, max
-// and average pooling. PyTorch's own take several times as long on channels-last maps in bf16.
+// What takes a pass or two over a map (batch, positions, channels): GroupNorm with one group, LayerNorm, squeeze-and-excitation
+// alone, max and average pooling. PyTorch's own take several times as long on channels-last maps in bf16.
 
 #include <algorithm>
 #include <cmath>
@@ -207,6 +207,25 @@ void max_pool(const T* x, T* y, const Pool& s, long threads) {
     }
 }
 
+// y = (x - mean) / sqrt(variance + eps) * scale + shift with the mean and the variance of each position; y may be x.
+template <class T>
+void layer_norm(const T* x, T* y, const float* scale, const float* shift, float eps, long positions, long channels, long threads) {
+    const long each = std::max<long>(1, PIECE / channels);
+#pragma omp parallel for num_threads(threads)
+    for (long start = 0; start < positions; start += each)
+        for (long i = start; i < std::min(positions, start + each); i++) {
+            const T* from = x + i * channels;
+            const float mean = summed(from, channels, [](Vec16 v) { return v; }) / channels;
+            const double squares = summed(from, channels, [=](Vec16 v) { return (v - mean) * (v - mean); });
+            const float factor = 1 / std::sqrt(squares / channels + eps);
+            for (long c = 0; c < channels; c += LANES) {
+                const long lanes = channels - c;
+                const Vec16 value = (load_some(from + c, lanes) - mean) * factor;
+                store_some(y + i * channels + c, value * load_some(scale + c, lanes) + load_some(shift + c, lanes), lanes);
+            }
+        }
+}
+
 // The mean of each patch's real positions, (batch, height, width, channels) -> (batch, ⌈height/down⌉, ⌈width/across⌉, channels).
 template <class T>
 void average_pool(const T* x, T* y, long batch, long height, long width, long channels, long down, long across, long threads) {
@@ -243,6 +262,10 @@ void average_pool(const T* x, T* y, long batch, long height, long width, long ch
         squeeze(x, y, *q, batch, positions, channels, hidden, threads);                                                     \
     }                                                                                                                        \
     extern "C" void max_pool_##SUFFIX(const T* x, T* y, const Pool* sizes, long threads) { max_pool(x, y, *sizes, threads); } \
+    extern "C" void layer_norm_##SUFFIX(const T* x, T* y, const float* scale, const float* shift, const float* eps,          \
+                                        long positions, long channels, long threads) {                                       \
+        layer_norm(x, y, scale, shift, *eps, positions, channels, threads);                                                  \
+    }                                                                                                                        \
     extern "C" void average_pool_##SUFFIX(const T* x, T* y, long batch, long height, long width, long channels, long down,  \
                                           long across, long threads) {                                                      \
         average_pool(x, y, batch, height, width, channels, down, across, threads);                                           \
