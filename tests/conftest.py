@@ -67,6 +67,24 @@ def pytest_report_to_serializable() -> Generator[None, Any, Any]:
     return _encodable((yield))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need the same slow thing once in a process come first and together: of several, one process runs them.
+
+    Those that fork processes, faults' among them, need a server that has imported everything; others an interpreter.
+    """
+
+    def place(item: pytest.Item) -> int:
+        needs = getattr(item, "fixturenames", ())
+        return 0 if "forks" in needs or "faults" in item.path.parts else 1 if "fresh_imports" in needs else 2
+
+    items.sort(key=place)
+
+
+@pytest.fixture(scope="session")
+def forks() -> None:
+    """For tests that fork processes from the server."""
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _few_objects_to_search() -> Iterator[None]:
     """What libraries and fixtures have made by now stays: the garbage collector needn't search it again and again.

@@ -353,6 +353,7 @@ def test_the_local_step_is_as_near_as_the_plain_one(norm, dtype):
 
 
 @has_kernels
+@pytest.mark.usefixtures("forks")
 def test_a_kernel_without_memory_is_an_error():
     """In a process of its own, whose heap holds nothing that could be used again."""
     torch.multiprocessing.start_processes(run_without_memory, nprocs=1, start_method="forkserver")

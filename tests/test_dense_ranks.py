@@ -79,6 +79,7 @@ def work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.usefixtures("forks")
 def test_unequal_shares_give_the_scores_of_one_process(tmp_path):
     whole = score(SHARES["one"][0])
     assert 0 < whole["detect"]["mask_map"] < whole["detect"]["mask_map50"] <= 100 + 1e-6

@@ -263,6 +263,7 @@ def _ddp_process(rank: int, file: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("forks")
 def test_ddp_with_two_processes(tmp_path: object) -> None:
     torch.multiprocessing.start_processes(  # pyright: ignore
         _ddp_process, (f"{tmp_path}/store",), nprocs=2, start_method="forkserver"

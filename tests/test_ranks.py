@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
@@ -55,6 +56,7 @@ def work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.usefixtures("forks")
 def test_one_process_goes_first_and_its_error_is_everybodys(tmp_path):
     mp.start_processes(work, args=(str(tmp_path),), nprocs=2, start_method="forkserver")  # pyright: ignore
     first, second = ((tmp_path / f"{rank}.txt").read_text().splitlines() for rank in (0, 1))

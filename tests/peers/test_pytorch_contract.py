@@ -235,6 +235,7 @@ def work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.usefixtures("forks")
 def test_two_processes_learn_what_one_would(tmp_path):
     mp.start_processes(work, args=(str(tmp_path),), nprocs=2, start_method="forkserver")  # pyright: ignore
     for rank in (0, 1):
