@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -17,6 +17,9 @@ from .call import FP32
 from .inverted_residual import inverted_residual, pack_inverted_residual, pack_squeeze
 
 __all__ = ["supports"]
+
+Case = tuple[str, Tensor, Tensor]  # a kernel, its result, and PyTorch's
+Rand = Callable[..., Tensor]
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -68,56 +71,71 @@ def _first_wrong(dtype: torch.dtype) -> str:
     return ""
 
 
-def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _cases(dtype: torch.dtype) -> Iterator[Case]:
     """Each kernel's result and PyTorch's, of small inputs that no other random numbers depend on."""
     generator = torch.Generator("cpu").manual_seed(0)
 
     def rand(*shape: int, to: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32).mul_(0.3).to(to)
 
-    x, q, kv = rand(1, 5, 6, 64), rand(64, 64), rand(1, 7, 128)
-    zeros = torch.zeros(192, device="cpu", dtype=dtype)
-    qkv = rand(192, 64)
+    x = rand(1, 5, 6, 64)
+    yield from _convolutions(rand, x)
+    yield from _passes(rand, x)
+    yield from _attention(rand, x)
+    yield from _attention_in_training(rand, x)
+    yield from _layers_in_training(rand, x)
 
+
+def _convolutions(rand: Rand, x: Tensor) -> Iterator[Case]:
+    zeros = x.new_zeros(64)
     expand, depthwise, project = rand(64, 64), rand(64, 1, 3, 3), rand(64, 64)
-    packed = pack_inverted_residual(expand, zeros[:64], depthwise, zeros[:64], project, zeros[:64])
+    packed = pack_inverted_residual(expand, zeros, depthwise, zeros, project, zeros)
     y = F.silu(F.conv2d(x.double().permute(0, 3, 1, 2), expand.double()[..., None, None]))
     y = F.silu(F.conv2d(y, depthwise.double(), padding=1, groups=64))
     y = F.conv2d(y, project.double()[..., None, None]).permute(0, 2, 3, 1)
     yield "inverted_residual", inverted_residual(x, None, *packed), y
 
-    few, many = rand(16, 64), rand(64, 16)
-    gate = torch.sigmoid(F.silu(x.double().mean((1, 2)) @ few.double().mT) @ many.double().mT)
-    packed = pack_squeeze(few, None, many, None)
-    yield "squeeze", passes.squeeze(x, packed), x.double() * gate[:, None, None]
-    one = torch.ones(64, device="cpu", dtype=FP32)
-    y = F.group_norm(x.double().permute(0, 3, 1, 2), 1).permute(0, 2, 3, 1)
-    yield "group_norm", passes.group_norm(x, one, one, 1e-5, residual=x), y + 1 + x.double()
-    y = F.max_pool2d(x.double().permute(0, 3, 1, 2), 3, 2, 1).permute(0, 2, 3, 1)
-    yield "max_pool", passes.max_pool(x, passes.Window(3, 2, (1, 1))), y
-
-    first, second = rand(16, 3, 3, 3), rand(32, 16, 3, 3)
-    image = rand(1, 3, 9, 10)
+    first, second, image = rand(16, 3, 3, 3), rand(32, 16, 3, 3), rand(1, 3, 9, 10)
     y = F.silu(F.conv2d(image.double(), first.double(), stride=2, padding=1))
     y = F.conv2d(y, second.double(), stride=2, padding=1).permute(0, 2, 3, 1)
     affine = inference.pack_stem(first, zeros[:16], second, zeros[:32])
     yield "stem", inference.stem(image, *affine, (2, 2)), y
 
     pooled = F.max_pool2d(x.double().permute(0, 3, 1, 2), 2, ceil_mode=True).permute(0, 2, 3, 1)
-    branch = rand(1, 3, 3, 64)
-    y = F.silu(branch.double() + pooled @ q.double().mT)
-    yield "downsample", inference.downsample(x, branch, inference.pack_pointwise(q, zeros[:64])), y
+    pointwise, branch = rand(64, 64), rand(1, 3, 3, 64)
+    y = F.silu(branch.double() + pooled @ pointwise.double().mT)
+    yield "downsample", inference.downsample(x, branch, inference.pack_pointwise(pointwise, zeros)), y
 
+
+def _passes(rand: Rand, x: Tensor) -> Iterator[Case]:
+    few, many = rand(16, 64), rand(64, 16)
+    gate = torch.sigmoid(F.silu(x.double().mean((1, 2)) @ few.double().mT) @ many.double().mT)
+    packed = pack_squeeze(few, None, many, None)
+    yield "squeeze", passes.squeeze(x, packed), x.double() * gate[:, None, None]
+
+    one = torch.ones(64, device="cpu", dtype=FP32)
+    y = F.group_norm(x.double().permute(0, 3, 1, 2), 1).permute(0, 2, 3, 1)
+    yield "group_norm", passes.group_norm(x, one, one, 1e-5, residual=x), y + 1 + x.double()
+
+    y = F.max_pool2d(x.double().permute(0, 3, 1, 2), 3, 2, 1).permute(0, 2, 3, 1)
+    yield "max_pool", passes.max_pool(x, passes.Window(3, 2, (1, 1))), y
+
+
+def _attention(rand: Rand, x: Tensor) -> Iterator[Case]:
+    zeros, qkv = x.new_zeros(192), rand(192, 64)
     tokens = (x.double() @ qkv.double().mT).flatten(1, 2)
     y = x.double() + _attend(tokens[..., :64], tokens[..., 64:], 1.0).view(x.shape)
-    packed_qkv = inference.pack_pointwise(qkv, zeros)
-    yield "local_attention", inference.local_attention(x, x, packed_qkv, None, 32, 8), y
+    packed = inference.pack_pointwise(qkv, zeros)
+    yield "local_attention", inference.local_attention(x, x, packed, None, 32, 8), y
 
+    q, kv = rand(64, 64), rand(1, 7, 128)
     y = _attend((x.double() @ q.double().mT).flatten(1, 2), kv.double(), 1.0).view(x.shape)
-    packed_q = inference.pack_pointwise(q, zeros[:64])
-    eye = inference.pack_pointwise(torch.eye(64, device="cpu", dtype=dtype), zeros[:64])
-    yield "global_attention", inference.global_attention(x.clone(), None, packed_q, kv, eye, [], 32), y + x.double()
+    packed = inference.pack_pointwise(q, zeros[:64])
+    eye = inference.pack_pointwise(torch.eye(64, device="cpu", dtype=x.dtype), zeros[:64])
+    yield "global_attention", inference.global_attention(x.clone(), None, packed, kv, eye, [], 32), y + x.double()
 
+
+def _attention_in_training(rand: Rand, x: Tensor) -> Iterator[Case]:
     three, grad = rand(1, 5, 6, 192), rand(1, 5, 6, 64)
     leaf = three.double().requires_grad_()
     with torch.enable_grad():
@@ -126,16 +144,18 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     yield "grid_forward", training.grid_forward(three, 32, 8), y.detach()
     yield "grid_backward", training.grid_backward(three, grad, 32, 8), slope
 
-    flat, scale, shift = x.flatten(1, 2), rand(64, to=FP32) + 1, rand(64, to=FP32)
+    flat, kv, grad = x.flatten(1, 2), rand(1, 7, 128), grad.flatten(1, 2)
     leaves = [flat.double().requires_grad_(), kv.double().requires_grad_()]
     with torch.enable_grad():
         y = _attend(leaves[0], leaves[1], 32**-0.5)
-        slopes = torch.autograd.grad(y, leaves, grad.double().flatten(1, 2))
+        slopes = torch.autograd.grad(y, leaves, grad.double())
     yield "global_forward", training.global_forward(flat, kv, 32), y.detach()
-    for ours, slope in zip(training.global_backward(flat, kv, grad.flatten(1, 2), 32), slopes, strict=True):
+    for ours, slope in zip(training.global_backward(flat, kv, grad, 32), slopes, strict=True):
         yield "global_backward", ours, slope
 
-    weight = rand(64, 1, 3, 3, to=FP32)
+
+def _layers_in_training(rand: Rand, x: Tensor) -> Iterator[Case]:
+    scale, shift, weight = rand(64, to=FP32) + 1, rand(64, to=FP32), rand(64, 1, 3, 3, to=FP32)
     z = F.silu(x.double() * scale.double() + shift.double())
     y = F.conv2d(z.permute(0, 3, 1, 2), weight.double(), padding=1, groups=64).permute(0, 2, 3, 1)
     ours, _ = training.bn_silu_dwconv_forward(x, (scale, shift), weight.flatten(1).t().contiguous())
@@ -143,6 +163,8 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     yield "bn_silu", training.bn_silu(x, (scale, shift)), z
     sums = torch.stack([x.double().sum((0, 1, 2)), x.double().square().sum((0, 1, 2))])
     yield "channel_sums", training.channel_sums(x).sum(0), sums
+
+    grad = rand(1, 5, 6, 64)
     yield from _norms(x, grad, scale, shift)
     rows = x.flatten(0, 2), grad.flatten(0, 2)
     slopes = rows[1].double().mT @ rows[0].double(), rows[1].double().sum(0)
@@ -151,7 +173,7 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
             yield "pointwise_gradient", ours, slope
 
 
-def _norms(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _norms(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor) -> Iterator[Case]:
     leaves = exact, scale, shift = [t.double().requires_grad_() for t in (x.movedim(3, 1), weight, bias)]
     with torch.enable_grad():
         for groups in (1, 0):  # 0 for a BatchNorm
