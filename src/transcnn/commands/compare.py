@@ -78,14 +78,7 @@ def compare(
     if threads:
         torch.set_num_threads(threads)
     names = [name for item in _items(models) for name in (PAPER if item == "paper" else [item])]
-    cases = [
-        Case(name, chosen, kind, "train" if train else "infer", size, batch)
-        for size in _numbers("sizes", sizes)
-        for kind in _chosen("dtype", dtype, ("fp32", "bf16", "fp16"))
-        for name in ([REFERENCE] if reference else []) + names
-        for chosen in (["train"] if train else _chosen("engine", engine, ENGINES))
-        if not (name == REFERENCE and chosen.startswith("optimize"))
-    ]
+    cases = _cases(([REFERENCE] if reference else []) + names, sizes, dtype, engine, batch, train=train)
     if reference:
         load_reference(reference)  # errors before anything takes time
     if out:
@@ -100,6 +93,26 @@ def compare(
         _write(Path(out), rows, device)
         draw(rows, Path(out) / "compare.png")
     return rows
+
+
+def _cases(
+    names: list[str],
+    sizes: str | list[int],
+    dtype: str | list[str],
+    engine: str | list[str],
+    batch: int,
+    *,
+    train: bool,
+) -> list[Case]:
+    """All that is to be measured, in the order of the table."""
+    return [
+        Case(name, chosen, kind, "train" if train else "infer", size, batch)
+        for size in _numbers("sizes", sizes)
+        for kind in _chosen("dtype", dtype, ("fp32", "bf16", "fp16"))
+        for name in names
+        for chosen in (["train"] if train else _chosen("engine", engine, ENGINES))
+        if not (name == REFERENCE and chosen.startswith("optimize"))
+    ]
 
 
 def _measure(

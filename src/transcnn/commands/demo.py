@@ -65,17 +65,7 @@ def demo(
     check_range(1, MAX_SIDE, img_size=img_size)
     if port is not None and not 0 < port < 65536:
         raise UserError(f"port must be from 1 to 65535, got {port}")
-    with gc_paused():
-        require("gradio", "demo")
-        from ..checkpoints.loading import load
-        from ..checkpoints.memory import check_forward
-        from ..distributed.runtime import check_accelerator, quiet_libraries
-
-    check_accelerator(accelerator)
-    with quiet_libraries():
-        loaded = load(checkpoint, model)
-    loaded.resize_input(img_size)
-    check_forward(loaded, chosen=img_size is not None)
+    loaded = _network(checkpoint, model, img_size, accelerator)
     largest = round(max_mb * 2**20)
     served = serve(
         loaded,
@@ -93,6 +83,22 @@ def demo(
         if not quiet:
             print(f"{address} shows {printable(loaded.source)}; stop with Ctrl-C", flush=True)
         threading.Event().wait()
+
+
+def _network(checkpoint: StrPath, model: str | None, img_size: int | None, accelerator: str) -> Any:
+    """The network to show; what loading it and showing it need is imported here."""
+    with gc_paused():
+        require("gradio", "demo")
+        from ..checkpoints.loading import load
+        from ..checkpoints.memory import check_forward
+        from ..distributed.runtime import check_accelerator, quiet_libraries
+
+    check_accelerator(accelerator)
+    with quiet_libraries():
+        loaded = load(checkpoint, model)
+    loaded.resize_input(img_size)
+    check_forward(loaded, chosen=img_size is not None)
+    return loaded
 
 
 @contextmanager

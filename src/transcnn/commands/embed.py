@@ -99,9 +99,7 @@ def embed(
     if out is not None:
         write_vectors(Path(out), vectors)
     if knn is not None:
-        if "" in vectors.labels:
-            raise UserError("nearest neighbours are scored by labels, and these images have none")
-        found["knn"] = knn_accuracy(vectors.values, vectors.labels, vectors.splits, knn)
+        found["knn"] = _knn(vectors, knn)
     if duplicates is not None:
         found["duplicates"] = _pairs(vectors, duplicates)
     if search is not None:
@@ -215,6 +213,12 @@ class _Network:
         predictor.resize_input(self.img_size)
         predictor.check_memory(images, chosen=self.chosen)
         return predictor
+
+
+def _knn(vectors: Vectors, k: int) -> dict[str, Any]:
+    if "" in vectors.labels:
+        raise UserError("nearest neighbours are scored by labels, and these images have none")
+    return knn_accuracy(vectors.values, vectors.labels, vectors.splits, k)
 
 
 def _pairs(vectors: Vectors, threshold: float) -> list[dict[str, Any]]:

@@ -96,9 +96,8 @@ def evaluate(
     check_accelerator(accelerator)
     with quiet_libraries():
         launch(accelerator, devices, num_nodes)
-        loaded = load(checkpoint, model)
-        loaded.resize_input(img_size)
-        check_forward(loaded, -(-batch_size // world()), chosen=img_size is not None)
+        each = -(-batch_size // world())  # images at a time of a process
+        loaded = _network(checkpoint, model, img_size, each)
         views = _set_views(loaded, window=window, flip=flip)
         chosen = _data_of(loaded, checkpoint, data)
         _set_table(loaded, chosen, images, target)
@@ -112,7 +111,7 @@ def evaluate(
         learner, scores, part = measure(
             loaded,
             part,
-            batch_size=-(-batch_size // world()),
+            batch_size=each,
             num_workers=num_workers,
             precision=precision or _precision_of(loaded.info, accelerator),
             accelerator=accelerator,
@@ -121,14 +120,9 @@ def evaluate(
         )
     if not int(scores["images"]):
         raise UserError(f"nothing can be scored on {chosen or 'digits'}: no image of the split has a label that counts")
-    metrics = {
-        **learner.summary(scores),
-        **views,
-        **{name: scores[name] for name in ("precision", "device", "path")},
-        "split": part.split or split,
-        "data": chosen or "digits",
-        "checkpoint": loaded.source,
-    }
+    how = {name: scores[name] for name in ("precision", "device", "path")}
+    where = {"split": part.split or split, "data": chosen or "digits", "checkpoint": loaded.source}
+    metrics = {**learner.summary(scores), **views, **how, **where}
     broken = list(dict.fromkeys(gather_lists(part.broken)))
     if rank() > 0:
         return metrics
@@ -137,6 +131,14 @@ def evaluate(
     if not quiet:
         _print(learner, scores, metrics, broken, folder)
     return metrics
+
+
+def _network(checkpoint: StrPath, model: str | None, img_size: int | None, images: int) -> Loaded:
+    """The network, for images of its size or another, so many of which the memory has room for."""
+    loaded = load(checkpoint, model)
+    loaded.resize_input(img_size)
+    check_forward(loaded, images, chosen=img_size is not None)
+    return loaded
 
 
 def _print(learner: Any, scores: Any, metrics: dict[str, Any], broken: Any, folder: Path | None) -> None:

@@ -90,13 +90,9 @@ def predict(
     check_range(1, top_k=top_k, batch_size=batch_size)
     check_range(1, MAX_SIDE, img_size=img_size)
     check_range(0, 1, min_score=min_score)
-    checkpoint, image_dir = as_text(checkpoint), as_text(image_dir)
-    names = [as_text(name) for name in (images if isinstance(images, list) else [images] if images else ())]
-    if _means_images(checkpoint, alone=not names):
-        checkpoint, names = PACKAGED, [checkpoint, *names]
-    named = _listed(names, image_dir, file_column)
-    files = find_images(names) if named is None else named.files
-    table = None if named is None else named.columns
+    checkpoint, names = _named(as_text(checkpoint), images)
+    listed = _listed(names, as_text(image_dir), file_column)
+    files = find_images(names) if listed is None else listed.files
     if csv:
         check_writable(Path(csv), [*files, *names])
     fast = optimize and len(files) >= FEW
@@ -113,6 +109,7 @@ def predict(
     rows = [{**found.to_dict(), **outputs.add(found)} for found in answers]
     outputs.finish()
     if csv:
+        table = None if listed is None else listed.columns
         atomic_write(Path(csv), lambda path: write_csv(path, rows, top_k, table))
     if json:
         print(json_text(rows, indent=2))
@@ -168,6 +165,12 @@ def _dataset_writer(predictor: Any, out: Path, format: Any) -> DatasetWriter | N
     names = predictor.class_names
     ids = (predictor.info.get("task_args") or {}).get("label_ids") or list(range(1, len(names) + 1))
     return DatasetWriter(out / format, format, names, ids)
+
+
+def _named(checkpoint: str, images: StrPath | list[StrPath] | None) -> tuple[str, list[str]]:
+    """The network, the packaged one where an image stands in its place, and the names of images."""
+    names = [as_text(name) for name in (images if isinstance(images, list) else [images] if images else ())]
+    return (PACKAGED, [checkpoint, *names]) if _means_images(checkpoint, alone=not names) else (checkpoint, names)
 
 
 def _listed(images: Sequence[str], image_dir: str | None, file_column: str | None) -> ListedFiles | None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -95,38 +95,26 @@ def train_transform(
     _check_train(policy, in_chans, aa, re_mode, hflip=hflip, vflip=vflip, re_prob=re_prob)
     if policy == "auto":
         policy = "small" if max(size) <= SMALL else "imagenet"
+    erase = Finish(mean, std, re_prob=re_prob, re_mode=re_mode, re_count=re_count)
     if policy == "imagenet":
+        drawn: Any = dict(
+            scale=scale, ratio=ratio, hflip=hflip, vflip=vflip, color_jitter=color_jitter, auto_augment=aa
+        )
         prepare: Any = create_transform(
             (in_chans, *size),
             is_training=True,
-            scale=scale,
-            ratio=ratio,
-            hflip=hflip,
-            vflip=vflip,
-            color_jitter=color_jitter,  # pyright: ignore[reportArgumentType]  (None is allowed)
-            auto_augment=aa,
             interpolation=interpolation,
             mean=mean,
             std=std,
             normalize=False,
+            **drawn,
         )
-        finish = Finish(mean, std, re_prob=re_prob, re_mode=re_mode, re_count=re_count)
-        return Transform(size, in_chans, prepare, finish, bands=bands)
+        return Transform(size, in_chans, prepare, erase, bands=bands)
     prepare, key = _resize(size, in_chans, interpolation, 1.0)
     if policy == "none":
         return Transform(size, in_chans, prepare, Finish(mean, std), key=key, bands=bands)
-    finish = Finish(
-        mean,
-        std,
-        pad=max(1, min(size) // 8) if pad is None else pad,
-        hflip=hflip,
-        vflip=vflip,
-        degrees=degrees,
-        zoom=zoom,
-        re_prob=re_prob,
-        re_mode=re_mode,
-        re_count=re_count,
-    )
+    pad = max(1, min(size) // 8) if pad is None else pad
+    finish = replace(erase, pad=pad, hflip=hflip, vflip=vflip, degrees=degrees, zoom=zoom)
     per_image = _per_image(size, mean, aa, color_jitter)
     return Transform(size, in_chans, prepare, finish, per_image=per_image, key=key, bands=bands)
 
