@@ -703,12 +703,12 @@ def test_several_callers_at_once(dtype):
 # 6. What they are given
 
 
-def kernel_calls(dtype: torch.dtype) -> dict[str, tuple]:
-    """The arguments of a call of each kernel."""
-    given: dict[str, tuple] = {}
+def kernel_calls(dtype: torch.dtype) -> list[tuple]:
+    """The name and the arguments of each call, of all kernels."""
+    given: list[tuple] = []
 
     def record(name: str, *arguments: object, **options: object) -> None:
-        given[name] = arguments, options
+        given.append((name, arguments, options))
         run(name, *arguments, **options)
 
     run = cpu_call.call
@@ -724,12 +724,13 @@ def kernel_calls(dtype: torch.dtype) -> dict[str, tuple]:
         tokens = torch.randn(2, 7, 64).to(dtype)
         cpu.global_attention(x.clone(), x, packed[0], tokens, packed[1], [(x[:, ::2, ::2], 2)], 32)
         qkv = torch.randn(2, 9, 10, 96).to(dtype)
-        training.grid_backward(qkv, training.grid_forward(qkv, 32, 4), 32, 4)
+        training.grid_backward(qkv, training.grid_forward(qkv, 32, 4, x), 32, 4)
         queries = x.flatten(1, 2)
-        training.global_backward(queries, tokens, training.global_forward(queries, tokens, 32), 32)
+        training.global_backward(queries, tokens, training.global_forward(queries, tokens, 32, queries), 32)
         kernel = torch.randn(9, 32)
         training.channel_sums(x)
-        training.bn_silu_dwconv_forward(x, (one, one), kernel)
+        for activate in (False, True):
+            training.bn_silu_dwconv_forward(x, (one, one), kernel, activate)
         training.bn_silu_dwconv_backward(x, training.bn_silu(x, (one, one)), (one,) * 5, x, (one,) * 3, kernel)
         training.bn_silu_backward_sums(x, x, (one,) * 3)
         training.bn_backward(x.clone(), x, (one,) * 3)
@@ -757,8 +758,8 @@ def test_every_tensor_of_every_call_is_checked(dtype):
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
     given = kernel_calls(dtype)
     exported = {name.rpartition("_")[0] for name in exported_functions()}
-    assert set(given) == exported
-    for name, (arguments, options) in given.items():
+    assert {name for name, *_ in given} == exported
+    for name, arguments, options in given:
         tensors = [i for i, argument in enumerate(arguments) if isinstance(argument, tuple)]
         assert len(tensors) >= 2
         for i in tensors:

@@ -172,6 +172,34 @@ def test_both_steps_of_attention(dim, head_dim, grids, ratios, batch, height, wi
         assert not kernels
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("height", "width", "calls"), [(7, 9, 1), (1, 1, 1), (3, 40, 1), (40, 40, 0)])
+def test_attention_of_all_positions_is_that_of_one_grid(height, width, calls, kind, kernels):
+    plain = randomise(
+        transcnn.HMHSA(64, head_dim=32, grid_sizes=(), pool_ratios=(), norm_layer=lambda c: nn.Identity())
+    )
+    ours = accelerate_training(copy.deepcopy(plain))
+    check(plain, ours, (2, 64, height, width), kind)
+    assert kernels.count("grid_forward") == kernels.count("grid_backward") == calls  # large maps are left to PyTorch
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_what_is_added_to_attention_gets_its_gradient(gradients):
+    qkv, kv = torch.randn(2, 5, 6, 96).requires_grad_(), torch.randn(2, 7, 64).requires_grad_()
+    residual = torch.randn(2, 5, 6, 32).requires_grad_(gradients)
+    q = qkv[..., :32].flatten(1, 2).contiguous()
+    for run, added in (
+        (lambda x: attention.grid_attention(qkv, 32, 4, x), residual),
+        (lambda x: attention._GlobalAttention.apply(q, kv, x, 32), residual.flatten(1, 2)),
+    ):
+        alone, y = run(None), run(added)
+        assert relative(y, alone + added) < 1e-6
+        up = torch.randn_like(y)
+        found = torch.autograd.grad(y, [qkv, *([residual] if gradients else [])], up, retain_graph=True)
+        assert torch.equal(found[0], torch.autograd.grad(alone, qkv, up, retain_graph=True)[0])
+        assert not gradients or torch.equal(found[1], up.view(residual.shape))
+
+
 def test_large_scores_do_not_overflow():
     qkv = (100 * torch.randn(1, 8, 8, 48)).requires_grad_()
     exact = qkv.detach().double().requires_grad_()

@@ -132,8 +132,7 @@ class HMHSA(nn.Module):
         mask = unless_whole(unless_traced(mask))
         x = keep_real(x, mask)
         if not self.local:
-            q, k, v = self.qkv(normalise(self.norm, x, mask)).chunk(3, dim=1)
-            return keep_real(self.proj(global_attention(q, k, v, self.head_dim, self.fused_attn, mask)), mask)
+            return keep_real(self.proj(self.only_step(self.qkv(normalise(self.norm, x, mask)), mask)), mask)
 
         tokens, real, ratio = x, mask, per_axis(1, self.ndim)  # each token stands for a patch of `ratio` positions
         steps: list[tuple[Tensor, Size]] = []  # A₁ … A_{L-1}, each with its ratio
@@ -148,7 +147,7 @@ class HMHSA(nn.Module):
 
         a1 = steps[0][0]
         kv = self.kv(normalise(self.ds_norm, tokens, real))  # (B, 2C, ⌈H/ratio⌉, ⌈W/ratio⌉), M tokens
-        y = self.global_step(self.q(a1), kv, real) + a1
+        y = self.global_step(self.q(a1), kv, a1, real)
         for a, level_ratio in steps[1:]:
             y = y + spread(a, level_ratio, a1)
         return keep_real(self.proj(y), mask)
@@ -157,10 +156,15 @@ class HMHSA(nn.Module):
         """Tokens of the next level, (B, C, H, W) -> (B, C, ⌈H/ratio⌉, ⌈W/ratio⌉)."""
         return merge(a, ratio)
 
-    def global_step(self, q: Tensor, kv: Tensor, real: Tensor | None = None) -> Tensor:
-        """Attention of all positions to the merged tokens, (B, C, H, W) and (B, 2C, H', W') -> (B, C, H, W)."""
+    def only_step(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention of all positions to all, where there is no local step, (B, 3C, H, W) -> (B, C, H, W)."""
+        q, k, v = qkv.chunk(3, dim=1)
+        return global_attention(q, k, v, self.head_dim, self.fused_attn, mask)
+
+    def global_step(self, q: Tensor, kv: Tensor, a1: Tensor, real: Tensor | None = None) -> Tensor:
+        """Attention of all positions to the merged tokens, plus A₁, (B, C, H, W), (B, 2C, H', W') -> (B, C, H, W)."""
         k, v = kv.chunk(2, dim=1)
-        return global_attention(q, k, v, self.head_dim, self.fused_attn, real)
+        return global_attention(q, k, v, self.head_dim, self.fused_attn, real) + a1
 
     def set_fused_attn(self, enable: bool) -> None:
         """Compute the attention by ``F.scaled_dot_product_attention`` or, with ``enable=False``, step by step.

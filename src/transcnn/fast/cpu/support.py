@@ -141,7 +141,7 @@ def _attention_in_training(rand: Rand, x: Tensor) -> Iterator[Case]:
     with torch.enable_grad():
         y = _attend(leaf.flatten(1, 2)[..., :64], leaf.flatten(1, 2)[..., 64:], 32**-0.5).view(grad.shape)
         (slope,) = torch.autograd.grad(y, leaf, grad.double())
-    yield "grid_forward", training.grid_forward(three, 32, 8), y.detach()
+    yield "grid_forward", training.grid_forward(three, 32, 8, x), y.detach() + x.double()
     yield "grid_backward", training.grid_backward(three, grad, 32, 8), slope
 
     flat, kv, grad = x.flatten(1, 2), rand(1, 7, 128), grad.flatten(1, 2)
@@ -149,7 +149,7 @@ def _attention_in_training(rand: Rand, x: Tensor) -> Iterator[Case]:
     with torch.enable_grad():
         y = _attend(leaves[0], leaves[1], 32**-0.5)
         slopes = torch.autograd.grad(y, leaves, grad.double())
-    yield "global_forward", training.global_forward(flat, kv, 32), y.detach()
+    yield "global_forward", training.global_forward(flat, kv, 32, flat), y.detach() + flat.double()
     for ours, slope in zip(training.global_backward(flat, kv, grad, 32), slopes, strict=True):
         yield "global_backward", ours, slope
 
@@ -160,6 +160,8 @@ def _layers_in_training(rand: Rand, x: Tensor) -> Iterator[Case]:
     y = F.conv2d(z.permute(0, 3, 1, 2), weight.double(), padding=1, groups=64).permute(0, 2, 3, 1)
     ours, _ = training.bn_silu_dwconv_forward(x, (scale, shift), weight.flatten(1).t().contiguous())
     yield "bn_silu_dwconv_forward", ours, y
+    _, ours = training.bn_silu_dwconv_forward(x, (scale, shift), weight.flatten(1).t().contiguous(), activate=True)
+    yield "bn_silu_dwconv_forward", ours, F.silu(y)
     yield "bn_silu", training.bn_silu(x, (scale, shift)), z
     sums = torch.stack([x.double().sum((0, 1, 2)), x.double().square().sum((0, 1, 2))])
     yield "channel_sums", training.channel_sums(x).sum(0), sums

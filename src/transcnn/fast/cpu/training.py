@@ -30,11 +30,12 @@ __all__ = [
 ]
 
 
-def grid_forward(qkv: Tensor, head_dim: int, size: int) -> Tensor:
-    """Attention inside each size×size grid, (B, H, W, 3C) -> (B, H, W, C)."""
+def grid_forward(qkv: Tensor, head_dim: int, size: int, residual: Tensor | None = None) -> Tensor:
+    """Attention inside each size×size grid, plus ``residual``, (B, H, W, 3C) -> (B, H, W, C)."""
     shape = _grid_shape(qkv, head_dim, size)
     out = qkv.new_empty(shape)
-    cpu.call("grid_forward", qkv.dtype, _map("qkv", qkv), _map("out", out), *shape, head_dim, size)
+    maps = _map("qkv", qkv), optional("residual", residual, qkv.dtype, shape), _map("out", out)
+    cpu.call("grid_forward", qkv.dtype, *maps, *shape, head_dim, size)
     return out
 
 
@@ -52,10 +53,11 @@ def _grid_shape(qkv: Tensor, head_dim: int, size: int) -> tuple[int, int, int, i
     return batch, height, width, three // 3
 
 
-def global_forward(q: Tensor, kv: Tensor, head_dim: int) -> Tensor:
-    """Attention to merged tokens, (B, N, C) and (B, M, 2C) -> (B, N, C)."""
+def global_forward(q: Tensor, kv: Tensor, head_dim: int, residual: Tensor | None = None) -> Tensor:
+    """Attention to merged tokens, plus ``residual``, (B, N, C) and (B, M, 2C) -> (B, N, C)."""
     sizes, out = _global_sizes(q, kv, head_dim), torch.empty_like(q)
-    cpu.call("global_forward", q.dtype, *_queries_and_tokens(q, kv), _map("out", out), *sizes)
+    added = optional("residual", residual, q.dtype, tuple(q.shape))
+    cpu.call("global_forward", q.dtype, *_queries_and_tokens(q, kv), added, _map("out", out), *sizes)
     return out
 
 
@@ -94,9 +96,16 @@ def bn_silu(x: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
     return out
 
 
-def bn_silu_dwconv_forward(x: Tensor, norm: tuple[Tensor, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Norm, SiLU and depthwise convolution with weights (k², C) in fp32; also sums of the result and of its square."""
-    out, sums, size = torch.empty_like(x), _sums(x), _size(weight)
+def bn_silu_dwconv_forward(
+    x: Tensor, norm: tuple[Tensor, Tensor], weight: Tensor, activate: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Norm, SiLU and depthwise convolution with weights (k², C) in fp32.
+
+    Returns:
+        The convolution's result, and sums of it and of its square; with ``activate`` its SiLU instead of those.
+    """
+    out, size = torch.empty_like(x), _size(weight)
+    sums, activated = (None, torch.empty_like(x)) if activate else (_sums(x), None)
     cpu.call(
         "bn_silu_dwconv_forward",
         x.dtype,
@@ -104,11 +113,14 @@ def bn_silu_dwconv_forward(x: Tensor, norm: tuple[Tensor, Tensor], weight: Tenso
         *_by_channel(x, ("scale", "shift"), norm),
         ("weight", weight, FP32, (size**2, x.shape[3])),
         _map("out", out),
-        _of_sums(sums, x),
+        optional("activated", activated, x.dtype, tuple(x.shape)),
+        None if sums is None else _of_sums(sums, x),
         *(*x.shape, size),
-        threads=len(sums),
+        threads=None if sums is None else len(sums),
     )
-    return out, sums
+    found = activated if sums is None else sums
+    assert found is not None
+    return out, found
 
 
 def bn_silu_backward_sums(m: Tensor, ds: Tensor, norm: tuple[Tensor, Tensor, Tensor]) -> Tensor:

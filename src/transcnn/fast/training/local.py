@@ -16,7 +16,7 @@ from ...attention import grid_attention as plain
 from ...grids import channels_first, channels_last, cut_into_grids, join_grids
 from ..dispatch import to_nchw, uses_triton_grids
 from ..limits import refuse_fx
-from .attention import fits_training, grid_attention
+from .attention import added_by_kernel, fits_training, grid_attention
 
 __all__ = ["KernelLocalStep"]
 
@@ -38,6 +38,8 @@ class KernelLocalStep(LocalStep):
                 from ..triton import local_attention
 
                 return self.grid_norm(to_nchw(local_attention.grid_attention(tokens, self.head_dim, size, residual)))
+            if fits_training(tokens, self.head_dim) and added_by_kernel(residual, tokens):
+                return self.grid_norm(to_nchw(grid_attention(tokens, self.head_dim, size, residual)))
             fits = fits_training(tokens, self.head_dim)
             out = to_nchw(grid_attention(tokens, self.head_dim, size)) if fits else None
         elif x.ndim == 3:

@@ -107,9 +107,9 @@ class _BNSiLUDWConv(torch.autograd.Function):
 
         sums = None if norm1 is None else cpu.channel_sums(x)
         first = _statistics(norm1, weight1, bias1, sums, x)
-        m, sums = cpu.bn_silu_dwconv_forward(x, (first.scale, first.shift), kernel)
-        second = _statistics(norm2, weight2, bias2, sums, x)
-        s = cpu.bn_silu(m, (second.scale, second.shift))
+        m, found = cpu.bn_silu_dwconv_forward(x, (first.scale, first.shift), kernel, activate=norm2 is None)
+        second = _statistics(norm2, weight2, bias2, found, x)
+        s = found if norm2 is None else cpu.bn_silu(m, (second.scale, second.shift))
         ctx.save_for_backward(x, m, kernel, *first, *second)
         ctx.dtypes = [None if argument is None else argument.dtype for argument in arguments[:5]]
         return s.permute(0, 3, 1, 2)

@@ -52,11 +52,15 @@ void pack(const T* x, long stride, long n, long padded, long head_dim, T* panels
     }
 }
 
-// Stores a tile's rows x columns at ``to``, each row times its factor where factors are given.
+// Stores a tile's rows x columns at ``to``, each row times its factor where factors are given, plus ``residual`` (as ``to``).
 template <class T>
-inline void put(T* to, long stride, long rows, long columns, const float* c, const float* factors = nullptr) {
-    for (long i = 0; i < rows; i++, to += stride, c += PANEL)
-        for (long j = 0; j < columns; j += LANES) store(to + j, factors ? load(c + j) * factors[i] : load(c + j));
+inline void put(T* to, long stride, long rows, long columns, const float* c, const float* factors = nullptr,
+                const T* residual = nullptr) {
+    for (long i = 0; i < rows; i++, c += PANEL)
+        for (long j = 0; j < columns; j += LANES) {
+            const Vec16 value = factors ? load(c + j) * factors[i] : load(c + j);
+            store(to + i * stride + j, residual ? value + load(residual + i * stride + j) : value);
+        }
 }
 
 // softmax(scale·Q·Kᵀ)·V for ``rows`` queries (at most one tile) and n packed keys; calls

@@ -129,7 +129,7 @@ class Head {
 };
 
 template <class T>
-void grid_forward(const T* qkv, T* out, float scale, Grids s, long threads) {
+void grid_forward(const T* qkv, const T* residual, T* out, float scale, Grids s, long threads) {
     constexpr long ROWS = Tile<T>::ROWS;
 #pragma omp parallel num_threads(threads)
     {
@@ -150,9 +150,10 @@ void grid_forward(const T* qkv, T* out, float scale, Grids s, long threads) {
                 for (long first = 0; first < n; first += ROWS)
                     attend(own + first * three + head, three, std::min(ROWS, n - first), scale, keys, values, n, padded,
                            s.head_dim, [&](long row, long rows, long column, long columns, const float* c, const float* factor) {
-                               for (long i = row; i < row + rows; i++, c += PANEL)
-                                   put(out + grid.position(first + i) * s.channels + head + column, 0, 1, columns, c,
-                                       factor + i);
+                               for (long i = row; i < row + rows; i++, c += PANEL) {
+                                   const long at = grid.position(first + i) * s.channels + head + column;
+                                   put(out + at, 0, 1, columns, c, factor + i, residual ? residual + at : nullptr);
+                               }
                            });
             }
         }
@@ -201,9 +202,9 @@ struct Global {
     long heads() const { return channels / head_dim; }
 };
 
-// q (B, positions, C), kv (B, tokens, 2C)
+// q and residual (B, positions, C), kv (B, tokens, 2C); residual is null where there is none
 template <class T>
-void global_forward(const T* q, const T* kv, T* out, float scale, Global s, long threads) {
+void global_forward(const T* q, const T* kv, const T* residual, T* out, float scale, Global s, long threads) {
     constexpr long ROWS = Tile<T>::ROWS;
     const long padded = round_up(s.tokens, PANEL), wide = round_up(s.head_dim, PANEL);
 #pragma omp parallel num_threads(threads)
@@ -224,8 +225,8 @@ void global_forward(const T* q, const T* kv, T* out, float scale, Global s, long
                 attend(q + start + first * s.channels, s.channels, std::min(ROWS, s.positions - first), scale, keys,
                        values, s.tokens, padded, s.head_dim,
                        [&](long row, long rows, long column, long columns, const float* c, const float* factor) {
-                           T* to = out + start + (first + row) * s.channels + column;
-                           put(to, s.channels, rows, columns, c, factor + row);
+                           const long at = start + (first + row) * s.channels + column;
+                           put(out + at, s.channels, rows, columns, c, factor + row, residual ? residual + at : nullptr);
                        });
         }
     }
@@ -267,18 +268,21 @@ inline float scale_of(long head_dim) { return 1 / __builtin_sqrtf(static_cast<fl
 }  // namespace
 
 #define TRAINING(SUFFIX, T)                                                                                          \
-    extern "C" void grid_forward_##SUFFIX(const T* qkv, T* out, long batch, long height, long width, long channels, \
-                                          long head_dim, long size, long threads) {                                 \
-        grid_forward(qkv, out, scale_of(head_dim), Grids{batch, height, width, channels, head_dim, size}, threads); \
+    extern "C" void grid_forward_##SUFFIX(const T* qkv, const T* residual, T* out, long batch, long height,         \
+                                          long width, long channels, long head_dim, long size, long threads) {      \
+        Grids shape{batch, height, width, channels, head_dim, size};                                                 \
+        grid_forward(qkv, residual, out, scale_of(head_dim), shape, threads);                                        \
     }                                                                                                                \
     extern "C" void grid_backward_##SUFFIX(const T* qkv, const T* grad, T* dqkv, long batch, long height,           \
                                            long width, long channels, long head_dim, long size, long threads) {     \
         Grids shape{batch, height, width, channels, head_dim, size};                                                 \
         grid_backward(qkv, grad, dqkv, scale_of(head_dim), shape, threads);                                          \
     }                                                                                                                \
-    extern "C" void global_forward_##SUFFIX(const T* q, const T* kv, T* out, long batch, long positions,            \
-                                            long tokens, long channels, long head_dim, long threads) {              \
-        global_forward(q, kv, out, scale_of(head_dim), Global{batch, positions, tokens, channels, head_dim}, threads); \
+    extern "C" void global_forward_##SUFFIX(const T* q, const T* kv, const T* residual, T* out, long batch,         \
+                                            long positions, long tokens, long channels, long head_dim,              \
+                                            long threads) {                                                          \
+        Global shape{batch, positions, tokens, channels, head_dim};                                                  \
+        global_forward(q, kv, residual, out, scale_of(head_dim), shape, threads);                                    \
     }                                                                                                                \
     extern "C" void global_backward_##SUFFIX(const T* q, const T* kv, const T* grad, T* dq, T* dkv, long batch,     \
                                              long positions, long tokens, long channels, long head_dim,             \

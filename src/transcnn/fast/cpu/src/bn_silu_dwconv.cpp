@@ -88,15 +88,16 @@ struct Shape {
     }
 };
 
+// Where sums is null there is no norm after the convolution; ``activated`` gets SiLU(m) then, and is null else.
 template <class T>
-void forward(const T* e, const float* scale, const float* shift, const float* weight, T* m, double* sums, Shape s,
-             long threads) {
+void forward(const T* e, const float* scale, const float* shift, const float* weight, T* m, T* activated, double* sums,
+             Shape s, long threads) {
     long some, step;
     s.divide(1, some, step);
     const long pieces = (s.channels + some - 1) / some, per_image = s.height * s.width;
 #pragma omp parallel num_threads(threads)
     {
-        double* own = sums + omp_get_thread_num() * 2 * s.channels;
+        double* own = sums ? sums + omp_get_thread_num() * 2 * s.channels : nullptr;
 #pragma omp for schedule(static)
         for (long item = 0; item < s.batch * pieces; item++) {
             const long channel = item % pieces * some, count = std::min(some, s.channels - channel);
@@ -112,20 +113,30 @@ void forward(const T* e, const float* scale, const float* shift, const float* we
                     return silu<T>(load(from) * load(scale + c) + load(shift + c));
                 });
                 for (long c = 0; c < count; c += LANES) {
-                    T* out = m + (image + top * s.width) * s.channels + channel + c;
+                    const long start = (image + top * s.width) * s.channels + channel + c;
+                    const auto from = s.rows(map + c / LANES * block);
+                    const auto run = [&](auto take) {
+                        const float* w = weight + channel + c;
+                        const auto each = each_position(s.width, take);
+                        if (s.size == 3) convolve<3>(from, bottom - top, s.width, w, s.channels, Vec16{}, each);
+                        if (s.size == 5) convolve<5>(from, bottom - top, s.width, w, s.channels, Vec16{}, each);
+                        if (s.size == 7) convolve<7>(from, bottom - top, s.width, w, s.channels, Vec16{}, each);
+                    };
+                    if (!sums) {
+                        run([&](long token, Vec16 sum) {
+                            store(m + start + token * s.channels, sum);
+                            store(activated + start + token * s.channels, silu<T>(sum));
+                        });
+                        continue;
+                    }
                     Vec16 centre{}, first{}, second{};
-                    const auto take = [&](long token, Vec16 sum) {
-                        store(out + token * s.channels, sum);
+                    run([&](long token, Vec16 sum) {
+                        store(m + start + token * s.channels, sum);
                         if (token == 0) centre = sum;  // near the mean, so that squares don't cancel
                         Vec16 off = sum - centre;
                         first += off;
                         second += off * off;
-                    };
-                    const auto from = s.rows(map + c / LANES * block);
-                    const float* w = weight + channel + c;
-                    if (s.size == 3) convolve<3>(from, bottom - top, s.width, w, s.channels, Vec16{}, each_position(s.width, take));
-                    if (s.size == 5) convolve<5>(from, bottom - top, s.width, w, s.channels, Vec16{}, each_position(s.width, take));
-                    if (s.size == 7) convolve<7>(from, bottom - top, s.width, w, s.channels, Vec16{}, each_position(s.width, take));
+                    });
                     add_channel_sums(own + channel + c, s.channels, centre, first, second, (bottom - top) * s.width);
                 }
             }
@@ -291,9 +302,9 @@ void bn_backward(T* dz, const T* x, const float* by_z, const float* by_x, const 
         bn_backward(dz, x, by_z, by_x, rest, tokens, channels, threads);                                                    \
     }                                                                                                                  \
     extern "C" void bn_silu_dwconv_forward_##SUFFIX(const T* e, const float* scale, const float* shift, const float* weight,   \
-                                            T* m, double* sums, long batch, long height, long width, long channels,    \
-                                            long size, long threads) {                                                 \
-        forward(e, scale, shift, weight, m, sums, Shape{batch, height, width, channels, size}, threads);       \
+                                            T* m, T* activated, double* sums, long batch, long height, long width,     \
+                                            long channels, long size, long threads) {                                  \
+        forward(e, scale, shift, weight, m, activated, sums, Shape{batch, height, width, channels, size}, threads);    \
     }                                                                                                                  \
     extern "C" void bn_silu_dwconv_backward_##SUFFIX(                                                                          \
         const T* m, const T* ds, const float* scale2, const float* shift2, const float* by_z, const float* by_m,       \

@@ -36,6 +36,12 @@ void transpose_rows(const T* x, long channels, long n, long padded, T* to) {
         }
 }
 
+// Has memory brought into the cache, line after line: prefetchers don't follow a few channels of each position.
+template <class T>
+void bring(const T* p, long count) {
+    for (long i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(p + i);
+}
+
 // found (threads, outputs · inputs), zeros: as (outputs, inputs) where outputs <= inputs, else transposed; sums (threads,
 // outputs), zeros, of dy: null where they aren't wanted.
 template <class T>
@@ -53,6 +59,7 @@ void gradient(const T* x, const T* dy, float* found, float* sums, long positions
             if (!memory.begin((rows + wide) * SOME * sizeof(T) + 256)) continue;
             T *transposed = memory.take<T>(rows * padded), *panels = memory.take<T>(wide * padded);
             const T *in = x + first * inputs, *out = dy + first * outputs;
+            bring(in, n * inputs), bring(out, n * outputs);
             transpose_rows(few ? out : in, rows, n, padded, transposed);
             pack(few ? in : out, columns, n, padded, columns, panels);
             multiply(transposed, padded, rows, panels, padded, padded, columns,
