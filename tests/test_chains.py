@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from test_cpu_inference import threads
 from test_other_cnns import host_named, randomised, relative
 from transcnn.fast import optimize
-from transcnn.fast.cpu import support
+from transcnn.fast.cpu import inference, support
 from transcnn.fast.cpu.inverted_residual import Layers, inverted_residual, pack_inverted_residual, pack_squeeze
 from transcnn.fast.inference.chains import Chain
 
@@ -281,6 +281,46 @@ def test_convolutions_that_are_not_depthwise_are_left_alone():
         with counted() as called:
             assert relative(optimize(model)(x), model(x)) <= 2e-6
         assert not called
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+@torch.no_grad()
+def test_any_convolution(data):
+    draw = data.draw
+    dtype, act = draw(st.sampled_from(DTYPES)), draw(acts)
+    size, stride = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    channels, outputs = (16 * draw(st.integers(1, 5)) for _ in range(2))
+    channels *= 1 + (dtype == torch.bfloat16 and size == 1)
+    padding = draw(st.integers(0, 4)), draw(st.integers(0, 4))
+    height, width = (draw(st.integers(max(1, size - 2 * p), 20)) for p in padding)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    x, bias = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((draw(st.integers(1, 3)), height, width, channels), (outputs,))
+    )
+    weight = (torch.randn(outputs, channels, size, size, generator=generator) / (channels * size**2) ** 0.5).to(dtype)
+    exact = F.conv2d(x.double().movedim(3, 1), weight.double(), bias.double(), stride, padding).movedim(1, 3)
+    packed = inference.pack_convolution(weight, bias)
+    with threads(draw(st.sampled_from([1, 2, 3]))):
+        residual = torch.randn(exact.shape, generator=generator).to(dtype) if draw(st.booleans()) else None
+        expected = ACTS[act[0]](exact if residual is None else exact + residual.double())
+        ours = inference.convolution(x, packed, size, stride, padding, act, residual, residual)
+        assert residual is None or ours is residual
+        assert ours.shape == expected.shape
+        assert (ours.double() - expected).abs().max() <= 2 * BOUNDS[dtype] * max(1, float(expected.abs().max()))
+
+
+@torch.no_grad()
+def test_convolutions_that_the_kernel_is_not_made_for_are_refused():
+    x, packed = torch.randn(1, 5, 5, 16), inference.pack_convolution(torch.randn(16, 16, 3, 3), None)
+    for size, stride, padding in ((3, 0, (1, 1)), (3, 1, (-1, 1)), (7, 1, (0, 0)), (2, 1, (1, 1)), (0, 1, (1, 1))):
+        with pytest.raises(ValueError, match="convolution"):
+            inference.convolution(x, packed, size, stride, padding)
+    with pytest.raises(ValueError, match="convolution"):
+        inference.convolution(x[..., :8], packed, 3)
+    with pytest.raises(ValueError, match="convolution"):
+        inference.convolution(x, packed, 3, residual=x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

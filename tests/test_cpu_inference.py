@@ -188,7 +188,7 @@ def test_any_number_of_threads_gives_the_same(dtype):
     for count in (1, 2, 3, 5):
         with threads(count), counted() as called:
             found.append([module(x[:1]), module(x), attn.forward_nhwc(x, x)])
-            steps = ("local_attention", "average_pool", "pointwise", "global_attention")
+            steps = ("local_attention", "average_pool", "convolution", "global_attention")
             assert called == {"inverted_residual": 2, **dict.fromkeys(steps, 1)}
     for one, two, attended in found:
         assert error(two, expected) <= BOUNDS[dtype]
@@ -469,7 +469,12 @@ def test_hmhsa_is_as_near_as_the_plain_one(ratios, dtype):
     with torch.no_grad(), counted() as called:
         ours = error(fast.forward_nhwc(x, residual), expected)
         pools = sum(ratio > 1 for ratio in ratios)
-        expected_calls = {"local_attention": len(ratios), "average_pool": pools, "pointwise": 1, "global_attention": 1}
+        expected_calls = {
+            "local_attention": len(ratios),
+            "average_pool": pools,
+            "convolution": 1,
+            "global_attention": 1,
+        }
         assert called == expected_calls
         with plain():
             theirs = error(fast.forward_nhwc(x, residual), expected)
@@ -571,7 +576,7 @@ def test_downsample(dtype):
         fast = fast_downsample(layers)
         with counted() as called:
             y = fast(x)
-        assert called == {"downsample": 1}
+        assert called == {"convolution": 1, "downsample": 1}
         exact = layers.double()(x.double())
         assert y.shape == exact.shape
         assert error(y, exact) <= BOUNDS[dtype]
@@ -743,7 +748,9 @@ def kernel_calls(dtype: torch.dtype) -> list[tuple]:
         passes.max_pool(x, passes.Window(2, 2))
         passes.average_pool(x, (2, 3))
         passes.layer_norm(x, one, one, 1e-5)
-        cpu.pointwise(x, packed[0], x)
+        cpu.convolution(
+            x, cpu.pack_convolution(torch.randn(16, 32, 3, 3).to(dtype), None), 3, residual=x[:, 2:, 2:, :16]
+        )
         cpu.full_attention(qkv.flatten(1, 2), 32)
     return given
 
@@ -1048,7 +1055,8 @@ def test_networks_give_the_same(kind):
             "three levels": {"downsample": 3, "stem": 1},
         }
         local = {"local_attention": steps, "average_pool": steps}
-        last = {"global_attention": 3, "full_attention": 1, "pointwise": 5}  # K and V; Q, K and V, and a projection
+        # Of convolutions: three between stages, K and V of three blocks, and Q, K and V and a projection of one.
+        last = {"global_attention": 3, "full_attention": 1, "convolution": 8}
         assert called == {"inverted_residual": 4, **local, **last, **others[kind]}
 
 

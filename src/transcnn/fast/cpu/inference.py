@@ -11,16 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import call as cpu
-from .activations import SILU, Activation, activation
+from .activations import IDENTITY, SILU, Activation, activation
 from .call import FP32, PANEL, Checked, depth_fits, heads_fit, optional, require, round_up
 
 __all__ = [
     "Packed",
+    "convolution",
     "downsample",
     "full_attention",
     "global_attention",
     "in_fp32",
     "local_attention",
+    "pack_convolution",
     "pack_pointwise",
     "pack_stem",
     "packed_matrix",
@@ -37,6 +39,16 @@ class _Level(ctypes.Structure):
 
 class _Images(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("sizes", ctypes.c_long * 4), ("strides", ctypes.c_long * 4))
+
+
+class _Conv(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_long)
+        for name in (
+            *("batch", "height", "width", "channels", "out_height", "out_width", "outputs"),
+            *("size", "stride", "above", "before"),
+        )
+    )
 
 
 class Packed:
@@ -79,6 +91,55 @@ def pack_pointwise(weight: Tensor, bias: Tensor) -> Affine:
     weight = F.pad(weight, (0, 0, 0, -n % PANEL))
     pair = _pair(weight.dtype)
     return weight.view(-1, PANEL, k // pair, pair).transpose(1, 2).contiguous(), bias.float()
+
+
+def pack_convolution(weight: Tensor, bias: Tensor | None) -> Affine:
+    """The weights (N, C, k, k) of a convolution as :func:`convolution` takes them."""
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    return pack_pointwise(weight.permute(0, 2, 3, 1).flatten(1), bias)
+
+
+def convolution(
+    x: Tensor,
+    matrix: Affine,
+    size: int = 1,
+    stride: int = 1,
+    padding: tuple[int, int] = (0, 0),
+    act: Activation = IDENTITY,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """act(conv(x) + residual), (B, H, W, C) -> (B, H', W', C').
+
+    Args:
+        x: The map.
+        matrix: Weights (C', C, k, k) packed by :func:`pack_convolution`.
+        size, stride: Of the kernel, both ways.
+        padding: Rows of zeros above and below the map, and columns before and after it.
+        act: The activation.
+        residual: (B, H', W', C').
+        out: Where the result is written, which may be ``residual``.
+    """
+    x = x.contiguous()
+    batch, height, width, channels = shape = tuple(x.shape)
+    outputs, dtype = len(matrix[1]), x.dtype
+    require(min(size, stride) >= 1 and min(padding) >= 0, "convolution", size, stride, *padding)
+    sides = (height + 2 * padding[0] - size) // stride + 1, (width + 2 * padding[1] - size) // stride + 1
+    fits = min(sides) >= 1 and outputs % 16 == channels % 16 == 0 and depth_fits(size * size * channels, dtype)
+    require(fits, "convolution", channels, outputs, size, stride, *padding, height, width)
+    residual = None if residual is None else residual.to(dtype).contiguous()
+    out = x.new_empty(batch, *sides, outputs) if out is None else out
+    cpu.call(
+        "convolution",
+        dtype,
+        ("x", x, dtype, shape),
+        optional("residual", residual, dtype, (batch, *sides, outputs)),
+        ("out", out, dtype, (batch, *sides, outputs)),
+        *packed_matrix("matrix", matrix, dtype, outputs, size * size * channels),
+        activation(act),
+        _Conv(*shape, *sides, outputs, size, stride, *padding),
+    )
+    return out
 
 
 def pack_stem(
@@ -222,22 +283,11 @@ def full_attention(qkv: Tensor, head_dim: int) -> Tensor:
 
 
 def pointwise(x: Tensor, matrix: Affine, residual: Tensor | None = None) -> Tensor:
-    """A packed linear layer or 1x1 convolution, plus ``residual`` where given, (..., C) -> (..., C')."""
-    x = x.contiguous()
-    rows, inputs, outputs, dtype = x.shape[:-1].numel(), x.shape[-1], len(matrix[1]), x.dtype
-    require(depth_fits(inputs, dtype) and outputs % 16 == 0, "pointwise", inputs, outputs)
-    out, shape = x.new_empty(*x.shape[:-1], outputs), (*x.shape[:-1], outputs)
-    residual = None if residual is None else residual.to(dtype).contiguous()
-    cpu.call(
-        "pointwise",
-        dtype,
-        ("x", x, dtype, tuple(x.shape)),
-        optional("residual", residual, dtype, shape),
-        ("out", out, dtype, shape),
-        *packed_matrix("matrix", matrix, dtype, outputs, inputs),
-        *(rows, inputs, outputs),
-    )
-    return out
+    """A linear layer or 1x1 convolution, packed by :func:`pack_pointwise`, plus ``residual``, (..., C) -> (..., C')."""
+    rows = (1, 1, -1)
+    residual = None if residual is None else residual.contiguous().view(*rows, residual.shape[-1])
+    y = convolution(x.contiguous().view(*rows, x.shape[-1]), matrix, residual=residual)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def packed_matrix(name: str, packed: Affine, dtype: torch.dtype, outputs: int, inputs: int) -> tuple[Checked, Checked]:

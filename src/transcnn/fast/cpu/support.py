@@ -95,6 +95,10 @@ def _convolutions(rand: Rand, x: Tensor) -> Iterator[Case]:
     y = F.conv2d(y, project.double()[..., None, None]).permute(0, 2, 3, 1)
     yield "inverted_residual", inverted_residual(x, None, *packed), y
 
+    square = rand(32, 64, 3, 3)
+    y = F.conv2d(x.double().permute(0, 3, 1, 2), square.double(), stride=2, padding=1).permute(0, 2, 3, 1)
+    yield "convolution", inference.convolution(x, inference.pack_convolution(square, None), 3, 2, (1, 1)), y
+
     first, second, image = rand(16, 3, 3, 3), rand(32, 16, 3, 3), rand(1, 3, 9, 10)
     y = F.silu(F.conv2d(image.double(), first.double(), stride=2, padding=1))
     y = F.conv2d(y, second.double(), stride=2, padding=1).permute(0, 2, 3, 1)
@@ -120,8 +124,16 @@ def _passes(rand: Rand, x: Tensor) -> Iterator[Case]:
     y = F.max_pool2d(x.double().permute(0, 3, 1, 2), 3, 2, 1).permute(0, 2, 3, 1)
     yield "max_pool", passes.max_pool(x, passes.Window(3, 2, (1, 1))), y
 
+    y = F.avg_pool2d(x.double().permute(0, 3, 1, 2), 4, ceil_mode=True).permute(0, 2, 3, 1)
+    yield "average_pool", passes.average_pool(x, (4, 4)), y
+    yield "layer_norm", passes.layer_norm(x, one, one, 1e-5), F.layer_norm(x.double(), (64,)) + 1
+
 
 def _attention(rand: Rand, x: Tensor) -> Iterator[Case]:
+    three = rand(1, 30, 192)
+    y = _attend(three[..., :64].double(), three[..., 64:].double(), 1.0)
+    yield "full_attention", inference.full_attention(three, 32), y
+
     zeros, qkv = x.new_zeros(192), rand(192, 64)
     tokens = (x.double() @ qkv.double().mT).flatten(1, 2)
     y = x.double() + _attend(tokens[..., :64], tokens[..., 64:], 1.0).view(x.shape)

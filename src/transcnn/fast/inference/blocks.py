@@ -18,7 +18,7 @@ from .layers import NHWC, FastGroupNorm, Pointwise, SpatialConv, fuse, gemm_fits
 from .replays import Replays
 from .tiles import Tile, in_tiles
 
-__all__ = ["FastBlock", "FastDualDownsample", "FastInvertedResidual", "FastStem"]
+__all__ = ["FastBlock", "FastDualDownsample", "FastInvertedResidual", "FastStages", "FastStem"]
 
 
 class FastInvertedResidual(InferenceOnly):
@@ -102,6 +102,23 @@ class FastBlock(InferenceOnly):
         if isinstance(last, Pointwise):
             return last(y, x)
         return last(y).add(x)
+
+
+class FastStages(nn.Sequential):
+    """The stages of a network for inference, (B, C, *S) -> (B, C', *S')."""
+
+    _replays: Replays
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, *S) -> (B, C', *S')."""
+        return self._replays(self, super().forward, input)
+
+    @staticmethod
+    def made_of(stages: nn.Module) -> None:
+        """Make stages, whose blocks are for inference, be of this class."""
+        if type(stages) is nn.Sequential:
+            stages.__class__ = FastStages
+            stages._replays = Replays()  # pyright: ignore
 
 
 class FastDualDownsample(InferenceOnly):

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ...grids import channels_last
 from ...layers import drop_columns, widen
-from ..cpu.inference import Packed, in_fp32, pack_stem, stem
+from ..cpu.inference import Packed, convolution, in_fp32, pack_convolution, pack_stem, stem
 from ..cpu.passes import Window, layer_norm, max_pool
-from ..dispatch import eager_cpu, fits_cpu, to_nchw, traced
+from ..dispatch import eager_cpu, fits_cpu, to_nchw, to_nhwc, traced
 from .activations import NONE, Activation, kernel_activation
 
 __all__ = [
@@ -29,11 +29,13 @@ __all__ = [
     "FastMaxPool2d",
     "Fused",
     "PackedConv",
+    "by_kernel",
     "make_fast",
     "onednn_fits",
 ]
 
 _IMAGE_CHANNELS = 4  # at most
+_SMALL = 1 << 28  # multiply-adds of a convolution up to which what Python does beside oneDNN counts
 
 
 def onednn_fits(x: Tensor) -> bool:
@@ -84,10 +86,11 @@ class FastConv2d(Fused, nn.Conv2d):
     _narrow: bool
     _packed: PackedConv
     _stem: Packed | None  # of the first convolution of a network
+    _small: Packed | None  # of one that a C++ kernel can compute
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
-        y = self._as_stem(input, NONE)
+        y = self._by_kernel(input, None, NONE)
         if y is not None:
             return y
         if not self._narrow:
@@ -103,34 +106,50 @@ class FastConv2d(Fused, nn.Conv2d):
 
         With ``reuse`` the result may be written over ``other``.
         """
-        y = self._as_stem(x, act) if other is None else None
+        y = self._by_kernel(x, other, act, reuse)
         if y is not None:
             return y
         if self._narrow and widen(x) is not x:
             return None
         return self._by_onednn(x, other, act, reuse)
 
-    def _as_stem(self, x: Tensor, act: Activation) -> Tensor | None:
-        """act(conv(x)) by a C++ kernel, which reads images in any memory format; None of other convolutions."""
-        pack, kind, weight, bias = self._stem, kernel_activation(act), self.weight, self.bias
+    def _by_kernel(self, x: Tensor, other: Tensor | None, act: Activation, reuse: bool = False) -> Tensor | None:
+        """act(conv(x) + other) by a C++ kernel: of images in any memory format, and of small maps. None elsewhere."""
+        pack, kind, weight, bias = self._stem or self._small, kernel_activation(act), self.weight, self.bias
         if pack is None or kind is None or not isinstance(x, Tensor) or x.ndim != 4 or weight.is_inference():
             return None
         alike = x.shape[1] == self.in_channels and x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
         if not alike or not fits_cpu(x, self.out_channels, gemm=False):
             return None
-        first, _ = pack(weight, bias)
-        return to_nchw(stem(x, first, None, (self.stride[0], 1), kind))
-
-    def _by_onednn(self, x: Tensor, other: Tensor | None, act: Activation, reuse: bool = False) -> Tensor | None:
-        weight = self.weight
-        if not (onednn_fits(x) and x.ndim == 4 and x.dtype == weight.dtype and x.numel()):
+        if self._stem is not None:
+            return (
+                None if other is not None else to_nchw(stem(x, pack(weight, bias)[0], None, (self.stride[0], 1), kind))
+            )
+        sides = self._sides(x)
+        shape = len(x), self.out_channels, *sides
+        if min(sides) < 1 or len(x) * sides[0] * sides[1] * weight.numel() > _SMALL:
             return None
-        sides = [
+        if other is not None and (other.shape != shape or other.dtype != x.dtype or not fits_cpu(other, gemm=False)):
+            return None
+        other = None if other is None else to_nhwc(other)
+        size, stride, padding = self.kernel_size[0], self.stride[0], self.padding
+        matrix, out = pack(weight, bias), other if reuse else None
+        return to_nchw(convolution(to_nhwc(x), matrix, size, stride, padding, kind, other, out))  # pyright: ignore
+
+    def _sides(self, x: Tensor) -> list[int]:
+        """Height and width of the result."""
+        return [
             (n + 2 * p - d * (k - 1) - 1) // s + 1  # pyright: ignore
             for n, p, d, k, s in zip(
                 x.shape[2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True
             )
         ]
+
+    def _by_onednn(self, x: Tensor, other: Tensor | None, act: Activation, reuse: bool = False) -> Tensor | None:
+        weight = self.weight
+        if not (onednn_fits(x) and x.ndim == 4 and x.dtype == weight.dtype and x.numel()):
+            return None
+        sides = self._sides(x)
         if x.shape[1] != self.in_channels or min(sides) < 1:
             return None  # PyTorch says what is wrong
         options = (list(self.padding), list(self.stride), list(self.dilation), self.groups)
@@ -252,6 +271,7 @@ def make_fast(model: nn.Module) -> None:
             module._narrow = sizes == ((3, 3), (2, 2), (1, 1), (1, 1))  # pyright: ignore
             first = module._narrow and module.groups == 1 and module.in_channels <= _IMAGE_CHANNELS  # pyright: ignore
             module._stem = Packed(pack_stem) if first else None  # pyright: ignore
+            module._small = Packed(pack_convolution) if _fits_kernel(module) else None  # pyright: ignore
         elif FastLinear.fits(module):
             module.__class__ = FastLinear
         elif FastMaxPool2d.fits(module):
@@ -259,6 +279,18 @@ def make_fast(model: nn.Module) -> None:
         elif FastLayerNorm.fits(module):
             module.__class__ = FastLayerNorm2d if type(module) is LayerNorm2d else FastLayerNorm  # pyright: ignore
             module._fp32 = Packed(in_fp32)  # pyright: ignore
+
+
+def by_kernel(module: nn.Module | None) -> bool:
+    """Whether our kernels may compute this layer."""
+    return isinstance(module, FastLayerNorm | FastMaxPool2d) or getattr(module, "_small", None) is not None
+
+
+def _fits_kernel(conv: Any) -> bool:
+    """Whether :func:`..cpu.inference.convolution` computes this one."""
+    square = len({*conv.kernel_size}) == len({*conv.stride}) == 1 and {*conv.dilation} == {1} and conv.groups == 1
+    aligned = conv.in_channels % 16 == conv.out_channels % 16 == 0
+    return square and aligned and conv.weight[0].numel() >= 32
 
 
 def _addable(other: Any, shape: tuple[int, ...], dtype: torch.dtype, memory: torch.memory_format) -> bool:

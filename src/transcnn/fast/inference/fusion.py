@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..dispatch import hooked
 from .activations import NONE, Activation
 from .chains import chain_names, squeeze_of, with_chains
-from .convolutions import FastLayerNorm, FastLayerNorm2d, FastMaxPool2d, Fused
+from .convolutions import FastLayerNorm, FastLayerNorm2d, FastMaxPool2d, Fused, by_kernel
 from .entry import InferenceOnly
 from .plan import Plan, Ref, Step, free, mapped, plain_class
 from .tracing import NOTHING, Tracer, activation_of, graph_of, passes
@@ -84,7 +84,7 @@ def _plan(block: nn.Module) -> Plan | None:
             continue
         else:
             step = Step(node.op, node.target, node.args, dict(node.kwargs), len(steps) + 1)
-            step.by_kernel = isinstance(modules.get(str(node.target)), FastLayerNorm | FastMaxPool2d)
+        step.by_kernel = by_kernel(modules.get(str(step.target)))
         step.args, step.kwargs = (_refer(given, ref) for given in (step.args, step.kwargs))
         steps.append(step)
         ref[node] = Ref(step.number)

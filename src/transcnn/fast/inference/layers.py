@@ -155,13 +155,33 @@ class SpatialConv(InferenceOnly):
         self.bias = None if bias is None else constant(bias, conv.weight)
         self.options = (conv.stride, conv.padding, conv.dilation, conv.groups)
         self.silu = False
-        self._packed = PackedConv()
+        self._packed, self._pack = PackedConv(), cpu.Packed(cpu.pack_convolution)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *S, C) -> (B, *S', C')."""
         if (self.silu or self.bias is not None) and x.dtype == self.weight.dtype and fits_triton(x):
             return self._on_gpu(x.contiguous())
-        return to_nhwc(self._convolve(x, self.bias, self.silu))
+        y = self._by_kernel(x)
+        return to_nhwc(self._convolve(x, self.bias, self.silu)) if y is None else y
+
+    def _by_kernel(self, x: Tensor) -> Tensor | None:
+        """The same by a C++ kernel; None where that doesn't fit."""
+        stride, padding, dilation, groups = self.options
+        if (
+            x.ndim != 4
+            or isinstance(padding, str)
+            or set(dilation) != {1}
+            or groups != 1
+            or x.dtype != self.weight.dtype
+        ):
+            return None
+        outputs, channels, *sizes = self.weight.shape
+        inside = all(n + 2 * p >= k for n, p, k in zip(x.shape[1:3], padding, sizes, strict=True))
+        square = inside and len({*sizes}) == len({*stride}) == 1 and x.shape[3] == channels
+        if not square or not fits_cpu(x, channels, outputs, gemm=False):
+            return None
+        matrix, act = self._pack(self.weight, self.bias), SILU if self.silu else IDENTITY
+        return cpu.convolution(x, matrix, sizes[0], stride[0], (padding[0], padding[1]), act)
 
     def _convolve(self, x: Tensor, bias: Tensor | None, silu: bool = False) -> Tensor:
         x = channels_first(x)

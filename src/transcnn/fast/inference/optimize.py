@@ -14,7 +14,7 @@ from ...errors import UserError
 from ..cuda_graphs import CapturedInference
 from ..training.accelerate import restore_classes
 from .attention import FastHMHSA
-from .blocks import FastBlock, FastDualDownsample, FastStem
+from .blocks import FastBlock, FastDualDownsample, FastStages, FastStem
 from .convolutions import make_fast
 from .entry import InferenceOnly, inference_only
 from .folding import fold_batchnorms, fold_layer_scales
@@ -125,6 +125,8 @@ def _replace(module: nn.Module) -> nn.Module:
             setattr(module, name, FastStem(child))
         else:
             setattr(module, name, _replace(child))
+    if type(module) is TransCNN:
+        FastStages.made_of(module.stages)
     return module
 
 
