@@ -31,6 +31,9 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 # Tests import OpenVINO before transcnn does, which keeps it from this.
 sys.modules["openvino_telemetry"] = None  # pyright: ignore
 
+# No power fails while tests run, and to wait for the disk takes milliseconds for each file.
+os.fsync = lambda fd: None  # pyright: ignore
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # The same examples on every machine and in every run; look further with: pytest --hypothesis-profile=explore

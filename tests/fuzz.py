@@ -18,6 +18,7 @@ import logging
 import os
 import random
 import resource
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -526,10 +527,11 @@ def thousand(name: str, share: float = 1.0) -> None:
         problem = attempt(name, content)
         assert not problem, f"a good file isn't read: {problem}"
     count, refusals = round(CASES * share), 0
-    with little_memory(2000):
+    # One folder for all, as disks take milliseconds to remove one.
+    with little_memory(2000), tempfile.TemporaryDirectory() as folder:
         for case in range(count):
             content = change(name, draw.choice(seeds), draw)
-            problem, refused = outcome(name, content)
+            problem, refused = outcome(name, content, Path(folder))
             assert not problem, f"case {case}, {content[:300]!r}: {problem[-2000:]}"
             refusals += refused
     assert count // 20 < refusals < count - count // 20  # both happen, else nothing is tried
@@ -552,24 +554,27 @@ def little_memory(megabytes: int) -> Iterator[None]:
 
 def attempt(name: str, content: bytes) -> str:
     """What is wrong with how a reader took this; "" if nothing."""
-    return outcome(name, content)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        return outcome(name, content, Path(folder))[0]
 
 
-def outcome(name: str, content: bytes) -> tuple[str, bool]:
-    """What is wrong with how a reader took this ("" if nothing), and whether it was refused."""
+def outcome(name: str, content: bytes, folder: Path) -> tuple[str, bool]:
+    """What is wrong with how a reader took this ("" if nothing), and whether it was refused; the folder is emptied."""
     began = time.process_time()
     refused = False
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            TARGETS[name][0](content, Path(folder))
-        except (UserError, BrokenImage) as error:
-            refused = True
-            if "\n" in str(error).strip():
-                return f"an error of several lines: {error!r}", True
-            if len(str(error)) > 3000:
-                return f"an error of {len(str(error))} characters", True
-        except BaseException:
-            return traceback.format_exc(), False
+    try:
+        TARGETS[name][0](content, folder)
+    except (UserError, BrokenImage) as error:
+        refused = True
+        if "\n" in str(error).strip():
+            return f"an error of several lines: {error!r}", True
+        if len(str(error)) > 3000:
+            return f"an error of {len(str(error))} characters", True
+    except BaseException:
+        return traceback.format_exc(), False
+    finally:
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     seconds = time.process_time() - began
     return f"it took {seconds:.1f} s" if seconds > SLOW else "", refused
 

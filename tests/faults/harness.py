@@ -37,6 +37,7 @@ def child(argv: list[str], log: str, env: dict[str, str], prepare: Callable[[], 
     os.dup2(out, 2)
     os.environ.update(env)
     torch.set_num_threads(1)
+    os.fsync = lambda fd: None  # pyright: ignore  (as in the test's own process)
     gc.freeze()  # what the server imported is searched for garbage in no process
     from transcnn import cli
     from transcnn.tasks.classify import Classify
