@@ -39,7 +39,7 @@ def group_norm_forward(
         _map("y", y),
         *_by_channel(x, weight, bias),
         ("statistics", statistics, FP32, (len(x), groups, 2)),
-        *(ctypes.addressof(least), *sizes, groups, silu),
+        *(least, *sizes, groups, silu),
     )
     return y, statistics
 
@@ -83,7 +83,7 @@ def batch_norm_forward(
         *_by_channel(x, weight, bias),
         ("statistics", statistics, FP32, (5, channels)),
         ("sums", sums, torch.double, (len(sums), 2, channels)),
-        *(ctypes.addressof(least), batch * positions, channels, silu),
+        *(least, batch * positions, channels, silu),
         threads=len(sums),
     )
     return y, statistics

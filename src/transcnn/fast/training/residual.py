@@ -122,18 +122,19 @@ class _BNSiLUDWConv(torch.autograd.Function):
         channels, positions, size = x.shape[3], x.shape[:3].numel(), round(len(kernel) ** 0.5)
         ds = grads[0].permute(0, 2, 3, 1).to(x.dtype).contiguous()
 
-        sums = torch.zeros(1, 2, channels, dtype=torch.double)  # where there is no norm
+        factors, weight2, bias2 = (second.scale, second.shift, second.shift), None, None  # 1, 0, 0 without a norm
         if ctx.dtypes[3] is not None:
             sums = cpu.bn_silu_backward_sums(m, ds, (second.scale, second.shift, second.mean))
-        factors, weight2, bias2 = _norm_backward(second, sums, positions)
+            factors, weight2, bias2 = _norm_backward(second, sums, positions)
         norm1, norm2 = (first.scale, first.shift, first.mean), (second.scale, second.shift, *factors)
         dx, dkernel, sums = cpu.bn_silu_dwconv_backward(m, ds, norm2, x, norm1, kernel.flip(0).contiguous())
-        factors, weight1, bias1 = _norm_backward(first, sums, positions)
+        weight1, bias1 = None, None
         if ctx.dtypes[0] is not None:
+            factors, weight1, bias1 = _norm_backward(first, sums, positions)
             cpu.bn_backward(dx, x, factors)
         weight = dkernel.sum(0).t().reshape(channels, 1, size, size)
         found = (weight1, bias1, weight, weight2, bias2)
-        found = [dtype and grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True)]
+        found = [None if grad is None else grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True)]
         return dx.permute(0, 3, 1, 2), *found, None, None
 
 
