@@ -103,6 +103,7 @@ def test_levels_are_those_of_the_name() -> None:
     assert levels("hmhsa3") == [3] * 4 + [1] * 2
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_small_run_of_attention_writes_its_tables(
     make_class_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +234,7 @@ def test_a_probe_leaves_the_weights_alone_and_tells_classes_apart(cifar10: Path,
     assert (start / "best.safetensors").read_bytes() == before
 
 
+@pytest.mark.usefixtures("no_report")
 def test_transfer_trains_from_scratch_and_from_weights_and_writes_its_tables(
     cifar10: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

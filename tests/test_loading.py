@@ -10,7 +10,7 @@ from transcnn.training import loading
 from transcnn.training.loading import hint
 
 
-def test_a_slow_loader_is_said_once(class_folder, tmp_path, monkeypatch, capsys):
+def test_a_slow_loader_is_said_once(class_folder, tmp_path, monkeypatch, capsys, no_report):
     monkeypatch.setattr(loading, "LEAST_SECONDS", 0.2)
     read = ImageDataset.__getitems__
 
@@ -19,7 +19,9 @@ def test_a_slow_loader_is_said_once(class_folder, tmp_path, monkeypatch, capsys)
         return read(self, wanted)
 
     monkeypatch.setattr(ImageDataset, "__getitems__", slow)
-    options = dict(model="transcnn_test", img_size=32, batch_size=4, epochs=2, precision="32", accelerator="cpu")
+    options = dict(
+        model="transcnn_test", img_size=32, batch_size=4, epochs=2, precision="32", accelerator="cpu", limit_batches=2
+    )
     train(str(class_folder), out=str(tmp_path / "run"), num_workers=0, **options)
     said = capsys.readouterr().err
     assert said.count("The loader is what limits: ") == 1
