@@ -200,7 +200,7 @@ def test_a_segmenter_that_has_learnt_colours_the_right_pixels() -> None:
     config = {**data_config_of(model, 3, 64), "mean": [0.0] * 3, "std": [1.0] * 3}
     images, masks, _ = coloured(12)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(100):
+    for _ in range(60):
         torch.nn.functional.cross_entropy(model(images), masks).backward()
         optimizer.step()
         optimizer.zero_grad()
