@@ -22,6 +22,7 @@ from .call import Address, recorded, refuse_failed_allocations
 
 __all__ = ["Replay", "record"]
 
+_Word = ctypes.c_ssize_t  # as wide as an address
 _ALIGNMENT = 64  # bytes
 _KEPT = 1 << 26  # bytes of memory that a thread keeps for the maps between kernels
 _MAKE = {torch.empty, torch.empty_like, Tensor.new_empty}
@@ -37,11 +38,11 @@ _local = threading.local()
 
 
 class _CCall(ctypes.Structure):
-    _fields_ = (("kernel", ctypes.c_void_p), ("first", ctypes.c_long), ("count", ctypes.c_long))
+    _fields_ = (("kernel", ctypes.c_void_p), ("first", _Word), ("count", _Word))
 
 
 class _CAddress(ctypes.Structure):
-    _fields_ = (("argument", ctypes.c_long), ("map", ctypes.c_long), ("offset", ctypes.c_long))
+    _fields_ = (("argument", _Word), ("map", _Word), ("offset", _Word))
 
 
 @dataclass
@@ -99,9 +100,9 @@ class Replay:
             first += len(call.arguments)
         self._library = build.library()
         self._arguments = (
-            *((_CCall * len(rows))(*rows), ctypes.c_long(len(rows))),
-            *((ctypes.c_long * len(arguments))(*arguments), ctypes.c_long(len(arguments))),
-            *((_CAddress * len(places))(*places), ctypes.c_long(len(places))),
+            *((_CCall * len(rows))(*rows), _Word(len(rows))),
+            *((_Word * len(arguments))(*arguments), _Word(len(arguments))),
+            *((_CAddress * len(places))(*places), _Word(len(places))),
         )
 
     def __call__(self, *maps: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ class Replay:
         pointers = *(x.data_ptr() for x in maps), out.data_ptr(), 0 if memory is None else memory.data_ptr()
         library: Any = self._library
         failed = library.allocations_that_failed()
-        library.replay(*self._arguments, (ctypes.c_long * len(pointers))(*pointers))
+        library.replay(*self._arguments, (_Word * len(pointers))(*pointers))
         refuse_failed_allocations(library, failed, "replay")
         return out if over is None else out.as_strided(size, stride)
 
