@@ -74,11 +74,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need the same slow thing once in a process come first and together: of several, one process runs them.
 
     Those that fork processes, faults' among them, need a server that has imported everything; others an interpreter.
+    And the longest of all comes early, so that in the end no process waits for the one that runs it.
     """
 
     def place(item: pytest.Item) -> int:
         needs = getattr(item, "fixturenames", ())
-        return 0 if "forks" in needs or "faults" in item.path.parts else 1 if "fresh_imports" in needs else 2
+        if "forks" in needs or "faults" in item.path.parts:
+            return 0
+        return 1 if "fresh_imports" in needs or item.path.name == "test_triton.py" else 2
 
     items.sort(key=place)
 
