@@ -28,10 +28,10 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor) -> Any:
+        if not torch.is_grad_enabled():  # as nearly always; with create_graph=True it is
+            return backward(ctx, *grads)
         with torch.no_grad():
             found = backward(ctx, *grads)
-        if not torch.is_grad_enabled():  # as nearly always; with create_graph=True it is
-            return found
         anchor = torch.zeros((), requires_grad=True)  # so that the results have a backward pass
         tensors = iter(_NoSecondDerivative.apply(anchor, *(x for x in found if isinstance(x, Tensor))))
         return tuple(next(tensors) if isinstance(x, Tensor) else x for x in found)

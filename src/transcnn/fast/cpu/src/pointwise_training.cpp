@@ -36,11 +36,22 @@ void transpose_rows(const T* x, long channels, long n, long padded, T* to) {
         }
 }
 
-// Has memory brought into the cache, line after line: prefetchers don't follow a few channels of each position.
+// Has memory brought into the cache bit by bit, a part with each call of next(): prefetchers don't follow a few channels of each
+// position, and what is needed next can be fetched while there is something to compute.
 template <class T>
-void bring(const T* p, long count) {
-    for (long i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(p + i);
-}
+class Fetch {
+  public:
+    Fetch(const T* from, long count, long calls) : at(from), end(from + count), part(round_up((count + calls - 1) / calls, LINE)) {}
+    void next() {
+        const T* stop = std::min(end, at + part);
+        for (; at < stop; at += LINE) __builtin_prefetch(at);
+    }
+
+  private:
+    static constexpr long LINE = 64 / sizeof(T);
+    const T *at, *end;
+    long part;
+};
 
 // found (threads, outputs · inputs), zeros: as (outputs, inputs) where outputs <= inputs, else transposed; sums (threads,
 // outputs), zeros, of dy: null where they aren't wanted.
@@ -59,11 +70,14 @@ void gradient(const T* x, const T* dy, float* found, float* sums, long positions
             if (!memory.begin((rows + wide) * SOME * sizeof(T) + 256)) continue;
             T *transposed = memory.take<T>(rows * padded), *panels = memory.take<T>(wide * padded);
             const T *in = x + first * inputs, *out = dy + first * outputs;
-            bring(in, n * inputs), bring(out, n * outputs);
             transpose_rows(few ? out : in, rows, n, padded, transposed);
             pack(few ? in : out, columns, n, padded, columns, panels);
+            const long later = std::min(SOME, positions - first - n);
+            const long tiles = (rows + Tile<T>::ROWS - 1) / Tile<T>::ROWS * (wide / PANEL);
+            Fetch<T> fetch_in(in + n * inputs, later * inputs, tiles), fetch_out(out + n * outputs, later * outputs, tiles);
             multiply(transposed, padded, rows, panels, padded, padded, columns,
                      [&](long row, long count, long column, long some, const float* c) {
+                         fetch_in.next(), fetch_out.next();
                          for (long i = row; i < row + count; i++, c += PANEL)
                              for (long j = 0; j < some; j += LANES) {
                                  float* to = own + i * columns + column + j;
