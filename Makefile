@@ -76,6 +76,7 @@ coverage: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/ratio.py
+	if grep -qw avx2 /proc/cpuinfo 2>/dev/null; then ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python benchmarks/ratio.py; fi
 
 faults: $(VENV)/.installed-dev
 	TRANSCNN_FAULTS=results/faults.csv $(PYTEST) tests/faults -m 'slow or not slow'

@@ -2,20 +2,20 @@
 
 #pragma once
 
-#include "vec16.h"
+#include "vec.h"
 
 // Within 2e-7 of x·Φ(x), by an approximation of the error function (Abramowitz and Stegun, 7.1.26).
-inline Vec16 gelu(Vec16 x) {
-    const Vec16 size = as<Vec16>(as<Bits>(x) & 0x7fffffff);
-    const Vec16 t = inverse(size * 0.23164189f + 1.0f);
-    Vec16 tail = t * 0.530702714f - 0.726576013f;
+inline Vec gelu(Vec x) {
+    const Vec size = as<Vec>(as<Bits>(x) & 0x7fffffff);
+    const Vec t = inverse(size * 0.23164189f + 1.0f);
+    Vec tail = t * 0.530702714f - 0.726576013f;
     tail = tail * t + 0.710706870f;
     tail = tail * t - 0.142248368f;
     tail = (tail * t + 0.127414796f) * t * exponential<float>(x * x * -0.5f);  // Φ(-|x|)
     return x > all(0.0f) ? x - x * tail : x * tail;
 }
 
-inline Vec16 clamp(Vec16 x, float low, float high) { return smaller(all(high), larger(all(low), x)); }  // NaN stays NaN
+inline Vec clamp(Vec x, float low, float high) { return smaller(all(high), larger(all(low), x)); }  // NaN stays NaN
 
 struct Activation {
     enum Kind : long { NONE, RELU, CLAMP, SILU, GELU, GELU_TANH, HARDSWISH, SIGMOID, HARDSIGMOID };
@@ -27,19 +27,19 @@ struct Activation {
     template <class T, class Run>
     void with(Run run) const {
         switch (kind) {
-            case RELU: return run([](Vec16 x) { return larger(all(0.0f), x); });
-            case CLAMP: return run([low = low, high = high](Vec16 x) { return clamp(x, low, high); });
-            case SILU: return run([](Vec16 x) { return silu<T>(x); });
-            case GELU: return run([](Vec16 x) { return gelu(x); });
+            case RELU: return run([](Vec x) { return larger(all(0.0f), x); });
+            case CLAMP: return run([low = low, high = high](Vec x) { return clamp(x, low, high); });
+            case SILU: return run([](Vec x) { return silu<T>(x); });
+            case GELU: return run([](Vec x) { return gelu(x); });
             case GELU_TANH:
-                return run([](Vec16 x) {
-                    const Vec16 y = x * 1.59576912f * (x * x * 0.044715f + 1.0f);
+                return run([](Vec x) {
+                    const Vec y = x * 1.59576912f * (x * x * 0.044715f + 1.0f);
                     return x * inverse(exponential<T>(-y) + 1.0f);
                 });
-            case HARDSWISH: return run([](Vec16 x) { return x * clamp(x + 3.0f, 0, 6) * (1 / 6.0f); });
-            case SIGMOID: return run([](Vec16 x) { return inverse(exponential<T>(-x) + 1.0f); });
-            case HARDSIGMOID: return run([](Vec16 x) { return clamp(x + 3.0f, 0, 6) * (1 / 6.0f); });
-            default: return run([](Vec16 x) { return x; });
+            case HARDSWISH: return run([](Vec x) { return x * clamp(x + 3.0f, 0, 6) * (1 / 6.0f); });
+            case SIGMOID: return run([](Vec x) { return inverse(exponential<T>(-x) + 1.0f); });
+            case HARDSIGMOID: return run([](Vec x) { return clamp(x + 3.0f, 0, 6) * (1 / 6.0f); });
+            default: return run([](Vec x) { return x; });
         }
     }
 };

@@ -41,7 +41,7 @@ void pack(const T* x, long stride, long n, long padded, long head_dim, T* panels
         for (long c = 0; c < std::min(PANEL, head_dim - j); c += LANES)
             if constexpr (sizeof(T) == 4)
                 for (long i = 0; i < padded; i++)
-                    store(to + i * PANEL + c, i < n ? load(x + i * stride + j + c) : Vec16{});
+                    store(to + i * PANEL + c, i < n ? load(x + i * stride + j + c) : Vec{});
             else
                 for (long i = 0; i < padded; i += 2) {
                     Bits low = i < n ? bits(x + i * stride + j + c) : Bits{};
@@ -58,7 +58,7 @@ inline void put(T* to, long stride, long rows, long columns, const float* c, con
                 const T* residual = nullptr) {
     for (long i = 0; i < rows; i++, c += PANEL)
         for (long j = 0; j < columns; j += LANES) {
-            const Vec16 value = factors ? load(c + j) * factors[i] : load(c + j);
+            const Vec value = factors ? load(c + j) * factors[i] : load(c + j);
             store(to + i * stride + j, residual ? value + load(residual + i * stride + j) : value);
         }
 }
@@ -84,15 +84,15 @@ void attend(const T* q, long ldq, long rows, float scale, const T* keys, const T
         for (long i = 0; i < rows; i++) {
             float* own = scores + i * KEYS;
             for (long j = real; j < some; j++) own[j] = -__builtin_inff();
-            Vec16 high = load(own);
+            Vec high = load(own);
             for (long j = LANES; j < some; j += LANES) high = larger(load(own + j), high);
             float now = largest(high);
             if (first && !(now > top[i])) now = top[i];
             factor[i] = first ? exponential<T>(all(top[i] - now))[0] : 0;
             top[i] = now;
-            Vec16 sum{};
+            Vec sum{};
             for (long j = 0; j < some; j += LANES) {
-                Vec16 prob = exponential<T>(load(own + j) - now);
+                Vec prob = exponential<T>(load(own + j) - now);
                 if (j + LANES > real)
                     for (long lane = std::max<long>(0, real - j); lane < LANES; lane++) prob[lane] = 0;
                 sum += prob;

@@ -46,7 +46,7 @@ void local_attention(const T* x, const T* normed, T* out, const T* qkv, const fl
                                    const long at = grid.position(first + i) * channels;
                                    for (long j = 0; j < some; j += LANES) {
                                        const long channel = head + column + j;
-                                       Vec16 value = load(x + at + channel);
+                                       Vec value = load(x + at + channel);
                                        if (scale) value *= load(scale + channel);
                                        store(out + at + channel, value + load(c + j) * factor[i]);
                                    }
@@ -105,7 +105,7 @@ void global_attention(T* a1, const T* residual, const T* q, const float* q_bias,
                                    const long token = first + i, y = (start + token) / width, x = (start + token) % width;
                                    for (long j = 0; j < some; j += LANES) {
                                        const long channel = head * head_dim + column + j;
-                                       Vec16 value = load(c + j) * factor[i] + load(a + token * channels + channel);
+                                       Vec value = load(c + j) * factor[i] + load(a + token * channels + channel);
                                        for (long s = 0; s < levels; s++) {
                                            const long r = maps[s].ratio, w = (width + r - 1) / r;
                                            const long at = (image * ((height + r - 1) / r) + y / r) * w + x / r;
@@ -122,7 +122,7 @@ void global_attention(T* a1, const T* residual, const T* q, const float* q_bias,
                          for (long i = row; i < row + rows; i++, c += PANEL)
                              for (long j = 0; j < some; j += LANES) {
                                  const long at = i * channels + column + j;
-                                 Vec16 value = load(c + j) + load(proj_bias + column + j);
+                                 Vec value = load(c + j) + load(proj_bias + column + j);
                                  store(a + at, before ? value + load(before + at) : value);
                              }
                      });

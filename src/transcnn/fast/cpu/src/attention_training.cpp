@@ -23,7 +23,8 @@ void transpose_all(const float* x, long ldx, long rows, long columns, T* to) {
         for (long j = 0; j < columns; j += 16) {
             transpose(reinterpret_cast<const int32_t*>(x + i * ldx + j), ldx, block, 16);
             for (long k = 0; k < 16; k++)
-                store(to + (j + k) * rows + i, load(reinterpret_cast<const float*>(block + k * 16)));
+                for (long lane = 0; lane < 16; lane += LANES)
+                    store(to + (j + k) * rows + i + lane, load(reinterpret_cast<const float*>(block + k * 16 + lane)));
         }
 }
 
@@ -102,12 +103,12 @@ class Head {
     // Turns one query's scores and dP into the softmax and scale·dS, the latter also rounded to T.
     void softmax_backward(float* prob, float* dprob, T* rounded, float scale) const {
         for (long j = n; j < padded; j++) prob[j] = -__builtin_inff();
-        Vec16 high = load(prob);
+        Vec high = load(prob);
         for (long j = LANES; j < padded; j += LANES) high = larger(load(prob + j), high);
         const float top = largest(high);
-        Vec16 sum{}, products{};
+        Vec sum{}, products{};
         for (long j = 0; j < padded; j += LANES) {
-            Vec16 p = exponential<T>(load(prob + j) - top);
+            Vec p = exponential<T>(load(prob + j) - top);
             if (j + LANES > n)
                 for (long lane = std::max<long>(0, n - j); lane < LANES; lane++) p[lane] = 0;
             sum += p;
@@ -116,7 +117,7 @@ class Head {
         }
         const float factor = 1 / total(sum), mean = total(products) * factor;
         for (long j = 0; j < padded; j += LANES) {
-            Vec16 p = load(prob + j) * factor, d = p * (load(dprob + j) - mean) * scale;
+            Vec p = load(prob + j) * factor, d = p * (load(dprob + j) - mean) * scale;
             store(prob + j, p);
             store(dprob + j, d);
             store(rounded + j, d);

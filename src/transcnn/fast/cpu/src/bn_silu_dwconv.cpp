@@ -29,7 +29,7 @@ void sum_up(long tokens, long channels, double* sums, long threads, F f) {
 #pragma omp for schedule(static)
         for (long piece = 0; piece < pieces; piece++)
             by_vectors(channels, [&]<long COUNT>(long c) {
-                Vec16 first[COUNT] = {}, second[COUNT] = {};
+                Vec first[COUNT] = {}, second[COUNT] = {};
                 const long end = std::min(tokens, (piece + 1) * SOME);
                 for (long token = piece * SOME; token < end; token++)
 #pragma GCC unroll 4
@@ -79,7 +79,7 @@ struct Shape {
             for (long c = 0; c < some; c += LANES) {
                 float* own = row + c / LANES * block;
                 for (long i = 0; i < halo() * LANES; i += LANES)
-                    store(own + i, Vec16{}), store(own + (width + halo()) * LANES + i, Vec16{});
+                    store(own + i, Vec{}), store(own + (width + halo()) * LANES + i, Vec{});
             }
             for (long x = 0; x < width; x++)
                 for (long c = 0; c < some; c += LANES)
@@ -118,22 +118,22 @@ void forward(const T* e, const float* scale, const float* shift, const float* we
                     const auto run = [&](auto take) {
                         const float* w = weight + channel + c;
                         const auto each = each_position(s.width, take);
-                        if (s.size == 3) convolve<3>(from, bottom - top, s.width, w, s.channels, Vec16{}, each);
-                        if (s.size == 5) convolve<5>(from, bottom - top, s.width, w, s.channels, Vec16{}, each);
-                        if (s.size == 7) convolve<7>(from, bottom - top, s.width, w, s.channels, Vec16{}, each);
+                        if (s.size == 3) convolve<3>(from, bottom - top, s.width, w, s.channels, Vec{}, each);
+                        if (s.size == 5) convolve<5>(from, bottom - top, s.width, w, s.channels, Vec{}, each);
+                        if (s.size == 7) convolve<7>(from, bottom - top, s.width, w, s.channels, Vec{}, each);
                     };
                     if (!sums) {
-                        run([&](long token, Vec16 sum) {
+                        run([&](long token, Vec sum) {
                             store(m + start + token * s.channels, sum);
                             store(activated + start + token * s.channels, silu<T>(sum));
                         });
                         continue;
                     }
-                    Vec16 centre{}, first{}, second{};
-                    run([&](long token, Vec16 sum) {
+                    Vec centre{}, first{}, second{};
+                    run([&](long token, Vec sum) {
                         store(m + start + token * s.channels, sum);
                         if (token == 0) centre = sum;  // near the mean, so that squares don't cancel
-                        Vec16 off = sum - centre;
+                        Vec off = sum - centre;
                         first += off;
                         second += off * off;
                     });
@@ -154,14 +154,14 @@ void channel_sums(const T* x, double* sums, long tokens, long channels, long thr
         for (long start = 0; start < tokens; start += SOME)
             by_vectors(channels, [&]<long COUNT>(long c) {
                 const long end = std::min(tokens, start + SOME);
-                Vec16 centre[COUNT], first[COUNT] = {}, second[COUNT] = {};
+                Vec centre[COUNT], first[COUNT] = {}, second[COUNT] = {};
                 for (long k = 0; k < COUNT; k++) centre[k] = load(x + start * channels + c + k * LANES);
                 for (long token = start; token < end; token++)
 #pragma GCC unroll 4
                     for (long k = 0; k < COUNT; k++) {
                         const T* from = x + token * channels + c + k * LANES;
                         soon(from, channels);
-                        const Vec16 off = load(from) - centre[k];
+                        const Vec off = load(from) - centre[k];
                         first[k] += off;
                         second[k] += off * off;
                     }
@@ -200,14 +200,14 @@ void backward(const T* m, const T* ds, const float* const* norm2, const T* e, co
                 s.fill(grad, block, channel, count, top, bottom, [&](long c, long position) {
                     const long at = (image + position) * s.channels + c;
                     soon(m + at, s.channels), soon(ds + at, s.channels);
-                    Vec16 x = load(m + at), value;
-                    Vec16 of_z = load(ds + at) * silu_gradient<T>(x * load(scale2 + c) + load(shift2 + c), value);
+                    Vec x = load(m + at), value;
+                    Vec of_z = load(ds + at) * silu_gradient<T>(x * load(scale2 + c) + load(shift2 + c), value);
                     return of_z * load(by_z + c) + x * load(by_m + c) + load(rest + c);
                 });
                 s.fill(input, block, channel, count, top, bottom, [&](long c, long position) {
                     const T* from = e + (image + position) * s.channels + c;
                     soon(from, s.channels);
-                    Vec16 value, slope = silu_gradient<T>(load(from) * load(scale1 + c) + load(shift1 + c), value);
+                    Vec value, slope = silu_gradient<T>(load(from) * load(scale1 + c) + load(shift1 + c), value);
                     const long own = position - top * s.width;  // outside the rows in the halo
                     if (own >= 0 && own < (bottom - top) * s.width)
                         store(slopes + (c - channel) / LANES * many + own * LANES, slope);
@@ -224,19 +224,19 @@ void backward(const T* m, const T* ds, const float* const* norm2, const T* e, co
                     for (long i = 0; i < area; i++) store(weights + i * s.channels + channel + c, load(found + i * LANES));
 
                     const long start = (image + top * s.width) * s.channels + channel + c;
-                    const Vec16 mean = load(mean1 + channel + c);
+                    const Vec mean = load(mean1 + channel + c);
                     const float* slope = slopes + c / LANES * many;
-                    Vec16 first{}, second{};
-                    const auto take = [&](long token, Vec16 sum) {
-                        const Vec16 of_z = sum * load(slope + token * LANES);
+                    Vec first{}, second{};
+                    const auto take = [&](long token, Vec sum) {
+                        const Vec of_z = sum * load(slope + token * LANES);
                         store(dz + start + token * s.channels, of_z);
                         first += of_z;
                         second += of_z * (load(e + start + token * s.channels) - mean);
                     };
                     const float* w = flipped + channel + c;
-                    if (s.size == 3) convolve<3>(s.rows(g), bottom - top, s.width, w, s.channels, Vec16{}, each_position(s.width, take));
-                    if (s.size == 5) convolve<5>(s.rows(g), bottom - top, s.width, w, s.channels, Vec16{}, each_position(s.width, take));
-                    if (s.size == 7) convolve<7>(s.rows(g), bottom - top, s.width, w, s.channels, Vec16{}, each_position(s.width, take));
+                    if (s.size == 3) convolve<3>(s.rows(g), bottom - top, s.width, w, s.channels, Vec{}, each_position(s.width, take));
+                    if (s.size == 5) convolve<5>(s.rows(g), bottom - top, s.width, w, s.channels, Vec{}, each_position(s.width, take));
+                    if (s.size == 7) convolve<7>(s.rows(g), bottom - top, s.width, w, s.channels, Vec{}, each_position(s.width, take));
                     for (int i = 0; i < LANES; i++) {
                         own[channel + c + i] += first[i];
                         own[s.channels + channel + c + i] += second[i];
@@ -262,10 +262,10 @@ void bn_silu(const T* x, const float* scale, const float* shift, T* out, long to
 template <class T>
 void bn_silu_backward_sums(const T* x, const T* ds, const float* scale, const float* shift, const float* mean, double* sums,
              long tokens, long channels, long threads) {
-    sum_up(tokens, channels, sums, threads, [&](long c, long at, Vec16& first, Vec16& second) {
+    sum_up(tokens, channels, sums, threads, [&](long c, long at, Vec& first, Vec& second) {
         soon(x + at, channels), soon(ds + at, channels);
-        Vec16 value, before = load(x + at);
-        Vec16 dz = load(ds + at) * silu_gradient<T>(before * load(scale + c) + load(shift + c), value);
+        Vec value, before = load(x + at);
+        Vec dz = load(ds + at) * silu_gradient<T>(before * load(scale + c) + load(shift + c), value);
         first += dz;
         second += dz * (before - load(mean + c));
     });

@@ -59,7 +59,7 @@ void convolution(const T* x, const T* residual, T* y, const T* weight, const flo
                              for (long r = 0; r < some; r++)
                                  for (long j = 0; j < columns; j += LANES) {
                                      const long channel = left + column + j, at = (top + row + r) * s.outputs + channel;
-                                     Vec16 value = load(c + r * PANEL + j) + load(bias + channel);
+                                     Vec value = load(c + r * PANEL + j) + load(bias + channel);
                                      if (residual) value += load(residual + at);
                                      store(y + at, f(value));
                                  }

@@ -5,7 +5,7 @@
 
 #pragma once
 
-#include "vec16.h"
+#include "vec.h"
 
 constexpr int MAX_HALO = 3;  // rows above and below that a convolution reads
 constexpr int AT_ONCE = 8;   // positions per iteration: enough independent sums for two FMA units
@@ -16,20 +16,20 @@ inline long map_size(long rows, long width, long size) {
 
 // Calls take(y, x, count, sums) with the convolution's output at ``count`` positions from (y, x) on.
 template <int SIZE, int STRIDE = 1, class Rows, class Take>
-inline void convolve(Rows row, long rows, long width, const float* weight, long ldw, Vec16 bias, Take take) {
+inline void convolve(Rows row, long rows, long width, const float* weight, long ldw, Vec bias, Take take) {
     static_assert(SIZE / 2 <= MAX_HALO);
     for (long y = 0; y < rows; y++)
         for (long x = 0; x < width; x += AT_ONCE) {
-            Vec16 sums[AT_ONCE];
+            Vec sums[AT_ONCE];
 #pragma GCC unroll 8
-            for (Vec16& sum : sums) sum = bias;
+            for (Vec& sum : sums) sum = bias;
             for (int i = 0; i < SIZE; i++) {
                 const float* p = row(y * STRIDE + i) + x * STRIDE * LANES;
-                Vec16 weights[SIZE];
+                Vec weights[SIZE];
                 for (int j = 0; j < SIZE; j++) weights[j] = load(weight + (i * SIZE + j) * ldw);
 #pragma GCC unroll 24
                 for (int j = 0; j < SIZE + (AT_ONCE - 1) * STRIDE; j++) {
-                    Vec16 value = load(p + j * LANES);
+                    Vec value = load(p + j * LANES);
 #pragma GCC unroll 8
                     for (int k = 0; k < AT_ONCE; k++)
                         if (j - k * STRIDE >= 0 && j - k * STRIDE < SIZE) sums[k] += value * weights[j - k * STRIDE];
@@ -42,7 +42,7 @@ inline void convolve(Rows row, long rows, long width, const float* weight, long 
 // Of take(y * width + x, sum) for one position what :func:`convolve` calls.
 template <class Take>
 inline auto each_position(long width, Take take) {
-    return [=](long y, long x, long count, const Vec16* sums) mutable {
+    return [=](long y, long x, long count, const Vec* sums) mutable {
         for (long k = 0; k < AT_ONCE && k < count; k++) take(y * width + x + k, sums[k]);
     };
 }
@@ -53,7 +53,7 @@ template <int SIZE, int FROM, int TO>
 inline void gather_weights(const float* input, const float* grad, long rows, long width, float* sums) {
     constexpr int SOME = 4;
     const long line = (width + SIZE - 1) * LANES, middle = SIZE / 2;
-    Vec16 own[TO - FROM][SIZE];
+    Vec own[TO - FROM][SIZE];
 #pragma GCC unroll 8
     for (int i = FROM; i < TO; i++)
 #pragma GCC unroll 8
@@ -61,15 +61,15 @@ inline void gather_weights(const float* input, const float* grad, long rows, lon
     for (long y = 0; y < rows; y++)
         for (long x = 0; x < width; x += SOME) {
             const float* g = grad + (y + middle) * line + (x + middle) * LANES;
-            Vec16 grads[SOME];
+            Vec grads[SOME];
 #pragma GCC unroll 4
-            for (int k = 0; k < SOME; k++) grads[k] = x + k < width ? load(g + k * LANES) : Vec16{};
+            for (int k = 0; k < SOME; k++) grads[k] = x + k < width ? load(g + k * LANES) : Vec{};
 #pragma GCC unroll 8
             for (int i = FROM; i < TO; i++) {
                 const float* p = input + (y + i) * line + x * LANES;
 #pragma GCC unroll 16
                 for (int j = 0; j < SIZE + SOME - 1; j++) {
-                    Vec16 value = load(p + j * LANES);
+                    Vec value = load(p + j * LANES);
 #pragma GCC unroll 4
                     for (int k = 0; k < SOME; k++)
                         if (j - k >= 0 && j - k < SIZE) own[i - FROM][j - k] += value * grads[k];

@@ -27,8 +27,8 @@ void downsample(const T* x, T* y, const T* weight, const float* bias, long batch
             for (long i = 0; i < count; i++) {
                 const long left = (start + i) * 2, right = std::min(left + 1, width - 1);
                 for (long c = 0; c < channels; c += LANES) {
-                    const Vec16 above = larger(load(upper + left * channels + c), load(upper + right * channels + c));
-                    const Vec16 below = larger(load(lower + left * channels + c), load(lower + right * channels + c));
+                    const Vec above = larger(load(upper + left * channels + c), load(upper + right * channels + c));
+                    const Vec below = larger(load(lower + left * channels + c), load(lower + right * channels + c));
                     store(pooled + i * channels + c, larger(above, below));
                 }
             }

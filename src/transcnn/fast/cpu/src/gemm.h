@@ -10,7 +10,7 @@
 
 #pragma once
 
-#include "vec16.h"
+#include "vec.h"
 
 constexpr long PANEL = 32;
 
@@ -39,14 +39,28 @@ template <>
 struct Tile<float> : InRegisters<Tile<float>, float> {
     template <long COUNT>
     static void multiply_rows(const float* a, long lda, const float* panel, long k, float* c) {
-        Vec16 sums[COUNT][2];
+#if defined(__AVX512F__)
+        constexpr long SOME = COUNT, WIDE = PANEL;  // rows and columns whose sums fill the registers
+#else
+        constexpr long SOME = COUNT % 6 ? 4 : 6, WIDE = 2 * LANES;
+#endif
+        for (long row = 0; row < COUNT; row += SOME)
+            for (long column = 0; column < PANEL; column += WIDE)
+                block<SOME>(a + row * lda, lda, panel + column, k, c + row * PANEL + column);
+    }
+
+  private:
+    // Two vectors of columns of some rows.
+    template <long COUNT>
+    static void block(const float* a, long lda, const float* panel, long k, float* c) {
+        Vec sums[COUNT][2];
 #pragma GCC unroll 16
-        for (auto& row : sums) row[0] = row[1] = Vec16{};
+        for (auto& row : sums) row[0] = row[1] = Vec{};
         for (long i = 0; i < k; i++) {
-            Vec16 left = load(panel + i * PANEL), right = load(panel + i * PANEL + LANES);
+            Vec left = load(panel + i * PANEL), right = load(panel + i * PANEL + LANES);
 #pragma GCC unroll 16
             for (long row = 0; row < COUNT; row++) {
-                Vec16 x = all(a[row * lda + i]);
+                Vec x = all(a[row * lda + i]);
                 sums[row][0] += x * left;
                 sums[row][1] += x * right;
             }
@@ -206,6 +220,7 @@ inline void multiply(const T* a, long lda, long m, const T* panels, long depth, 
 }
 
 // Transposes 16x16 elements of 32 bits: to[j·ldt + i] = from[i·ldf + j]
+#if defined(__AVX512F__)
 inline void transpose(const int32_t* from, long ldf, int32_t* to, long ldt) {
     Bits rows[16], transposed[16];
     for (int i = 0; i < 16; i++) std::memcpy(&rows[i], from + i * ldf, sizeof(Bits));
@@ -227,3 +242,9 @@ inline void transpose(const int32_t* from, long ldf, int32_t* to, long ldt) {
 #undef EXCHANGE
     for (int i = 0; i < 16; i++) std::memcpy(to + i * ldt, &rows[i], sizeof(Bits));
 }
+#else
+inline void transpose(const int32_t* from, long ldf, int32_t* to, long ldt) {
+    for (int j = 0; j < 16; j++)
+        for (int i = 0; i < 16; i++) to[j * ldt + i] = from[i * ldf + j];
+}
+#endif

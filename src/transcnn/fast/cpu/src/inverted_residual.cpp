@@ -38,15 +38,15 @@ struct Work {
 
 // Stores act(sums) with a stride, and adds it to ``total`` where given.
 template <class T>
-__attribute__((noinline)) void keep(const Activation& act, const Vec16* sums, long count, T* to, long stride, long lanes,
-                                    Vec16* total) {
+__attribute__((noinline)) void keep(const Activation& act, const Vec* sums, long count, T* to, long stride, long lanes,
+                                    Vec* total) {
     act.with<T>([=](auto f) {
         if (!total && lanes >= LANES) {
             for (long k = 0; k < count; k++) store(to + k * stride, f(sums[k]));
             return;
         }
         for (long k = 0; k < count; k++) {
-            const Vec16 value = f(sums[k]);
+            const Vec value = f(sums[k]);
             store_some(to + k * stride, value, lanes);
             if (total) *total += value;
         }
@@ -61,7 +61,7 @@ void deliver(const Work<T>& w, long token, long tokens, long channel, long colum
             const long start = position(t) * w.s.outputs;
             for (long j = channel; j < channel + columns; j += LANES) {
                 const long lanes = channel + columns - j;
-                Vec16 value = load(c + j - channel);
+                Vec value = load(c + j - channel);
                 if (!add(t, j, value)) continue;
                 value += load(w.project_bias + j);
                 if (w.residual) value += load_some(w.residual + start + j, lanes);
@@ -156,16 +156,16 @@ class Piece {
     void expand(const T* own, long y, long rows) {
         multiply(own, s.depth, rows * (right - left), w.expand + first * s.depth, s.depth, s.depth, some,
                  [&](long token, long tokens, long channel, long, const float* c) {
-                     const Vec16 low = load(w.expand_bias + first + channel);
-                     const Vec16 high = load(w.expand_bias + first + channel + LANES);
+                     Vec bias[PANEL / LANES];
+                     const long vectors = std::min(PANEL, s.used - first - channel) / LANES;
+                     for (long k = 0; k < vectors; k++) bias[k] = load(w.expand_bias + first + channel + k * LANES);
                      float* to = map + channel / LANES * block - edge * LANES;
-                     const bool both = first + channel + LANES < s.used;
                      w.expanded.template with<T>([&](auto f) {
                          long row = y + token / (right - left), x = left + token % (right - left);
                          float* line = to + row_offset(row);
                          for (long i = 0; i < tokens; i++, c += PANEL) {
-                             store(line + x * LANES, f(load(c) + low));
-                             if (both) store(line + x * LANES + block, f(load(c + LANES) + high));
+                             for (long k = 0; k < vectors; k++)
+                                 store(line + x * LANES + k * block, f(load(c + k * LANES) + bias[k]));
                              if (++x == right) x = left, line = to + row_offset(++row);
                          }
                      });
@@ -199,15 +199,15 @@ class Piece {
             T* own_to = to + c;
             if (first + c >= s.used) {
                 for (long t = 0; (projects || maps) && t < rows * width; t++)
-                    store(own_to + (t / width * across + t % width) * channels, Vec16{});
+                    store(own_to + (t / width * across + t % width) * channels, Vec{});
                 continue;
             }
             const auto from = [&, own = map + c / LANES * block](long j) { return own + offsets[j]; };
             const float* weight = w.depthwise + first + c;
-            const Vec16 bias = load(w.depthwise_bias + first + c);
+            const Vec bias = load(w.depthwise_bias + first + c);
             const long lanes = projects || maps ? LANES : s.outputs - first - c;
-            Vec16 total{};
-            const auto take = [&](long row, long x, long count, const Vec16* sums) {
+            Vec total{};
+            const auto take = [&](long row, long x, long count, const Vec* sums) {
                 keep(w.convolved, sums, count, own_to + (row * across + x) * channels, channels, lanes, maps ? &total : nullptr);
             };
             if (s.stride == 1) {
@@ -232,7 +232,7 @@ class Piece {
         multiply(convolved, some, rows * width, w.project + first * PANEL, s.hidden, some, s.outputs,
                  [&](long token, long tokens, long channel, long columns, const float* c) {
                      const auto position = [&](long t) { return corner + t / width * s.out_width + t % width; };
-                     const auto add = [&](long t, long j, Vec16& value) {
+                     const auto add = [&](long t, long j, Vec& value) {
                          if (first) value += load(own + t * wide + j);
                          if (first + some < s.hidden) store(own + t * wide + j, value);
                          return first + some >= s.hidden;
@@ -263,7 +263,7 @@ void project_scaled(const Work<T>& w, T* map, const float* gates, long start, lo
     multiply(map, hidden, positions, w.project, hidden, hidden, w.s.outputs,
              [&](long token, long tokens, long channel, long columns, const float* c) {
                  const auto position = [&](long t) { return start + t; };
-                 deliver(w, token, tokens, channel, columns, c, position, [](long, long, Vec16&) { return true; });
+                 deliver(w, token, tokens, channel, columns, c, position, [](long, long, Vec&) { return true; });
              });
 }
 
@@ -336,7 +336,7 @@ void perceptron(const Work<T>& w, long start, long end) {
                  [&](long token, long tokens, long channel, long columns, const float* c) {
                      w.expanded.template with<T>([&](auto f) {
                          for (long j = 0; j < columns; j += LANES) {
-                             const Vec16 bias = load(w.expand_bias + first + channel + j);
+                             const Vec bias = load(w.expand_bias + first + channel + j);
                              T* to = hidden + token * some + channel + j;
                              for (long i = 0; i < tokens; i++) store(to + i * some, f(load(c + i * PANEL + j) + bias));
                          }
@@ -344,7 +344,7 @@ void perceptron(const Work<T>& w, long start, long end) {
                  });
         multiply(hidden, some, count, w.project + first * PANEL, s.hidden, some, s.outputs,
                  [&](long token, long tokens, long channel, long columns, const float* c) {
-                     const auto add = [&](long t, long j, Vec16& value) {
+                     const auto add = [&](long t, long j, Vec& value) {
                          if (first) value += load(sums + t * wide + j);
                          if (first + some < s.hidden) store(sums + t * wide + j, value);
                          return first + some >= s.hidden;

@@ -1,6 +1,6 @@
 // Which dtypes the CPU's instruction set supports; asks Linux for permission to use AMX. And whether memory was lacking.
 
-#include "vec16.h"
+#include "vec.h"
 
 #if defined(__AMX_BF16__)
 #include <sys/syscall.h>

@@ -28,14 +28,14 @@ void add_sums(const T* x, long positions, long channels, double* sums) {
     for (long start = 0; start < positions; start += SOME)
         by_vectors(channels, [&]<long COUNT>(long c) {
             const long end = std::min(positions, start + SOME);
-            Vec16 centre[COUNT], first[COUNT] = {}, second[COUNT] = {};
+            Vec centre[COUNT], first[COUNT] = {}, second[COUNT] = {};
             for (long k = 0; k < COUNT; k++) centre[k] = load(x + start * channels + c + k * LANES);
             for (long i = start; i < end; i++)
 #pragma GCC unroll 4
                 for (long k = 0; k < COUNT; k++) {
                     const T* from = x + i * channels + c + k * LANES;
                     soon(from, channels);
-                    const Vec16 off = load(from) - centre[k];  // near zero, so that squares don't cancel
+                    const Vec off = load(from) - centre[k];  // near zero, so that squares don't cancel
                     first[k] += off;
                     second[k] += off * off;
                 }
@@ -48,7 +48,7 @@ template <bool SILU, class T>
 void normalise(const T* x, T* y, long positions, long channels, Norm norm) {
     for (long i = 0; i < positions * channels; i += channels)
         for (long c = 0; c < channels; c += LANES) {
-            Vec16 z = load(x + i + c) * load(norm.scale + c) + load(norm.shift + c);
+            Vec z = load(x + i + c) * load(norm.scale + c) + load(norm.shift + c);
             if (SILU) z = silu<T>(z);
             store(y + i + c, z);
         }
@@ -56,9 +56,9 @@ void normalise(const T* x, T* y, long positions, long channels, Norm norm) {
 
 // dz, given dy.
 template <bool SILU, class T>
-inline Vec16 before_activation(const T* dy, Vec16 x, Norm norm, long c) {
+inline Vec before_activation(const T* dy, Vec x, Norm norm, long c) {
     if (!SILU) return load(dy);
-    Vec16 value;
+    Vec value;
     return load(dy) * silu_gradient<T>(x * load(norm.scale + c) + load(norm.shift + c), value);
 }
 
@@ -69,13 +69,13 @@ void add_gradient_sums(const T* x, const T* dy, long positions, long channels, N
     for (long start = 0; start < positions; start += SOME)
         by_vectors(channels, [&]<long COUNT>(long c) {
             const long end = std::min(positions, start + SOME);
-            Vec16 first[COUNT] = {}, second[COUNT] = {};
+            Vec first[COUNT] = {}, second[COUNT] = {};
             for (long i = start; i < end; i++)
 #pragma GCC unroll 4
                 for (long k = 0; k < COUNT; k++) {
                     const long channel = c + k * LANES, at = i * channels + channel;
                     soon(x + at, channels), soon(dy + at, channels);
-                    const Vec16 value = load(x + at), dz = before_activation<SILU, T>(dy + at, value, norm, channel);
+                    const Vec value = load(x + at), dz = before_activation<SILU, T>(dy + at, value, norm, channel);
                     first[k] += dz;
                     second[k] += dz * (value - load(norm.mean + channel));
                 }
@@ -92,7 +92,7 @@ template <bool SILU, class T>
 void gradient(const T* x, const T* dy, T* dx, long positions, long channels, Norm norm, const float* by_x, const float* rest) {
     for (long i = 0; i < positions * channels; i += channels)
         for (long c = 0; c < channels; c += LANES) {
-            const Vec16 value = load(x + i + c), dz = before_activation<SILU, T>(dy + i + c, value, norm, c);
+            const Vec value = load(x + i + c), dz = before_activation<SILU, T>(dy + i + c, value, norm, c);
             store(dx + i + c, dz * load(norm.scale + c) + (value - load(norm.mean + c)) * load(by_x + c) + load(rest + c));
         }
 }

@@ -30,7 +30,7 @@ double summed(const T* x, long n, F f) {
     constexpr long SOME = 4096;
     double result = 0;
     for (long i = 0; i < n;) {
-        Vec16 sums[4] = {};
+        Vec sums[4] = {};
         const long end = std::min(n, i + SOME);
         for (; i + 4 * LANES <= end; i += 4 * LANES)
             for (long k = 0; k < 4; k++) sums[k] += f(load(x + i + k * LANES));
@@ -53,13 +53,13 @@ struct GroupNorm {
     Pieces pieces;
 
     double sum(long image, long piece) const {
-        return summed(at(x, image, piece), pieces.size(piece) * pieces.channels, [](Vec16 v) { return v; });
+        return summed(at(x, image, piece), pieces.size(piece) * pieces.channels, [](Vec v) { return v; });
     }
 
     double squares(long image, long piece, double mean) const {
-        const Vec16 middle = all(mean);
+        const Vec middle = all(mean);
         return summed(at(x, image, piece), pieces.size(piece) * pieces.channels,
-                      [=](Vec16 v) { return (v - middle) * (v - middle); });
+                      [=](Vec v) { return (v - middle) * (v - middle); });
     }
 
     void normalise(long image, long piece, double mean, double squares) const {
@@ -71,7 +71,7 @@ struct GroupNorm {
             for (long i = 0; i < pieces.size(piece) * channels; i += channels)
                 for (long c = 0; c < channels; c += LANES) {
                     const long lanes = channels - c;
-                    Vec16 value = (load_some(from + i + c, lanes) - middle) * factor;
+                    Vec value = (load_some(from + i + c, lanes) - middle) * factor;
                     value = f(value * load_some(scale + c, lanes) + load_some(shift + c, lanes));
                     if (added) value += load_some(added + i + c, lanes);
                     store_some(to + i + c, value, lanes);
@@ -137,7 +137,7 @@ void squeeze(const T* x, T* y, const Squeeze& q, long batch, long positions, lon
     const auto add = [&](long i, long k) {
         const T* own = x + (i * positions + pieces.start(k)) * channels;
         for (long c = 0; c < channels; c += LANES) {
-            Vec16 sum{};
+            Vec sum{};
             for (long p = 0; p < pieces.size(k); p++) sum += load_some(own + p * channels + c, channels - c);
             store(sums(i, k) + c, sum);
         }
@@ -179,7 +179,7 @@ struct Pool {
 };
 
 // The larger of each two; NaN where either is.
-inline Vec16 largest_of(Vec16 x, Vec16 y) {
+inline Vec largest_of(Vec x, Vec y) {
     const Bits takes = (y > x) | (y != y);
     return takes ? y : x;
 }
@@ -197,7 +197,7 @@ void max_pool(const T* x, T* y, const Pool& s, long threads) {
             const long left = std::max<long>(begin, 0), right = std::min(begin + s.size, s.width);
             for (long c = 0; c < s.channels; c += LANES) {
                 const long lanes = s.channels - c;
-                Vec16 most = load_some(image + (top * s.width + left) * s.channels + c, lanes);
+                Vec most = load_some(image + (top * s.width + left) * s.channels + c, lanes);
                 for (long i = top; i < bottom; i++)
                     for (long j = left; j < right; j++)
                         most = largest_of(most, load_some(image + (i * s.width + j) * s.channels + c, lanes));
@@ -215,12 +215,12 @@ void layer_norm(const T* x, T* y, const float* scale, const float* shift, float 
     for (long start = 0; start < positions; start += each)
         for (long i = start; i < std::min(positions, start + each); i++) {
             const T* from = x + i * channels;
-            const float mean = summed(from, channels, [](Vec16 v) { return v; }) / channels;
-            const double squares = summed(from, channels, [=](Vec16 v) { return (v - mean) * (v - mean); });
+            const float mean = summed(from, channels, [](Vec v) { return v; }) / channels;
+            const double squares = summed(from, channels, [=](Vec v) { return (v - mean) * (v - mean); });
             const float factor = 1 / std::sqrt(squares / channels + eps);
             for (long c = 0; c < channels; c += LANES) {
                 const long lanes = channels - c;
-                const Vec16 value = (load_some(from + c, lanes) - mean) * factor;
+                const Vec value = (load_some(from + c, lanes) - mean) * factor;
                 store_some(y + i * channels + c, value * load_some(scale + c, lanes) + load_some(shift + c, lanes), lanes);
             }
         }
@@ -239,7 +239,7 @@ void average_pool(const T* x, T* y, long batch, long height, long width, long ch
             const long right = std::min(left + across, width);
             const float share = 1.0f / ((bottom - top) * (right - left));
             for (long c = 0; c < channels; c += LANES) {
-                Vec16 sum{};
+                Vec sum{};
                 for (long row = top; row < bottom; row++)
                     for (long column = left; column < right; column++)
                         sum += load_some(image + (row * width + column) * channels + c, channels - c);

@@ -19,18 +19,20 @@ void transpose_rows(const T* x, long channels, long n, long padded, T* to) {
     constexpr long WORD = 4 / sizeof(T), STEP = 16 * WORD;  // rows in 32 bits, and in a row of a block
     alignas(64) int32_t block[16 * 16];
     for (long i = 0; i < padded; i += STEP)
-        for (long c = 0; c < channels; c += LANES) {
+        for (long c = 0; c < channels; c += 16) {
             for (long k = 0; k < 16; k++) {
                 const T* from = x + (i + k * WORD) * channels + c;
                 const long left = n - i - k * WORD;
-                Bits words{};
-                if constexpr (WORD == 1) {
-                    if (left > 0) std::memcpy(&words, from, sizeof words);
-                } else {
-                    if (left > 0) words = bits(from);
-                    if (left > 1) words |= bits(from + channels) << 16;
+                for (long lane = 0; lane < 16; lane += LANES) {
+                    Bits words{};
+                    if constexpr (WORD == 1) {
+                        if (left > 0) std::memcpy(&words, from + lane, sizeof words);
+                    } else {
+                        if (left > 0) words = bits(from + lane);
+                        if (left > 1) words |= bits(from + channels + lane) << 16;
+                    }
+                    std::memcpy(block + k * 16 + lane, &words, sizeof words);
                 }
-                std::memcpy(block + k * 16, &words, sizeof words);
             }
             transpose(block, 16, reinterpret_cast<int32_t*>(to + c * padded + i), padded / WORD);
         }
@@ -85,7 +87,7 @@ void gradient(const T* x, const T* dy, float* found, float* sums, long positions
                              }
                      });
             for (long c = 0; total && c < outputs; c += LANES) {
-                Vec16 sum{};
+                Vec sum{};
                 for (long i = 0; i < n; i++) sum += load(out + i * outputs + c);
                 store(total + c, load(total + c) + sum);
             }

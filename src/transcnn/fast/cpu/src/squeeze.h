@@ -18,14 +18,14 @@ inline void excite(const Squeeze& q, long hidden, long positions, float* gates) 
     float* reduced = memory.take<float>(q.squeezed);
     const float share = 1.0f / positions;
     for (long r = 0; r < q.squeezed; r += LANES) {
-        Vec16 sums[4] = {};
+        Vec sums[4] = {};
         for (long c = 0; c < hidden; c += 4)
             for (long k = 0; k < 4; k++) sums[k] += load(q.reduce + (c + k) * q.squeezed + r) * gates[c + k];
-        const Vec16 sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) * share + load(q.reduce_bias + r);
+        const Vec sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) * share + load(q.reduce_bias + r);
         q.act.with<float>([&](auto f) { store(reduced + r, f(sum)); });
     }
     for (long c = 0; c < hidden; c += LANES) {
-        Vec16 sum = load(q.expand_bias + c);
+        Vec sum = load(q.expand_bias + c);
         for (long r = 0; r < q.squeezed; r++) sum += load(q.expand + r * hidden + c) * reduced[r];
         q.gate.with<float>([&](auto f) { store(gates + c, f(sum)); });
     }

@@ -97,12 +97,12 @@ class Rows {
     void first(T* to) {
         for (long c = 0; c < w.hidden; c += LANES)
             for (long x = 0; x < width; x += SOME) {
-                Vec16 sums[SOME];
+                Vec sums[SOME];
 #pragma GCC unroll 12
-                for (Vec16& sum : sums) sum = load(w.first_bias + c);
+                for (Vec& sum : sums) sum = load(w.first_bias + c);
                 for (long k = 0; k < w.images.channels * 9; k++) {
                     const float* p = planes + k / 3 * plane + k % 3 + x * STRIDE;
-                    const Vec16 weight = load(w.first + k * w.hidden + c);
+                    const Vec weight = load(w.first + k * w.hidden + c);
 #pragma GCC unroll 12
                     for (long i = 0; i < SOME; i++) sums[i] += p[i * STRIDE] * weight;
                 }

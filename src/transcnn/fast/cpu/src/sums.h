@@ -2,18 +2,18 @@
 
 #pragma once
 
-#include "vec16.h"
+#include "vec.h"
 
 // SiLU'(x), and SiLU(x) in ``value``.
 template <class T>
-inline Vec16 silu_gradient(Vec16 x, Vec16& value) {
-    Vec16 prob = inverse(exponential<T>(-x) + 1.0f);
+inline Vec silu_gradient(Vec x, Vec& value) {
+    Vec prob = inverse(exponential<T>(-x) + 1.0f);
     value = x * prob;
     return prob + value * (1.0f - prob);
 }
 
 // Adds sums of x - centre and of its square over n positions, converted to those of x and of x², in double precision.
-inline void add_channel_sums(double* sums, long channels, Vec16 centre, Vec16 first, Vec16 second, double n) {
+inline void add_channel_sums(double* sums, long channels, Vec centre, Vec first, Vec second, double n) {
     for (int i = 0; i < LANES; i++) {
         const double c = centre[i];
         sums[i] += first[i] + n * c;

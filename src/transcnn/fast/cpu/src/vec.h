@@ -1,6 +1,7 @@
-// Vectors of sixteen floats, loads and stores as fp32 or bf16, exp and SiLU; scratch memory of a thread.
+// Vectors of floats that fill a register, loads and stores as fp32 or bf16, exp and SiLU; scratch memory of a thread.
 //
-// GCC and Clang compile them to what the CPU has: one register of AVX-512, two of AVX2, four of NEON.
+// Compilers keep longer vectors than registers in memory, so these have as many lanes as the CPU's: sixteen with AVX-512, eight
+// with AVX2, else four. Channels are multiples of sixteen everywhere.
 
 #pragma once
 
@@ -17,11 +18,17 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
+#if defined(__AVX512F__)
 constexpr long LANES = 16;
+#elif defined(__AVX2__)
+constexpr long LANES = 8;
+#else
+constexpr long LANES = 4;
+#endif
 
-typedef float Vec16 __attribute__((vector_size(64)));
-typedef int32_t Bits __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t Bits __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 
 struct bf16 {
     uint16_t bits;
@@ -35,10 +42,10 @@ inline To as(const From& from) {
     return to;
 }
 
-inline Vec16 all(float x) { return Vec16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+inline Vec all(float x) { return x - Vec{}; }  // minus, for -0 plus 0 is 0
 
-inline Vec16 load(const float* p) {
-    Vec16 x;
+inline Vec load(const float* p) {
+    Vec x;
     std::memcpy(&x, p, sizeof x);
     return x;
 }
@@ -49,15 +56,15 @@ inline Bits bits(const bf16* p) {
     return __builtin_convertvector(x, Bits);
 }
 
-inline Vec16 load(const bf16* p) { return as<Vec16>(bits(p) << 16); }
+inline Vec load(const bf16* p) { return as<Vec>(bits(p) << 16); }
 
 inline float number(float x) { return x; }
 inline float number(bf16 x) { return as<float>(int32_t(x.bits) << 16); }
 
-inline void store(float* p, Vec16 x) { std::memcpy(p, &x, sizeof x); }
+inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
 
 // Rounds to nearest even; NaN stays NaN.
-inline Halves rounded(Vec16 x) {
+inline Halves rounded(Vec x) {
 #ifdef __AVX512BF16__
     return as<Halves>(_mm512_cvtneps_pbh(as<__m512>(x)));
 #else
@@ -67,14 +74,14 @@ inline Halves rounded(Vec16 x) {
 #endif
 }
 
-inline void store(bf16* p, Vec16 x) {
+inline void store(bf16* p, Vec x) {
     Halves halves = rounded(x);
     std::memcpy(p, &halves, sizeof halves);
 }
 
 // The same of the first n alone; zeros in place of the others.
 template <class T>
-inline Vec16 load_some(const T* p, long n) {
+inline Vec load_some(const T* p, long n) {
     if (n >= LANES) return load(p);
     T some[LANES] = {};
     if (n == LANES / 2)
@@ -85,7 +92,7 @@ inline Vec16 load_some(const T* p, long n) {
 }
 
 template <class T>
-inline void store_some(T* p, Vec16 x, long n) {
+inline void store_some(T* p, Vec x, long n) {
     if (n >= LANES) return store(p, x);
     T some[LANES];
     store(some, x);
@@ -96,17 +103,17 @@ inline void store_some(T* p, Vec16 x, long n) {
 }
 
 // x > y ? x : y and x < y ? x : y: y where either is NaN. GCC 12 compiles the latter forms to a comparison and a blend.
-inline Vec16 larger(Vec16 x, Vec16 y) {
+inline Vec larger(Vec x, Vec y) {
 #if defined(__AVX512F__)
-    return as<Vec16>(_mm512_max_ps(as<__m512>(x), as<__m512>(y)));
+    return as<Vec>(_mm512_max_ps(as<__m512>(x), as<__m512>(y)));
 #else
     return x > y ? x : y;
 #endif
 }
 
-inline Vec16 smaller(Vec16 x, Vec16 y) {
+inline Vec smaller(Vec x, Vec y) {
 #if defined(__AVX512F__)
-    return as<Vec16>(_mm512_min_ps(as<__m512>(x), as<__m512>(y)));
+    return as<Vec>(_mm512_min_ps(as<__m512>(x), as<__m512>(y)));
 #else
     return x < y ? x : y;
 #endif
@@ -114,10 +121,10 @@ inline Vec16 smaller(Vec16 x, Vec16 y) {
 
 // Splits x, clamped to [-87, 88], into n·ln 2 + r. Adding and subtracting ``shift`` rounds n; the result, n + shift, has n in
 // its lowest bits.
-inline Vec16 split(Vec16 x, float shift, Vec16& r) {
+inline Vec split(Vec x, float shift, Vec& r) {
     x = larger(all(-87.0f), smaller(all(88.0f), x));
-    Vec16 shifted = x * 1.44269504f + shift;
-    Vec16 n = shifted - shift;
+    Vec shifted = x * 1.44269504f + shift;
+    Vec n = shifted - shift;
     r = x - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
     return shifted;
@@ -128,20 +135,20 @@ inline Vec16 split(Vec16 x, float shift, Vec16& r) {
 
 // x = (n + j/16)·ln 2 + r with |r| below 0.022: eˣ = 2ⁿ·2^(j/16)·eʳ, and the sixteen values of 2^(j/16) fit one register.
 template <class T>
-inline Vec16 exponential(Vec16 x) {
-    const Vec16 sixteenths = {1.0f, 1.0442737824f, 1.0905077327f, 1.1387886348f, 1.1892071150f, 1.2418578121f,
+inline Vec exponential(Vec x) {
+    const Vec sixteenths = {1.0f, 1.0442737824f, 1.0905077327f, 1.1387886348f, 1.1892071150f, 1.2418578121f,
                             1.2968395547f, 1.3542555469f, 1.4142135624f, 1.4768261459f, 1.5422108254f, 1.6104903320f,
                             1.6817928305f, 1.7562521604f, 1.8340080864f, 1.9152065614f};
-    Vec16 r, shifted = split(x, 786432.0f, r);  // 1.5·2¹⁹: rounds to sixteenths
-    Vec16 p = sizeof(T) == 2 ? r * 0.5f + 1.0f : (r * 0.16666667f + 0.5f) * r + 1.0f;
+    Vec r, shifted = split(x, 786432.0f, r);  // 1.5·2¹⁹: rounds to sixteenths
+    Vec p = sizeof(T) == 2 ? r * 0.5f + 1.0f : (r * 0.16666667f + 0.5f) * r + 1.0f;
     __m512i places = as<__m512i>(shifted);
-    Vec16 base = as<Vec16>(_mm512_permutexvar_ps(places, as<__m512>(sixteenths)));
+    Vec base = as<Vec>(_mm512_permutexvar_ps(places, as<__m512>(sixteenths)));
     p = (base * r) * p + base;
-    return as<Vec16>(as<Bits>(p) + ((as<Bits>(shifted) >> 4) << 23));
+    return as<Vec>(as<Bits>(p) + ((as<Bits>(shifted) >> 4) << 23));
 }
 
-inline Vec16 inverse(Vec16 x) {
-    Vec16 y = as<Vec16>(_mm512_rcp14_ps(as<__m512>(x)));
+inline Vec inverse(Vec x) {
+    Vec y = as<Vec>(_mm512_rcp14_ps(as<__m512>(x)));
     return y * (2.0f - x * y);
 }
 
@@ -149,23 +156,23 @@ inline Vec16 inverse(Vec16 x) {
 
 // x = n·ln 2 + r with |r| below 0.35: eˣ = 2ⁿ·eʳ.
 template <class T>
-inline Vec16 exponential(Vec16 x) {
-    Vec16 r, shifted = split(x, 12582912.0f, r);  // 1.5·2²³: rounds to integers
-    Vec16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+inline Vec exponential(Vec x) {
+    Vec r, shifted = split(x, 12582912.0f, r);  // 1.5·2²³: rounds to integers
+    Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    return as<Vec16>(as<Bits>(p) + (as<Bits>(shifted) << 23));
+    return as<Vec>(as<Bits>(p) + (as<Bits>(shifted) << 23));
 }
 
-inline Vec16 inverse(Vec16 x) { return 1.0f / x; }
+inline Vec inverse(Vec x) { return 1.0f / x; }
 
 #endif
 
 template <class T>
-inline Vec16 silu(Vec16 x) {
+inline Vec silu(Vec x) {
     return x * inverse(exponential<T>(-x) + 1.0f);
 }
 
@@ -188,18 +195,19 @@ template <class V>
 inline V shuffled(V x, Bits places) { return __builtin_shuffle(x, places); }
 #endif
 
-// Reduces the sixteen lanes of x to one value.
+// Reduces the lanes of x to one value.
 template <class F>
-inline float folded(Vec16 x, F f) {
-    const Bits places = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+inline float folded(Vec x, F f) {
+    Bits places;
+    for (int i = 0; i < LANES; i++) places[i] = i;
     for (int away = LANES / 2; away; away /= 2) x = f(x, shuffled(x, places ^ away));
     return x[0];
 }
 
-inline float largest(Vec16 x) { return folded(x, larger); }
+inline float largest(Vec x) { return folded(x, larger); }
 
-inline float total(Vec16 x) {
-    return folded(x, [](Vec16 one, Vec16 other) { return one + other; });
+inline float total(Vec x) {
+    return folded(x, [](Vec one, Vec other) { return one + other; });
 }
 
 constexpr long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
