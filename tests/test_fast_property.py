@@ -10,8 +10,7 @@ import copy
 import functools
 import os
 import pickle
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import transcnn
+from test_cpu_inference import threads
 from transcnn.attention import HMHSA, LocalStep
 from transcnn.blocks import Block, DualDownsample, InvertedResidual
 from transcnn.errors import UserError
@@ -254,16 +254,6 @@ def errors_of_rounding(
     return [
         max(error(one[i], whole) if one[i].isfinite().all() else 0.0 for one in found) for i, whole in enumerate(exact)
     ]
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def check(case: dict[str, Any]) -> None:

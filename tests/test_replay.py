@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fuzz import little_memory
+from test_cpu_inference import threads
 from transcnn import HMHSA, HMHSA1d, HMHSA3d, plug
 from transcnn.fast import optimize
 from transcnn.fast.cpu import build, inference, passes, support
@@ -174,12 +175,8 @@ def test_threads_and_many_sizes():
         for _ in range(5):
             assert all(map(torch.equal, pool.map(block, maps[:4]), expected))
     assert made["replays"] > 4
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads + 1)
+    with threads(torch.get_num_threads() + 1):
         assert all(torch.equal(block(maps[0]), expected[0]) for _ in range(3))
-    finally:
-        torch.set_num_threads(threads)
 
 
 @torch.no_grad()
