@@ -90,3 +90,14 @@ def test_a_frozen_bias_and_second_derivatives():
         first.sum().backward()
     conv(x).sum().backward()
     assert conv.bias.grad is None
+
+
+def test_gradients_lie_in_memory_as_their_weights_do():
+    """DDP warns of others, and copies them."""
+    for layout in (torch.channels_last, torch.contiguous_format):
+        conv = accelerate_training(nn.Conv2d(32, 16, 1)).to(memory_format=layout)
+        x = torch.randn(2, 32, 5, 6).contiguous(memory_format=torch.channels_last)
+        with counted() as called:
+            (gradient,) = torch.autograd.grad(conv(x).sum(), conv.weight)
+        assert called
+        assert gradient.stride() == conv.weight.stride()

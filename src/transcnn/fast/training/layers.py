@@ -74,7 +74,10 @@ class _Pointwise(torch.autograd.Function):
             dx = torch.ops.aten.convolution_backward(grad, x, weight, *options)[0]
         rows = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (x, grad))
         dweight, dbias = pointwise_gradient(*rows, bias=of_bias is not None)
-        return dx, dweight.to(dtype).view(weight.shape), None if dbias is None else dbias.to(of_bias)
+        dweight = dweight.to(dtype).view(weight.shape)
+        if weight.is_contiguous(memory_format=torch.channels_last):  # the same memory, for the sides are 1
+            dweight = dweight.as_strided(weight.shape, weight.stride())  # DDP copies gradients with other strides
+        return dx, dweight, None if dbias is None else dbias.to(of_bias)
 
 
 class KernelPointwise3d(nn.Conv3d):
