@@ -258,28 +258,35 @@ def write_table(path: Path, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(path: Path, table: list[dict[str, Any]]) -> None:
-    """Few images: accuracy over their number. Dense tasks: a pair of bars each."""
-    figure = new_figure(8, 3.5)
-    left, right = figure.subplots(1, 2)
+    """Few images: accuracy over their number. Dense tasks: a pair of bars each. What was not measured has no panel."""
     few = [row for row in table if row["data"] == "cifar10"]
+    others = [row for row in table if row["data"] != "cifar10"]
+    panels = [(fill, rows) for fill, rows in ((_few, few), (_dense, others)) if rows]
+    figure = new_figure(4 * len(panels), 3.5)
+    for axes, (fill, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        fill(axes, rows)
+    figure.savefig(path)
+
+
+def _few(axes: Any, table: list[dict[str, Any]]) -> None:
     for start, colour, line in (("finetune", BLUE, "-"), ("probe", BLUE, ":"), ("scratch", GREY, "-")):
-        rows = sorted((row for row in few if row["start"] == start), key=lambda row: row["per_class"])
+        rows = sorted((row for row in table if row["start"] == start), key=lambda row: row["per_class"])
         if rows:
             x, y, spread = ([row[name] for row in rows] for name in ("per_class", "score_mean", "score_spread"))
-            left.errorbar(x, y, spread, fmt=f"o{line}", capsize=3, color=colour, label=start)
-    left.set(xlabel="training images of each class", ylabel="top-1 (%)", title="CIFAR-10, few images", xscale="log")
-    if few:
-        left.legend()
-        numbers = sorted({row["per_class"] for row in few})
-        left.set_xticks(numbers, [str(n) for n in numbers])
-        left.minorticks_off()
-    others = [row for row in table if row["data"] != "cifar10"]
-    labels = [f"{row['data']}\n{row['start']}\n{Path(row['weights']).name}" for row in others]
-    colours = [GREY if row["start"] == "scratch" else BLUE for row in others]
-    right.bar(range(len(others)), [row["score_mean"] for row in others], color=colours)
-    right.set_xticks(range(len(others)), labels, fontsize=6)
-    right.set(ylabel="mIoU, mAP50 (%)", title="dense tasks, by their recipes")
-    figure.savefig(path)
+            axes.errorbar(x, y, spread, fmt=f"o{line}", capsize=3, color=colour, label=start)
+    axes.set(xlabel="training images of each class", ylabel="top-1 (%)", title="CIFAR-10, few images", xscale="log")
+    axes.legend()
+    numbers = sorted({row["per_class"] for row in table})
+    axes.set_xticks(numbers, [str(n) for n in numbers])
+    axes.minorticks_off()
+
+
+def _dense(axes: Any, table: list[dict[str, Any]]) -> None:
+    labels = [f"{row['data']}\n{row['start']}\n{Path(row['weights']).name}" for row in table]
+    colours = [GREY if row["start"] == "scratch" else BLUE for row in table]
+    axes.bar(range(len(table)), [row["score_mean"] for row in table], color=colours)
+    axes.set_xticks(range(len(table)), labels, fontsize=6)
+    axes.set(ylabel="mIoU, mAP50 (%)", title="dense tasks, by their recipes")
 
 
 if __name__ == "__main__":

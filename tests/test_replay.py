@@ -175,6 +175,9 @@ def test_threads_and_many_sizes():
         for _ in range(5):
             assert all(map(torch.equal, pool.map(block, maps[:4]), expected))
     assert made["replays"] > 4
+    with ThreadPoolExecutor(4) as pool:  # all sizes at once, so that each thread adds and forgets some
+        for _ in range(20):
+            assert all(map(torch.equal, pool.map(block, maps), expected))
     with threads(torch.get_num_threads() + 1):
         assert all(torch.equal(block(maps[0]), expected[0]) for _ in range(3))
 

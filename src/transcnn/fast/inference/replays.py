@@ -87,19 +87,19 @@ class Replays:
         """The same of a part of the module, which must be :meth:`fresh`."""
         if not _usable(maps):
             return function(*maps)
-        key = _key(name, maps)
-        replay = self._known.get(key, _UNKNOWN)
+        key, known, seen = _key(name, maps), self._known, self._seen  # those of now: another thread may begin anew
+        replay = known.get(key, _UNKNOWN)
         if isinstance(replay, Replay):
             return replay(*maps)
         if replay is None:
             return function(*maps)
-        if key not in self._seen:  # weights may have to be packed
-            _bound(self._seen, key)
-            self._seen.add(key)
+        if key not in seen:  # weights may have to be packed
+            _bound(seen, key)
+            seen.add(key)
             return function(*maps)
         result, made = record(function, *maps)
-        _bound(self._known, key)
-        self._known[key] = made
+        _bound(known, key)
+        known[key] = made
         return result
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -117,5 +117,5 @@ def _key(name: Hashable, maps: Sequence[Tensor]) -> tuple[Hashable, ...]:
 
 def _bound(remembered: dict[Any, Any] | set[Any], key: tuple[Hashable, ...]) -> None:
     """Make room for another size of a part of a module."""
-    if sum(other[0] == key[0] for other in remembered) >= _SIZES:
+    if sum(other[0] == key[0] for other in list(remembered)) >= _SIZES:  # other threads add to it
         remembered.clear()
