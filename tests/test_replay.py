@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fuzz import little_memory
 from test_cpu_inference import threads
 from transcnn import HMHSA, HMHSA1d, HMHSA3d, plug
 from transcnn.fast import optimize
@@ -263,14 +262,23 @@ def test_results_over_a_map():
 
 
 @torch.no_grad()
-def test_no_memory():
-    """A kernel that finds no memory leaves its result as it is, so that must be told."""
-    qkv = inference.pack_pointwise(torch.randn(3072, 1024), torch.zeros(3072))
-    x = torch.randn(1, 64, 64, 1024)
-    _, replay = cpu_replay.record(lambda x: inference.local_attention(x, x, qkv, None, 256, 64), x)
+def test_no_memory(monkeypatch):
+    """A kernel that finds no memory leaves its result as it is and counts that, so it must be told."""
+    matrix, x = affine(32, 32), torch.randn(4, 6, 32)
+    _, replay = cpu_replay.record(lambda x: inference.pointwise(x, matrix), x)
     assert replay is not None
-    with ThreadPoolExecutor(1) as alone, little_memory(20), pytest.raises(MemoryError, match="replay"):
-        alone.submit(replay, x).result()  # in a thread that has no memory for kernels yet
+    library, counts = replay._library, iter((7, 7, 7, 8))
+
+    class Library:
+        replay = library.replay
+
+        def allocations_that_failed(self) -> int:
+            return next(counts)
+
+    monkeypatch.setattr(replay, "_library", Library())
+    assert torch.equal(replay(x), inference.pointwise(x, matrix))
+    with pytest.raises(MemoryError, match="replay"):
+        replay(x)
 
 
 @given(
