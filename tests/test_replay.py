@@ -127,6 +127,16 @@ def test_weights_and_modules_that_change_are_seen(change):
 
 
 @torch.no_grad()
+def test_weights_of_inference_mode_whose_changes_are_not_counted():
+    model, x = network("mobilenetv2_035", torch.float32), torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        copied = copy.deepcopy(model)
+    with replays() as made:
+        assert all(torch.allclose(copied(x), model(x), atol=1e-4) for _ in range(2))
+    assert not made
+
+
+@torch.no_grad()
 def test_hooks_are_called():
     model = network("hatnet", torch.float32)
     block, x = model.stages[1].blocks[0], torch.randn(1, 64, 8, 8)

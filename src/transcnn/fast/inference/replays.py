@@ -51,7 +51,7 @@ class _State:
             list(map(len, self._dicts)) == self._sizes
             and all(map(is_, map(dict.get, self._owners, self._names), self._values))  # pyright: ignore
             and all(map(is_, map(type, self._modules), self._classes))
-            and list(map(_version, self._tensors)) == self._versions
+            and (not self.counts or list(map(_version, self._tensors)) == self._versions)
             and list(map(_pointer, self._tensors)) == self._pointers
         )
 
@@ -80,14 +80,18 @@ class Replays:
 
     def __call__(self, module: nn.Module, function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
         """function(*maps), which computes with the weights of ``module`` and keeps nothing."""
-        usable = _usable(maps) and self._known.get(_key(None, maps), _UNKNOWN) is not None and self.fresh(module)
-        return self.part(None, function, *maps) if usable else function(*maps)
+        if not _usable(maps):
+            return function(*maps)
+        key = _key(None, maps)
+        never = self._known.get(key, _UNKNOWN) is None
+        return function(*maps) if never or not self.fresh(module) else self._run(key, function, maps)
 
     def part(self, name: Hashable, function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
         """The same of a part of the module, which must be :meth:`fresh`."""
-        if not _usable(maps):
-            return function(*maps)
-        key, known, seen = _key(name, maps), self._known, self._seen  # those of now: another thread may begin anew
+        return self._run(_key(name, maps), function, maps) if _usable(maps) else function(*maps)
+
+    def _run(self, key: tuple[Hashable, ...], function: Callable[..., Tensor], maps: Sequence[Tensor]) -> Tensor:
+        known, seen = self._known, self._seen  # those of now: another thread may begin anew
         replay = known.get(key, _UNKNOWN)
         if isinstance(replay, Replay):
             return replay(*maps)

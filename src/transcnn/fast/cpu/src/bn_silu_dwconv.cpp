@@ -152,22 +152,7 @@ void channel_sums(const T* x, double* sums, long tokens, long channels, long thr
         double* own = sums + omp_get_thread_num() * 2 * channels;
 #pragma omp for schedule(static)
         for (long start = 0; start < tokens; start += SOME)
-            by_vectors(channels, [&]<long COUNT>(long c) {
-                const long end = std::min(tokens, start + SOME);
-                Vec centre[COUNT], first[COUNT] = {}, second[COUNT] = {};
-                for (long k = 0; k < COUNT; k++) centre[k] = load(x + start * channels + c + k * LANES);
-                for (long token = start; token < end; token++)
-#pragma GCC unroll 4
-                    for (long k = 0; k < COUNT; k++) {
-                        const T* from = x + token * channels + c + k * LANES;
-                        soon(from, channels);
-                        const Vec off = load(from) - centre[k];
-                        first[k] += off;
-                        second[k] += off * off;
-                    }
-                for (long k = 0; k < COUNT; k++)
-                    add_channel_sums(own + c + k * LANES, channels, centre[k], first[k], second[k], end - start);
-            });
+            add_sums(x + start * channels, std::min(SOME, tokens - start), channels, own);
     }
 }
 

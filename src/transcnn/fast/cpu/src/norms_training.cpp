@@ -21,29 +21,6 @@ struct Norm {
     const float *mean, *scale, *shift;  // z = x * scale + shift
 };
 
-// Adds sums of x and of x² over some positions to ``sums`` (2, channels).
-template <class T>
-void add_sums(const T* x, long positions, long channels, double* sums) {
-    constexpr long SOME = 128;
-    for (long start = 0; start < positions; start += SOME)
-        by_vectors(channels, [&]<long COUNT>(long c) {
-            const long end = std::min(positions, start + SOME);
-            Vec centre[COUNT], first[COUNT] = {}, second[COUNT] = {};
-            for (long k = 0; k < COUNT; k++) centre[k] = load(x + start * channels + c + k * LANES);
-            for (long i = start; i < end; i++)
-#pragma GCC unroll 4
-                for (long k = 0; k < COUNT; k++) {
-                    const T* from = x + i * channels + c + k * LANES;
-                    soon(from, channels);
-                    const Vec off = load(from) - centre[k];  // near zero, so that squares don't cancel
-                    first[k] += off;
-                    second[k] += off * off;
-                }
-            for (long k = 0; k < COUNT; k++)
-                add_channel_sums(sums + c + k * LANES, channels, centre[k], first[k], second[k], end - start);
-        });
-}
-
 template <bool SILU, class T>
 void normalise(const T* x, T* y, long positions, long channels, Norm norm) {
     for (long i = 0; i < positions * channels; i += channels)

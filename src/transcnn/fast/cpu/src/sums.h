@@ -34,3 +34,26 @@ inline void by_vectors(long channels, F f) {
     for (; c + 4 * LANES <= channels; c += 4 * LANES) f.template operator()<4>(c);
     for (; c < channels; c += LANES) f.template operator()<1>(c);
 }
+
+// Adds sums of x and of x² over some positions to ``sums`` (2, channels).
+template <class T>
+inline void add_sums(const T* x, long positions, long channels, double* sums) {
+    constexpr long SOME = 128;
+    for (long start = 0; start < positions; start += SOME)
+        by_vectors(channels, [&]<long COUNT>(long c) {
+            const long end = start + SOME < positions ? start + SOME : positions;
+            Vec centre[COUNT], first[COUNT] = {}, second[COUNT] = {};
+            for (long k = 0; k < COUNT; k++) centre[k] = load(x + start * channels + c + k * LANES);
+            for (long i = start; i < end; i++)
+#pragma GCC unroll 4
+                for (long k = 0; k < COUNT; k++) {
+                    const T* from = x + i * channels + c + k * LANES;
+                    soon(from, channels);
+                    const Vec off = load(from) - centre[k];  // near zero, so that squares don't cancel
+                    first[k] += off;
+                    second[k] += off * off;
+                }
+            for (long k = 0; k < COUNT; k++)
+                add_channel_sums(sums + c + k * LANES, channels, centre[k], first[k], second[k], end - start);
+        });
+}
