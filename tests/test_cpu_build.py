@@ -39,8 +39,9 @@ def script(path: Path, *lines: str) -> str:
 
 
 def compiler(path: Path, library: str, log: Path, *before: str) -> str:
-    """A compiler that takes no time: it copies a library, and counts."""
-    lines = ['[ "$1" = --version ] && echo 1 && exit', *before, f"echo compiled >> {log}"]
+    """A compiler that takes no time: it copies a library in place of linking, and counts that."""
+    lines = ['[ "$1" = --version ] && echo 1 && exit', *before, 'case " $* " in *" -c "*) exit 0;; esac']
+    lines.append(f"echo compiled >> {log}")
     return script(path, *lines, 'while [ "$1" != -o ]; do shift; done', f'cp {library} "$2"')
 
 
@@ -212,6 +213,24 @@ def test_a_compiler_that_hangs_is_given_up(cache, monkeypatch, tmp_path, caplog)
     assert time.monotonic() - began < 20
     assert "timed out" in caplog.text
     while is_running(int(other.read_text())):  # what it had started is ended, too
+        assert time.monotonic() - began < 20
+        time.sleep(0.05)
+    assert not list(cache.glob("building-*"))
+
+
+def test_where_one_file_cant_be_compiled_the_others_are_given_up(cache, monkeypatch, tmp_path, caplog):
+    other = tmp_path / "pid"
+    fails = (
+        'case "$*" in *isa.cpp*) while [ ! -s {0} ]; do sleep 0.02; done; echo no such instruction >&2; exit 1;; esac'
+    )
+    hangs = [fails.format(other), f"sleep 99 & echo $! > {other}; sleep 100"]
+    monkeypatch.setenv("CXX", compiler(tmp_path / "fails", "nothing", tmp_path / "log", *hangs))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(99))
+    began = time.monotonic()
+    with caplog.at_level(logging.INFO, build.__name__):
+        assert not works()
+    assert "no such instruction" in caplog.text
+    while is_running(int(other.read_text())):
         assert time.monotonic() - began < 20
         time.sleep(0.05)
     assert not list(cache.glob("building-*"))
