@@ -29,7 +29,7 @@ INSTEAD = [
     ("pretrained=True)  # downloads", "pretrained=False)"),
     ('"resnet50", pretrained=True', '"resnet50", pretrained=False'),
     ("--static 224", "--static 32"),
-    ("--class dog", "--class class_1"),
+    ("--class_name dog", "--class_name class_1"),
     (".cuda()", ""),
     ("pretrained=True, epochs=8", "pretrained=True, epochs=1, limit_batches=2, batch_size=8, quiet=True"),
 ]

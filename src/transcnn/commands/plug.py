@@ -51,7 +51,8 @@ def plug(
         at: Modules to plug H-MHSA after, with commas; patterns such as layer4.*.conv2; or auto.
         mode: Add H-MHSA after the modules, or replace 3x3 convolutions (this changes the outputs).
         layer: Another attention of timm in the place of H-MHSA, for comparison.
-        head_dim: Channels of one head; without it the largest of 64, 48, 32, 16, 8 that divides the channels.
+        head_dim: Channels of one head; without it the largest of 64, 48, 32, 16, 8, 4, 2, 1 that divides the
+            channels.
         norm_layer: The normalisation inside H-MHSA.
         img_size: Side of the image that resolutions, multiply-adds and images/s are for.
         in_chans: Channels of the images.
@@ -60,7 +61,7 @@ def plug(
         num_classes: Outputs of the network.
         pretrained: Take the published weights.
         batch_size: Images at a time when images/s are measured.
-        out: Save the plugged network as this .safetensors file, ready for transcnn train --init-from.
+        out: Save the plugged network as this .safetensors file, ready for transcnn train --init_from.
 
     Raises:
         UserError: No such network or module, or one that H-MHSA can't follow.

@@ -60,7 +60,7 @@ class TrainSettings:
             what transcnn pack wrote, the URL of either (https, s3, hf://datasets/OWNER/NAME, ...), torch/...,
             hfds/..., wds/... as timm's readers know them; without it, the embedded handwritten digits.
             To segment, a folder or tar of images/{train,val,test}/ and labels/{train,val,test}/; to detect,
-            of images/ and annotations/{train,val,test}.json in COCO's format, or of Pascal VOC's.
+            of images/ and annotations/{train,val,test}.json in COCO's format, or of Pascal VOC's or YOLO's.
         task: What is learnt: one class an image, several labels (multilabel), numbers (regress), a class for each
             pixel, or boxes.
         model: A network of this package (see transcnn models) or any other of timm's.

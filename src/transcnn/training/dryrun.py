@@ -1,4 +1,4 @@
-"""``transcnn train --dry-run``: all of a run but the learning, and what the run would take.
+"""``transcnn train --dry_run``: all of a run but the learning, and what the run would take.
 
 Network, loss, optimizer, average and strategy are the run's own; the images are made up (segmentation and detection
 take a batch of their data), so classification can be tried where the data isn't.
