@@ -35,7 +35,7 @@ from transcnn.data.sets.classify import open_set, open_splits
 from transcnn.data.sets.image_dataset import IGNORE, ImageDataset
 from transcnn.data.sets.splits import Splits
 from transcnn.data.sources.opening import open_source
-from transcnn.data.sources.source import Source, split_stratified
+from transcnn.data.sources.source import Source, read_class_names, split_stratified
 from transcnn.data.transforms.classify import channel_stats, eval_transform, train_transform
 from transcnn.errors import UserError
 from transcnn.tasks.classify import Classify
@@ -453,6 +453,60 @@ def test_classes_that_differ_in_case_only(tmp_path: Path, caplog: pytest.LogCapt
     assert splits.class_names == ["Cat", "cat", "dog"]
     assert "'Cat', 'cat' differ only in case and are kept apart" in caplog.text
     assert "no images in class folder 'empty'" in caplog.text
+
+
+def _folders(root: Path, *names: str) -> str:
+    """Small images in these folders."""
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (8, 8)).save(root / name / f"{i}.png")
+    return str(root)
+
+
+@pytest.mark.parametrize("words", [("Training", "Testing"), ("TRAIN", "TEST")])
+def test_folders_of_splits_in_any_case(tmp_path: Path, words: tuple[str, str]) -> None:
+    splits = open_splits(_folders(tmp_path, *(f"{word}/{label}" for word in words for label in ("cat", "dog"))))
+    assert splits.class_names == ["cat", "dog"]
+    assert splits.test is not None
+    (tmp_path / words[0] / "metadata.csv").write_text("file_name,label\ncat/0.png,x\ndog/0.png,y\n")
+    assert open_source(str(tmp_path)).train.class_names == ["x", "y"]
+
+
+def test_a_folder_whose_validation_split_lacks_a_class(tmp_path: Path) -> None:
+    data = _folders(tmp_path, "train/a", "train/b", "train/c", "val/b", "val/c")
+    for name in (data, f"torch/image_folder:{data}"):
+        val = open_splits(name).val
+        assert [val.class_names[label] for label in val.labels] == ["b", "b", "c", "c"]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("train/a", "train/b", "dev/a"), "folders beside those of the splits are left out: 'dev'"),
+        (("a", "b", "."), "images beside the class folders are left out: '0.png', '1.png'"),
+        (("seg_train/seg_train/sea", "seg_test/seg_test/sea"), "such as seg_test/seg_test"),
+        (("fold1/sea", "fold1/sky", "fold2/sea", "fold2/sky"), "such as fold1/sea"),
+        (("a/2019", "a/2020", "b/2020"), ""),
+    ],
+)
+def test_images_that_are_not_taken_as_they_lie_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, names: tuple[str, ...], said: str
+) -> None:
+    (tmp_path / "data").mkdir()
+    data = tmp_path / "data"
+    _folders(data, *(name for name in names if name != "."))
+    if "." in names:
+        for i in range(2):
+            Image.new("RGB", (8, 8)).save(data / f"{i}.png")
+    open_splits(str(data))
+    assert said in caplog.text
+    assert bool(caplog.text) == bool(said)
+
+
+def test_class_names_in_a_file_may_begin_with_a_mark_of_byte_order(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfcat \r\ndog\r\n")
+    assert read_class_names(tmp_path) == ["cat", "dog"]
 
 
 # --- transforms -------------------------------------------------------------------------------------------------------

@@ -150,4 +150,12 @@ def test_auroc_is_that_of_scikit_learn():
     task.evaluate_batch((LOGITS[:5], LABELS[:5]), 0)
     task.evaluate_batch((LOGITS[5:], LABELS[5:]), 1)
     expected = metrics.roc_auc_score(LABELS, LOGITS.softmax(1), multi_class="ovr", average="macro")
-    assert task._auroc() == pytest.approx(expected)
+    assert task._auroc(torch.bincount(LABELS, minlength=4)) == pytest.approx(expected)
+
+
+def test_a_class_without_images_leaves_the_auroc_alone():
+    task = Classify(torch.nn.Identity(), list("abc"), {})
+    logits = torch.tensor([[2.0, 1, 0], [1, 2, 0], [3, 1, 0], [0, 2, 1]])
+    task.evaluate_batch((logits, torch.tensor([0, 1, 0, 1])), 0)  # a and b are told apart without a fault
+    assert task._auroc(torch.tensor([2, 2, 0])) == 1.0
+    assert np.isnan(task._auroc(torch.tensor([4, 0, 0])))

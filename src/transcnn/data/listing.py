@@ -6,7 +6,17 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-__all__ = ["EXTENSIONS", "folder_identity", "image_names", "is_dir", "is_image_name", "lies_beside", "list_images"]
+__all__ = [
+    "EXTENSIONS",
+    "folder_identity",
+    "folders_in",
+    "image_names",
+    "images_in",
+    "is_dir",
+    "is_image_name",
+    "lies_beside",
+    "list_images",
+]
 
 ENDINGS = "jpg jpeg jpe jfif mpo png apng gif bmp dib tif tiff webp avif ppm pgm pbm pnm tga ico jp2 j2k qoi pcx"
 ENDINGS += " npy"  # arrays, see image_names
@@ -82,6 +92,25 @@ def list_images(
         for name in sorted(image_names(files)):
             yield os.path.join(path, name)
         waiting += [os.path.join(path, name) for name in sorted(folders, reverse=True)]
+
+
+def folders_in(folder: str | os.PathLike[str]) -> list[str]:
+    """The names of the folders in a folder, sorted, those that are named like images among them; hidden ones are not.
+
+    Raises:
+        OSError: It can't be listed.
+    """
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and is_dir(entry))
+
+
+def images_in(folder: str | os.PathLike[str]) -> list[str]:
+    """The names of the images that lie in a folder itself, sorted; none where it can't be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(image_names(entry.name for entry in entries if not is_dir(entry)))
+    except OSError:
+        return []
 
 
 def folder_identity(folder: str | os.PathLike[str]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["distinct_names", "imagenet_names", "match_names", "normalise"]
+__all__ = ["alike_but_for_case", "distinct_names", "imagenet_names", "match_names", "normalise"]
 
 
 def normalise(name: str) -> str:
@@ -31,6 +31,14 @@ def distinct_names(names: Iterable[str]) -> list[str]:
                 name += "'"
         distinct.append(name)
     return distinct
+
+
+def alike_but_for_case(names: Iterable[str]) -> list[list[str]]:
+    """Names that differ only in the case of their letters, together: nobody means two classes by them."""
+    folded: dict[str, list[str]] = {}
+    for name in names:
+        folded.setdefault(name.casefold(), []).append(name)
+    return [same for same in folded.values() if len(same) > 1]
 
 
 def imagenet_names() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class Classify(ImageTask):
             self.mixup = Mixup(a.mixup, a.cutmix, prob=a.mix_prob, label_smoothing=a.smoothing, num_classes=classes)
         self.confusion = MulticlassConfusionMatrix(classes) if classes > 1 else None
         # It keeps all probabilities until the split is through.
-        self.auroc = MulticlassAUROC(classes) if 1 < classes <= MAX_AUROC else None
+        self.auroc = MulticlassAUROC(classes, average="none") if 1 < classes <= MAX_AUROC else None
         self._forget()
 
     @classmethod
@@ -156,22 +157,27 @@ class Classify(ImageTask):
         wrong, correct = gather_lists(self._wrong), gather_lists(self._correct)
         result |= macro_figures(confusion.numpy())
         if self.auroc is not None:
-            result["auroc"] = self._auroc()
+            result["auroc"] = self._auroc(confusion.sum(1))
         result |= {"loss": totals[0].item() / images}
         result |= {"images": confusion.sum(), "confusion": confusion, "wrong": _most_confident(wrong)}
         result["correct"] = _best_of_class(correct)
         self._forget()
         return result
 
-    def _auroc(self) -> float:
-        """The mean over the classes of their areas under the curve against all others, 0 to 1; NaN without images."""
+    def _auroc(self, images: Tensor) -> float:
+        """The mean over the classes of their areas under the curve against all others, 0 to 1.
+
+        ``images`` are those of each class. A class that no image has, or all have, has no such curve (torchmetrics
+        answers 0) and is left out of the mean, which is NaN where none is left.
+        """
         assert self.auroc is not None
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of classes without images, which are left out of the mean
+            warnings.simplefilter("ignore")  # of classes without images
             if not self.auroc.update_called:  # a process without images takes part in the gathering
                 none = torch.zeros(0, device=self.device)
                 self.auroc.update(none.reshape(0, len(self.class_names)), none.long())
-            return float(self.auroc.compute())
+            areas = self.auroc.compute().cpu()
+        return float(areas[(images > 0) & (images < images.sum())].mean())
 
     def summary(self, scores: dict[str, Any]) -> dict[str, Any]:
         """Accuracies in percent: ``top1``, ``top5``, ``class_accuracy`` by name (None for a class without images).
@@ -186,6 +192,8 @@ class Classify(ImageTask):
             for name, r, n in zip(self.class_names, right, totals, strict=True)
         }
         numbers = {name: round(scores[name], 4) for name in FIGURES if name in scores}
+        if math.isnan(numbers.get("auroc", 0.0)):  # of one class alone
+            del numbers["auroc"]
         more: dict[str, Any] = class_figures(confusion.numpy(), self.class_names)
         del more["class_recall"]  # class_accuracy is that
         if len(self.class_names) <= MAX_MATRIX:

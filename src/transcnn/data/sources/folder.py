@@ -15,8 +15,8 @@ from PIL import Image
 from ...errors import UserError
 from ...text import printable
 from ..images import read_bytes, read_image
-from ..listing import is_dir, is_image_name, list_images
-from ..names import normalise
+from ..listing import folders_in, images_in, is_image_name, list_images
+from ..names import alike_but_for_case, normalise
 from .source import SPLITS, Source, SourceSplits, abbreviate
 
 __all__ = ["open_folder", "split_folder"]
@@ -72,6 +72,9 @@ def open_folder(root: Path) -> SourceSplits:
             sources = {split: _class_folders(folders[split]) for split in alone}  # pyright: ignore[reportArgumentType]
             return SourceSplits.of(name, sources)
         return SourceSplits(name, _class_folders(root))
+    used = [folder.name for folder in folders.values() if folder is not None]
+    if unused := [name for name in folders_in(root) if name not in used]:
+        logger.warning("%s: folders beside those of the splits are left out: %s", root, abbreviate(unused))
     train = _class_folders(folders["train"])
     others = {
         split: None if folder is None else _class_folders(folder, train.class_names)
@@ -82,27 +85,32 @@ def open_folder(root: Path) -> SourceSplits:
 
 
 def split_folder(root: Path, names: Sequence[str]) -> Path | None:
-    return next((root / name for name in names if (root / name).is_dir()), None)
+    """The folder of a split that has one of these names; as it is written first, then in any case (``Training``)."""
+    written = next((root / name for name in names if (root / name).is_dir()), None)
+    if written is not None:
+        return written
+    there = folders_in(root) if root.is_dir() else []
+    return next((root / folder for name in names for folder in there if folder.lower() == name), None)
 
 
 def _subfolders(root: Path) -> list[str]:
     """Names of the class folders; what is hidden or can't be listed is left out."""
     try:
-        with os.scandir(root) as entries:
-            found = [entry.name for entry in entries if not entry.name.startswith(".") and is_dir(entry)]
+        found = folders_in(root)
     except OSError as error:
         raise UserError(f"can't list {str(root)!r}: {error.strerror}") from error
     odd = [name for name in found if is_image_name(name)]
     if odd:
         logger.warning("%s: folders named like images are left out: %s", root, abbreviate(odd))
         found = [name for name in found if name not in odd]
-    return sorted(found)
+    return found
 
 
 def _class_folders(root: Path, class_names: Sequence[str] | None = None) -> Source:
-    """A folder with one folder for each class; files beside the class folders are not looked at.
+    """A folder with one folder for each class.
 
-    Class folders that differ only in case are kept apart, as the file system does, and logged.
+    Class folders that differ only in case are kept apart, as the file system does, and logged; so are images that lie
+    beside the class folders, which are left out, and folders that seem to hold the class folders.
     """
     paths = PathList(root)
     others: list[str] = []
@@ -115,11 +123,13 @@ def _class_folders(root: Path, class_names: Sequence[str] | None = None) -> Sour
     by_name = {normalise(printable(label)): count for label, count in counts.items()}
     if len(by_name) < len(counts):
         raise UserError(f"{str(root)!r} holds class folders of equal names: {abbreviate(list(counts))}")
+    listed = [label for label, count in counts.items() if count]
     counts = by_name
     found = [label for label, count in counts.items() if count]
     if not found:
         raise UserError(f"no images in {str(root)!r}; expected a folder for each class with images in it")
     _warn_of_names(root, counts)
+    _warn_of_layout(root, listed)
     classes = list(class_names) if class_names is not None else found
     unknown = [label for label in found if label not in classes]
     if unknown:
@@ -144,9 +154,30 @@ def _warn_of_names(root: Path, counts: dict[str, int]) -> None:
     empty = [label for label, count in counts.items() if not count]
     if empty:
         logger.warning("%s: no images in class folder %s", root, abbreviate(empty))
-    folded: dict[str, list[str]] = {}
-    for label in counts:
-        folded.setdefault(label.casefold(), []).append(label)
-    for same in folded.values():
-        if len(same) > 1:
-            logger.warning("%s: class folders %s differ only in case and are kept apart", root, abbreviate(same))
+    for same in alike_but_for_case(counts):
+        logger.warning("%s: class folders %s differ only in case and are kept apart", root, abbreviate(same))
+
+
+def _warn_of_layout(root: Path, labels: Sequence[str]) -> None:
+    """Log images that are of no class, and class folders that are a level too high: ``photos/{fold_1,fold_2}/cat``.
+
+    Folders within class folders are no fault (``cat/2019/1.jpg``), unless all have the same ones and no image beside
+    them, or each has only one of its own name, as archives are unpacked into.
+    """
+    if loose := images_in(root):
+        logger.warning("%s: images beside the class folders are left out: %s", root, abbreviate(loose))
+    if any(images_in(root / label) for label in labels):
+        return
+    inner = [{*folders_in(root / label)} for label in labels]
+    if all(folders == {label} for label, folders in zip(labels, inner, strict=True)):
+        found = f"{labels[0]}/{labels[0]}"
+    elif len(shared := sorted(set.intersection(*inner))) > 1 and len(labels) > 1:
+        found = f"{labels[0]}/{shared[0]}"
+    else:
+        return
+    logger.warning(
+        "%s: the classes are taken to be %s, but their images lie in folders within, such as %s",
+        root,
+        abbreviate(labels),
+        found,
+    )

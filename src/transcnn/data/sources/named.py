@@ -14,7 +14,7 @@ from timm.data import create_dataset
 from ...errors import UserError, require
 from ..images import BrokenImage, read_bytes, read_image
 from .folder import split_folder
-from .source import SPLITS, Source, SourceSplits, abbreviate, first_line
+from .source import SPLITS, Source, SourceSplits, abbreviate, first_line, merge_splits
 
 __all__ = ["open_hfds", "open_torch"]
 
@@ -32,7 +32,8 @@ def open_torch(rest: str) -> SourceSplits:
         theirs = {"train": "train", "test": "test"}
     else:
         theirs = {"train": "train", "val": "val"}
-    return SourceSplits.of(name, {ours: _torch_split(name, root, split) for ours, split in theirs.items()})
+    sources = {ours: _torch_split(name, root, split) for ours, split in theirs.items()}
+    return merge_splits(sources, name, f"torch/{rest}")  # of a folder each split numbers its own classes
 
 
 def _torch_split(name: str, root: str, split: str) -> Source:
@@ -82,7 +83,7 @@ def open_hfds(name: str) -> SourceSplits:
         raise UserError(f"hfds/{name} can't be opened: {first_line(error)}") from error
     if not sources:
         raise UserError(f"hfds/{name} has splits {abbreviate(available)}; expected train, validation or test")
-    return SourceSplits.of(name.strip("/").rpartition("/")[2], sources)
+    return merge_splits(sources, name.strip("/").rpartition("/")[2], f"hfds/{name}")
 
 
 def _hfds_split(name: str, split: str) -> Source | None:

@@ -145,12 +145,13 @@ def split_of_name(name: str, otherwise: str = "train") -> str:
 
 
 def read_class_names(folder: Path) -> list[str] | None:
-    """The lines of ``classes.txt``, if there is one."""
+    """The lines of ``classes.txt`` that aren't blank, if there is one."""
     file = folder / "classes.txt"
     try:
-        return [line for line in file.read_text(encoding="utf-8").splitlines() if line] if file.is_file() else None
+        lines = file.read_text(encoding="utf-8-sig").splitlines() if file.is_file() else None
     except ValueError as error:
         raise UserError(f"{file} is no text in UTF-8: {first_line(error)}") from error
+    return None if lines is None else [line.strip() for line in lines if line.strip()]
 
 
 def check_fraction(val_fraction: float) -> None:

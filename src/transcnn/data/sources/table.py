@@ -17,6 +17,7 @@ from typing import Any
 
 from ...errors import UserError, require
 from ...text import printable
+from ..listing import folders_in
 from .parquet import refuse_bombs
 from .source import abbreviate, first_line
 
@@ -82,11 +83,11 @@ def metadata_tables(folder: Path, splits: dict[str, Sequence[str]]) -> list[tupl
     """A folder's ``metadata.csv`` (or .tsv, .jsonl, .parquet), or those in its splits' folders, each with its split."""
     whole: list[tuple[Path, str | None]] = [(folder / name, None) for name in METADATA if (folder / name).is_file()]
     parts: list[tuple[Path, str | None]] = [
-        (folder / word / name, split)
+        (folder / inner / name, split)
         for split, words in splits.items()
-        for word in words
+        for inner in folders_in(folder)
         for name in METADATA
-        if (folder / word / name).is_file()
+        if inner.lower() in words and (folder / inner / name).is_file()
     ]
     return whole[:1] or parts
 

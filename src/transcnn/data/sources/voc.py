@@ -73,7 +73,7 @@ def _read_lists(found: Annotations, names: Sequence[str]) -> tuple[dict[str, str
         words = name.split("/")
         if words[-1] not in ("train.txt", "val.txt", "test.txt") or "Main" not in words:
             continue
-        for line in found.files.read(name).decode("utf-8", "replace").splitlines():
+        for line in found.files.read(name).decode("utf-8-sig", "replace").splitlines():
             if not line.strip():
                 continue
             entry = line.strip()
