@@ -26,7 +26,7 @@ COMMANDS = {
     "train": ("transcnn.commands.train:train", "train a network on images"),
     "data": ("transcnn.commands.data:data", "what a data set is: counts, sizes, faults, duplicates, examples"),
     "eval": ("transcnn.commands.evaluate:evaluate", "score a trained network on a data set"),
-    "predict": ("transcnn.commands.predict:predict", "name what images show"),
+    "predict": ("transcnn.commands.predict:predict", "predict what images show"),
     "embed": ("transcnn.commands.embed:embed", "images as vectors: neighbours, near-duplicates, search"),
     "explain": ("transcnn.commands.explain:explain", "plot where a network looks in an image"),
     "compare": ("transcnn.commands.compare:compare", "networks side by side: speed, memory, size"),

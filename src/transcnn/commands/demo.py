@@ -42,8 +42,8 @@ def demo(
     scripts from elsewhere. Uploads are deleted after an hour, and all when the command ends (Ctrl-C).
 
     Args:
-        checkpoint: A run's directory, a .safetensors or .ckpt of ours, or the name of a published model; without it
-            the small network that comes with the package.
+        checkpoint: A run's directory, a .safetensors or .ckpt of this package, or the name of a published model;
+            without it the small network that comes with the package.
         model: The network that a file of weights is for which doesn't say so, such as the authors' .pth files.
         examples: Images or folders to choose examples from; without it, some of the run's data, where the checkpoint is
             a run's directory and the page is for this machine alone.

@@ -54,7 +54,7 @@ def evaluate(
     """Score a trained network on images, print the figures and write them to metrics.json.
 
     Args:
-        checkpoint: A run's directory, a .safetensors or .ckpt of ours, or the name of a published model.
+        checkpoint: A run's directory, a .safetensors or .ckpt of this package, or the name of a published model.
         data: As for transcnn train; without it, what the network was trained on.
         model: The network that a file of weights is for which doesn't say so, such as the authors' .pth files.
         images: Of a table of files: the folder that they are relative to; without it, the table's own.
@@ -72,7 +72,7 @@ def evaluate(
             theirs count.
         num_nodes: Machines; the same command runs on each, with MASTER_ADDR, MASTER_PORT and NODE_RANK set.
         val_fraction: Where data has no validation split: the share that is held back; without it the run's, else 0.1.
-        seed: And the seed it is held back with; without it the run's, else 0.
+        seed: The seed that it is held back with; without it the run's, else 0.
         strict_data: Stop at the first image that can't be read, instead of leaving it out.
         num_workers: Processes that read images; without it, threads of this one do, one for each core; 0 reads and
             computes in turn.

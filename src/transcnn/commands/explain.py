@@ -29,7 +29,7 @@ def explain(
     """Plot where a network looks in an image: attention near and far in each stage, Grad-CAM, the top classes.
 
     Args:
-        checkpoint: A run's directory, a .safetensors or .ckpt of ours, or the name of a published model.
+        checkpoint: A run's directory, a .safetensors or .ckpt of this package, or the name of a published model.
         image: The image file.
         model: The network that a file of weights is for which doesn't say so, such as the authors' .pth files.
         query: Row and column of the pixel to ask about, as 120,80; without it, the one where Grad-CAM is strongest.

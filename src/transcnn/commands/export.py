@@ -33,7 +33,7 @@ def export(
     in a small JSON beside it, with the class names. transcnn predict FILE.onnx does it by ONNX Runtime alone.
 
     Args:
-        checkpoint: A run's directory, a .safetensors or .ckpt of ours, or the name of a published model.
+        checkpoint: A run's directory, a .safetensors or .ckpt of this package, or the name of a published model.
         model: The network that a file of weights is for which doesn't say so, such as the authors' .pth files.
         format: onnx for ONNX Runtime and most others, torch for torch.export's .pt2, openvino for its .xml and .bin.
         out: The file; without it model.onnx (.pt2, .xml) in the run's directory, else a name after the checkpoint.

@@ -54,8 +54,8 @@ def predict(
     """Predict what images show: a table on the screen, a JSON list, or a CSV file; images where pixels are classified.
 
     Args:
-        checkpoint: A run's directory, a .safetensors or .ckpt of ours, the name of a published model, or an .onnx file
-            of transcnn export, which needs no torch. Left out, the packaged small network is used.
+        checkpoint: A run's directory, a .safetensors or .ckpt of this package, the name of a published model, or an
+            .onnx file of transcnn export, which needs no torch. Left out, the packaged small network is used.
         images: Files, folders (with all below them), patterns such as 'photos/*.jpg', and URLs; or a table of files
             (.csv, .tsv, .jsonl, .parquet), each of whose rows gets an answer.
         model: The network that a file of weights is for which doesn't say so, such as the authors' .pth files.

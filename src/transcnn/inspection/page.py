@@ -1,4 +1,4 @@
-"""The page on a data set: what to see to, tables, a sheet of examples."""
+"""The page on a data set: what to look at first, tables, a sheet of examples."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write_page(folder: Path, title: str, data: DataSet, found: dict[str, Any]) -
     link = '<p>All of them as a file: <a href="problems.csv">problems.csv</a></p>'
     parts = [
         f"<h1>{html(title)}</h1>",
-        f"<h2>To see to</h2><ul>{warnings}</ul>" if warnings else "<p>Nothing looks wrong.</p>",
+        f"<h2>What to look at first</h2><ul>{warnings}</ul>" if warnings else "<p>Nothing looks wrong.</p>",
         html_table([], fact_rows(found)),
         f"<h2>{WORDS.get(data.task, 'Classes')}</h2>",
         html_table(head, rows[:MOST_ROWS]),

@@ -27,9 +27,9 @@ def load(
     """A trained network, ready to predict: ``transcnn.load("runs/RUN").predict("photo.jpg")``.
 
     Args:
-        source: A run's directory, a .safetensors or .ckpt of ours, the name of a model with weights, a folder that
-            ``save_pretrained`` wrote, ``hf-hub:USER/NAME``, or an .onnx file of ``transcnn export``, for which torch
-            needn't be there.
+        source: A run's directory, a .safetensors or .ckpt of this package, the name of a model with weights, a folder
+            that ``save_pretrained`` wrote, ``hf-hub:USER/NAME``, or an .onnx file of ``transcnn export``, for which
+            torch needn't be there.
         model: The classifier that a file of weights is for which doesn't say so, such as the authors' .pth files.
         accelerator: Where the network computes: ``cpu``, ``gpu``, or ``auto`` for the GPU where there is one.
         precision: Arithmetic: ``32``, ``bf16``, ``16`` (on a GPU), or ``auto`` for bf16 where the CPU has it.

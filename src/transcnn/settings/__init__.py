@@ -81,8 +81,8 @@ class TrainSettings:
             others than before; the schedule is then that of all of them.
         accept_changed_data: Go on with a run whose data has changed since it began. What was held back from learning
             stays so; new images are learnt from.
-        init_from: Weights to start from: a run's directory, a checkpoint of ours or a published one. To segment or
-            detect, those of a classifier (or of another decoder) are taken for the backbone.
+        init_from: Weights to start from: a run's directory, a checkpoint of this package or a published one. To segment
+            or detect, those of a classifier (or of another decoder) are taken for the backbone.
         pretrained: Start from the model's published weights.
         freeze: What of the backbone stays as it is: all (only the last layer, or a decoder, learns), a number of
             stages, or patterns of names such as stages.0*. Norms of frozen parts stay in evaluation mode.
@@ -95,11 +95,11 @@ class TrainSettings:
         table: Which columns of a table are what.
         ema: The average of the weights that is scored and kept.
         distill: Whose predictions are learnt as well.
-        classify: What is peculiar to classification.
-        multilabel: What is peculiar to several labels an image.
-        regress: What is peculiar to numbers.
-        segment: What is peculiar to segmentation.
-        detect: What is peculiar to detection.
+        classify: Settings of classification alone.
+        multilabel: Settings of several labels an image alone.
+        regress: Settings of numbers alone.
+        segment: Settings of segmentation alone.
+        detect: Settings of detection alone.
         val_fraction: Share of the training images held back where the data has no validation split.
         strict_data: Stop at the first image that can't be read, instead of leaving it out.
         num_workers: Processes that read images; without it, one for each core but one, and none for images in memory.
@@ -115,14 +115,14 @@ class TrainSettings:
         grad_checkpointing: Less memory for about a third more time.
         channels_last: The memory format that is usually quicker.
         cuda_graphs: On one GPU, capture the launches of a step and replay them: up to three times as fast where
-            batches are small. For classify and segment.
+            batches are small. For all tasks but detect.
         optimize: Score images (on a CPU in each epoch, too) by the network as transcnn.optimize makes it: the same
             scores up to rounding, several times as fast.
         accelerator: cpu, gpu, or auto.
         devices: Processes on this machine, each with a device of its own. Under torchrun or Slurm theirs count.
         num_nodes: Machines; the same command runs on each, with MASTER_ADDR, MASTER_PORT and NODE_RANK set.
         strategy: What each of several processes holds: the whole network (ddp), or a part of its weights and of the
-            optimizer's state (fsdp); auto is fsdp for transcnn_large and larger ones on several GPUs.
+            optimizer's state (fsdp); auto is fsdp for networks of 60 M parameters or more on several GPUs.
         dry_run: Build everything, take two steps on made-up data, and print what the run would take (memory, time,
             disk) and where each setting came from. Data for classification needn't be there.
         limit_batches: Only this many batches an epoch, for trying out.

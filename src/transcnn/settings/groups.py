@@ -119,8 +119,8 @@ class Distill:
     """Learning from another network's predictions too, as DeiT does it (classification only).
 
     Args:
-        distill_from: The teacher: a run's directory, a checkpoint of ours, or the name of a published model. It is
-            shown the student's images, mixed and all, at the student's size.
+        distill_from: The teacher: a run's directory, a checkpoint of this package, or the name of a published model. It
+            is shown the student's images, mixed and all, at the student's size.
         distill_type: ``hard``: the teacher's first choice is a second label; ``soft``: its probabilities are.
         distill_alpha: Share of the teacher in the loss; the rest is the labels'.
         distill_tau: Temperature that softens both networks' probabilities (``soft``).
