@@ -20,7 +20,7 @@ from timm.loss import AsymmetricLossMultiLabel
 
 from transcnn.checkpoints.arguments import check_task_args
 from transcnn.data.sources.opening import open_source
-from transcnn.data.sources.targets import Labels, Numbers
+from transcnn.data.sources.targets import Classes, Labels, Numbers
 from transcnn.errors import UserError
 from transcnn.onnx.answers import answers
 from transcnn.settings import Augment
@@ -40,6 +40,7 @@ TRUTH = torch.tensor([[1, 0, NAN], [0, 0, 1], [1, 1, 1], [0, NAN, 0], [1, 0, 0],
         (["a|b", "nan", "b"], None, ["a", "b"], [[1, 1], [NAN, NAN], [0, 1]]),
         (["a, b", "New York"], None, ["New York", "a", "b"], [[0, 1, 1], [1, 0, 0]]),
         (["haze primary", "clear"], " ", ["clear", "haze", "primary"], [[0, 1, 1], [1, 0, 0]]),
+        (["['sea', \"fog's\"]", '["sea"]', "[]", "nan"], None, ["fog's", "sea"], [[1, 1], [0, 1], [0, 0], [NAN, NAN]]),
         ([["x", "y"], [], None], None, ["x", "y"], [[1, 1], [0, 0], [NAN, NAN]]),
     ],
 )
@@ -48,6 +49,17 @@ def test_one_column_holds_any_number_of_labels(cells, separator, names, labels):
     assert found_names == names
     np.testing.assert_array_equal(found, np.array(labels, np.float32))
     assert missing.tolist() == [math.isnan(row[0]) for row in labels]
+
+
+def test_labels_that_may_be_meant_otherwise(caplog):
+    for cell in ("['sea' 'sky']", "[sea, sky]", "[['sea']]", "[" * 9999 + "]"):
+        with pytest.raises(UserError, match="is no list of names in quotes with commas between"):
+            Labels().of_cells({"tags": ["['sea']", cell]}, "t.csv")
+    assert not caplog.text
+    Labels().of_cells({"tags": ["haze primary", "clear primary"]}, "t.csv")
+    assert "such as 'clear primary': if spaces stand between labels, give --separator ' '" in caplog.text
+    Classes().of_cells({"label": ["Cat", "cat", "dog"]}, "t.csv")
+    assert "labels 'Cat', 'cat' differ only in case and are kept apart" in caplog.text
 
 
 def test_columns_of_zero_and_one_are_labels_and_empty_cells_are_not_known():
@@ -90,6 +102,15 @@ def test_numbers_are_read_as_people_write_them():
     np.testing.assert_array_equal(Numbers().merged(np.array([[1, NAN], [1, NAN]])), [1, NAN])
     with pytest.raises(UserError, match="'p' is the same number for all images"):
         Numbers().check(np.array([[2.0], [2.0], [NAN]]), ["p"], "t.csv")
+
+
+def test_commas_that_may_stand_between_thousands_are_refused():
+    for cells in (["1,234", "950", "12,500"], ["-2,000"]):
+        with pytest.raises(UserError, match=r"which may be -?\d+\.\d+ or -?\d+; write numbers with a decimal point"):
+            Numbers().of_cells({"price": cells}, "t.csv")
+    assert Numbers().of_cells({"g": ["1,234", "0,5", "7"]}, "t.csv")[0].ravel().tolist() == pytest.approx(
+        [1.234, 0.5, 7]
+    )
 
 
 def test_class_folders_are_labels_and_numbers_too(make_class_folder):

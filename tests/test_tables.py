@@ -119,6 +119,13 @@ def test_a_split_column_is_followed_and_a_split_without_labels_is_none(photos, c
         open_splits(str(table))
 
 
+def test_groups_in_more_than_one_split_are_told(photos, caplog):
+    rows = [(name, label, f"p{i // 3}", "test" if i > 6 else "train") for i, (name, label) in enumerate(ROWS)]
+    table = str(write(photos / "labels.csv", rows, "file,label,patient,split"))
+    open_source(table, Table(group="patient"))
+    assert "1 groups are in more than one split: 'p2'" in caplog.text
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_groups_are_held_back_whole(photos, seed):
     rows = [(name, label, f"patient {i // 3}") for i, (name, label) in enumerate(ROWS)]

@@ -206,7 +206,7 @@ def _sources(
     members: dict[str, dict[str, list[int]]] = {}
     for i, row in enumerate(rows):
         members.setdefault(row.split or "train", {}).setdefault(row.key, []).append(i)
-    _warn_of_leaks(members)
+    _warn_of_leaks(rows, members)
     sources = {}
     for split in SPLITS:
         chosen: list[int] = []
@@ -243,7 +243,11 @@ def _source(rows: list[Row], labels: np.ndarray, names: list[str], broken: list[
     )
 
 
-def _warn_of_leaks(members: dict[str, dict[str, list[int]]]) -> None:
+def _warn_of_leaks(rows: Sequence[Row], members: dict[str, dict[str, list[int]]]) -> None:
+    """Log images, and groups of them, that are in more than one split."""
+    groups = Counter(group for group, _ in {(str(row.group), row.split) for row in rows if row.group not in (None, "")})
+    if torn := [group for group, count in groups.items() if count > 1]:
+        logger.warning("%d groups are in more than one split: %s", len(torn), abbreviate(torn))
     counts = Counter(key for keys in members.values() for key in keys)
     if twice := [Path(key).name for key, count in counts.items() if count > 1]:
         logger.warning("%d images are in more than one split: %s", len(twice), abbreviate(twice))

@@ -5,24 +5,32 @@ A kind of target is one class here. Labels are an array with an entry or a row f
 
 from __future__ import annotations
 
+import ast
+import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy as np
 
 from ...errors import UserError
-from ..names import distinct_names, match_names, normalise
+from ..names import alike_but_for_case, distinct_names, match_names, normalise
 from .source import MAX_CLASSES, abbreviate
 
 __all__ = ["CLASSES", "Cells", "Classes", "Labels", "Numbers", "Targets"]
+
+logger = logging.getLogger(__name__)
 
 Cells = Mapping[str, Sequence[Any]]  # the columns to learn, by name
 MISSING = ("", "nan")  # of text, in any case
 SEPARATORS = ";|,"  # of the labels in a cell
 FLAGS = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0, "no": 0.0, "yes": 1.0}
 MAX_LABELS = 10_000
+COMMA = re.compile(r"[-+]?\d+,\d+")
+THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2},\d{3}")  # what a comma between thousands looks like
 
 
 class Targets(Protocol):
@@ -74,6 +82,7 @@ class Classes:
             raise UserError(f"{what} has {len(distinct):,} distinct labels; at most {MAX_CLASSES:,} can be learnt")
         whole = all(text.isdecimal() for text in distinct)
         names = sorted(distinct, key=lambda text: (int(text), text)) if whole else sorted(distinct)
+        _warn_of_case(names, what)
         index = {name: i for i, name in enumerate(names)}
         return np.array([index.get(text, -1) for text in texts], dtype=np.int64), names, missing
 
@@ -138,12 +147,23 @@ class Labels:
     def _of_lists(
         self, cells: Sequence[Any], what: str, separator: str | None
     ) -> tuple[np.ndarray, list[str], np.ndarray]:
-        texts = [cell for cell in cells if isinstance(cell, str)]
+        texts = [cell.strip() for cell in cells if isinstance(cell, str) and _names(cell, SEPARATORS[0])]
+        if texts and all(text.startswith("[") and text.endswith("]") for text in texts):
+            cells, texts = [_list_of(cell, what) for cell in cells], []
         mark = separator or next((mark for mark in SEPARATORS if any(mark in text for text in texts)), SEPARATORS[0])
         lists = [_names(cell, mark) for cell in cells]
         names = sorted({name for found in lists for name in found or ()})
         if not names or len(names) > MAX_LABELS:
             raise UserError(f"{what} has {len(names):,} different labels; from 1 to {MAX_LABELS:,} can be learnt")
+        _warn_of_case(names, what)
+        spaced = [name for name in names if " " in name]
+        if texts and spaced and all(len(found or ()) < 2 for found in lists):
+            logger.warning(
+                "%s: no image has more than one label, and some hold spaces, such as %r: if spaces stand between "
+                "labels, give --separator ' '",
+                what,
+                spaced[0],
+            )
         index = {name: i for i, name in enumerate(names)}
         labels = np.zeros((len(lists), len(names)), np.float32)
         for row, found in zip(labels, lists, strict=True):
@@ -192,9 +212,15 @@ class Numbers:
     def of_cells(
         self, cells: Cells, what: str, separator: str | None = None
     ) -> tuple[np.ndarray, list[str], np.ndarray]:
-        """Each column's numbers, with a decimal point or comma."""
+        """Each column's numbers, with a decimal point or comma; refused where commas may be meant otherwise."""
         columns = []
         for name, column in cells.items():
+            commas = [text for text in map(_text, column) if COMMA.fullmatch(text)]
+            if commas and all(THOUSANDS.fullmatch(text) for text in commas):
+                raise UserError(
+                    f"{what}: the column {name!r} has {commas[0]!r}, which may be {commas[0].replace(',', '.')} or "
+                    f"{commas[0].replace(',', '')}; write numbers with a decimal point, and no mark between thousands"
+                )
             found = [_number(_text(cell)) if _text(cell) else math.nan for cell in column]
             for cell, number in zip(column, found, strict=True):
                 if number is None or math.isinf(number):
@@ -249,6 +275,27 @@ def _names(cell: Any, mark: str) -> list[str] | None:
     return [text for part in parts if (text := _text(part))]
 
 
+def _list_of(cell: Any, what: str) -> Any:
+    """A list that was written as text, as Python (and so pandas) and JSON do: ``['cat', 'dog']``; other cells stay."""
+    if not isinstance(cell, str) or not cell.strip().startswith("["):
+        return cell
+    found: Any = None
+    try:
+        found = json.loads(cell)
+    except (ValueError, RecursionError):
+        if not re.search(r"['\"]\s+['\"]", cell):  # NumPy's, without commas: Python would join the texts
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                found = ast.literal_eval(cell.strip())
+    if not isinstance(found, list) or not all(isinstance(part, str | int | float) for part in found):
+        raise UserError(f"{what}: {cell[:60]!r} is no list of names in quotes with commas between")
+    return found
+
+
+def _warn_of_case(names: Sequence[str], what: str) -> None:
+    for same in alike_but_for_case(names):
+        logger.warning("%s: labels %s differ only in case and are kept apart", what, abbreviate(same))
+
+
 def _text(cell: Any) -> str:
     """A cell as the name of a class; "" where it has none."""
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
@@ -261,6 +308,6 @@ def _text(cell: Any) -> str:
 
 def _number(text: str) -> float | None:
     try:
-        return float(text.replace(",", ".") if re.fullmatch(r"[-+]?\d+,\d+", text) else text)
+        return float(text.replace(",", ".") if COMMA.fullmatch(text) else text)
     except ValueError:
         return None
