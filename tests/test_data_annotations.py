@@ -113,6 +113,51 @@ def test_an_image_listed_twice_is_one_with_the_boxes_of_both(coco: Callable[...,
     assert "listed as image 0 and 77" in reasons(folder)
 
 
+def test_files_of_one_split_are_put_together(coco: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    folder = coco()
+    sheet = json.loads((folder / "annotations" / "train.json").read_text())
+    more = {**sheet, "annotations": [entry(0), {**entry(1, number=2), "category_id": 2}]}
+    more["categories"] = [*sheet["categories"], {"id": 2, "name": "part"}]
+    sky = {**sheet, "categories": [{"id": 9, "name": "sky"}], "annotations": [{**entry(0), "category_id": 9}]}
+    segments = {**sheet, "annotations": [{"image_id": 0, "file_name": "0.png", "segments_info": []}]}
+    unlabelled = {name: sheet[name] for name in ("images", "categories")}
+    for name, content in {
+        "train_parts": more,
+        "stuff_train2017": sky,
+        "panoptic_train2017": segments,
+        "image_info_test2017": unlabelled,
+    }.items():
+        (folder / "annotations" / f"{name}.json").write_text(json.dumps(content))
+    splits = open_splits(str(folder))
+    assert splits.class_names == ["thing", "part"]
+    assert splits.test is None
+    assert {name: found["truth"]["labels"].tolist() for name, found in all_of(folder).items()} == {
+        **{f"{i}.png": [0] for i in range(4)},
+        "1.png": [0, 1],  # one box of each class; the box that both files have of 0.png counts once
+    }
+    assert len(splits.train) + len(splits.val) == 4
+    assert not splits.broken
+    assert "image_info_test2017.json has no annotations: its images are left out" in caplog.text
+
+
+def test_boxes_that_are_no_pixels_are_refused(coco: Callable[..., Path]) -> None:
+    def edit(sheet: dict[str, Any]) -> None:
+        for one in sheet["annotations"]:
+            one["bbox"] = [0.2, 0.1, 0.4, 0.4]
+
+    with pytest.raises(UserError, match="all boxes lie within the first pixel, as parts of the image's width"):
+        open_splits(str(coco(edit)))
+
+
+def test_boxes_that_are_corners_are_told(coco: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    def edit(sheet: dict[str, Any]) -> None:
+        corners = [(10, 4, 40, 30), (5, 2, 30, 20), (20, 12, 47, 31)]
+        sheet["annotations"] = [entry(i, box, i) for i in range(4) for box in corners]
+
+    open_splits(str(coco(edit)))
+    assert "none would if bbox were x1, y1, x2, y2" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("value", "crowd"),
     [(0, False), (1, True), ("0", False), ("1", True), (False, False), (None, False), ("true", True)],

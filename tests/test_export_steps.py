@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from transcnn.data.images import BrokenImage, read_image
+from transcnn.data.transforms.segment import EvalTransform
 from transcnn.export.steps import steps
-from transcnn.onnx.dense import detections
+from transcnn.onnx.dense import class_map, detections
 from transcnn.onnx.predict import to_input
 
 STATS = dict(mean=[0.52, 0.4, 0.31], std=[0.2, 0.25, 0.3])
@@ -147,7 +148,7 @@ def test_the_steps_say_the_numbers():
     ):
         assert said in text
     segment = "\n".join(steps("segment", config, {"resize": 48, "window": 33, "flip": True}))
-    for said in ("shorter side to 48", "windows of 33", "mirrored", "label_ids"):
+    for said in ("min(48 / shorter side, 384 / longer side)", "windows of 33", "mirrored", "label_ids"):
         assert said in segment
     assert "windows" not in "\n".join(steps("segment", config, {"resize": None}))
     detect = "\n".join(steps("detect", config, {"short_side": 64, "long_side": 96}))
@@ -177,3 +178,17 @@ def test_a_broken_image_is_no_matter_of_steps(tmp_path):
     (tmp_path / "x.png").write_bytes(b"junk")
     with pytest.raises(BrokenImage):
         read_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("size", [(640, 20), (20, 640), (90, 30), (31, 30), (3, 200)])
+def test_a_file_segments_images_of_any_shape_at_the_size_of_the_network(size):
+    shapes = []
+
+    def network(pixels):
+        shapes.append(pixels.shape[1:])
+        return {"logits": np.zeros((1, 2, *pixels.shape[2:]), np.float32)}
+
+    config = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
+    found = class_map(network, Image.new("RGB", size), {"task_args": {"resize": 32}, "data_config": config})
+    assert shapes == [EvalTransform(resize=32)(Image.new("RGB", size))[0].shape]
+    assert found.shape == size[::-1]

@@ -111,6 +111,18 @@ def test_polygons_are_masks_and_their_boxes(tmp_path):
     assert masks[0][8:24, 12:36].all()
 
 
+@pytest.mark.parametrize("shape", [[4, 3], [4, 2]])
+def test_keypoints_are_no_polygon(tmp_path, shape):
+    points = " ".join(["0.4 0.4 2"[: 9 if shape[1] == 3 else 7]] * shape[0])
+    put(tmp_path, "images/train/1.png", "images/val/2.png", text=f"0 0.5 0.5 0.25 0.5 {points}\n")
+    yaml_text = f"train: images/train\nval: images/val\nnames: [person]\nkpt_shape: {shape}\n"
+    (tmp_path / "data.yaml").write_text(yaml_text)
+    splits = open_splits(str(tmp_path))
+    width, height = splits.train.read(0)[0].size
+    expected = [[0.375 * width, 0.25 * height, 0.625 * width, 0.75 * height]]
+    assert splits.train.read(0)[1]["boxes"].tolist() == expected
+
+
 def test_what_cannot_be_meant_is_left_out_and_listed(tmp_path):
     (tmp_path / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [cell]\n")
     lines = ["3 .5 .5 .2 .2", "0 .5 .5 0 .2", "x .5 .5 .2 .2", "0 nan .5 .2 .2", "0 .5 .5"]

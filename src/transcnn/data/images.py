@@ -28,6 +28,7 @@ __all__ = [
     "BrokenImage",
     "crop_extreme_aspect",
     "decode",
+    "fit_factor",
     "format_of",
     "grey_to_eight_bits",
     "padding_of",
@@ -46,7 +47,9 @@ __all__ = [
 FORMATS = "JPEG MPO PNG GIF BMP DIB TIFF WEBP AVIF PPM TGA ICO JPEG2000 QOI PCX"
 BOMB_PIXELS, BOMB_RATIO = 1 << 24, 10_000  # images of more pixels, and more a byte, are not decoded
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-MAX_ASPECT_RATIO = 8  # the ends of longer images are not looked at in classification
+# In classification the ends of longer images are not looked at; to segment, a long side is resized to at most so many
+# times what the short one is meant to be.
+MAX_ASPECT_RATIO = 8
 MIN_SHORT_SIDE = 8  # pixels that a detector leaves of a short side
 LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")  # formats that may change pixels
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # by number of channels
@@ -195,6 +198,11 @@ def crop_extreme_aspect(image: Any, limit: int = MAX_ASPECT_RATIO) -> Any:
     keep_width, keep_height = min(width, limit * height), min(height, limit * width)
     left, top = (width - keep_width) // 2, (height - keep_height) // 2
     return image.crop((left, top, left + keep_width, top + keep_height))
+
+
+def fit_factor(size: tuple[int, int], short_side: int) -> float:
+    """What an image's sides are multiplied by so that the short one is ``short_side``, and the long one not huge."""
+    return min(short_side / min(size), MAX_ASPECT_RATIO * short_side / max(size))
 
 
 def padding_of(size: tuple[int, int], long_side: int) -> tuple[int, int]:

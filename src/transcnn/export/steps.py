@@ -132,7 +132,7 @@ def _segment(config: dict[str, Any], args: dict[str, Any]) -> list[str]:
     resize, window = args.get("resize"), args.get("window")
     windows = f"cut into windows of {window} pixels a side that overlap by a third or more; sum their probabilities"
     return [
-        *([f"resize the shorter side to {resize}, the other {ROUND}, {_as_pillow('bilinear')}"] if resize else []),
+        *([f"{_fitted(resize)}, {_as_pillow('bilinear')}"] if resize else []),
         NORMALISE,
         *([windows] if window else []),
         ORDER,
@@ -140,6 +140,14 @@ def _segment(config: dict[str, Any], args: dict[str, Any]) -> list[str]:
         "resize the output to the image's own size where that differs: bilinear, corners not aligned",
         "the largest output over the second axis is a pixel's class; task_args.label_ids has the data's own number",
     ]
+
+
+def _fitted(resize: int) -> str:
+    limit = MAX_ASPECT_RATIO * resize
+    return (
+        f"resize both sides by min({resize} / shorter side, {limit} / longer side), {ROUND} and 1 at least, where that "
+        "is not 1"
+    )
 
 
 def _detect(config: dict[str, Any], args: dict[str, Any]) -> list[str]:

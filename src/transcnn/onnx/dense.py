@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..data.images import padding_of, to_channels
+from ..data.images import fit_factor, padding_of, to_channels
 
 __all__ = ["bilinear", "class_map", "detections", "window_starts"]
 
@@ -30,7 +30,7 @@ def class_map(network: Network, image: Image.Image, info: dict[str, Any]) -> np.
     args, config = info["task_args"], info["data_config"]
     resized = to_channels(image, config["input_size"][0])
     if args.get("resize"):
-        factor = args["resize"] / min(resized.size)
+        factor = fit_factor(resized.size, args["resize"])
         width, height = (max(1, round(side * factor)) for side in resized.size)
         resized = resized.resize((width, height), Image.Resampling.BILINEAR)
     pixels = _normalised(_scaled(resized), config)[None]

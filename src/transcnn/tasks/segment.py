@@ -15,6 +15,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ..data.bands import is_per_channel
+from ..data.images import fit_factor
 from ..data.sets.dense_dataset import DenseDataset
 from ..data.sets.segment import open_set, open_splits
 from ..data.sets.splits import Splits
@@ -87,8 +88,8 @@ class Segment(SegmentInference, DenseTask):
 
     @classmethod
     def enlargement(cls, short: int, long: int, task_args: dict[str, Any]) -> float:
-        """The short side becomes ``resize``, if that is set; windows are what is seen of larger images."""
-        factor = task_args["resize"] / short if task_args.get("resize") else 1.0
+        """That of the evaluation's resize, if there is any; windows are what is seen of larger images."""
+        factor = fit_factor((short, long), task_args["resize"]) if task_args.get("resize") else 1.0
         window = task_args.get("window")
         return min(factor, window / long) if window else factor
 

@@ -216,4 +216,10 @@ def _find(data: str | None) -> Annotations:
             f"no annotated images in {data!r}; expected images/ with annotations/{{train,val,test}}.json (COCO), "
             f"JPEGImages/ with Annotations/*.xml (Pascal VOC), or data.yaml (YOLO){first_reasons(found.broken)}"
         )
+    pixels = [box for items in found.splits.values() for item in items if not item.normalized for box in item.boxes]
+    if pixels and max(max(box) for box in pixels) <= 1:
+        raise UserError(
+            f"{data!r}: all boxes lie within the first pixel, as parts of the image's width and height would; boxes of "
+            "COCO and Pascal VOC are in pixels"
+        )
     return found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +17,18 @@ from .source import abbreviate, first_line, split_of_name
 
 __all__ = ["find_coco", "is_coco_file", "read_coco"]
 
+logger = logging.getLogger(__name__)
+
+MIN_BOXES, BEYOND = 10, 0.2  # boxes, and the share of them that reach beyond their images, from which on it is odd
+
 
 def is_coco_file(name: str) -> bool:
-    """Whether a file may hold annotations of boxes: a JSON file with ``annotations`` in its path."""
+    """Whether a file may hold annotations of boxes: a JSON file with ``annotations`` in its path.
+
+    COCO's files of captions, keypoints and segments lie beside those of the same images' boxes.
+    """
     folder, _, base = name.lower().rpartition("/")
-    if not base.endswith(".json") or base.startswith(("captions", "person_keypoints")):
+    if not base.endswith(".json") or base.startswith(("captions", "person_keypoints", "panoptic")):
         return False
     return "annotations" in folder.split("/") or "_annotations" in base or base == "annotations.json"
 
@@ -28,8 +36,9 @@ def is_coco_file(name: str) -> bool:
 def find_coco(files: Files, names: Sequence[str]) -> list[str]:
     """The annotation files by their names; else ``result.json``, as Label Studio calls its one."""
     found = [name for name in names if is_coco_file(name)]
+    things = [name for name in found if not name.rpartition("/")[2].lower().startswith("stuff")]
     if found:
-        return found
+        return things or found
     others = [name for name in names if name.lower() in ("result.json", "result_coco.json")]
     return [name for name in others if _holds_categories(files, name)]
 
@@ -49,8 +58,9 @@ class _Sheet:
     categories: dict[int, str]
     files: dict[str, str]  # by image id
     broken: list[tuple[str, str]]
+    known: dict[str, AnnotatedImage]  # by path, the images of other files of the split
     items: dict[str, AnnotatedImage] = field(default_factory=dict)  # by image id
-    repeated: set[str] = field(default_factory=set)  # ids of images that other ids stand for as well
+    repeated: set[str] = field(default_factory=set)  # ids of images that other ids, or files, stand for as well
 
 
 def read_coco(found: Annotations, name: str, images: Sequence[str]) -> None:
@@ -65,7 +75,10 @@ def read_coco(found: Annotations, name: str, images: Sequence[str]) -> None:
         listed = [
             (_key(e["id"]), str(e["file_name"]), _size(e.get("width"), e.get("height"))) for e in content["images"]
         ]
-        annotations = content.get("annotations", [])
+        annotations = content.get("annotations")
+        if annotations is None:  # images to be predicted, such as COCO's image_info_test2017.json
+            logger.warning("%s has no annotations: its images are left out", name)
+            return
         for value in _groups(content["categories"], annotations):
             del categories[value]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, MemoryError) as error:
@@ -77,13 +90,35 @@ def read_coco(found: Annotations, name: str, images: Sequence[str]) -> None:
     stem = base.rpartition(".")[0]
     split = split_of_name(stem, split_of_name(folder.rpartition("/")[2]))
     hints = (f"images/{stem}", stem.rpartition("_")[2], f"images/{stem.rpartition('_')[2]}", split, folder)
-    sheet = _Sheet(name, categories, {}, found.broken.setdefault(split, []))
+    known = {item.file: item for item in found.splits.get(split, ())}
+    sheet = _Sheet(name, categories, {}, found.broken.setdefault(split, []), known)
     items = _add_images(sheet, listed, ImageFinder(images, hints))
     for entry in annotations if isinstance(annotations, list) else ():
         _add_object(sheet, entry)
-    for item in items:
+    touched = {item.file: item for item in sheet.items.values()}.values()
+    if _hold_corners(touched):
+        logger.warning(
+            "%s: many boxes reach beyond their images, and none would if bbox were x1, y1, x2, y2; it is read as x, y, "
+            "width, height, which COCO's is",
+            name,
+        )
+    for item in touched:
         sheet.broken += [(item.file, "a box outside of the image is left out")] * item.drop_outside()
     found.splits.setdefault(split, []).extend(items)
+
+
+def _hold_corners(items: Iterable[AnnotatedImage]) -> bool:
+    """Whether boxes that were read as x, y, width, height are corners x1, y1, x2, y2 by all appearances."""
+    count = beyond = 0
+    for item in items:
+        if item.size is None:
+            continue
+        for x, y, right, bottom in item.boxes:
+            if not (x < right - x <= item.size[0] + 1 and y < bottom - y <= item.size[1] + 1):
+                return False
+            count += 1
+            beyond += right > item.size[0] + 2 or bottom > item.size[1] + 2
+    return count >= MIN_BOXES and beyond > BEYOND * count
 
 
 def _groups(categories: list[Any], annotations: Any) -> set[int]:
@@ -102,7 +137,7 @@ def _groups(categories: list[Any], annotations: Any) -> set[int]:
 def _add_images(
     sheet: _Sheet, listed: list[tuple[str, str, tuple[float, float] | None]], find: ImageFinder
 ) -> list[AnnotatedImage]:
-    """The images that a file lists, each once."""
+    """The images that a file lists, each once, without those that another file of the split has listed."""
     by_path: dict[str, tuple[str, AnnotatedImage]] = {}
     for key, file, size in listed:
         if sheet.files.setdefault(key, file) != file:
@@ -110,6 +145,12 @@ def _add_images(
         path = find(file)
         if path is None:
             sheet.broken.append((file, "an annotation names it, but there is no such image"))
+        elif path in sheet.known:
+            if sheet.known[path].size != size:
+                sheet.broken.append((file, f"{sheet.name} gives it another size than another annotation file"))
+                continue
+            sheet.items[key] = sheet.known[path]
+            sheet.repeated.add(key)
         elif path in by_path:
             first, sheet.items[key] = by_path[path]
             if first != key:

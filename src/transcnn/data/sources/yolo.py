@@ -69,6 +69,7 @@ def read_yolo(found: Annotations, source: str, names: Sequence[str]) -> None:
     if source.lower().endswith((".yaml", ".yml")):
         content = _read_yaml(found.files, source)
         found.names = _class_names(content, source)
+        keypoints = "kpt_shape" in content  # their coordinates follow the box, and are no polygon
         folder = source.rpartition("/")[0]
         splits = {
             split: _images_of(found, content.get(key), folder, images, texts, split)
@@ -77,13 +78,13 @@ def read_yolo(found: Annotations, source: str, names: Sequence[str]) -> None:
             if content.get(key)
         }
     else:
-        found.names = dict(enumerate(_lines(found.files, source)))
+        found.names, keypoints = dict(enumerate(_lines(found.files, source))), False
         splits = _splits_of_lists(found, images, texts)
     if len(found.names) > MAX_NAMES:
         raise UserError(f"{source} names {len(found.names):,} classes; at most {MAX_NAMES:,} can be detected")
     for split, members in splits.items():
         broken = found.broken.setdefault(split, [])
-        items = [_read_item(found, image, texts, broken) for image in members]
+        items = [_read_item(found, image, texts, broken, keypoints) for image in members]
         found.splits.setdefault(split, []).extend(items)
 
 
@@ -209,7 +210,9 @@ def _label_name(image: str, texts: set[str]) -> str | None:
     return beside if beside in texts else None
 
 
-def _read_item(found: Annotations, image: str, texts: set[str], broken: list[tuple[str, str]]) -> AnnotatedImage:
+def _read_item(
+    found: Annotations, image: str, texts: set[str], broken: list[tuple[str, str]], keypoints: bool
+) -> AnnotatedImage:
     """One image and its objects, with coordinates from 0 to 1."""
     item = AnnotatedImage(image, normalized=True)
     name = _label_name(image, texts)
@@ -222,7 +225,7 @@ def _read_item(found: Annotations, image: str, texts: set[str], broken: list[tup
         return item
     for number, line in enumerate(lines, 1):
         try:
-            label, box, mask = _read_line(line)
+            label, box, mask = _read_line(line, keypoints)
         except (ValueError, OverflowError) as error:
             broken.append((image, f"line {number} of {name} is left out: {first_line(error)}"))
             continue
@@ -238,8 +241,11 @@ def _read_item(found: Annotations, image: str, texts: set[str], broken: list[tup
     return item
 
 
-def _read_line(line: str) -> tuple[int, list[float], Any]:
-    """Class, box (x1, y1, x2, y2) and polygon (None without one) of one object; a sixth number is a score."""
+def _read_line(line: str, keypoints: bool = False) -> tuple[int, list[float], Any]:
+    """Class, box (x1, y1, x2, y2) and polygon (None without one) of one object; a sixth number is a score.
+
+    With ``keypoints`` whatever follows the box is left out.
+    """
     if len(line) > MAX_LINE:
         raise ValueError(f"it has {len(line):,} characters")
     words = line.split()
@@ -249,7 +255,7 @@ def _read_line(line: str) -> tuple[int, list[float], Any]:
     if len(numbers) < 5 or not numbers[0].is_integer():
         raise ValueError("expected a class and a box or a polygon")
     label, rest = int(numbers[0]), numbers[1:]
-    if len(rest) in (4, 5):
+    if len(rest) in (4, 5) or keypoints:
         x, y, width, height = rest[:4]
         return label, [x - width / 2, y - height / 2, x + width / 2, y + height / 2], None
     if len(rest) % 2:

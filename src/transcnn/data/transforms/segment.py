@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from ...errors import UserError
+from ..images import fit_factor
 from ..rng import seeded
 from .classify import IMAGENET_MEAN, IMAGENET_STD, channel_stats
 from .pixels import check_colours, to_pixels, zero_to_one
@@ -19,7 +20,6 @@ from .pixels import check_colours, to_pixels, zero_to_one
 __all__ = ["IGNORE", "EvalTransform", "TrainTransform"]
 
 IGNORE = -1  # index of pixels that don't count
-MAX_ASPECT_RATIO = 8  # the long side is resized to at most this times ``resize``, however extreme the aspect ratio
 
 
 class EvalTransform:
@@ -67,9 +67,7 @@ class EvalTransform:
 
     def factor(self, height: int, width: int) -> float:
         """The scale factor of the first resize."""
-        if not self.resize:
-            return 1.0
-        return min(self.resize / min(height, width), MAX_ASPECT_RATIO * self.resize / max(height, width))
+        return fit_factor((width, height), self.resize) if self.resize else 1.0
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """From 0 to 255 -> float with the network's mean and standard deviation."""
