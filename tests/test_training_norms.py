@@ -85,6 +85,45 @@ def test_the_mean_may_be_much_larger_than_the_spread(kind):
     assert near(norm.weight.grad, exact.weight.grad, 5e-4)
 
 
+def operations(y: Tensor) -> set[str]:
+    """The kinds of the operations whose gradients are computed from that of ``y``."""
+    waiting, found = [y.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        found.add(type(node).__name__)
+        waiting += [before for before, _ in node.next_functions if before is not None]  # pyright: ignore
+    return found
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"][: len(DTYPES)])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(32), nn.GroupNorm(4, 32)], ids=repr)
+def test_an_activation_in_place_and_a_sum_in_place_after_a_norm(norm, kind):
+    """As in ResNets of timm and torchvision; changed in place, a view's gradient would be several copies of the map."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Conv2d(32, 32, 3, padding=1), norm, nn.ReLU(inplace=True)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            conv, norm, relu = self.layers
+            y = norm(conv(relu(norm(conv(x)))))
+            y += x
+            return relu(y)
+
+    plain = Residual().to(memory_format=torch.channels_last)
+    ours = accelerate_training(copy.deepcopy(plain))
+    with counted() as calls:
+        check(plain, ours, (3, 32, 9, 11), kind)
+    assert sum(calls.values()) == 2 * 2
+    x = torch.randn(2, 32, 5, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = ours(x)
+    assert not {name for name in operations(y) if "CopySlices" in name or "AsStrided" in name}
+    y.square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d(16), nn.GroupNorm(2, 16)], ids=repr)
 @pytest.mark.parametrize("what", [torch.nan, torch.inf])
 def test_not_a_number_stays_and_spreads_as_far_as_pytorchs(kind, what):

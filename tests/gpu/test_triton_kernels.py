@@ -201,6 +201,13 @@ def test_other_batch_norms_are_pytorchs(options, launched):
     assert not launched
 
 
+@pytest.mark.parametrize(("layer", "kernel"), [(nn.BatchNorm2d(16), "batch_norm"), (nn.Conv2d(16, 16, 1), "pointwise")])
+def test_an_activation_in_place_after_a_kernel(layer, kernel, launched):
+    """As in ResNets of timm and torchvision."""
+    check(lively(nn.Sequential(layer, nn.ReLU(inplace=True))), rand(3, 16, 7, 9))
+    assert launched.count(kernel) == 1
+
+
 def test_pointwise_convolution(launched):
     check(nn.Sequential(nn.Conv2d(24, 40, 1)), rand(2, 24, 7, 9))
     assert launched.count("pointwise") == 1

@@ -25,6 +25,7 @@ __all__ = [
     "fits_triton",
     "hooked",
     "interpreted",
+    "own_nchw",
     "to_nchw",
     "to_nhwc",
     "traced",
@@ -63,6 +64,16 @@ def to_nhwc(x: Tensor) -> Tensor:
 def to_nchw(x: Tensor) -> Tensor:
     """(B, *S, C) -> (B, C, *S), never a copy: the memory is channels-last."""
     return channels_first(x)
+
+
+def own_nchw(x: Tensor) -> Tensor:
+    """:func:`to_nchw` as a tensor of its own, though of the same memory: what custom Functions must return.
+
+    PyTorch lets nothing change the result of a custom Function in place if it is a view, and where the view is taken
+    outside of the Function, the gradient of such a change is several copies of the map.
+    """
+    y = to_nchw(x)
+    return x.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
 
 
 # --- C++ kernels on a CPU ---------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...grids import channels_last
 from ..cpu import norms as cpu
-from ..dispatch import fits_cpu, hooked, to_nchw
+from ..dispatch import fits_cpu, hooked, own_nchw, to_nchw, to_nhwc
 from ..limits import first_order, refuse_fx
 from .layers import uses_triton
 
@@ -95,41 +95,44 @@ def _fits(norm: Norm, x: Tensor) -> bool:
 
 
 def _batch_norm(norm: nn.BatchNorm2d, x: Tensor, silu: bool) -> Tensor:
-    return to_nchw(_BatchNorm.apply(channels_last(x), norm.weight, norm.bias, norm, silu))  # pyright: ignore
+    return _BatchNorm.apply(x, norm.weight, norm.bias, norm, silu)  # pyright: ignore
 
 
 def _group_norm(norm: nn.GroupNorm, x: Tensor, silu: bool) -> Tensor:
     options = norm.num_groups, norm.eps, silu
-    return to_nchw(_GroupNorm.apply(channels_last(x), norm.weight, norm.bias, *options))  # pyright: ignore
+    return _GroupNorm.apply(x, norm.weight, norm.bias, *options)  # pyright: ignore
 
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d, silu: bool) -> Tensor:
+        x = channels_last(x)
         y, statistics = cpu.batch_norm_forward(x, weight.detach(), bias.detach(), norm.eps, silu)
         track(norm, statistics[0], statistics[2], x.shape[:-1].numel())
         ctx.save_for_backward(x, statistics)
         ctx.silu = silu
-        return y
+        return own_nchw(y)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         x, statistics = ctx.saved_tensors
-        return *cpu.batch_norm_backward(x, grads[0].to(x.dtype).contiguous(), statistics, ctx.silu), None, None
+        dx, *found = cpu.batch_norm_backward(x, to_nhwc(grads[0].to(x.dtype)), statistics, ctx.silu)
+        return to_nchw(dx), *found, None, None
 
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+        x = channels_last(x)
         y, statistics = cpu.group_norm_forward(x, weight.detach(), bias.detach(), groups, eps, silu)
         ctx.save_for_backward(x, weight, bias, statistics)
         ctx.silu = silu
-        return y
+        return own_nchw(y)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         x, weight, bias, statistics = ctx.saved_tensors
-        found = cpu.group_norm_backward(x, grads[0].to(x.dtype).contiguous(), weight, bias, statistics, ctx.silu)
-        return found[0], found[1].to(weight.dtype), found[2].to(bias.dtype), None, None, None
+        found = cpu.group_norm_backward(x, to_nhwc(grads[0].to(x.dtype)), weight, bias, statistics, ctx.silu)
+        return to_nchw(found[0]), found[1].to(weight.dtype), found[2].to(bias.dtype), None, None, None

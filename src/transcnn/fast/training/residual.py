@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...blocks import InvertedResidual
 from ..cpu import training as cpu
 from ..cpu.call import KERNEL_SIZES
-from ..dispatch import fits_cpu, hooked
+from ..dispatch import fits_cpu, hooked, own_nchw
 from ..limits import first_order, refuse_fx
 from .depthwise import KernelDepthwise, is_depthwise
 from .layers import uses_triton
@@ -112,7 +112,7 @@ class _BNSiLUDWConv(torch.autograd.Function):
         s = found if norm2 is None else cpu.bn_silu(m, (second.scale, second.shift))
         ctx.save_for_backward(x, m, kernel, *first, *second)
         ctx.dtypes = [None if argument is None else argument.dtype for argument in arguments[:5]]
-        return s.permute(0, 3, 1, 2)
+        return own_nchw(s)
 
     @staticmethod
     @first_order

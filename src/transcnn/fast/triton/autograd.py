@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dispatch import to_nchw, to_nhwc
+from ..dispatch import own_nchw, to_nchw, to_nhwc
 from ..limits import first_order
 from . import norms
 from .pool import average_pool, average_pool_backward
@@ -50,7 +50,7 @@ class _BNSiLUDWConv(torch.autograd.Function):
         m = _convolve(norms.affine_silu(x, *statistics1[2:], silu=True), weight.to(x.dtype))
         statistics2 = _identity(x) if norm2 is None else norms.batch_statistics(m, norm2)
         ctx.save_for_backward(x, m, statistics1, statistics2, weight1, bias1, weight, weight2, bias2)
-        return to_nchw(norms.affine_silu(m, *statistics2[2:], silu=True))
+        return own_nchw(norms.affine_silu(m, *statistics2[2:], silu=True))
 
     @staticmethod
     @first_order
@@ -79,7 +79,7 @@ class _BatchNorm(torch.autograd.Function):
         x = to_nhwc(x)
         statistics = norms.batch_statistics(x, norm)
         ctx.save_for_backward(x, statistics, weight, bias)
-        return to_nchw(norms.affine_silu(x, *statistics[2:], silu=False))
+        return own_nchw(norms.affine_silu(x, *statistics[2:], silu=False))
 
     @staticmethod
     @first_order
@@ -96,7 +96,7 @@ class _Pointwise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         x = to_nhwc(x)
         ctx.save_for_backward(x, weight)
-        return to_nchw(F.linear(x, weight.flatten(1), bias))
+        return own_nchw(F.linear(x, weight.flatten(1), bias))
 
     @staticmethod
     @first_order
@@ -111,7 +111,7 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ratio: int) -> Tensor:
         ctx.sizes = (ratio, *x.shape[2:])
-        return to_nchw(average_pool(to_nhwc(x), ratio))
+        return own_nchw(average_pool(to_nhwc(x), ratio))
 
     @staticmethod
     @first_order
