@@ -395,7 +395,7 @@ def test_a_call_that_finds_nothing_leaves_no_old_predictions(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_least_score_for_predictions(tmp_path):
+def test_a_least_score_for_predictions(tmp_path, monkeypatch):
     out = OutputFolder(tmp_path, ["x.png"], coco=True)
     found = detections("x.png", 3).from_score(0.6)
     assert [box.score for box in found.boxes] == [0.9, 0.6]
@@ -407,6 +407,11 @@ def test_a_least_score_for_predictions(tmp_path):
     for wrong in (0.01, 1.5, float("nan")):
         with pytest.raises(UserError, match=r"min_score must be from 0\.05"):
             predictor.check_min_score(wrong)
+    with pytest.raises(UserError, match=r"img_size has no effect on .*, which is for the task detect"):
+        predictor.resize_input(64)
+    monkeypatch.setattr("transcnn.commands.evaluate.load", lambda *_: predictor)
+    with pytest.raises(UserError, match="img_size has no effect"):
+        evaluate("x", img_size=64)
     with pytest.raises(UserError, match="min_score is for detectors"):
         NetworkPredictor(model, "classify", ["a"], {}, "").check_min_score(0.5)
 

@@ -27,6 +27,7 @@ from transcnn.predictor.network import NetworkPredictor
 from transcnn.tasks.features import map_of
 from transcnn.tasks.inference import get_inference
 from transcnn.vectors.file import Vectors, read_vectors, write_vectors
+from transcnn.vectors.items import find_items
 from transcnn.vectors.neighbours import duplicates, knn_accuracy, nearest
 from transcnn.weights import PACKAGED
 
@@ -123,6 +124,16 @@ def test_labels_splits_and_names_are_kept(split_folder, tmp_path):
     npy = read_vectors(tmp_path / "v.npy")
     np.testing.assert_allclose(npy.values, vectors.values[24:], atol=1e-5)
     assert npy.labels == vectors.labels[24:]
+
+
+def test_all_images_of_a_folder_are_taken_where_no_labels_are_needed(class_folder):
+    shutil.copy(class_folder / "class_0" / "000.png", class_folder / "beside.png")
+    for labelled, first in ((True, "000.png"), (False, "beside.png")):
+        found = find_items([str(class_folder)], labelled)
+        assert Path(found[0].name).name == first
+        assert {item.label == "" for item in found} == {not labelled}
+    (class_folder / "metadata.csv").write_text("file_name,label\nbeside.png,x\nclass_0/000.png,y\n")
+    assert [item.label for item in find_items([str(class_folder)], False)] == ["x", "y"]
 
 
 def test_duplicates_between_splits_come_first(split_folder, tmp_path, capsys):

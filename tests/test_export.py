@@ -347,6 +347,14 @@ def test_a_file_may_differ_by_the_networks_own_rounding(tmp_path, wrong, kept):
             refuse_beyond(rows, 1e-5, tmp_path / "x.onnx")
 
 
+def test_what_was_learnt_from_is_not_scored(labelled):
+    """Of data without a test split, the part that the run held back."""
+    settings = {"data": str(labelled / "train"), "val_fraction": 0.25, "seed": 3}
+    loaded = Loaded(torch.nn.Identity(), "classify", NAMES, CONFIG, "x", {"settings": settings})
+    for split, count in (("auto", 6), ("train", 18)):
+        assert len(read(str(labelled / "train"), split, loaded)[1]) == count
+
+
 def test_calibration_leaves_out_what_cannot_be_read(labelled, trained, tmp_path, caplog):
     folder = shutil.copytree(labelled, tmp_path / "copy")
     for part in ("train", "test"):

@@ -222,6 +222,15 @@ def test_what_cannot_be_used_is_left_out_counted_and_listed(data, tmp_path, no_r
     assert reasons["99.png"] == "a label map without an image"
 
 
+def test_of_files_of_one_stem_the_one_left_out_is_listed(tmp_path):
+    folder = make_data(tmp_path / "d", {"train": 3, "val": 1})
+    Image.open(folder / "images" / "train" / "00.jpg").save(folder / "images" / "train" / "00.png")
+    train = open_splits(str(folder)).train
+    assert len(train) == 3
+    name = Path("images", "train", "00.png").as_posix()
+    assert train.broken == [(name.replace("png", "jpg"), f"{name} is taken, which has the same stem")]
+
+
 def test_data_of_other_classes_is_refused_or_matched_by_name(data, tmp_path):
     folder = make_data(tmp_path / "d", {"test": 2}, names="red\nground\nbright\n")
     split = open_set(str(folder), "auto", ["ground", "bright", "red"], [0, 1, 2])

@@ -111,6 +111,26 @@ def test_polygons_are_masks_and_their_boxes(tmp_path):
     assert masks[0][8:24, 12:36].all()
 
 
+def test_names_are_read_as_they_are_written(tmp_path):
+    put(tmp_path, "images/train/1.png", "images/val/2.png")
+    for names in ("[no, 007, 1.50, null]", "{0: no, 1: 007, 2: 1.50, 3: null}"):  # of YAML, False, 7, 1.5 and nothing
+        (tmp_path / "data.yaml").write_text(f"train: images/train\nval: images/val\nnames: {names}\n")
+        assert open_splits(str(tmp_path)).class_names == ["no", "007", "1.50", "null"]
+
+
+def test_a_split_without_any_box_is_not_scored(tmp_path, caplog):
+    put(tmp_path, "images/train/1.png", "images/train/2.png")
+    put(tmp_path, "images/val/3.png", "images/test/4.png", text=None)
+    (tmp_path / "data.yaml").write_text("train: images/train\nval: images/val\ntest: images/test\nnames: [cell]\n")
+    splits = open_splits(str(tmp_path))
+    assert splits.test is None
+    assert [len(part) for part in (splits.train, splits.val)] == [1, 1]
+    assert "no image of the test split has a box, so it is left out" in caplog.text
+    with pytest.raises(UserError, match="has no test split"):
+        open_set(str(tmp_path), "test", ["cell"])
+    assert len(open_set(str(tmp_path), "val", ["cell"])) == 1
+
+
 @pytest.mark.parametrize("shape", [[4, 3], [4, 2]])
 def test_keypoints_are_no_polygon(tmp_path, shape):
     points = " ".join(["0.4 0.4 2"[: 9 if shape[1] == 3 else 7]] * shape[0])

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 
-__all__ = ["SMALL", "available_bytes", "check_inputs", "input_shape"]
+__all__ = ["SMALL", "available_bytes", "check_inputs", "check_resizable", "input_shape"]
 
 SMALL = 4 << 20  # pixels of a batch up to which a pass or a step isn't estimated: it fits, and shall start at once
 BATCHES = 3  # of inputs that are there at once: one that is computed, and two that are read ahead
@@ -24,6 +24,18 @@ def input_shape(loaded: Any) -> tuple[int, int, int]:
     elif loaded.task == "segment":
         height = width = args.get("resize") or 1
     return channels, height, width
+
+
+def check_resizable(loaded: Any, img_size: int | None) -> None:
+    """Raise UserError for a size given to a network whose images are not resized to one."""
+    instead = {
+        "segment": "images keep their size, or have a short side of --resize, a setting of train",
+        "detect": "images are resized as --short_side and --long_side of train say",
+    }
+    if img_size is not None and loaded.task in instead:
+        raise UserError(
+            f"img_size has no effect on {loaded.source}, which is for the task {loaded.task}: {instead[loaded.task]}"
+        )
 
 
 def check_inputs(loaded: Any, images: int) -> None:

@@ -69,7 +69,7 @@ def embed(
         csv: Also write the duplicates, or the nearest, as a CSV file.
         model: The network that a file of weights is for which doesn't say so, such as the authors' .pth files.
         batch_size: Images at a time.
-        img_size: Another size than the network was trained at.
+        img_size: Another size than the network was trained at; not to segment or detect.
         precision: Arithmetic; 32 is exact, auto is bf16 where the CPU has it.
         accelerator: cpu, gpu, or auto.
         quiet: Print nothing but errors.

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from ..checkpoints.available import check_resizable
 from ..checkpoints.files import make_folder
 from ..checkpoints.loading import Loaded, load
 from ..checkpoints.memory import check_forward
@@ -62,7 +63,7 @@ def evaluate(
         split: The split to score on; auto is the test split, else the validation split (of data that a run was trained
             on, the one that it held back), else everything.
         batch_size: Images at a time, of all processes together, as for transcnn train.
-        img_size: Another size than the network was trained at.
+        img_size: Another size than the network was trained at; not to segment or detect.
         precision: Arithmetic; 32 is exact, auto is bf16 where the CPU has it. Without it, what the run was scored
             with, else 32.
         accelerator: cpu, gpu, or auto.
@@ -136,6 +137,7 @@ def evaluate(
 def _network(checkpoint: StrPath, model: str | None, img_size: int | None, images: int) -> Loaded:
     """The network, for images of its size or another, so many of which the memory has room for."""
     loaded = load(checkpoint, model)
+    check_resizable(loaded, img_size)
     loaded.resize_input(img_size)
     check_forward(loaded, images, chosen=img_size is not None)
     return loaded

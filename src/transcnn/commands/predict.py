@@ -65,7 +65,7 @@ def predict(
         json: Print a JSON list on standard output, one object an image, instead of the table.
         csv: Also write a CSV file here: file, error, label and score of each rank; of a table its own columns first.
         batch_size: Images at a time.
-        img_size: Another size than the network was trained at.
+        img_size: Another size than the network was trained at; not to segment or detect.
         min_score: To detect: leave out detections of a lower score; without it, what the network was trained to keep.
         precision: Arithmetic; 32 is exact, auto is bf16 where the CPU has it.
         accelerator: cpu, gpu, or auto.

@@ -6,12 +6,13 @@ measured by ``benchmarks/int8.py`` (docs/export.md).
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def to_int8(loaded: Loaded, file: Path, data: str, max_loss: float, threads: int
     Args:
         loaded: The network.
         file: What was exported; its metadata stay.
-        data: Images with classes, as ``transcnn eval`` takes them: those to train on calibrate, the others are scored.
+        data: Images with classes, as ``transcnn eval`` takes them: some of those to train on calibrate; the test split
+            is scored, else the validation split, which is held back as in training where there is none.
         max_loss: Points of top-1 that may be lost.
         threads: That compute when speeds are compared.
 
@@ -69,7 +71,7 @@ def to_int8(loaded: Loaded, file: Path, data: str, max_loss: float, threads: int
             f"in 8 bits top-1 is {after:.2f} instead of {before:.2f} % of {len(labels)} images: more lost than "
             f"max_loss={max_loss}"
         )
-    calls = {name: functools.partial(run, images[:16]) for name, run in runs.items()}
+    calls = {name: partial(run, images[:16]) for name, run in runs.items()}
     interleaved_seconds(calls, 2)  # warm-up
     plain, quick = interleaved_seconds(calls, 7).values()
     gain = statistics.median(slow / fast for slow, fast in zip(plain, quick, strict=True))
@@ -84,8 +86,17 @@ def to_int8(loaded: Loaded, file: Path, data: str, max_loss: float, threads: int
 
 
 def read(data: str, split: str, loaded: Loaded, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """A part of a data set as the network takes it, and the labels; ``most`` images are spread evenly over it."""
-    part = open_set(data, split, class_names=loaded.class_names, table=Table(**loaded.table_of(data)))
+    """A part of a data set as the network takes it, and the labels; ``most`` images are spread evenly over it.
+
+    ``auto`` is never what a network learnt from, or is calibrated on, if anything else is there.
+    """
+    trained = loaded.info.get("settings") or {}
+    held_back = {name: trained[name] for name in ("val_fraction", "seed") if name in trained}
+    opened = partial(open_set, data, class_names=loaded.class_names, table=Table(**loaded.table_of(data)), **held_back)
+    part = opened(split)
+    if split == "auto" and part.split == "all":
+        with suppress(UserError):  # a single image
+            part = opened("val")
     part.pixel_range = loaded.preprocessing.get("pixel_range")
     count = len(part) if most is None else min(most, len(part))
     inputs, labels, broken = [], [], []

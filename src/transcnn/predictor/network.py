@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.available import check_resizable
 from ..checkpoints.loading import Loaded
 from ..checkpoints.memory import check_forward
 from ..distributed.runtime import check_accelerator, choose_precision
@@ -48,6 +49,15 @@ class NetworkPredictor(Loaded, Predictor):
         return cls(
             model, loaded.task, loaded.class_names, loaded.preprocessing, loaded.source, loaded.info, autocast=dtype
         )
+
+    def resize_input(self, img_size: int | None) -> None:
+        """Have images resized to another side than the network was trained at; None leaves it.
+
+        Raises:
+            UserError: A side of 0 or less, or a network that segments or detects.
+        """
+        check_resizable(self, img_size)
+        super().resize_input(img_size)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_turn"}

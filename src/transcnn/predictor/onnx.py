@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.arguments import DENSE
+from ..checkpoints.available import check_resizable
 from ..errors import MAX_SIDE, UserError, check_range, first_line
 from ..onnx.answers import answers
 from ..onnx.dense import class_map, detections
@@ -50,9 +51,10 @@ class OnnxPredictor(Predictor):
         """Have images resized to another side than the network was trained at; None leaves it.
 
         Raises:
-            UserError: The file was exported for one size.
+            UserError: The file was exported for one size, or segments or detects.
         """
         check_range(1, MAX_SIDE, img_size=img_size)
+        check_resizable(self, img_size)
         if img_size is not None:
             self.network.resize_to(img_size)
 

@@ -220,7 +220,7 @@ def _trainer(
     if not s.quiet:
         callbacks += [TrainBar(), LoaderWatch()]
     if s.early_stop:
-        callbacks.append(EarlyStopping(keep.metric, mode=keep.mode, patience=s.early_stop))
+        callbacks.append(EarlyStopping(keep.metric, mode=keep.mode, patience=s.early_stop, check_finite=False))
     return L.Trainer(
         **placement(s.accelerator, strategy),
         precision=choose_precision(s.precision, s.accelerator),  # pyright: ignore

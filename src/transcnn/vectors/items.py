@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from ..data.listing import images_in
 from ..data.paths import find_images
 from ..data.sources.opening import open_source
+from ..data.sources.source import SPLITS
+from ..data.sources.table import metadata_tables
 from ..errors import UserError
 
 __all__ = ["Item", "find_items"]
@@ -40,10 +44,12 @@ class _Stored:
 def find_items(names: Sequence[str], labelled: bool) -> list[Item]:
     """The images of a data set, named alone, with labels and splits; else those of files, folders and patterns.
 
+    A folder of which some images lie beside its folders is no data set where no labels are needed: all are taken.
+
     Raises:
         UserError: There are none; or, where they are to be ``labelled``, no data set of classes.
     """
-    if len(names) == 1:
+    if len(names) == 1 and (labelled or not images_in(names[0]) or metadata_tables(Path(names[0]), SPLITS)):
         try:
             return list(_of_data(names[0]))
         except UserError:

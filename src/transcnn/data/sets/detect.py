@@ -10,6 +10,7 @@ how large the image is.
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -36,6 +37,8 @@ from .splits import Splits, choose_split, make_splits, split_off
 
 __all__ = ["open_parts", "open_set", "open_splits"]
 
+logger = logging.getLogger(__name__)
+
 
 def open_splits(
     data: str | None,
@@ -60,7 +63,7 @@ def open_splits(
         UserError: No such data, or none with boxes.
     """
     check_fraction(val_fraction)
-    found = _find(data)
+    found = _find_scored(data)
     ids = sorted(found.names)
     index = {value: i for i, value in enumerate(ids)}
     hold_back = partial(_hold_back, found, val_fraction, seed)
@@ -97,7 +100,7 @@ def open_set(
     Raises:
         UserError: No such data or split, or classes that are not among ``class_names``.
     """
-    found = _find(data)
+    found = _find_scored(data)
     ids = sorted(found.names)
     names = dict(zip(ids, distinct_names(found.names[value] for value in ids), strict=True))
     known = {name: i for i, name in enumerate(distinct_names(class_names))}
@@ -194,6 +197,17 @@ def _anchor_size(images: DenseDataset, settings: Mapping[str, Any]) -> int:
         sides += (np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1)) * factor).tolist()
     small = float(np.quantile(sides, 0.05)) if sides else 32.0
     return int(min(32, max(8, 2 ** np.floor(np.log2(max(small, 1.0))))))
+
+
+def _find_scored(data: str | None) -> Annotations:
+    """As :func:`_find`, without a validation or test split that has no box at all, so that nothing can be scored."""
+    found = _find(data)
+    boxes = {split: sum(len(item.boxes) for item in items) for split, items in found.splits.items()}
+    for split in ("val", "test"):
+        if boxes.get(split) == 0 and any(boxes.values()):
+            logger.warning("%s: no image of the %s split has a box, so it is left out", data, split)
+            del found.splits[split]
+    return found
 
 
 def _find(data: str | None) -> Annotations:

@@ -87,7 +87,10 @@ def find_pairs(data: str | None) -> PairedFiles:
             if kind == "other":
                 found.unmatched.setdefault(split, []).append((name, "not an image by its name"))
             else:
-                (images if kind == "image" else labels)[split, stem] = name
+                place = images if kind == "image" else labels
+                if (other := place.get((split, stem))) is not None:
+                    found.unmatched.setdefault(split, []).append((other, f"{name} is taken, which has the same stem"))
+                place[split, stem] = name
     for key, name in sorted(images.items()):
         if key in labels:
             sizes = partial(_sizes, files, name, labels[key])

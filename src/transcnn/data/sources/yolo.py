@@ -90,7 +90,11 @@ def read_yolo(found: Annotations, source: str, names: Sequence[str]) -> None:
 
 def _read_yaml(files: Files, name: str) -> Any:
     try:
-        return load_plain(files.read(name).decode("utf-8-sig"))
+        text = files.read(name).decode("utf-8-sig")
+        content = load_plain(text)
+        if isinstance(content, dict) and content.get("names") is not None:
+            content["names"] = yaml.load(text, yaml.BaseLoader)["names"]  # as written: no, 007 and 1.50 are names, too
+        return content
     except (yaml.YAMLError, UnicodeError, BrokenImage, UserError):
         return None
 
