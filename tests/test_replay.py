@@ -136,6 +136,24 @@ def test_weights_of_inference_mode_whose_changes_are_not_counted():
     assert not made
 
 
+@pytest.mark.parametrize("kind", ["transcnn", "hatnet", "plugged"])
+def test_copies_of_our_blocks_made_within_inference_mode(kind):
+    model, x = network(kind, torch.float32), torch.randn(1, 3, 64, 64)
+
+    def near(y: Tensor, expected: Tensor) -> bool:
+        return bool((y - expected).norm() < 1e-5 * expected.norm())
+
+    with torch.inference_mode():
+        expected, copied = model(x), copy.deepcopy(model)
+        assert all(near(copied(x), expected) for _ in range(3))
+        other = copy.deepcopy(model)
+        for weight in (*copied.parameters(), *other.parameters()):
+            weight.mul_(1.5)  # which nothing counts
+        assert torch.equal(copied(x), other(x))
+        assert not near(copied(x), expected)
+    assert near(copied(x), other(x))
+
+
 @torch.no_grad()
 def test_hooks_are_called():
     model = network("hatnet", torch.float32)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
 
 from ..attention import grid_attention
 from ..grids import channels_first, channels_last
@@ -19,10 +21,12 @@ from .cpu import support
 
 __all__ = [
     "HALF_DTYPES",
+    "autocast_dtype",
     "autotune",
     "eager_cpu",
     "fits_cpu",
     "fits_triton",
+    "globally_hooked",
     "hooked",
     "interpreted",
     "own_nchw",
@@ -45,14 +49,29 @@ def hooked(module: nn.Module) -> bool:
     return bool(hooks) or "forward" in vars(module)
 
 
+def globally_hooked() -> bool:
+    """Whether hooks want to see the call of every module there is."""
+    return bool(nn_module._has_any_global_hook())
+
+
+def autocast_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """What autocast casts both to before a convolution; None where it leaves them, as it does in double precision."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    known = all(t.is_floating_point() and t.dtype != torch.double for t in (x, weight))
+    return torch.get_autocast_dtype(device) if known else None
+
+
 def eager_cpu(x: Tensor) -> bool:
     """Whether this runs on a CPU, operation by operation."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def traced() -> bool:
-    """Whether operations are being traced or transformed, by torch.jit, make_fx or torch.func."""
+    """Whether operations are being traced or transformed, by torch.jit, make_fx, torch.func or forward-mode AD."""
     transformed = torch._C._are_functorch_transforms_active()  # whose tensors have no memory of their own
+    transformed = transformed or forward_ad._current_level >= 0
     return torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0 or transformed
 
 

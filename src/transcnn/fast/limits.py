@@ -1,4 +1,4 @@
-"""What layers that train by kernels refuse, in one clear line each: second derivatives and torch.fx."""
+"""What layers that train by kernels refuse, in one clear line each: second or batched derivatives, and torch.fx."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.fx
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor  # pyright: ignore
 
 from ..errors import UserError
 
@@ -24,10 +25,18 @@ def refuse_fx(x: Tensor) -> None:
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward pass by kernels, which has no derivatives itself: asking for those raises an error."""
+    """A backward pass by kernels, which has no derivatives itself: asking for those raises an error.
+
+    So does asking for several gradients at once, whose tensors have no memory of their own.
+    """
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor) -> Any:
+        if any(map(_batched, grads)):
+            raise UserError(
+                "kernels of accelerate_training have no batched gradients (is_grads_batched=True, vectorize=True); "
+                "call transcnn.fast.plain(model) before the forward pass"
+            )
         if not torch.is_grad_enabled():  # as nearly always; with create_graph=True it is
             return backward(ctx, *grads)
         with torch.no_grad():
@@ -37,6 +46,11 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(next(tensors) if isinstance(x, Tensor) else x for x in found)
 
     return run
+
+
+def _batched(grad: Tensor) -> bool:
+    """Whether this is what vmap, or autograd's own of older days, makes of a gradient."""
+    return is_batchedtensor(grad) or is_legacy_batchedtensor(grad)
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -54,7 +54,8 @@ class _Conv(ctypes.Structure):
 class Packed:
     """A module's weights in the layout that a kernel reads, packed at the first call and again whenever they changed.
 
-    Changes are seen by the tensors' version counters, which ``tensor.data.mul_()`` and its like evade.
+    Changes are seen by the tensors' version counters, which ``tensor.data.mul_()`` and its like evade. Tensors that
+    were made in inference mode have none, so they are packed at every call.
     """
 
     def __init__(self, make: Callable[..., Any]) -> None:
@@ -62,6 +63,8 @@ class Packed:
 
     def __call__(self, *weights: Tensor | None) -> Any:
         """What ``make(*weights)`` gives."""
+        if any(w is not None and w.is_inference() for w in weights):
+            return self._make(*weights)
         cached = self._cached
         if cached is None or not all(map(_unchanged, cached[0], weights)):
             # References to the tensors keep their memory from being used by others, with the same address.

@@ -31,7 +31,7 @@ def group_norm_forward(
         The result (B, *S, C), and mean and 1/σ of each group, (B, groups, 2) in fp32.
     """
     sizes = _sizes("group_norm_forward", x, groups)
-    y, statistics, least = torch.empty_like(x), torch.empty(len(x), groups, 2), ctypes.c_float(eps)
+    y, statistics, least = torch.empty_like(x), _fp32(x, len(x), groups, 2), ctypes.c_float(eps)
     cpu.call(
         "group_norm_forward",
         x.dtype,
@@ -74,7 +74,7 @@ def batch_norm_forward(
     Returns:
         The result (B, *S, C), and mean, 1/σ, variance, scale and shift, (5, C) in fp32.
     """
-    y, sums, statistics, least = torch.empty_like(x), _sums(x), torch.empty(5, x.shape[-1]), ctypes.c_float(eps)
+    y, sums, statistics, least = torch.empty_like(x), _sums(x), _fp32(x, 5, x.shape[-1]), ctypes.c_float(eps)
     batch, positions, channels = _sizes("batch_norm_forward", x)
     cpu.call(
         "batch_norm_forward",
@@ -93,7 +93,7 @@ def batch_norm_backward(
     x: Tensor, grad: Tensor, statistics: Tensor, silu: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of ``x``, of the weight and of the bias, the latter two in fp32."""
-    dx, sums, factors, found = torch.empty_like(x), _sums(x), torch.empty(2, x.shape[-1]), torch.empty(2, x.shape[-1])
+    dx, sums, factors, found = torch.empty_like(x), _sums(x), _fp32(x, 2, x.shape[-1]), _fp32(x, 2, x.shape[-1])
     batch, positions, channels = _sizes("batch_norm_backward", x)
     cpu.call(
         "batch_norm_backward",
@@ -108,7 +108,7 @@ def batch_norm_backward(
         *(batch * positions, channels, silu),
         threads=len(sums),
     )
-    return dx, found[1], found[0]
+    return dx, found[1].clone(), found[0].clone()  # which an optimizer keeps, each with memory of its own
 
 
 def _map(name: str, x: Tensor) -> Checked:
@@ -127,4 +127,9 @@ def _sizes(kernel: str, x: Tensor, groups: int = 1) -> tuple[int, int, int]:
 
 
 def _sums(x: Tensor) -> Tensor:
-    return torch.zeros(torch.get_num_threads(), 2, x.shape[-1], dtype=torch.double)
+    return x.new_zeros(torch.get_num_threads(), 2, x.shape[-1], dtype=torch.double)
+
+
+def _fp32(x: Tensor, *shape: int) -> Tensor:
+    """Memory where x is, whatever PyTorch's default dtype and device are."""
+    return x.new_empty(shape, dtype=FP32)

@@ -162,7 +162,7 @@ def bn_silu_dwconv_backward(
         and sums of the former as :func:`bn_silu_backward_sums` gives them.
     """
     out, sums, size = torch.empty_like(x), _sums(x), _size(flipped)
-    dweight = torch.zeros(len(sums), *flipped.shape)
+    dweight = flipped.new_zeros(len(sums), *flipped.shape)
     cpu.call(
         "bn_silu_dwconv_backward",
         x.dtype,
@@ -209,7 +209,7 @@ def _size(weight: Tensor) -> int:
 
 
 def _sums(x: Tensor) -> Tensor:
-    return torch.zeros(torch.get_num_threads(), 2, x.shape[3], dtype=torch.double)
+    return x.new_zeros(torch.get_num_threads(), 2, x.shape[3], dtype=torch.double)
 
 
 def _of_sums(sums: Tensor, x: Tensor) -> Checked:
@@ -224,7 +224,8 @@ def pointwise_gradient(x: Tensor, grad: Tensor, bias: bool) -> tuple[Tensor, Ten
     (positions, inputs), outputs, threads = x.shape, grad.shape[-1], torch.get_num_threads()
     require(inputs % 16 == 0 and outputs % 16 == 0, "pointwise_gradient", inputs, outputs)
     shape = (outputs, inputs) if outputs <= inputs else (inputs, outputs)
-    found, sums = torch.zeros(threads, *shape), torch.zeros(threads, outputs) if bias else None
+    found = x.new_zeros(threads, *shape, dtype=FP32)
+    sums = x.new_zeros(threads, outputs, dtype=FP32) if bias else None
     cpu.call(
         "pointwise_gradient",
         x.dtype,

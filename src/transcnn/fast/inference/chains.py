@@ -142,7 +142,9 @@ def _packed(channels: int, *weights: Tensor | None) -> Any:
         for i, (weight, bias) in enumerate(zip(weights[::2], weights[1::2], strict=True))
     )
     if expand[0] is None and depthwise[0] is not None and project[0] is not None:
-        order = torch.arange(len(depthwise[0])).view(channels, -1).t().flatten()  # of outputs, several of each input
+        order = (
+            torch.arange(len(depthwise[0]), device="cpu").view(channels, -1).t().flatten()
+        )  # of outputs, several of each input
         depthwise = depthwise[0][order], None if depthwise[1] is None else depthwise[1][order]
         project = project[0][:, order], project[1]
     squeeze = None if reduce[0] is None or excite[0] is None else pack_squeeze(*reduce, *excite)  # pyright: ignore

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx.node import map_aggregate
 
 from ..cpu.call import recording
-from ..dispatch import hooked
+from ..dispatch import globally_hooked, hooked
 from .activations import NONE, Activation, apply
 from .convolutions import Fused, onednn_fits
 from .replays import Replays
@@ -65,7 +65,7 @@ class Plan:
 
     def fits(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the plan computes what the block does now."""
-        if len(args) != 1 or kwargs or not onednn_fits(args[0]):
+        if len(args) != 1 or kwargs or not onednn_fits(args[0]) or (self.skipped and globally_hooked()):
             return False
         modules = ((submodule(block, name), kind) for name, kind in self.skipped)
         return all(plain_class(module) is kind and not hooked(module) for module, kind in modules)

@@ -9,18 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
 from ..cpu.call import recording
 from ..cpu.replay import Replay, record
-from ..dispatch import fits_cpu
+from ..dispatch import fits_cpu, globally_hooked
 
 __all__ = ["Replays"]
 
 _SIZES = 8  # of inputs that are remembered
 _UNKNOWN = object()
 _HOOKS = [itemgetter(f"_{name}_hooks") for name in ("forward", "forward_pre", "backward", "backward_pre")]
-_GLOBAL_HOOKS = [name for name in vars(nn_module) if name.startswith("_global_") and name.endswith("_hooks")]
 _version, _pointer = attrgetter("_version"), methodcaller("data_ptr")
 
 
@@ -59,7 +57,7 @@ class _State:
         """Whether anything wants to see the modules' calls."""
         own = any(any(map(hooks, self._vars)) for hooks in _HOOKS)
         own = own or any(map(dict.__contains__, self._vars, repeat("forward")))
-        return own or any(vars(nn_module)[name] for name in _GLOBAL_HOOKS)
+        return own or globally_hooked()
 
 
 class Replays:

@@ -54,7 +54,8 @@ def accelerate_training(model: nn.Module) -> nn.Module:
     outputs and gradients stay the same.
 
     Modules of exactly PyTorch's and our classes change their class; :func:`plain` changes it back. Call that before
-    torch.fx traces the network or gradients of gradients are computed (``create_graph=True``), which raise an error.
+    torch.fx traces the network, and before gradients of gradients (``create_graph=True``) or several at once
+    (``is_grads_batched=True``) are computed, all of which raise an error.
     PyTorch's own attention has no second derivatives on a CPU but by ``SDPBackend.MATH``.
     """
     for module in model.modules():

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...attention import CONVS
+from ..dispatch import autocast_dtype
 from ..limits import refuse_fx
 
 __all__ = [
@@ -29,7 +30,6 @@ __all__ = [
 ]
 
 LARGEST = 9  # beyond, the many gradients of a mosaic may take longer than PyTorch's own
-FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class DepthwiseNd(nn.modules.conv._ConvNd):
@@ -42,8 +42,8 @@ class DepthwiseNd(nn.modules.conv._ConvNd):
         fits = weight.requires_grad and x.ndim == weight.ndim and x.device.type == "cpu" and _eager()
         if not (fits and is_depthwise(self)):
             return super().forward(input)
-        if torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")
+        dtype = autocast_dtype(x, weight)
+        if dtype is not None:
             x, weight = x.to(dtype), weight.to(dtype)
         y: Tensor = _Convolve.apply(x, weight)  # pyright: ignore
         return y if bias is None else y + bias.to(y.dtype).view(-1, *(1,) * (y.ndim - 2))
@@ -86,7 +86,9 @@ class _Convolve(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return FUNCTIONS[x.ndim - 2](x, weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+        # Not F.conv2d, which autocast would have round a gradient where it is on in the backward pass alone.
+        ones, zeros, halo = ([n] * (x.ndim - 2) for n in (1, 0, weight.shape[-1] // 2))
+        return torch.convolution(x, weight, None, ones, halo, ones, False, zeros, weight.shape[0])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -122,7 +124,8 @@ def _gradient_of_weight(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 def _planes(x: Tensor) -> Tensor:
     """(B, C, D, H, W) -> (B·D, C, H, W), channels-last, for which PyTorch's gradient is fastest."""
-    return x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    x = x.permute(0, 2, 3, 4, 1).contiguous()
+    return x.view(-1, *x.shape[2:]).movedim(-1, 1)
 
 
 def _mosaic(grad: Tensor, x: Tensor, weight: Tensor, axis: int = 2) -> Tensor:

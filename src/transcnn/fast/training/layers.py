@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cpu.training import pointwise_gradient
-from ..dispatch import fits_cpu, fits_triton
+from ..dispatch import autocast_dtype, fits_cpu, fits_triton
 from ..limits import first_order, refuse_fx
 
 __all__ = [
@@ -37,10 +37,8 @@ class KernelPointwise(nn.Conv2d):
         supported = torch.is_grad_enabled() and input.ndim == 4 and input.shape[1] == self.in_channels
         if not supported or not _pointwise(self):
             return super().forward(input)
-        dtype, device = weight.dtype, input.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            x = x.to(dtype)
+        lower = autocast_dtype(x, weight)
+        dtype, x = (weight.dtype, x) if lower is None else (lower, x.to(lower))
         if x.dtype != dtype or (bias is not None and bias.dtype != weight.dtype):
             return super().forward(input)
         if bias is not None and uses_triton(x):

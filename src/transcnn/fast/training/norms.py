@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...grids import channels_last
 from ..cpu import norms as cpu
-from ..dispatch import fits_cpu, hooked, own_nchw, to_nchw, to_nhwc
+from ..dispatch import fits_cpu, globally_hooked, hooked, own_nchw, to_nchw, to_nhwc
 from ..limits import first_order, refuse_fx
 from .layers import uses_triton
 
@@ -68,16 +68,17 @@ def run_fused(layers: Iterable[nn.Module], x: Tensor, run: Callable[[nn.Module, 
 
 def _fuses(norm: nn.Module, act: nn.Module) -> bool:
     own = type(norm) is KernelGroupNorm or (type(norm) is KernelBatchNorm2d and norm.training)
-    return own and type(act) is nn.SiLU and not act.inplace and not hooked(norm) and not hooked(act)
+    return own and type(act) is nn.SiLU and not act.inplace and not (hooked(norm) or hooked(act) or globally_hooked())
 
 
 def track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, positions: int) -> None:
     """Let a norm's running statistics follow those of a batch of so many positions, (C) both."""
     if not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
         return
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    momentum = 1 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
+    momentum = norm.momentum or 0.0
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        momentum = 1 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
     norm.running_var.lerp_((variance * (positions / (positions - 1))).to(norm.running_var.dtype), momentum)
 
@@ -107,7 +108,8 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d, silu: bool) -> Tensor:
         x = channels_last(x)
-        y, statistics = cpu.batch_norm_forward(x, weight.detach(), bias.detach(), norm.eps, silu)
+        weight, bias = (t.detach().contiguous() for t in (weight, bias))
+        y, statistics = cpu.batch_norm_forward(x, weight, bias, norm.eps, silu)
         track(norm, statistics[0], statistics[2], x.shape[:-1].numel())
         ctx.save_for_backward(x, statistics)
         ctx.silu = silu
@@ -125,7 +127,8 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
         x = channels_last(x)
-        y, statistics = cpu.group_norm_forward(x, weight.detach(), bias.detach(), groups, eps, silu)
+        weight, bias = torch.stack([weight.detach(), bias.detach()])  # which may change before the backward pass
+        y, statistics = cpu.group_norm_forward(x, weight, bias, groups, eps, silu)
         ctx.save_for_backward(x, weight, bias, statistics)
         ctx.silu = silu
         return own_nchw(y)

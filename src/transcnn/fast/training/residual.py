@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...blocks import InvertedResidual
 from ..cpu import training as cpu
 from ..cpu.call import KERNEL_SIZES
-from ..dispatch import fits_cpu, hooked, own_nchw
+from ..dispatch import fits_cpu, globally_hooked, hooked, own_nchw
 from ..limits import first_order, refuse_fx
 from .depthwise import KernelDepthwise, is_depthwise
 from .layers import uses_triton
@@ -40,7 +40,8 @@ class KernelInvertedResidual(InvertedResidual):
         if mask is not None or x.ndim != 4:
             return super().forward(x, mask)
         if not (self.training and torch.is_grad_enabled() and self._matches_pattern()):
-            return super().forward(x) if any(map(hooked, self.children())) else run_fused(self._each(), x)
+            seen = globally_hooked() or any(map(hooked, self.children()))
+            return super().forward(x) if seen else run_fused(self._each(), x)
         before, (norm1, act1, conv, norm2, act2) = self._layers()
         e = before(x)
         if uses_triton(e):
@@ -72,7 +73,11 @@ class KernelInvertedResidual(InvertedResidual):
         )
         matches = matches and all(type(act) is nn.SiLU for act in (act1, act2))
         matches = matches and type(conv) in (nn.Conv2d, KernelDepthwise) and is_depthwise(conv) and conv.bias is None
-        return matches and conv.kernel_size[0] in KERNEL_SIZES and not any(map(hooked, self.modules()))
+        return (
+            matches
+            and conv.kernel_size[0] in KERNEL_SIZES
+            and not (globally_hooked() or any(map(hooked, self.modules())))
+        )
 
 
 def _fits_training(e: Tensor) -> bool:
@@ -143,7 +148,7 @@ def _statistics(
 ) -> _Statistics:
     """BatchNorm's statistics from sums of x and of its square; updates its running statistics."""
     if norm is None or sums is None:
-        zero = torch.zeros(x.shape[3])
+        zero = x.new_zeros(x.shape[3], dtype=torch.float32)
         return _Statistics(zero, zero + 1, zero + 1, zero)
     positions = x.shape[:3].numel()
     mean, square = sums.sum(0) / positions
