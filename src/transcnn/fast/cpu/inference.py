@@ -63,14 +63,17 @@ class Packed:
 
     def __call__(self, *weights: Tensor | None) -> Any:
         """What ``make(*weights)`` gives."""
-        if any(w is not None and w.is_inference() for w in weights):
-            return self._make(*weights)
         cached = self._cached
-        if cached is None or not all(map(_unchanged, cached[0], weights)):
+        if cached is not None and all(map(_unchanged, cached[0], weights)):
+            return cached[1]
+        versions = None
+        if not any(w is not None and w.is_inference() for w in weights):
             # References to the tensors keep their memory from being used by others, with the same address.
             versions = [None if w is None else (w.detach(), w._version) for w in weights]
-            cached = self._cached = versions, self._make(*weights)
-        return cached[1]
+        made = self._make(*weights)
+        if versions is not None:
+            self._cached = versions, made
+        return made
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Packed, (self._make,)  # a copy packs its own
@@ -80,7 +83,8 @@ def _unchanged(cached: tuple[Tensor, int] | None, weight: Tensor | None) -> bool
     if cached is None or weight is None:
         return cached is weight
     tensor, version = cached
-    return weight.data_ptr() == tensor.data_ptr() and weight.dtype == tensor.dtype and weight._version == version
+    same = weight.data_ptr() == tensor.data_ptr() and weight.dtype == tensor.dtype and not weight.is_inference()
+    return same and weight._version == version
 
 
 def in_fp32(*weights: Tensor) -> tuple[Tensor, ...]:
