@@ -49,6 +49,25 @@ def test_layers(inputs, outputs, bias, kind):
     assert called == {"pointwise_gradient": 1}
 
 
+@pytest.mark.parametrize("stride", [2, (1, 3)])
+@pytest.mark.parametrize("channels", [1, 3, 15])
+def test_few_channels_with_a_stride(channels, stride):
+    """PyTorch's gradient may write past the end of its memory, so what it is asked for is looked at, and not tried."""
+    exact = nn.Conv2d(channels, 8, 1, stride).double()
+    ours = accelerate_training(copy.deepcopy(exact).float().to(memory_format=torch.channels_last))
+    other = torch.randn(2, channels, 9, 12, dtype=torch.double, requires_grad=True)
+    x = other.detach().float().contiguous(memory_format=torch.channels_last).requires_grad_()
+    y, expected = ours(x), exact(other)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        y.sum().backward()
+    expected.sum().backward()
+    (call,) = [event for event in profile.events() if event.name == "aten::convolution_backward"]
+    assert call.concrete_inputs[4] == [1, 1]  # the stride
+    found = y.detach(), x.grad, ours.weight.grad, ours.bias.grad
+    wanted = expected.detach(), other.grad, exact.weight.grad, exact.bias.grad
+    assert all(a.shape == b.shape and error(a, b) <= 1e-6 for a, b in zip(found, wanted, strict=True))
+
+
 def test_not_a_number_stays_where_it_is():
     x, grad = torch.randn(300, 32), torch.randn(300, 16)
     x[270, 5], grad[3, 2] = torch.nan, torch.inf

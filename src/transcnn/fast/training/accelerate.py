@@ -12,7 +12,14 @@ from ...errors import UserError
 from ..inference.entry import InferenceOnly
 from .attention import KernelHMHSA, KernelHMHSA1d, KernelHMHSA3d
 from .depthwise import KernelDepthwise, KernelDepthwise1d, KernelDepthwise3d, gains_depthwise
-from .layers import KernelPointwise, KernelPointwise3d, is_pointwise, is_pointwise3d
+from .layers import (
+    KernelPointwise,
+    KernelPointwise3d,
+    KernelStridedPointwise,
+    is_pointwise,
+    is_pointwise3d,
+    is_strided_pointwise,
+)
 from .local import KernelLocalStep
 from .norms import KernelBatchNorm2d, KernelGroupNorm
 from .residual import KernelInvertedResidual
@@ -34,6 +41,7 @@ FASTER: dict[type[nn.Module], type[nn.Module]] = {
 # Of a convolution it depends on its shape.
 FASTER_CONVS: list[tuple[type[nn.Module], type[nn.Module], Callable[[nn.Module], bool]]] = [
     (nn.Conv2d, KernelPointwise, is_pointwise),
+    (nn.Conv2d, KernelStridedPointwise, is_strided_pointwise),
     (nn.Conv3d, KernelPointwise3d, is_pointwise3d),
     (nn.Conv1d, KernelDepthwise1d, gains_depthwise),
     (nn.Conv2d, KernelDepthwise, gains_depthwise),
@@ -52,6 +60,9 @@ def accelerate_training(model: nn.Module) -> nn.Module:
     the merging of tokens. Images must be channels-last (``model.to(memory_format=torch.channels_last)``, and the images
     as well), and volumes are best so (``torch.channels_last_3d``). Parameters, state dict, hooks and, up to rounding,
     outputs and gradients stay the same.
+
+    A strided 1x1 convolution of fewer than 16 channels (in RepVGG, MobileOne and FastViT) becomes
+    :class:`.layers.KernelStridedPointwise`, for PyTorch's gradient may overwrite other memory on a CPU.
 
     Modules of exactly PyTorch's and our classes change their class; :func:`plain` changes it back. Call that before
     torch.fx traces the network, and before gradients of gradients (``create_graph=True``) or several at once

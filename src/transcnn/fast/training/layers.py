@@ -15,11 +15,14 @@ from ..limits import first_order, refuse_fx
 __all__ = [
     "KernelPointwise",
     "KernelPointwise3d",
+    "KernelStridedPointwise",
     "is_pointwise",
     "is_pointwise3d",
+    "is_strided_pointwise",
     "uses_triton",
 ]
 
+FEW_CHANNELS = 16  # oneDNN computes as many at a time
 MIN_NUMEL = 2**23  # of a map; below, launching these kernels takes longer than they save
 
 
@@ -78,6 +81,22 @@ class _Pointwise(torch.autograd.Function):
         return dx, dweight, None if dbias is None else dbias.to(of_bias)
 
 
+class KernelStridedPointwise(nn.Conv2d):
+    """A 1x1 convolution of few channels with a stride, as of images in RepVGG, (B, C, H, W) -> (B, C', H', W').
+
+    On a CPU it convolves the positions that it keeps, taken beforehand. PyTorch's own gradient of its weight, in
+    channels-last memory, writes past the end of an array (oneDNN issue 6035): the process crashes, at best.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        refuse_fx(input)
+        if input.device.type != "cpu":
+            return super().forward(input)
+        down, right = self.stride
+        return F.conv2d(input[..., ::down, ::right], self.weight, self.bias)
+
+
 class KernelPointwise3d(nn.Conv3d):
     """A 1x1x1 convolution that is one product, (B, C, D, H, W) -> (B, C', D, H, W).
 
@@ -103,6 +122,14 @@ def is_pointwise3d(module: nn.Module) -> bool:
 def is_pointwise(module: nn.Module) -> bool:
     """Whether :class:`KernelPointwise` can take the place of this module."""
     return type(module) is nn.Conv2d and _pointwise(module)
+
+
+def is_strided_pointwise(module: nn.Module) -> bool:
+    """Whether :class:`KernelStridedPointwise` takes the place of this module."""
+    if type(module) is not nn.Conv2d or module.in_channels >= FEW_CHANNELS:
+        return False
+    unpadded = module.padding in ((0, 0), "valid")
+    return module.kernel_size == (1, 1) and module.stride != (1, 1) and module.groups == 1 and unpadded
 
 
 def _pointwise(conv: nn.modules.conv._ConvNd) -> bool:
