@@ -38,6 +38,7 @@ from transcnn.data.sources.opening import open_source
 from transcnn.data.sources.source import Source, read_class_names, split_stratified
 from transcnn.data.transforms.classify import channel_stats, eval_transform, train_transform
 from transcnn.errors import UserError
+from transcnn.settings import Augment
 from transcnn.tasks.classify import Classify
 
 
@@ -502,6 +503,27 @@ def test_images_that_are_not_taken_as_they_lie_are_told(
     open_splits(str(data))
     assert said in caplog.text
     assert bool(caplog.text) == bool(said)
+
+
+def test_files_that_say_no_split_beside_others_that_do_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("train-0.parquet", "dev.parquet"):
+        write_parquet(tmp_path / name, parquet_rows(6))
+    source = open_source(str(tmp_path)).train
+    assert source is not None
+    assert len(source) == 12
+    assert "that of 'dev.parquet' says neither, and is learnt from" in caplog.text
+
+
+def test_augmentation_that_no_policy_reads_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    config = {"mean": [0.5], "std": [0.5], "interpolation": "bicubic", "crop_pct": 1.0}
+    splits = open_splits()
+    for side, unread in ((32, "scale=(0.2, 1.0) has no effect: imagenet reads it"), (96, "degrees=9.0 has no effect")):
+        caplog.clear()
+        Classify.loaders(splits, {**config, "input_size": [1, side, side]}, Augment(scale=(0.2, 1.0), degrees=9.0), {})
+        assert unread in caplog.text
+        assert len(caplog.records) == 1
 
 
 def test_class_names_in_a_file_may_begin_with_a_mark_of_byte_order(tmp_path: Path) -> None:

@@ -108,6 +108,19 @@ def test_an_image_may_come_in_any_form(classifier, photo, opened):
         assert classifier.predict(one).error is None
 
 
+def test_an_image_that_is_nearly_black_for_its_range_is_told_once(small, monkeypatch, caplog):
+    monkeypatch.setattr(small, "_told_of_dark", False)
+    small.predict([np.full((9, 9), value, np.uint16) for value in (200, 60_000)])
+    assert not caplog.text
+    small.predict([np.full((9, 9), 4000, np.uint16)] * 3)
+    assert caplog.text.count("far below the 65535 of 16 bits, which this network sees as nearly black") == 1
+    caplog.clear()
+    monkeypatch.setitem(small.preprocessing, "pixel_range", (0, 4095))
+    monkeypatch.setattr(small, "_told_of_dark", False)
+    small.predict(np.full((9, 9), 4000, np.uint16))
+    assert not caplog.text
+
+
 def test_one_gives_one_and_several_give_a_list(classifier, photo):
     array = np.asarray(Image.open(photo))
     for one in (photo, array, torch.zeros(3, 8, 8)):

@@ -222,6 +222,16 @@ def test_what_cannot_be_used_is_left_out_counted_and_listed(data, tmp_path, no_r
     assert reasons["99.png"] == "a label map without an image"
 
 
+def test_masks_with_soft_edges_are_told(tmp_path, caplog):
+    folder = make_data(tmp_path / "d", {"train": 3}, names=None)
+    open_splits(str(folder))
+    assert "soft edges" not in caplog.text
+    soft = Image.fromarray(np.repeat(np.linspace(0, 255, 72).round().astype(np.uint8)[None], 60, 0))
+    soft.save(folder / "labels" / "train" / "00.png")
+    assert len(open_splits(str(folder)).class_names) > 200
+    assert "as masks of 0 and 255 with soft edges do" in caplog.text
+
+
 def test_of_files_of_one_stem_the_one_left_out_is_listed(tmp_path):
     folder = make_data(tmp_path / "d", {"train": 3, "val": 1})
     Image.open(folder / "images" / "train" / "00.jpg").save(folder / "images" / "train" / "00.png")

@@ -118,6 +118,13 @@ def test_names_are_read_as_they_are_written(tmp_path):
         assert open_splits(str(tmp_path)).class_names == ["no", "007", "1.50", "null"]
 
 
+def test_classes_that_differ_in_case_alone_are_told(tmp_path, caplog):
+    put(tmp_path, "images/train/1.png", "images/val/2.png")
+    (tmp_path / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [cell, Cell]\n")
+    open_splits(str(tmp_path))
+    assert "classes 'cell', 'Cell' differ only in case and are kept apart" in caplog.text
+
+
 def test_a_split_without_any_box_is_not_scored(tmp_path, caplog):
     put(tmp_path, "images/train/1.png", "images/train/2.png")
     put(tmp_path, "images/val/3.png", "images/test/4.png", text=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -18,6 +19,9 @@ from ..errors import UserError, check_range
 from ..report.answers import Detections, Embedding, Failure, Prediction
 
 __all__ = ["Predictor"]
+
+_log = logging.getLogger(__name__)
+DARK = 1 << 13  # of 65535: what instruments of 12 bits and fewer stay below
 
 
 class Predictor(ABC):
@@ -38,6 +42,7 @@ class Predictor(ABC):
     preprocessing: dict[str, Any]
     source: str
     info: dict[str, Any]
+    _told_of_dark = False
 
     def predict(
         self,
@@ -175,6 +180,16 @@ class Predictor(ABC):
                 f"min_score must be from {kept:g}, below which this network keeps nothing, to 1, got {min_score}"
             )
 
+    def _warn_of_dark(self, name: str) -> None:
+        """Say once that an image is nearly black to this network."""
+        if not self._told_of_dark:
+            self._told_of_dark = True
+            _log.warning(
+                "%s holds values far below the 65535 of 16 bits, which this network sees as nearly black; if less is "
+                "white in such images, scale them to 8 bits, or train on them",
+                name,
+            )
+
     def _in_batches(
         self, images: Iterable[ImageInput], batch_size: int, make_input: Any, predict_inputs: Any
     ) -> Iterator[Prediction]:
@@ -189,7 +204,10 @@ class Predictor(ABC):
                 yield _named(next(results), file, reread) if broken is None else Failure(file=file, error=str(broken))
 
         def read(image: ImageInput) -> Any:
-            return make_input(read_input(image, pixel_range))
+            made = read_input(image, pixel_range)
+            if pixel_range is None and _is_dark(made):
+                self._warn_of_dark(input_name(image, 0))
+            return make_input(made)
 
         with closing(read_ahead(images, read, 2 * batch_size)) as found:
             for number, (image, made) in enumerate(found, 1):
@@ -200,6 +218,12 @@ class Predictor(ABC):
                     yield from predictions()
                     inputs, batch = [], []
         yield from predictions()
+
+
+def _is_dark(image: Any) -> bool:
+    """Whether grey values of more than 8 bits were all far below the white of 16 bits."""
+    kind, _, most = image.info.get("values") or ("", 0, 0)
+    return kind in ("i", "u") and 255 < most < DARK
 
 
 def _named(prediction: Prediction, file: str, reread: Any) -> Prediction:

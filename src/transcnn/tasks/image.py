@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,13 +19,21 @@ from ..data.sets.image_dataset import ImageDataset
 from ..data.sets.splits import Splits
 from ..data.sources.files import dense_layout
 from ..data.sources.targets import Classes, Targets
-from ..data.transforms.classify import train_transform
+from ..data.transforms.classify import policy_for, train_transform
 from ..errors import UserError
 from ..settings import Augment, Table, TrainSettings, as_plain
 from .base import Task
 from .inference import ImageInference
 
 __all__ = ["ImageTask"]
+
+_log = logging.getLogger(__name__)
+# Settings of augmentation that only some policies read.
+READ_BY = {
+    **dict.fromkeys(("pad", "degrees", "zoom"), ("small",)),
+    **dict.fromkeys(("scale", "ratio"), ("imagenet",)),
+    **dict.fromkeys(("vflip", "color_jitter", "aa", "reprob"), ("small", "imagenet")),
+}
 
 
 class ImageTask(ImageInference, Task):
@@ -56,6 +66,7 @@ class ImageTask(ImageInference, Task):
         """Loaders that augment the training split as ``augment`` says."""
         in_chans, *size = data_config["input_size"]
         a = augment
+        _warn_of_unread(a, size)
         train = train_transform(
             tuple(size),
             in_chans=in_chans,
@@ -121,3 +132,13 @@ class ImageTask(ImageInference, Task):
         ends = self.augment.size_ends or []
         nth = sum(self.current_epoch >= end * self.epochs for end in ends)
         return None if nth == len(ends) else (self.augment.sizes or [])[nth]
+
+
+def _warn_of_unread(augment: Augment, size: Sequence[int]) -> None:
+    """Log settings that were given and that the policy for images of this size doesn't read."""
+    policy, default = policy_for(augment.policy, size), Augment()
+    for name, policies in READ_BY.items():
+        value = getattr(augment, name)
+        if value and value != getattr(default, name) and policy not in policies:
+            shape, wanted = "x".join(map(str, size)), " or ".join(policies)
+            _log.warning("%s=%s has no effect: %s reads it, images of %s get %s", name, value, wanted, shape, policy)

@@ -23,7 +23,7 @@ from ...errors import UserError
 from ..bands import PixelRange
 from ..images import BrokenImage, read_oriented
 from ..listing import image_names
-from ..names import distinct_names
+from ..names import alike_but_for_case, distinct_names
 from ..sources.annotations import AnnotatedImage, Annotations, align
 from ..sources.coco import find_coco, read_coco
 from ..sources.files import Files, open_files
@@ -83,6 +83,8 @@ def open_splits(
     if channels.mean is not None:  # torchvision's detectors normalise themselves
         args |= {"image_mean": channels.mean, "image_std": channels.std}
     names = distinct_names(found.names[value] for value in ids)
+    for same in alike_but_for_case(names):
+        logger.warning("%s: classes %s differ only in case and are kept apart", data, abbreviate(same))
     return Splits(train, val, sets["test"], names, found.files.name, channels, args)
 
 

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 EXAMINED = 32  # label maps of a split that are looked at for which classes occur
 MAX_CLASSES = 4096  # where values are counted, not named: a stray large one isn't meant as so many classes
+SOFT = range(245, 255)  # the largest value but 255 of masks of 0 and 255 that were smoothed or resized
 MAX_READ = 20_000  # label maps of a split up to which each one's checksum is taken
 VOID = {"void", "unlabelled", "unlabeled", "ignore", "ignored"}  # names that are no class
 
@@ -257,6 +258,14 @@ def _classes(found: PairedFiles, ignore_index: int | None) -> tuple[list[str], I
                 f"label maps of {found.name!r} hold the value {top}, which would make {top + 1} classes; at most "
                 f"{MAX_CLASSES} are possible. If only some values are classes, name them in classes.txt (lines such as "
                 f"'0 background'); --ignore_index leaves one out"
+            )
+        if top in SOFT and 255 in ignored:
+            logger.warning(
+                "%s: label maps hold values up to %d, which are taken for so many classes, and perhaps 255, which is "
+                "ignored, as masks of 0 and 255 with soft edges do; masks of these two values alone can be learnt if "
+                "classes.txt names them (lines such as '0 background' and '255 object')",
+                found.name,
+                top,
             )
         names = {value: str(value) for value in range(top + 1)}
     kept = [value for value in sorted(names) if value not in ignored]

@@ -23,6 +23,7 @@ from .source import (
     number_classes,
     read_class_names,
     split_of_name,
+    warn_of_unsplit,
 )
 
 __all__ = [
@@ -44,6 +45,7 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "cls")
 
 def open_parquet(path: Path, files: list[Path]) -> SourceSplits:
     folder = path if path.is_dir() else path.parent
+    warn_of_unsplit([file.relative_to(folder).as_posix() for file in files], split_of_path, str(path))
     by_split: dict[str, list[Path]] = {}
     for file in files:
         split = split_of_path(file.relative_to(folder).as_posix()) if path.is_dir() else "train"
@@ -53,10 +55,10 @@ def open_parquet(path: Path, files: list[Path]) -> SourceSplits:
     return merge_splits(sources, folder.resolve().name if path.is_dir() else path.stem, str(path))
 
 
-def split_of_path(name: str) -> str:
+def split_of_path(name: str, otherwise: str = "train") -> str:
     """Which split a file is of: train-00000.parquet, train/0000.parquet and data/train-00000.parquet are of train."""
     folder, _, file = name.rpartition("/")
-    return split_of_name(file, split_of_name(folder.rpartition("/")[2]))
+    return split_of_name(file, split_of_name(folder.rpartition("/")[2], otherwise))
 
 
 def _parquet_split(files: list[Path], folder: Path, names: list[str] | None) -> Source | None:

@@ -21,7 +21,17 @@ from ...errors import UserError, require
 from ..images import read_image
 from .parquet import ImageColumn, feature_names, find_columns, label_values, split_of_path
 from .remote import Expected, RemoteFolder, translate_errors
-from .source import SPLITS, Source, SourceSplits, abbreviate, first_line, merge_splits, split_of_name, with_progress
+from .source import (
+    SPLITS,
+    Source,
+    SourceSplits,
+    abbreviate,
+    first_line,
+    merge_splits,
+    split_of_name,
+    warn_of_unsplit,
+    with_progress,
+)
 
 __all__ = ["open_remote_parquet"]
 
@@ -42,6 +52,7 @@ def open_remote_parquet(url: str) -> SourceSplits:
     remote = RemoteFolder(folder if single else url)
     found = _find(remote, last if single else None)
     remote.expect(found)
+    warn_of_unsplit(found, split_of_path, url)
     with ThreadPoolExecutor(MAX_CONCURRENT) as pool:
         asked = pool.map(lambda name: _label_column(remote, name), found)
         tables = with_progress(asked, "asking for labels", len(found) > MAX_CONCURRENT, len(found))

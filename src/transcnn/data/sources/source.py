@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,9 @@ __all__ = [
     "read_class_names",
     "split_of_name",
 ]
-__all__ += ["first_reasons", "merge_splits", "number_classes", "split_stratified", "with_progress"]
+__all__ += ["first_reasons", "merge_splits", "number_classes", "split_stratified", "warn_of_unsplit", "with_progress"]
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -142,6 +145,18 @@ def split_of_name(name: str, otherwise: str = "train") -> str:
     """The split that a file's name says: train-00000-of-00002.parquet is of train; ``otherwise`` where it says none."""
     words = re.split(r"[^a-z]+", name.lower())
     return next((split for split, synonyms in SPLITS.items() if any(word in synonyms for word in words)), otherwise)
+
+
+def warn_of_unsplit(files: Iterable[str], split_of: Callable[[str, str], str], what: str) -> None:
+    """Log the files that are of train for want of a word in their names, where the names of others say a split."""
+    said = {file: split_of(file, "") for file in files}
+    unsaid = [file for file, split in said.items() if not split]
+    if 0 < len(unsaid) < len(said):
+        logger.warning(
+            "%s: names of files say train, val or test; that of %s says neither, and is learnt from",
+            what,
+            abbreviate(unsaid),
+        )
 
 
 def read_class_names(folder: Path) -> list[str] | None:

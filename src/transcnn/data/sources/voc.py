@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 from ..images import BrokenImage
 from ..listing import is_image_name
+from ..names import normalise
 from .annotations import AnnotatedImage, Annotations
 from .source import SPLITS, abbreviate, first_line
 
@@ -112,7 +113,7 @@ class _ByPath:
 def _read_item(root: Any, file: str, labels: dict[str, int], broken: list[tuple[str, str]]) -> AnnotatedImage:
     item = AnnotatedImage(file, size=_size(root))
     for thing in root.iter("object"):
-        name = thing.findtext("name").strip()
+        name = normalise(thing.findtext("name").strip())
         x1, y1, x2, y2 = (float(thing.find("bndbox").findtext(tag)) for tag in ("xmin", "ymin", "xmax", "ymax"))
         difficult = thing.findtext("difficult", "0").strip() == "1"  # neither learnt nor scored, as a crowd
         label = labels.setdefault(name, len(labels))

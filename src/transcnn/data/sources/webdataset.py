@@ -28,6 +28,7 @@ from .source import (
     number_classes,
     read_class_names,
     split_of_name,
+    warn_of_unsplit,
 )
 
 __all__ = ["ShardContents", "open_shards", "read_shard"]
@@ -103,6 +104,8 @@ def open_shards(pattern: str) -> SourceSplits:
     read by their offset, so that shuffling is complete and each sample comes exactly once an epoch.
     """
     files = _expand(pattern)
+    if os.path.isdir(pattern):
+        warn_of_unsplit([os.path.basename(file) for file in files], split_of_name, pattern)
     by_split: dict[str, list[str]] = {}
     for file in files:
         by_split.setdefault(split_of_name(os.path.basename(file)) if os.path.isdir(pattern) else "train", []).append(

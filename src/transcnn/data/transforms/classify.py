@@ -35,7 +35,7 @@ from ..images import MAX_ASPECT_RATIO, crop_extreme_aspect, to_channels
 from ..rng import CounterRNG, seeded
 from .pixels import check_colours, to_pixels
 
-__all__ = ["Transform", "eval_transform", "train_transform"]
+__all__ = ["Transform", "eval_transform", "policy_for", "train_transform"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -93,8 +93,7 @@ def train_transform(
     mean, std = channel_stats(mean, in_chans), channel_stats(std, in_chans, alpha=0.5)
     check_colours(in_chans, bands, aa=aa, color_jitter=color_jitter)
     _check_train(policy, in_chans, aa, re_mode, hflip=hflip, vflip=vflip, re_prob=re_prob)
-    if policy == "auto":
-        policy = "small" if max(size) <= SMALL else "imagenet"
+    policy = policy_for(policy, size)
     erase = Finish(mean, std, re_prob=re_prob, re_mode=re_mode, re_count=re_count)
     if policy == "imagenet":
         drawn: Any = dict(
@@ -117,6 +116,11 @@ def train_transform(
     finish = replace(erase, pad=pad, hflip=hflip, vflip=vflip, degrees=degrees, zoom=zoom)
     per_image = _per_image(size, mean, aa, color_jitter)
     return Transform(size, in_chans, prepare, finish, per_image=per_image, key=key, bands=bands)
+
+
+def policy_for(policy: str, size: Sequence[int]) -> str:
+    """``small``, ``imagenet`` or ``none``: what images of this size get where the policy is ``auto``."""
+    return ("small" if max(size) <= SMALL else "imagenet") if policy == "auto" else policy
 
 
 def eval_transform(
