@@ -18,11 +18,19 @@ from transcnn.errors import UserError
 from transcnn.fast import accelerate_training
 from transcnn.fast.cpu import norms as cpu
 from transcnn.fast.cpu import support
+from transcnn.fast.training import norms
 from transcnn.fast.training.norms import run_fused
 
 pytestmark = pytest.mark.skipif(not support.supports(torch.float32), reason="needs the kernels")
 DTYPES = [torch.float32, torch.bfloat16][: 1 + support.supports(torch.bfloat16)]
 BOUNDS = {torch.float32: 4e-6, torch.bfloat16: 6e-3, torch.float64: 1e-5}  # relative to the largest number
+
+
+@pytest.fixture(autouse=True)
+def small_maps(request, monkeypatch) -> None:
+    """The kernels also where PyTorch takes less time."""
+    if request.node.name != "test_kernels_take_large_maps_alone":
+        monkeypatch.setattr(norms, "_gains", lambda *_: True)
 
 
 def near(ours: Tensor, exact: Tensor, bound: float | None = None) -> bool:
@@ -122,6 +130,22 @@ def test_an_activation_in_place_and_a_sum_in_place_after_a_norm(norm, kind):
     y.square().sum().backward()
     assert x.grad is not None
     assert x.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_kernels_take_large_maps_alone():
+    large, small = (torch.randn(1, 16, side, 128).contiguous(memory_format=torch.channels_last) for side in (128, 127))
+    batch, group = (accelerate_training(norm) for norm in (nn.BatchNorm2d(16), nn.GroupNorm(1, 16)))
+    for x, silu, fp32, bf16 in (
+        (small, [], 0, 0),
+        (large, [], 1, 2),
+        (small, [nn.SiLU()], 0, 0),
+        (large, [nn.SiLU()], 2, 2),
+    ):
+        for dtype, expected in zip(DTYPES, (fp32, bf16), strict=False):
+            with counted() as called:
+                run_fused([batch, *silu], x.to(dtype))
+                run_fused([group, *silu], x.to(dtype))
+            assert sum(called.values()) == expected
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d(16), nn.GroupNorm(2, 16)], ids=repr)

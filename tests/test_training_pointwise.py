@@ -46,7 +46,7 @@ def test_layers(inputs, outputs, bias, kind):
     ours = accelerate_training(copy.deepcopy(plain))
     with counted() as called:
         check(plain, ours, (3, inputs, 13, 17), kind)
-    assert called == {"pointwise_gradient": 1}
+    assert called == ({"pointwise_gradient": 1} if kind == "fp32" else {})
 
 
 @pytest.mark.parametrize("stride", [2, (1, 3)])

@@ -29,8 +29,8 @@ MIN_NUMEL = 2**23  # of a map; below, launching these kernels takes longer than 
 class KernelPointwise(nn.Conv2d):
     """A 1x1 convolution, (B, C, H, W) -> (B, C', H, W).
 
-    On a GPU the bias is added in the product's epilogue. On a CPU the weight's gradient is a kernel's, which takes a
-    fifth less time than PyTorch's in bf16.
+    On a GPU the bias is added in the product's epilogue. On a CPU and in fp32 the weight's gradient is a kernel's, with
+    which a network's step takes 3 to 10 % less time; in bf16 it would take as long as PyTorch's.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class KernelPointwise(nn.Conv2d):
         return super().forward(input)
 
     def _fits_cpu(self, x: Tensor) -> bool:
-        return fits_cpu(x, self.in_channels, self.out_channels, gemm=False)
+        return x.dtype == torch.float32 and fits_cpu(x, self.in_channels, self.out_channels, gemm=False)
 
 
 class _Pointwise(torch.autograd.Function):

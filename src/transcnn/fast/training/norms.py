@@ -20,6 +20,7 @@ from .layers import uses_triton
 
 __all__ = ["KernelBatchNorm2d", "KernelGroupNorm", "run_fused", "track"]
 
+MIN_NUMEL = 2**18  # of a map on a CPU; below, calling these kernels takes longer than they save
 Norm = nn.BatchNorm2d | nn.GroupNorm
 
 
@@ -36,7 +37,7 @@ class KernelBatchNorm2d(nn.BatchNorm2d):
             from ..triton.autograd import batch_norm
 
             return batch_norm(input, self)
-        return _batch_norm(self, input, silu=False) if _fits(self, input) else super().forward(input)
+        return _batch_norm(self, input, silu=False) if _fits(self, input, silu=False) else super().forward(input)
 
 
 class KernelGroupNorm(nn.GroupNorm):
@@ -45,7 +46,7 @@ class KernelGroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, *S) -> (B, C, *S)."""
         refuse_fx(input)
-        return _group_norm(self, input, silu=False) if _fits(self, input) else super().forward(input)
+        return _group_norm(self, input, silu=False) if _fits(self, input, silu=False) else super().forward(input)
 
 
 def _call(layer: nn.Module, x: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ def run_fused(layers: Iterable[nn.Module], x: Tensor, run: Callable[[nn.Module, 
     waiting = list(layers)
     while waiting:
         layer = waiting.pop(0)
-        if waiting and _fuses(layer, waiting[0]) and _fits(layer, x):  # pyright: ignore
+        if waiting and _fuses(layer, waiting[0]) and _fits(layer, x, silu=True):  # pyright: ignore
             waiting.pop(0)
             kernel = _batch_norm if isinstance(layer, nn.BatchNorm2d) else _group_norm
             x = kernel(layer, x, silu=True)  # pyright: ignore
@@ -83,10 +84,16 @@ def track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, positions: int) 
     norm.running_var.lerp_((variance * (positions / (positions - 1))).to(norm.running_var.dtype), momentum)
 
 
-def _fits(norm: Norm, x: Tensor) -> bool:
-    """Whether the C++ kernels train this norm on maps like this one."""
+def _gains(norm: Norm, x: Tensor, silu: bool) -> bool:
+    """Whether the C++ kernels take less time than PyTorch, with a SiLU after the norm or alone."""
+    slow = isinstance(norm, nn.GroupNorm) and x.dtype == torch.float32 and not silu
+    return x.numel() >= MIN_NUMEL and not slow
+
+
+def _fits(norm: Norm, x: Tensor, silu: bool) -> bool:
+    """Whether the C++ kernels train this norm on maps like this one, and faster than PyTorch."""
     weight, bias = norm.weight, norm.bias
-    if weight is None or bias is None or not torch.is_grad_enabled() or x.ndim < 4:
+    if weight is None or bias is None or not torch.is_grad_enabled() or x.ndim < 4 or not _gains(norm, x, silu):
         return False
     fits = weight.dtype == bias.dtype == torch.float32 and weight.device.type == "cpu"
     if not (fits and fits_cpu(x, x.shape[1], gemm=False) and x.shape[1] == len(weight)):
