@@ -59,7 +59,7 @@ def accelerate_training(model: nn.Module) -> nn.Module:
     images; on a GPU the attention inside grids and, for large maps, the same fused layers, BatchNorm, 1x1 convolutions
     with a bias and the merging of tokens. Images must be channels-last
     (``model.to(memory_format=torch.channels_last)``, and the images as well), and volumes are best so
-    (``torch.channels_last_3d``). Parameters, state dict, hooks and, up to rounding, outputs and gradients stay the same.
+    (``torch.channels_last_3d``). Parameters, state dict and hooks stay the same, outputs and gradients up to rounding.
 
     A strided 1x1 convolution of fewer than 16 channels (in RepVGG, MobileOne and FastViT) becomes
     :class:`.layers.KernelStridedPointwise`, for PyTorch's gradient may overwrite other memory on a CPU.
