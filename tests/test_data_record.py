@@ -12,10 +12,13 @@ import pytest
 from PIL import Image
 
 from transcnn.commands.train import train
-from transcnn.data.sets.classify import open_splits
+from transcnn.data.sets.classify import open_set, open_splits
+from transcnn.data.sets.detect import open_set as detect_set
 from transcnn.data.sets.detect import open_splits as open_detect
+from transcnn.data.sets.segment import open_set as segment_set
 from transcnn.data.sets.segment import open_splits as open_segment
 from transcnn.errors import UserError
+from transcnn.settings import Table
 from transcnn.training.data_record import check_unchanged, keep_split, read_record, record_of, write_record
 
 QUICK: dict[str, Any] = dict(model="transcnn_test", img_size=16, batch_size=4, precision="32", accelerator="cpu")
@@ -89,9 +92,35 @@ def test_what_was_held_back_stays_so(began, class_image):
     assert len(splits.train) == 26
     assert [splits.val.labels[i] == int(splits.val.name(i)[6]) for i in range(4)] == [True] * 4
     assert not splits.val.replace
+    scored = open_set(str(folder), "val", val_fraction=0.2, class_names=["class_1", "class_0"], held=held)
+    assert {scored.name(i) for i in range(len(scored))} == held
+    assert [label == 1 - int(scored.name(i)[6]) for i, label in enumerate(scored.labels)] == [True] * 4
+    assert len(open_set(str(folder), "train", val_fraction=0.2, held=held)) == 26
+    assert len(open_set(str(folder), "val", val_fraction=0.4, held={"gone.png"})) == 12
     changes = check_unchanged(record, record_of(splits), accept=True)
     assert len(changes) == 1
     assert changes[0].startswith("train with the new 'class_0/100.png'")
+
+
+def test_new_images_of_a_group_that_was_held_back_are_not_learnt_from(make_class_folder):
+    folder = make_class_folder(classes=2, per_class=10)
+    rows = [f"class_{i % 2}/{i // 2:03}.png,{i % 2},{i // 4}" for i in range(20)]
+    table = folder / "labels.csv"
+
+    def opened(count: int) -> Any:
+        table.write_text("\n".join(["file,label,patient", *rows[:count]]))
+        return open_splits(str(table), val_fraction=0.25, table=Table(group="patient"))
+
+    record, splits = record_of(opened(18)), opened(20)  # the last patient had two images of four
+    patient = {row.split(",")[0]: row.split(",")[2] for row in rows}
+    assert keep_split(record, splits)
+    train, val = ({patient[part.name(i)] for i in range(len(part))} for part in (splits.train, splits.val))
+    assert not train & val
+    assert val == {patient[name] for name, *_ in record["splits"]["val"]["files"]}
+    record["splits"]["val"]["files"] = [[rows[16].split(",")[0], 0, 1]]  # one of the patient's four
+    splits = opened(20)
+    assert keep_split(record, splits)
+    assert len(splits.val) == 4
 
 
 def test_a_run_that_goes_on_refuses_changed_data_unless_told(make_class_folder, tmp_path, class_image, no_report):
@@ -140,6 +169,10 @@ def test_boxes_and_label_maps_count_as_labels_and_are_held_back_too(tmp_path):
         assert len(opened.train) == 20 - len(held)
         assert opened.train.replace
         assert not opened.val.replace
+        names, ids = opened.class_names, opened.task_args["label_ids"]
+        known = {"class_names": names} if record is detect else {"class_names": names, "label_ids": ids}
+        scored = (detect_set if record is detect else segment_set)(str(tmp_path), "val", **known, held=held)
+        assert {scored.name(i) for i in range(len(scored))} == held
     sheet["annotations"][3]["bbox"] = [1, 2, 9, 8]
     (tmp_path / "annotations" / "train.json").write_text(json.dumps(sheet))
     opened = open_detect(str(tmp_path))

@@ -22,11 +22,13 @@ from transcnn.commands.predict import FEW, predict
 from transcnn.commands.train import train
 from transcnn.data.images import read_image
 from transcnn.data.paths import find_images
+from transcnn.data.sets.classify import open_splits
 from transcnn.dense.build import build_network
 from transcnn.errors import UserError
 from transcnn.plugging.build import build_model
 from transcnn.plugging.cost import describe
 from transcnn.tasks import get_task
+from transcnn.training.data_record import record_of, write_record
 from transcnn.variants import PAPER_TOP1, VARIANTS, create_model
 
 
@@ -97,6 +99,23 @@ def test_eval_leaves_broken_files_out_and_lists_them(run, class_folder):
     assert rows[1][0].endswith("000.png")
     with pytest.raises(UserError, match=r"000\.png"):
         evaluate(str(run), str(class_folder), accelerator="cpu", strict_data=True, quiet=True)
+
+
+def test_eval_scores_what_the_run_held_back_whatever_the_data_is_now(run, class_folder, class_image, tmp_path, capsys):
+    loaded = load(run)
+    settings = {"data": str(class_folder), "val_fraction": 0.25, "seed": 0}
+    save_weights(run / "best.safetensors", loaded.model, {**loaded.info, "settings": settings})
+    began = open_splits(str(class_folder), val_fraction=0.25)
+    write_record(run, record_of(began))
+    names = {began.val.name(i) for i in range(len(began.val))}
+    for i in range(100, 108):
+        class_image(0, i).save(class_folder / "class_0" / f"{i}.png")
+    metrics = evaluate(str(run), accelerator="cpu")
+    assert (metrics["split"], metrics["images"]) == ("val", len(names))
+    assert "learnt from" not in capsys.readouterr().err
+    shutil.copytree(class_folder, tmp_path / "moved")
+    assert evaluate(str(run), str(tmp_path / "moved"), accelerator="cpu")["images"] == 32
+    assert "18 of these 32 images have names and sizes of images that the run learnt from" in capsys.readouterr().err
 
 
 def test_eval_says_which_part_it_took(run, split_folder):

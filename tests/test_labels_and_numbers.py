@@ -176,6 +176,12 @@ def test_the_threshold_is_that_of_the_best_f1(pairs):
     assert f1[found] == pytest.approx(max(f1.values()))
 
 
+def test_thresholds_may_be_as_small_as_probabilities():
+    scores = np.array([[1e-9], [3e-9], [2e-9]], np.float32)
+    [found] = best_thresholds(scores, np.array([[0], [1], [0]], np.float32))
+    assert found == pytest.approx(2.5e-9)
+
+
 def scored(task: Any, halves: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The scores of a task after these batches, out of training."""
     monkeypatch.setattr(type(task), "trainer", SimpleNamespace(testing=True), raising=False)

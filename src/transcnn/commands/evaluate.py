@@ -17,6 +17,7 @@ from ..distributed.runtime import PRECISIONS, check_accelerator, choose_precisio
 from ..errors import MAX_SEED, MAX_SIDE, UserError, check_range
 from ..tasks import get_task
 from ..text import printable
+from ..training.data_record import names_and_sizes
 from ..training.evaluation import measure, say_what_is_off, write_results
 
 __all__ = ["evaluate"]
@@ -61,7 +62,7 @@ def evaluate(
         images: Of a table of files: the folder that they are relative to; without it, the table's own.
         target: Of a table: its columns of labels; without it, those that the network learnt from.
         split: The split to score on; auto is the test split, else the validation split (of data that a run was trained
-            on, the one that it held back), else everything.
+            on, the images that it held back), else everything.
         batch_size: Images at a time, of all processes together, as for transcnn train.
         img_size: Another size than the network was trained at; not to segment or detect.
         precision: Arithmetic; 32 is exact, auto is bf16 where the CPU has it. Without it, what the run was scored
@@ -102,10 +103,10 @@ def evaluate(
         views = _set_views(loaded, window=window, flip=flip)
         chosen = _data_of(loaded, checkpoint, data)
         _set_table(loaded, chosen, images, target)
-        held_back = _held_back(loaded, val_fraction, seed)
+        held_back = _held_back(loaded, chosen, val_fraction, seed)
         part = first_here(lambda: _open(loaded, chosen, split, **held_back, strict=strict_data))
         if not quiet:
-            _say_if_learnt(loaded, chosen, part.split or split)
+            _say_if_learnt(loaded, chosen, part, part.split or split)
         folder = Path(out) if out else Path(checkpoint) / "eval" if Path(checkpoint).is_dir() else None
         if folder is not None:
             first_decides(partial(make_folder, folder, "metrics.json"))
@@ -173,21 +174,30 @@ def _data_of(loaded: Loaded, checkpoint: StrPath, data: StrPath | None) -> str |
     return chosen
 
 
-def _say_if_learnt(loaded: Loaded, data: str | None, split: str) -> None:
-    if loaded.learnt_from(data) and split in ("train", "all") and rank() == 0:
-        print(
-            f"transcnn: the run learnt from these images ({split}): scores of new ones are lower",
-            file=sys.stderr,
-        )
+def _say_if_learnt(loaded: Loaded, data: str | None, part: Any, split: str) -> None:
+    """A line on standard error where a run learnt from the images that are scored, or seems to have."""
+    if rank() > 0:
+        return
+    if loaded.learnt_from(data) and split in ("train", "all"):
+        line = f"the run learnt from these images ({split}): scores of new ones are lower"
+        print(f"transcnn: {line}", file=sys.stderr)
+    elif learnt := names_and_sizes(Path(loaded.source).parent, "train"):
+        entries = (part.entry(i) for i in range(len(part)))
+        if count := sum(learnt.get(name) == size > 0 for name, _, size in entries):
+            line = f"{count:,} of these {len(part):,} images have names and sizes of images that the run learnt from"
+            print(f"transcnn: {line}: if they are the same, scores of new ones are lower", file=sys.stderr)
 
 
-def _held_back(loaded: Loaded, val_fraction: float | None, seed: int | None) -> dict[str, Any]:
-    """What a validation split is held back by: what was given, else what the run had."""
+def _held_back(loaded: Loaded, data: str | None, val_fraction: float | None, seed: int | None) -> dict[str, Any]:
+    """What a validation split is held back by: what was given, else what the run had, those very images if known."""
     trained = loaded.info.get("settings") or {}
-    return {
+    found: dict[str, Any] = {
         "val_fraction": trained.get("val_fraction", 0.1) if val_fraction is None else val_fraction,
         "seed": trained.get("seed", 0) if seed is None else seed,
     }
+    if val_fraction is None and seed is None and loaded.learnt_from(data):
+        found["held"] = names_and_sizes(Path(loaded.source).parent, "val")
+    return found
 
 
 def _set_table(loaded: Loaded, data: str | None, images: str | None, target: list[str] | None) -> None:

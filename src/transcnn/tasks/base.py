@@ -148,7 +148,11 @@ class Task(Inference, L.LightningModule):
     def open_split(
         cls, data: str | None, split: str, class_names: list[str], task_args: dict[str, Any], **settings: Any
     ) -> Any:
-        """One split of a data set, for evaluation; ``settings`` are ``val_fraction``, ``seed`` and ``strict``."""
+        """One split of a data set, for evaluation.
+
+        ``settings`` are ``val_fraction``, ``seed``, ``strict``, and ``held``: the names of images that a run held back,
+        where these are known, which are then the validation split.
+        """
 
     @classmethod
     @abstractmethod

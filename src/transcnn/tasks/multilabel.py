@@ -232,5 +232,5 @@ def best_thresholds(scores: np.ndarray, labels: np.ndarray) -> list[float]:
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
         best = int(f1[:-1].argmax())
         lower = score[score < thresholds[best]].max(initial=0.0)
-        chosen.append(round(float((thresholds[best] + lower) / 2), 6))
+        chosen.append(float((thresholds[best] + lower) / 2))
     return chosen

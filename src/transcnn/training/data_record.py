@@ -12,7 +12,7 @@ from ..data.sources.source import abbreviate
 from ..errors import UserError
 from ..text import json_text
 
-__all__ = ["RECORD", "check_unchanged", "keep_split", "read_record", "record_of", "write_record"]
+__all__ = ["RECORD", "check_unchanged", "keep_split", "names_and_sizes", "read_record", "record_of", "write_record"]
 
 RECORD = "data.json"
 MAX_NAMED = 200_000  # images of all splits up to which each one's entry is kept; of more, a digest alone
@@ -47,6 +47,16 @@ def read_record(run_dir: Path) -> dict[str, Any] | None:
         return record if isinstance(record["splits"], dict) and isinstance(record["class_names"], list) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def names_and_sizes(run_dir: Path, split: str) -> dict[str, int]:
+    """The images that a run had in a split, each with its size in bytes; none where that isn't recorded."""
+    record = read_record(run_dir)
+    try:
+        files = record["splits"][split]["files"] if record else ()
+        return {str(name): int(size) for name, _, size in files or ()}
+    except (KeyError, TypeError, ValueError, OverflowError):  # a damaged record
+        return {}
 
 
 def check_unchanged(kept: dict[str, Any], now: dict[str, Any], accept: bool) -> list[str]:
@@ -92,7 +102,7 @@ def _changes(split: str, before: dict[str, Any], after: dict[str, Any]) -> list[
 def keep_split(kept: dict[str, Any], splits: Any) -> bool:
     """Have the images that were held back stay so, where the validation split was split off; whether that was done.
 
-    Images that are new are learnt from.
+    Images that are new are learnt from, unless they are of a group of which images are held back.
     """
     train, val = splits.train, splits.val
     before = kept["splits"].get("val", {}).get("files")
@@ -104,6 +114,9 @@ def keep_split(kept: dict[str, Any], splits: Any) -> bool:
     chosen = {True: [], False: []}
     for index in indices:
         chosen[names[index] in held].append(index)
+    if (groups := getattr(train.source, "together", None)) is not None:
+        kept_back = {groups[i] for i in chosen[True]}
+        chosen = {among: [i for i in indices if (groups[i] in kept_back) == among] for among in chosen}
     if not all(chosen.values()):
         return False
     splits.train, splits.val = train.with_indices(chosen[False]), val.with_indices(chosen[True])

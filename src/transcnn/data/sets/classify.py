@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..sources.source import SPLITS, Source, SourceSplits, check_fraction, split
 from ..sources.targets import CLASSES, Targets
 from .channels import measure_channels
 from .image_dataset import ImageDataset
-from .splits import Splits, choose_split, make_splits, split_off
+from .splits import Splits, choose_split, make_splits, split_by_names, split_off
 
 __all__ = ["open_set", "open_splits"]
 
@@ -79,6 +79,7 @@ def open_set(
     val_fraction: float = 0.1,
     seed: int = 0,
     strict: bool = False,
+    held: Collection[str] | None = None,
     table: Table | None = None,
     targets: Targets = CLASSES,
 ) -> ImageDataset:
@@ -90,6 +91,8 @@ def open_set(
             makes them, ``all`` is everything; ``auto`` is the test split, else the validation
             split of the data itself, else everything.
         class_names: The model's classes: labels become indices into them.
+        held: Names of images that a run held back: they are ``val``, instead of what ``val_fraction`` and ``seed`` draw
+            from what the data is now.
         table, targets: As for :func:`open_splits`.
 
     Raises:
@@ -100,7 +103,8 @@ def open_set(
     present = _present(splits)
     if split == "all" and splits.train is not None and splits.test_indices is not None:  # split by convention alone
         present = {"": (splits.train, None)}
-    make, hold_back = partial(_make_set, present, strict), partial(_hold_back, present, targets, val_fraction, seed)
+    make = partial(_make_set, present, strict)
+    hold_back = partial(_hold_back, present, targets, val_fraction, seed, held=held)
     chosen = choose_split(str(what), present, make, split, hold_back)
     if class_names is not None:
         chosen.labels = targets.relabelled(chosen.labels, chosen.class_names, class_names, repr(what))
@@ -138,9 +142,17 @@ def _make_set(
 
 
 def _hold_back(
-    present: Mapping[str, tuple[Source, np.ndarray | None]], targets: Targets, fraction: float, seed: int, split: str
+    present: Mapping[str, tuple[Source, np.ndarray | None]],
+    targets: Targets,
+    fraction: float,
+    seed: int,
+    split: str,
+    held: Collection[str] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     source, members = present[split]
+    indices = range(len(source)) if members is None else members.tolist()
+    if held and (named := split_by_names([source.name_of(i) for i in indices], held)):
+        return named
     labels = source.labels if members is None else source.labels[members]
     if source.together is not None:
         groups = source.together if members is None else source.together[members]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ from ..sources.voc import is_voc_file, read_voc
 from ..sources.yolo import find_yolo, read_yolo
 from .channels import measure_channels
 from .dense_dataset import DenseDataset, DenseSource
-from .splits import Splits, choose_split, make_splits, split_off
+from .splits import Splits, choose_split, make_splits, split_by_names, split_off
 
 __all__ = ["open_parts", "open_set", "open_splits"]
 
@@ -96,8 +96,11 @@ def open_set(
     val_fraction: float = 0.1,
     seed: int = 0,
     strict: bool = False,
+    held: Collection[str] | None = None,
 ) -> DenseDataset:
     """Open one split for evaluation; its classes are matched with ``class_names`` by name.
+
+    ``held`` are names of images that a run held back, as for classification.
 
     Raises:
         UserError: No such data or split, or classes that are not among ``class_names``.
@@ -119,7 +122,7 @@ def open_set(
         found.splits,
         partial(_make_set, found, index, strict),
         split,
-        partial(_hold_back, found, val_fraction, seed),
+        partial(_hold_back, found, val_fraction, seed, held=held),
     )
 
 
@@ -132,8 +135,11 @@ def open_parts(data: str | None) -> tuple[dict[str, DenseDataset], list[str], li
     return parts, distinct_names(found.names[value] for value in ids), None
 
 
-def _hold_back(found: Annotations, fraction: float, seed: int, split: str) -> tuple[np.ndarray, np.ndarray]:
-    return split_off(len(found.splits[split]), fraction, seed)
+def _hold_back(
+    found: Annotations, fraction: float, seed: int, split: str, held: Collection[str] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    items = found.splits[split]
+    return split_by_names([item.file for item in items], held) or split_off(len(items), fraction, seed)
 
 
 def _make_set(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from ..sources.source import abbreviate, check_fraction
 from ..transforms.segment import IGNORE
 from .channels import measure_channels
 from .dense_dataset import DenseDataset, DenseSource
-from .splits import Splits, choose_split, make_splits, split_off
+from .splits import Splits, choose_split, make_splits, split_by_names, split_off
 
 __all__ = ["class_shares", "open_parts", "open_set", "open_splits"]
 
@@ -129,10 +129,12 @@ def open_set(
     val_fraction: float = 0.1,
     seed: int = 0,
     strict: bool = False,
+    held: Collection[str] | None = None,
 ) -> DenseDataset:
     """Open one split for evaluation, its labels as indices into ``class_names``.
 
-    Where the data names its classes they are matched by name, else its ids are taken to be ``label_ids``.
+    Where the data names its classes they are matched by name, else its ids are taken to be ``label_ids``. ``held`` are
+    names of images that a run held back, as for classification.
 
     Raises:
         UserError: No such data or split, or classes that are not among ``class_names``.
@@ -157,7 +159,7 @@ def open_set(
         found.splits,
         partial(_make_set, found, ids, strict),
         split,
-        partial(_hold_back, found, val_fraction, seed),
+        partial(_hold_back, found, val_fraction, seed, held=held),
     )
     _check_counted(str(data), chosen.split, chosen)
     return chosen
@@ -183,8 +185,11 @@ def class_shares(images: DenseDataset, classes: int) -> np.ndarray:
     return counts / max(1, counts.sum())
 
 
-def _hold_back(found: PairedFiles, fraction: float, seed: int, split: str) -> tuple[np.ndarray, np.ndarray]:
-    return split_off(len(found.splits[split]), fraction, seed)
+def _hold_back(
+    found: PairedFiles, fraction: float, seed: int, split: str, held: Collection[str] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    pairs = found.splits[split]
+    return split_by_names([pair.name for pair in pairs], held) or split_off(len(pairs), fraction, seed)
 
 
 def _make_set(

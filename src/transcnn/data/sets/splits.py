@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from ...errors import UserError
 from ..bands import PixelRange
 from .channels import Channels
 
-__all__ = ["Splits", "choose_split", "make_splits", "split_off"]
+__all__ = ["Splits", "choose_split", "make_splits", "split_by_names", "split_off"]
 
 CHOICES = ("auto", "train", "val", "test", "all")
 MakeSet = Callable[..., Any]  # (split, indices within it or None for all, replace=...) -> the set
@@ -107,6 +107,12 @@ def choose_split(what: str, present: Mapping[str, Any], make: MakeSet, split: st
     chosen.replace = False
     chosen.split = split
     return chosen
+
+
+def split_by_names(names: Sequence[str], held: Collection[str] | None) -> tuple[np.ndarray, np.ndarray] | None:
+    """Indices of the rest and of the images of the names ``held``; None where there are no such names."""
+    among = np.array([name in held for name in names], bool) if held else np.zeros(0, bool)
+    return (np.flatnonzero(~among), np.flatnonzero(among)) if among.any() else None
 
 
 def split_off(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
