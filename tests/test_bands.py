@@ -97,6 +97,18 @@ def test_photographs_and_arrays_as_bands():
     np.testing.assert_array_equal(read_input(tensor, ranges(2)).pixels, array)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_bands_are_turned_as_pillow_turns_photographs(orientation):
+    pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    tifffile.imwrite(
+        file := io.BytesIO(), pixels, photometric="rgb", extratags=[(274, "H", 1, orientation, True)], metadata=None
+    )
+    upright = np.asarray(read_image(file.getvalue()))
+    bands = read_image(file.getvalue(), [(0, 255)] * 3)
+    np.testing.assert_array_equal(bands.pixels, upright)
+    assert bands.size == upright.shape[1::-1]
+
+
 def test_without_a_number_of_channels_files_are_read_as_before():
     """Grey and RGB arrays of 8 bits are images like all others; what Pillow has no mode for is no photograph."""
     rng = np.random.default_rng(0)

@@ -461,7 +461,7 @@ def _folders(root: Path, *names: str) -> str:
     for name in names:
         (root / name).mkdir(parents=True)
         for i in range(2):
-            Image.new("RGB", (8, 8)).save(root / name / f"{i}.png")
+            Image.new("RGB", (8, 8), "white").save(root / name / f"{i}.png")
     return str(root)
 
 
@@ -499,7 +499,7 @@ def test_images_that_are_not_taken_as_they_lie_are_told(
     _folders(data, *(name for name in names if name != "."))
     if "." in names:
         for i in range(2):
-            Image.new("RGB", (8, 8)).save(data / f"{i}.png")
+            Image.new("RGB", (8, 8), "white").save(data / f"{i}.png")
     open_splits(str(data))
     assert said in caplog.text
     assert bool(caplog.text) == bool(said)
@@ -514,6 +514,20 @@ def test_files_that_say_no_split_beside_others_that_do_are_told(
     assert source is not None
     assert len(source) == 12
     assert "that of 'dev.parquet' says neither, and is learnt from" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+def test_images_that_are_all_nearly_black_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: str) -> None:
+    data = _folders(tmp_path, "a", "b")
+    for path in tmp_path.glob("*/*.png"):
+        Image.new("L", (8, 8), 15).convert(mode).save(path)
+    open_splits(data)
+    assert "images from all over the training split are nearly black: no value is above 15 of 255" in caplog.text
+    caplog.clear()
+    Image.new(mode, (8, 8), "white").save(tmp_path / "a" / "0.png")
+    Image.new(mode, (8, 8), "white").save(tmp_path / "a" / "1.png")
+    open_splits(data)
+    assert not caplog.text
 
 
 def test_augmentation_that_no_policy_reads_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,7 +11,7 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
@@ -30,6 +30,16 @@ MAX_HEADER = 10_000  # characters of a .npy file's header, NumPy's own limit
 # TIFF's codes: what is decoded here, each within bounds. Those of photographs (JPEG and others) are Pillow's business.
 PLAIN, PACKED = {1, 32773}, {5, 8, 32946, 34925, 50000}  # none, PackBits; LZW, Deflate (two codes), LZMA, Zstandard
 PALETTE = 3  # of photometric interpretations
+ORIENTATION = 274  # a tag; its values but for 1, upright:
+TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
 REDUCED_OR_MASK = 1 | 4  # bits of a page's kind: a thumbnail, a mask
 
 for _library in ("tifffile", "PIL"):  # what they log of files comes with the errors that they raise
@@ -72,7 +82,7 @@ def read_npy(file: BinaryIO) -> np.ndarray:
 
 
 def read_tiff(file: BinaryIO, wanted: int | None = None) -> np.ndarray:
-    """The bands of a TIFF, those of its pages one after another, (H, W, C); thumbnails and masks are left out.
+    """The bands of a TIFF, those of its pages one after another, (H, W, C), upright; thumbnails and masks are left out.
 
     Args:
         file: An open file.
@@ -99,7 +109,8 @@ def read_tiff(file: BinaryIO, wanted: int | None = None) -> np.ndarray:
             values = page.asarray(maxworkers=1)
             values = values[..., None] if values.ndim == 2 else values
             planes.append(np.moveaxis(values, 0, -1) if page.axes == "SYX" else values)
-        return planes[0] if len(planes) == 1 else np.concatenate(planes, axis=-1)
+        whole = planes[0] if len(planes) == 1 else np.concatenate(planes, axis=-1)
+        return _upright(whole, first)
 
 
 def tiff_layout(file: BinaryIO) -> tuple[int, int]:
@@ -147,6 +158,13 @@ def _pages(file: BinaryIO) -> Iterator[tuple[list[Any], int]]:
 
 def _channels(page: Any) -> int:
     return int(page.samplesperpixel)
+
+
+def _upright(pixels: np.ndarray, page: Any) -> np.ndarray:
+    """(H, W, ...) turned as the page's orientation says, as Pillow turns what it reads."""
+    tag = page.tags.get(ORIENTATION)
+    turn = TURNS.get(tag.value) if tag is not None and isinstance(tag.value, int) else None
+    return pixels if turn is None else turn(pixels)
 
 
 def _check_page(page: Any, length: int) -> None:

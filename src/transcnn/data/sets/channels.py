@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +20,10 @@ from .fault_tolerant import FaultTolerantDataset
 
 __all__ = ["Channels", "measure_channels"]
 
+logger = logging.getLogger(__name__)
+
 LOOKED_AT = 16  # images, for what kind they are
+DARK = 32  # of 255: below it all looks black
 MEASURED = 64  # images whose numbers are gone through
 MOST_NUMBERS = 1 << 22  # that means and deviations are of
 LIMITS: dict[str, Any] = {"u": np.iinfo, "i": np.iinfo, "f": np.finfo}
@@ -79,6 +83,7 @@ def measure_channels(sets: Mapping[str, FaultTolerantDataset | None], in_chans: 
     if (count := _bands_of(train, in_chans, looks)) is not None:
         found = _measured(train, count)
     else:
+        _warn_of_dark(looks)
         found = Channels(in_chans or _colours_of(looks), None if remote else _range_of(looks))
     for images in sets.values():
         if images is not None:
@@ -87,17 +92,36 @@ def measure_channels(sets: Mapping[str, FaultTolerantDataset | None], in_chans: 
 
 
 class _Look(NamedTuple):
-    """What kind an image is: its mode, its channels if it is read as Bands, its dtype and ends if these are kept."""
+    """What kind an image is: its mode, its channels if it is read as Bands, its dtype and ends if these are kept.
+
+    ``most`` is the largest value of 8 bits in its colours.
+    """
 
     mode: str
     channels: int | None
     values: tuple[str, float, float] | None
+    most: int = 255
 
     @classmethod
     def at(cls, image: Any) -> _Look:
         if isinstance(image, NoPhotograph):
             return cls("", image.channels, None)
-        return cls(image.mode, None, image.info.get("values"))
+        bands, ends = image.getbands(), image.getextrema()
+        colours = [ends] if len(bands) == 1 else [end for end, band in zip(ends, bands, strict=True) if band != "A"]
+        return cls(image.mode, None, image.info.get("values"), max(int(most) for _, most in colours))
+
+
+def _warn_of_dark(looks: Sequence[_Look]) -> None:
+    """Log that images of 8 bits are all nearly black, as those are that were made of fewer bits or of numbers to 1."""
+    known = [look.most for look in looks if look.values is None and look.channels is None]
+    if known and len(known) == len(looks) and max(known) < DARK:
+        logger.warning(
+            "%d images from all over the training split are nearly black: no value is above %d of 255. So are read "
+            "colours of 16 bits of which only some are used (TIFF's are read whole with --in_chans 3), and numbers from "
+            "0 to 1 that were written as 8 bits",
+            len(known),
+            max(known),
+        )
 
 
 def _bands_of(images: FaultTolerantDataset, in_chans: int | None, looks: Sequence[_Look]) -> int | None:
