@@ -117,8 +117,8 @@ def _warn_of_dark(looks: Sequence[_Look]) -> None:
     if known and len(known) == len(looks) and max(known) < DARK:
         logger.warning(
             "%d images from all over the training split are nearly black: no value is above %d of 255. So are read "
-            "colours of 16 bits of which only some are used (TIFF's are read whole with --in_chans 3), and numbers from "
-            "0 to 1 that were written as 8 bits",
+            "colours of 16 bits of which only some are used (with --in_chans 3 TIFF's are read whole), and numbers "
+            "from 0 to 1 that were written as 8 bits",
             len(known),
             max(known),
         )
