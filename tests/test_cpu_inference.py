@@ -33,7 +33,8 @@ from transcnn.fast.cpu import inference as cpu
 from transcnn.fast.cpu.inverted_residual import pack_squeeze
 from transcnn.fast.inference.attention import FastHMHSA, FastLocalStep
 from transcnn.fast.inference.blocks import FastDualDownsample, FastInvertedResidual, FastStem
-from transcnn.fast.inference.layers import fuse
+from transcnn.fast.inference.convolutions import make_fast
+from transcnn.fast.inference.layers import SpatialConv, fuse
 
 has_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 has_kernels = pytest.mark.skipif(build.library() is None, reason="needs the kernels")
@@ -602,6 +603,32 @@ def test_downsampling_that_the_kernel_lacks_stay_with_pytorch(dtype):
             y = fast_downsample(layers)(x)
         assert error(y, layers.double()(x.double())) <= BOUNDS[dtype]
         assert not called["stem"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_convolutions_of_ours_and_of_other_networks_are_by_the_same_kernels(dtype):
+    for channels, size, stride, options, kernel in (
+        (16, 1, 2, {}, False),  # in bf16 the kernel sums over at least 32 numbers
+        (32, 1, 2, {}, True),
+        (32, 3, 2, {"padding": 1}, True),
+        (16, 3, 1, {"padding": (2, 0)}, True),
+        (32, 3, 1, {"padding": "same"}, False),
+        (24, 3, 1, {}, False),
+        (32, 3, 1, {"dilation": 2}, False),
+        (32, 3, 2, {"padding": 1, "groups": 2}, False),
+        (32, (3, 5), 1, {}, False),
+    ):
+        conv = nn.Conv2d(channels, 48, size, stride, **options).to(dtype).requires_grad_(False)
+        x = torch.randn(2, channels, 7, 2 if options.get("padding") == 1 else 6).to(dtype)
+        exact = copy.deepcopy(conv).double()(x.double())
+        other = nn.Sequential(copy.deepcopy(conv))
+        make_fast(other)
+        for run in (lambda x, conv=conv: dispatch.to_nchw(SpatialConv(conv)(dispatch.to_nhwc(x))), other):
+            with counted() as called:
+                y = run(x)
+            assert error(y, exact) <= BOUNDS[dtype]
+            assert called["convolution"] == kernel
 
 
 # 5. Extremes

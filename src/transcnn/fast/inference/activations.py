@@ -13,10 +13,20 @@ from torch import Tensor, nn
 from ..cpu.activations import ACTIVATIONS
 from ..cpu.activations import Activation as KernelActivation
 
-__all__ = ["NONE", "WRITTEN", "Activation", "activation", "activation_of_function", "apply", "kernel_activation"]
+__all__ = [
+    "NONE",
+    "SWISH",
+    "WRITTEN",
+    "Activation",
+    "activation",
+    "activation_of_function",
+    "apply",
+    "kernel_activation",
+]
 
 Activation = tuple[str, tuple[float, ...], str]  # oneDNN's name, numbers and algorithm
 NONE: Activation = ("none", (), "")
+SWISH: Activation = ("swish", (), "")
 
 
 class _Kind(NamedTuple):

@@ -7,6 +7,7 @@ slow on CPUs that aren't Intel's.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,13 +23,13 @@ from ..dispatch import eager_cpu, fits_cpu, to_nchw, to_nhwc, traced
 from .activations import NONE, Activation, kernel_activation
 
 __all__ = [
+    "Convolution",
     "FastConv2d",
     "FastLayerNorm",
     "FastLayerNorm2d",
     "FastLinear",
     "FastMaxPool2d",
     "Fused",
-    "PackedConv",
     "by_kernel",
     "make_fast",
     "onednn_fits",
@@ -80,25 +81,115 @@ class PackedConv:
         return PackedConv, ()  # a copy packs its own
 
 
-class FastConv2d(Fused, nn.Conv2d):
-    """A convolution of any CNN; strided 3x3 ones are correct in bf16 on narrow maps, too (:mod:`transcnn.layers`)."""
+class Convolution(nn.Module):
+    """A convolution that C++ kernels and oneDNN compute where it is a 2-D one, and what decides that.
 
-    _narrow: bool
-    _packed: PackedConv
+    The methods take and give maps (B, C, H, W), and None where they can't compute this: PyTorch does then, or says what
+    is wrong. With ``reuse`` the result may be written over ``other``.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int
+    _known: bool  # whether it is one that the C++ kernel is for
+    _pack: Packed  # for that kernel
+    _packed: PackedConv  # for oneDNN
+    _narrow: bool  # whether PyTorch's and oneDNN's are wrong in bf16 on narrow maps (:mod:`transcnn.layers`)
+
+    def prepare(self) -> None:
+        """Set what is kept from call to call."""
+        outputs, channels, *sides = self.weight.shape
+        square = len({*sides}) == len({*self.stride}) == 1 and {*self.dilation} == {1} and self.groups == 1
+        self._known = square and channels % 16 == outputs % 16 == 0 and self.weight[0].numel() >= 32
+        self._pack, self._packed = Packed(pack_convolution), PackedConv()
+        self._narrow = (tuple(sides), *self.options[:3]) == ((3, 3), (2, 2), (1, 1), (1, 1))
+
+    @property
+    def options(self) -> tuple[Any, Any, Any, int]:
+        """Stride, padding, dilation and groups."""
+        return self.stride, self.padding, self.dilation, self.groups
+
+    def on_wide(self, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """run(x), with further columns meanwhile where it would be wrong without them."""
+        return drop_columns(run(widen(x)), x) if self._narrow else run(x)
+
+    def by_kernel(
+        self, x: Tensor, act: Activation, other: Tensor | None = None, reuse: bool = False, most: float = float("inf")
+    ) -> Tensor | None:
+        """act(conv(x) + other) by a C++ kernel, up to so many multiply-adds."""
+        kind = kernel_activation(act) if self._known else None
+        if kind is None:
+            return None
+        weight, bias = self.weight, self.bias
+        shape = self._result(x, weight) if _kernel_fits(x, weight, bias) else None
+        if shape is None or shape[0] * shape[2] * shape[3] * weight.numel() > most:
+            return None
+        if other is not None and (other.shape != shape or other.dtype != x.dtype or not fits_cpu(other, gemm=False)):
+            return None
+        other = None if other is None else to_nhwc(other)
+        matrix, out, size = self._pack(weight, bias), other if reuse else None, weight.shape[2]
+        return to_nchw(
+            convolution(channels_last(x), matrix, size, self.stride[0], tuple(self.padding), kind, other, out)
+        )
+
+    def by_onednn(self, x: Tensor, act: Activation, other: Tensor | None = None, reuse: bool = False) -> Tensor | None:
+        """act(conv(x) + other) by oneDNN, which packs the weights once and not at each call."""
+        weight, bias = self.weight, self.bias
+        shape = self._result(x, weight) if onednn_fits(x) else None
+        if shape is None:
+            return None
+        if other is not None and not (
+            # All that oneDNN's operations know after a sum; and those of weights that aren't packed know no bf16.
+            (act[0] == "none" or (act[0] == "relu" and not weight.is_inference()))
+            and _addable(other, shape, x.dtype, torch.channels_last)
+        ):
+            return None
+        options = list(self.padding), list(self.stride), list(self.dilation), self.groups
+        weight, op = self._packed(weight, options, x.shape), torch.ops.mkldnn._convolution_pointwise
+        if other is None:
+            return op(x, weight, bias, *options, act[0], list(act[1]), act[2])
+        name = None if act == NONE else act[0]
+        more = (weight, bias, *options, "add", 1.0, name, list(act[1]), act[2])
+        if reuse:
+            return torch.ops.mkldnn._convolution_pointwise_.binary(other, x, *more)
+        return op.binary(x, other, *more)
+
+    def _result(self, x: Tensor, weight: Tensor) -> tuple[int, int, int, int] | None:
+        """The shape of the result; None where it isn't one of images, or they don't match the weight."""
+        if x.ndim != 4 or x.dtype != weight.dtype or not x.numel() or isinstance(self.padding, str):
+            return None
+        batch, channels, *sides = x.shape
+        outputs, depth, *sizes = weight.shape
+        height, width = (
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, p, d, k, s in zip(sides, self.padding, self.dilation, sizes, self.stride, strict=True)
+        )
+        fits = channels == depth * self.groups and min(height, width) >= 1
+        return (batch, outputs, height, width) if fits else None
+
+
+def _kernel_fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether C++ kernels run on this map and with these weights; not while anything is traced."""
+    if not isinstance(x, Tensor) or weight.is_inference():
+        return False
+    return (bias is None or bias.dtype == weight.dtype) and fits_cpu(x, len(weight), gemm=False)
+
+
+class FastConv2d(Fused, Convolution, nn.Conv2d):
+    """A convolution of any CNN."""
+
     _stem: Packed | None  # of the first convolution of a network
-    _small: Packed | None  # of one that a C++ kernel can compute
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
-        y = self._by_kernel(input, None, NONE)
-        if y is not None:
-            return y
-        if not self._narrow:
-            return self._convolve(input)
-        return drop_columns(self._convolve(widen(input)), input)
+        y = self._by_own_kernel(input, None, NONE)
+        return self.on_wide(input, self._by_others) if y is None else y
 
-    def _convolve(self, x: Tensor) -> Tensor:
-        y = self._by_onednn(x, None, NONE)
+    def _by_others(self, x: Tensor) -> Tensor:
+        y = self.by_onednn(x, NONE)
         return super().forward(x) if y is None else y
 
     def fused(self, x: Tensor, other: Tensor | None, act: Activation, reuse: bool = False) -> Tensor | None:
@@ -106,68 +197,22 @@ class FastConv2d(Fused, nn.Conv2d):
 
         With ``reuse`` the result may be written over ``other``.
         """
-        y = self._by_kernel(x, other, act, reuse)
+        y = self._by_own_kernel(x, other, act, reuse)
         if y is not None:
             return y
         if self._narrow and widen(x) is not x:
             return None
-        return self._by_onednn(x, other, act, reuse)
+        return self.by_onednn(x, act, other, reuse)
 
-    def _by_kernel(self, x: Tensor, other: Tensor | None, act: Activation, reuse: bool = False) -> Tensor | None:
-        """act(conv(x) + other) by a C++ kernel: of images in any memory format, and of small maps. None elsewhere."""
-        pack, kind, weight, bias = self._stem or self._small, kernel_activation(act), self.weight, self.bias
-        if pack is None or kind is None or not isinstance(x, Tensor) or x.ndim != 4 or weight.is_inference():
+    def _by_own_kernel(self, x: Tensor, other: Tensor | None, act: Activation, reuse: bool = False) -> Tensor | None:
+        """The same by a C++ kernel: of images in any memory format, and of small maps. None elsewhere."""
+        if self._stem is None:
+            return self.by_kernel(x, act, other, reuse, _SMALL)
+        kind, weight, bias = kernel_activation(act), self.weight, self.bias
+        fits = other is None and kind is not None and _kernel_fits(x, weight, bias)
+        if not fits or self._result(x, weight) is None:
             return None
-        alike = x.shape[1] == self.in_channels and x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
-        if not alike or not fits_cpu(x, self.out_channels, gemm=False):
-            return None
-        if self._stem is not None:
-            return (
-                None if other is not None else to_nchw(stem(x, pack(weight, bias)[0], None, (self.stride[0], 1), kind))
-            )
-        sides = self._sides(x)
-        shape = len(x), self.out_channels, *sides
-        if min(sides) < 1 or len(x) * sides[0] * sides[1] * weight.numel() > _SMALL:
-            return None
-        if other is not None and (other.shape != shape or other.dtype != x.dtype or not fits_cpu(other, gemm=False)):
-            return None
-        other = None if other is None else to_nhwc(other)
-        size, stride, padding = self.kernel_size[0], self.stride[0], self.padding
-        matrix, out = pack(weight, bias), other if reuse else None
-        return to_nchw(convolution(to_nhwc(x), matrix, size, stride, padding, kind, other, out))  # pyright: ignore
-
-    def _sides(self, x: Tensor) -> list[int]:
-        """Height and width of the result."""
-        return [
-            (n + 2 * p - d * (k - 1) - 1) // s + 1  # pyright: ignore
-            for n, p, d, k, s in zip(
-                x.shape[2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True
-            )
-        ]
-
-    def _by_onednn(self, x: Tensor, other: Tensor | None, act: Activation, reuse: bool = False) -> Tensor | None:
-        weight = self.weight
-        if not (onednn_fits(x) and x.ndim == 4 and x.dtype == weight.dtype and x.numel()):
-            return None
-        sides = self._sides(x)
-        if x.shape[1] != self.in_channels or min(sides) < 1:
-            return None  # PyTorch says what is wrong
-        options = (list(self.padding), list(self.stride), list(self.dilation), self.groups)
-        op = torch.ops.mkldnn._convolution_pointwise
-        if other is not None and not (
-            # All that oneDNN's operations know after a sum; and those of weights that aren't packed know no bf16.
-            (act[0] == "none" or (act[0] == "relu" and not weight.is_inference()))
-            and _addable(other, (len(x), self.out_channels, *sides), x.dtype, torch.channels_last)
-        ):
-            return None
-        weight = self._packed(weight, options, x.shape)
-        if other is None:
-            return op(x, weight, self.bias, *options, act[0], list(act[1]), act[2])
-        name = None if act == NONE else act[0]
-        more = (weight, self.bias, *options, "add", 1.0, name, list(act[1]), act[2])
-        if reuse:
-            return torch.ops.mkldnn._convolution_pointwise_.binary(other, x, *more)
-        return op.binary(x, other, *more)
+        return to_nchw(stem(x, self._stem(weight, bias)[0], None, (self.stride[0], 1), kind))  # pyright: ignore
 
     @staticmethod
     def fits(conv: nn.Module) -> bool:
@@ -266,12 +311,9 @@ def make_fast(model: nn.Module) -> None:
     for module in model.modules():
         if FastConv2d.fits(module):
             module.__class__ = FastConv2d
-            module._packed = PackedConv()  # pyright: ignore
-            sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
-            module._narrow = sizes == ((3, 3), (2, 2), (1, 1), (1, 1))  # pyright: ignore
+            module.prepare()  # pyright: ignore
             first = module._narrow and module.groups == 1 and module.in_channels <= _IMAGE_CHANNELS  # pyright: ignore
             module._stem = Packed(pack_stem) if first else None  # pyright: ignore
-            module._small = Packed(pack_convolution) if _fits_kernel(module) else None  # pyright: ignore
         elif FastLinear.fits(module):
             module.__class__ = FastLinear
         elif FastMaxPool2d.fits(module):
@@ -283,14 +325,7 @@ def make_fast(model: nn.Module) -> None:
 
 def by_kernel(module: nn.Module | None) -> bool:
     """Whether our kernels may compute this layer."""
-    return isinstance(module, FastLayerNorm | FastMaxPool2d) or getattr(module, "_small", None) is not None
-
-
-def _fits_kernel(conv: Any) -> bool:
-    """Whether :func:`..cpu.inference.convolution` computes this one."""
-    square = len({*conv.kernel_size}) == len({*conv.stride}) == 1 and {*conv.dilation} == {1} and conv.groups == 1
-    aligned = conv.in_channels % 16 == conv.out_channels % 16 == 0
-    return square and aligned and conv.weight[0].numel() >= 32
+    return isinstance(module, FastLayerNorm | FastMaxPool2d) or (isinstance(module, FastConv2d) and module._known)
 
 
 def _addable(other: Any, shape: tuple[int, ...], dtype: torch.dtype, memory: torch.memory_format) -> bool:

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from ...attention import BATCH_NORMS, CONVS, Conv
 from ...grids import channels_first, channels_last
-from ...layers import drop_columns, widen
 from ..cpu import inference as cpu
 from ..cpu.activations import IDENTITY, SILU
 from ..cpu.passes import group_norm
@@ -31,7 +30,8 @@ from ..dispatch import HALF_DTYPES, autotune, fits_cpu, fits_triton, hooked, to_
 from ..training.depthwise import DepthwiseNd
 from ..training.layers import KernelPointwise, KernelPointwise3d
 from ..training.norms import KernelBatchNorm2d
-from .convolutions import PackedConv, onednn_fits
+from .activations import NONE, SWISH
+from .convolutions import Convolution, onednn_fits
 from .entry import InferenceOnly, entry, refuse_mask
 
 __all__ = [
@@ -140,7 +140,7 @@ class Pointwise(InferenceOnly):
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, silu={self.silu}"
 
 
-class SpatialConv(InferenceOnly):
+class SpatialConv(InferenceOnly, Convolution):
     """Any other convolution, with the norm after it folded in, (B, *S, C) -> (B, *S', C')."""
 
     def __init__(self, conv: Conv, after: Affine | None = None) -> None:
@@ -153,65 +153,33 @@ class SpatialConv(InferenceOnly):
         self.weight = constant(weight, conv.weight)
         self.weight.data = channels_last_memory(self.weight.data)
         self.bias = None if bias is None else constant(bias, conv.weight)
-        self.options = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
         self.silu = False
-        self._packed, self._pack = PackedConv(), cpu.Packed(cpu.pack_convolution)
+        self.prepare()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *S, C) -> (B, *S', C')."""
         if (self.silu or self.bias is not None) and x.dtype == self.weight.dtype and fits_triton(x):
             return self._on_gpu(x.contiguous())
-        y = self._by_kernel(x)
-        return to_nhwc(self._convolve(x, self.bias, self.silu)) if y is None else y
-
-    def _by_kernel(self, x: Tensor) -> Tensor | None:
-        """The same by a C++ kernel; None where that doesn't fit."""
-        stride, padding, dilation, groups = self.options
-        if (
-            x.ndim != 4
-            or isinstance(padding, str)
-            or set(dilation) != {1}
-            or groups != 1
-            or x.dtype != self.weight.dtype
-        ):
-            return None
-        outputs, channels, *sizes = self.weight.shape
-        inside = all(n + 2 * p >= k for n, p, k in zip(x.shape[1:3], padding, sizes, strict=True))
-        square = inside and len({*sizes}) == len({*stride}) == 1 and x.shape[3] == channels
-        if not square or not fits_cpu(x, channels, outputs, gemm=False):
-            return None
-        matrix, act = self._pack(self.weight, self.bias), SILU if self.silu else IDENTITY
-        return cpu.convolution(x, matrix, sizes[0], stride[0], (padding[0], padding[1]), act)
-
-    def _convolve(self, x: Tensor, bias: Tensor | None, silu: bool = False) -> Tensor:
         x = channels_first(x)
-        narrow = tuple(self.weight.shape[2:]) == (3, 3) and self.options == ((2, 2), (1, 1), (1, 1), 1)
-        wide = widen(x) if narrow else x
-        y = self._by_onednn(wide, bias, silu)
-        if y is None:
-            y = CONVOLVE[x.ndim - 2](wide, self.weight, bias, *self.options)
-            y = F.silu(y, inplace=True) if silu else y
-        return drop_columns(y, x) if narrow else y
+        y = self.by_kernel(x, SWISH if self.silu else NONE)
+        return to_nhwc(self.on_wide(x, self._by_others) if y is None else y)
 
-    def _by_onednn(self, x: Tensor, bias: Tensor | None, silu: bool) -> Tensor | None:
-        """The same with weights that are packed once, not at each call; None where PyTorch's operation has to run."""
-        stride, padding, dilation, groups = self.options
-        if x.ndim != 4 or isinstance(padding, str) or not onednn_fits(x) or x.dtype != self.weight.dtype:
-            return None
-        reach = [d * (k - 1) + 1 for d, k in zip(dilation, self.weight.shape[2:], strict=True)]
-        inside = all(n + 2 * p >= r for n, p, r in zip(x.shape[2:], padding, reach, strict=True))
-        if not inside or not x.numel() or x.shape[1] != self.weight.shape[1] * groups:
-            return None  # PyTorch says what is wrong
-        options = (list(padding), list(stride), list(dilation), groups)
-        weight = self._packed(self.weight, options, x.shape)
-        op = torch.ops.mkldnn._convolution_pointwise
-        return op(x, weight, bias, *options, "swish" if silu else "none", [], "")
+    def _by_others(self, x: Tensor) -> Tensor:
+        y = self.by_onednn(x, SWISH if self.silu else NONE)
+        if y is not None:
+            return y
+        y = self._by_pytorch(x, self.bias)
+        return F.silu(y, inplace=True) if self.silu else y
+
+    def _by_pytorch(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return CONVOLVE[x.ndim - 2](x, self.weight, bias, *self.options)
 
     def _on_gpu(self, x: Tensor) -> Tensor:
         """The same with bias and SiLU in one pass, for which PyTorch's operations need two."""
         from ..triton.norms import affine_silu
 
-        y = to_nhwc(self._convolve(x, None))
+        y = to_nhwc(self.on_wide(channels_first(x), self._by_pytorch))
         return affine_silu(y, None, self.bias, self.silu, out=y)
 
     def extra_repr(self) -> str:
