@@ -19,6 +19,7 @@ from transcnn import HMHSA
 from transcnn.errors import UserError
 from transcnn.fast import accelerate_training
 from transcnn.fast.cpu import support
+from transcnn.fast.training import norms
 from transcnn.fast.training.norms import run_fused
 
 pytestmark = pytest.mark.skipif(not support.supports(torch.float32), reason="needs the kernels")
@@ -36,6 +37,12 @@ OWN_GRADIENTS: dict[str, Callable[[], nn.Module]] = {
 OWN_GRADIENTS["volumes"] = lambda: nn.Conv3d(32, 32, 3, padding=1, groups=32)
 every = pytest.mark.parametrize("name", [*LAYERS, *OWN_GRADIENTS])
 by_kernels = pytest.mark.parametrize("name", LAYERS)
+
+
+@pytest.fixture(autouse=True)
+def small_maps(monkeypatch) -> None:
+    """The kernels also where PyTorch takes less time."""
+    monkeypatch.setattr(norms, "_gains", lambda *_: True)
 
 
 def pair(name: str) -> tuple[Any, Any, Tensor]:
