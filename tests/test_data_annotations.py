@@ -140,6 +140,14 @@ def test_files_of_one_split_are_put_together(coco: Callable[..., Path], caplog: 
     assert "image_info_test2017.json has no annotations: its images are left out" in caplog.text
 
 
+def test_images_in_two_splits_are_told(coco: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    sheets = coco() / "annotations"
+    content = json.loads((sheets / "train.json").read_text())
+    (sheets / "val.json").write_text(json.dumps({**content, "images": content["images"][:2]}))
+    open_splits(str(sheets.parent))
+    assert "2 images are in more than one split: 'images/0.png', 'images/1.png'" in caplog.text
+
+
 def test_boxes_that_are_no_pixels_are_refused(coco: Callable[..., Path]) -> None:
     def edit(sheet: dict[str, Any]) -> None:
         for one in sheet["annotations"]:

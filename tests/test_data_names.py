@@ -15,7 +15,7 @@ from PIL import Image
 
 from transcnn.checkpoints.loading import data_config_of, load, save_weights
 from transcnn.data.loading.loader import make_loader
-from transcnn.data.names import imagenet_names
+from transcnn.data.names import imagenet_names, match_names
 from transcnn.data.sets.classify import open_set, open_splits
 from transcnn.data.transforms.classify import eval_transform
 from transcnn.errors import UserError
@@ -125,3 +125,8 @@ def test_a_run_of_before_whose_classes_share_a_name(tmp_path: Path) -> None:
     info = {"model": "transcnn_test", "model_args": {}, "class_names": ["c1", "c1", "c2"], "task": "classify"}
     save_weights(tmp_path / "x.safetensors", model, {**info, "data_config": data_config_of(model, 3)})
     assert load(tmp_path / "x.safetensors").class_names == ["c1 (0)", "c1 (1)", "c2"]
+
+
+def test_numbers_for_classes_with_names_are_told(caplog):
+    assert match_names(["0", "2"], ["cat", "dog", "owl"]) == ([0, 2], [])
+    assert "the data's classes are numbers, and are taken for the model's in order: 0 is 'cat'" in caplog.text

@@ -232,6 +232,13 @@ def test_masks_with_soft_edges_are_told(tmp_path, caplog):
     assert "as masks of 0 and 255 with soft edges do" in caplog.text
 
 
+def test_images_in_no_split_beside_splits_are_told(tmp_path, caplog):
+    folder = make_data(tmp_path / "d", {"train": 3, "extra": 2})
+    splits = open_splits(str(folder))
+    assert len(splits.train) + len(splits.val) == 3
+    assert "2 images lie in none of the splits that there are, and are left out" in caplog.text
+
+
 def test_of_files_of_one_stem_the_one_left_out_is_listed(tmp_path):
     folder = make_data(tmp_path / "d", {"train": 3, "val": 1})
     Image.open(folder / "images" / "train" / "00.jpg").save(folder / "images" / "train" / "00.png")

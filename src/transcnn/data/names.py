@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 from collections import Counter
@@ -9,6 +10,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 __all__ = ["alike_but_for_case", "distinct_names", "imagenet_names", "match_names", "normalise"]
+
+
+logger = logging.getLogger(__name__)
 
 
 def normalise(name: str) -> str:
@@ -58,6 +62,9 @@ def match_names(names: Sequence[str], model_names: Sequence[str]) -> tuple[list[
         if all(re.fullmatch(r"n\d{8}", name) for name in names) and list(known) == imagenet_names():
             known = {name: i for i, name in enumerate(_imagenet().label_names())}
         elif all(name.isdecimal() for name in names) and not any(name.isdecimal() for name in known):
+            logger.warning(
+                "the data's classes are numbers, and are taken for the model's in order: 0 is %r", next(iter(known))
+            )
             known = {str(i): i for i in range(len(known))}
     unknown = [name for name in names if name not in known]
     return [known[name] for name in names if name in known], unknown

@@ -208,13 +208,22 @@ def _anchor_size(images: DenseDataset, settings: Mapping[str, Any]) -> int:
 
 
 def _find_scored(data: str | None) -> Annotations:
-    """As :func:`_find`, without a validation or test split that has no box at all, so that nothing can be scored."""
+    """As :func:`_find`, without a validation or test split that has no box at all, so that nothing can be scored.
+
+    Images in more than one split are logged.
+    """
     found = _find(data)
     boxes = {split: sum(len(item.boxes) for item in items) for split, items in found.splits.items()}
     for split in ("val", "test"):
         if boxes.get(split) == 0 and any(boxes.values()):
             logger.warning("%s: no image of the %s split has a box, so it is left out", data, split)
             del found.splits[split]
+    splits: dict[str, set[str]] = {}
+    for split, items in found.splits.items():
+        for item in items:
+            splits.setdefault(item.file, set()).add(split)
+    if twice := [file for file, names in splits.items() if len(names) > 1]:
+        logger.warning("%s: %d images are in more than one split: %s", data, len(twice), abbreviate(twice))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ from ..bands import PixelRange
 from .channels import Channels
 
 __all__ = ["Splits", "choose_split", "make_splits", "split_by_names", "split_off"]
+
+logger = logging.getLogger(__name__)
 
 CHOICES = ("auto", "train", "val", "test", "all")
 MakeSet = Callable[..., Any]  # (split, indices within it or None for all, replace=...) -> the set
@@ -73,6 +76,8 @@ def make_splits(present: Mapping[str, Any], make: MakeSet, hold_back: HoldBack) 
         if present.get(split):
             sets[split] = make(split, None, replace=False)
     whole = "train" if present.get("train") else ""
+    if whole and present.get(""):
+        logger.warning("%s images lie in none of the splits that there are, and are left out", f"{len(present['']):,}")
     if not present.get(whole):
         return sets
     rest = None
