@@ -474,6 +474,13 @@ def test_folders_of_splits_in_any_case(tmp_path: Path, words: tuple[str, str]) -
     assert open_source(str(tmp_path)).train.class_names == ["x", "y"]
 
 
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    source = open_source(_folders(tmp_path, "Bus/2019", "Bus/2020", "Train/2019", "Train/2020")).train
+    assert source is not None
+    assert source.class_names == ["Bus", "Train"]
+    assert len(source) == 8
+
+
 def test_a_folder_whose_validation_split_lacks_a_class(tmp_path: Path) -> None:
     data = _folders(tmp_path, "train/a", "train/b", "train/c", "val/b", "val/c")
     for name in (data, f"torch/image_folder:{data}"):

@@ -19,6 +19,7 @@ from sklearn import metrics
 from timm.loss import AsymmetricLossMultiLabel
 
 from transcnn.checkpoints.arguments import check_task_args
+from transcnn.checkpoints.loading import Loaded
 from transcnn.data.sources.opening import open_source
 from transcnn.data.sources.targets import Classes, Labels, Numbers
 from transcnn.errors import UserError
@@ -49,6 +50,14 @@ def test_one_column_holds_any_number_of_labels(cells, separator, names, labels):
     assert found_names == names
     np.testing.assert_array_equal(found, np.array(labels, np.float32))
     assert missing.tolist() == [math.isnan(row[0]) for row in labels]
+
+
+def test_cells_of_another_table_are_read_as_the_run_read_its_own():
+    table = {"separator": " ", "target": ["tags"], "group": "patient"}
+    info = {"task_args": {"table": table}, "settings": {"data": "t.csv"}}
+    loaded = Loaded(torch.nn.Identity(), "multilabel", ["a"], {}, "x", info)
+    assert loaded.table_of("other.csv") == {"separator": " ", "target": ["tags"]}
+    assert loaded.table_of("t.csv") == table
 
 
 def test_labels_that_may_be_meant_otherwise(caplog):

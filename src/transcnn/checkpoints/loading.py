@@ -80,7 +80,7 @@ class Loaded:
         The folder of its files, its splits and groups are those of the table that was learnt from alone.
         """
         table = dict((self.info.get("task_args") or {}).get("table") or {})
-        kept = table if self.learnt_from(data) else ("target", "file_column")
+        kept = table if self.learnt_from(data) else ("target", "file_column", "separator")
         return {name: table[name] for name in kept if name in table}
 
 

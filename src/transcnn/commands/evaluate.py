@@ -181,7 +181,9 @@ def _say_if_learnt(loaded: Loaded, data: str | None, part: Any, split: str) -> N
     if loaded.learnt_from(data) and split in ("train", "all"):
         line = f"the run learnt from these images ({split}): scores of new ones are lower"
         print(f"transcnn: {line}", file=sys.stderr)
-    elif learnt := names_and_sizes(Path(loaded.source).parent, "train"):
+        return
+    learnt = names_and_sizes(Path(loaded.source).parent, "train")
+    if len({*learnt.values()}) > len(learnt) / 2:  # else sizes say little: of images without compression they are equal
         entries = (part.entry(i) for i in range(len(part)))
         if count := sum(learnt.get(name) == size > 0 for name, _, size in entries):
             line = f"{count:,} of these {len(part):,} images have names and sizes of images that the run learnt from"

@@ -66,10 +66,13 @@ def open_folder(root: Path) -> SourceSplits:
     root = Path.cwd() / root  # of "." paths below it would not begin with it
     name = root.resolve().name or "data"
     folders = {split: split_folder(root, names) for split, names in SPLITS.items()}
+    alone = folders["val"] is None and folders["test"] is None and len(folders_in(root)) > 1
+    if alone and folders["train"] is not None and folders["train"].name not in SPLITS["train"]:
+        folders["train"] = None  # beside Bus and Car, Train is a class
     if folders["train"] is None or not _subfolders(folders["train"]):  # "train" may also be a class, beside "car"
-        alone = [split for split in ("val", "test") if folders[split] is not None]
-        if alone and len(alone) == len(_subfolders(root)):
-            sources = {split: _class_folders(folders[split]) for split in alone}  # pyright: ignore[reportArgumentType]
+        scored = [split for split in ("val", "test") if folders[split] is not None]
+        if scored and len(scored) == len(_subfolders(root)):
+            sources = {split: _class_folders(folders[split]) for split in scored}  # pyright: ignore[reportArgumentType]
             return SourceSplits.of(name, sources)
         return SourceSplits(name, _class_folders(root))
     used = [folder.name for folder in folders.values() if folder is not None]
