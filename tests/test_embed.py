@@ -129,11 +129,14 @@ def test_labels_splits_and_names_are_kept(split_folder, tmp_path):
 def test_all_images_of_a_folder_are_taken_where_no_labels_are_needed(class_folder):
     shutil.copy(class_folder / "class_0" / "000.png", class_folder / "beside.png")
     for labelled, first in ((True, "000.png"), (False, "beside.png")):
-        found = find_items([str(class_folder)], labelled)
+        found = find_items([str(class_folder)], labelled, {})
         assert Path(found[0].name).name == first
         assert {item.label == "" for item in found} == {not labelled}
-    (class_folder / "metadata.csv").write_text("file_name,label\nbeside.png,x\nclass_0/000.png,y\n")
-    assert [item.label for item in find_items([str(class_folder)], False)] == ["x", "y"]
+    rows = "file_name,label\nbeside.png,x\nclass_0/000.png,y\nclass_0/001.png,\n"
+    (class_folder / "metadata.csv").write_text(rows)
+    errors: dict[str, str] = {}
+    assert [item.label for item in find_items([str(class_folder)], False, errors)] == ["x", "y"]
+    assert errors == {"class_0/001.png": "row 4 has no label"}
 
 
 def test_duplicates_between_splits_come_first(split_folder, tmp_path, capsys):

@@ -94,7 +94,7 @@ def embed(
         vectors = read_vectors(stored)
         network.follow(vectors.about, stored)
     else:
-        vectors = network.embed(find_items(names, knn is not None), batch_size, errors, quiet)
+        vectors = network.embed(find_items(names, knn is not None, errors), batch_size, errors, quiet)
     found: dict[str, Any] = {"images": len(vectors.files), "size": vectors.values.shape[1], "errors": errors}
     if out is not None:
         write_vectors(Path(out), vectors)

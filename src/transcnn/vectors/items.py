@@ -41,17 +41,18 @@ class _Stored:
         return self._read()
 
 
-def find_items(names: Sequence[str], labelled: bool) -> list[Item]:
+def find_items(names: Sequence[str], labelled: bool, errors: dict[str, str]) -> list[Item]:
     """The images of a data set, named alone, with labels and splits; else those of files, folders and patterns.
 
-    A folder of which some images lie beside its folders is no data set where no labels are needed: all are taken.
+    A folder of which some images lie beside its folders is no data set where no labels are needed: all are taken. What
+    a data set leaves out goes to ``errors``, with the reason.
 
     Raises:
         UserError: There are none; or, where they are to be ``labelled``, no data set of classes.
     """
     if len(names) == 1 and (labelled or not images_in(names[0]) or metadata_tables(Path(names[0]), SPLITS)):
         try:
-            return list(_of_data(names[0]))
+            return list(_of_data(names[0], errors))
         except UserError:
             if labelled:
                 raise
@@ -60,12 +61,13 @@ def find_items(names: Sequence[str], labelled: bool) -> list[Item]:
     return [Item(file, "", "", file) for file in find_images(names)]
 
 
-def _of_data(data: str) -> Iterator[Item]:
+def _of_data(data: str, errors: dict[str, str]) -> Iterator[Item]:
     splits = open_source(data)
     several = splits.val is not None or splits.test is not None
     for split, source in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
         if source is None:
             continue
+        errors.update(source.broken)
         for i in range(len(source)):
             name = source.name_of(i) if source.path_of is None else source.path_of(i)
             image = source.load(i) if source.raw is None else _Stored(name, partial(source.raw, i))

@@ -65,8 +65,9 @@ class PathList:
 def open_folder(root: Path) -> SourceSplits:
     root = Path.cwd() / root  # of "." paths below it would not begin with it
     name = root.resolve().name or "data"
+    inside = _listed(root)
     folders = {split: split_folder(root, names) for split, names in SPLITS.items()}
-    alone = folders["val"] is None and folders["test"] is None and len(folders_in(root)) > 1
+    alone = folders["val"] is None and folders["test"] is None and len(inside) > 1
     if alone and folders["train"] is not None and folders["train"].name not in SPLITS["train"]:
         folders["train"] = None  # beside Bus and Car, Train is a class
     if folders["train"] is None or not _subfolders(folders["train"]):  # "train" may also be a class, beside "car"
@@ -76,7 +77,7 @@ def open_folder(root: Path) -> SourceSplits:
             return SourceSplits.of(name, sources)
         return SourceSplits(name, _class_folders(root))
     used = [folder.name for folder in folders.values() if folder is not None]
-    if unused := [name for name in folders_in(root) if name not in used]:
+    if unused := [name for name in inside if name not in used]:
         logger.warning("%s: folders beside those of the splits are left out: %s", root, abbreviate(unused))
     train = _class_folders(folders["train"])
     others = {
@@ -96,12 +97,17 @@ def split_folder(root: Path, names: Sequence[str]) -> Path | None:
     return next((root / folder for name in names for folder in there if folder.lower() == name), None)
 
 
-def _subfolders(root: Path) -> list[str]:
-    """Names of the class folders; what is hidden or can't be listed is left out."""
+def _listed(root: Path) -> list[str]:
+    """The names of the folders in a folder; raises UserError where it can't be listed."""
     try:
-        found = folders_in(root)
+        return folders_in(root)
     except OSError as error:
         raise UserError(f"can't list {str(root)!r}: {error.strerror}") from error
+
+
+def _subfolders(root: Path) -> list[str]:
+    """Names of the class folders; what is hidden or can't be listed is left out."""
+    found = _listed(root)
     odd = [name for name in found if is_image_name(name)]
     if odd:
         logger.warning("%s: folders named like images are left out: %s", root, abbreviate(odd))
