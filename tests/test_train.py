@@ -17,6 +17,7 @@ import pytest
 import timm
 import torch
 import yaml
+from lightning.pytorch.callbacks import EarlyStopping
 from timm.optim import create_optimizer_v2
 
 from transcnn.checkpoints.loading import data_config_of, load, read_info, save_weights
@@ -27,10 +28,10 @@ from transcnn.errors import UserError
 from transcnn.fast.cuda_graphs import CapturedTraining
 from transcnn.fast.training.attention import KernelHMHSA
 from transcnn.plugging.build import build_model
-from transcnn.settings import Augment, Ema, Optim
+from transcnn.settings import Augment, Ema, Optim, TrainSettings
 from transcnn.tasks import get_task
 from transcnn.tasks.classify import Classify
-from transcnn.training import callbacks
+from transcnn.training import callbacks, run
 from transcnn.training.building import make_network
 from transcnn.training.run import write_samples
 from transcnn.training.run_dir import RunLock
@@ -357,6 +358,16 @@ def test_the_epoch_of_the_lowest_loss_can_be_kept_instead(folder, tmp_path):
         assert result.metrics[name] == pytest.approx(min(losses), rel=1e-4)
     info = read_info(result.run_dir / "best.safetensors")
     assert info["val_top1"] == pytest.approx(result.metrics["top1"], abs=1e-3)  # the score is told all the same
+
+
+def test_early_stop_waits_for_a_figure_that_cannot_be_told_yet(tmp_path, monkeypatch):
+    """Such as the correlation of predictions that are all the same, after a first epoch."""
+    monkeypatch.setattr(run.L, "Trainer", lambda **settings: settings["callbacks"])
+    keep: Any = SimpleNamespace(metric="val_spearman", mode="max")
+    made = run._trainer(TrainSettings(early_stop=2, quiet=True, accelerator="cpu"), tmp_path, [], keep, "auto")
+    [stop] = [callback for callback in made if isinstance(callback, EarlyStopping)]
+    figures = [math.nan, 0.1, math.nan, 0.2, 0.2, math.nan]
+    assert [stop._evaluate_stopping_criteria(torch.tensor(value))[0] for value in figures] == [False] * 5 + [True]
 
 
 def test_early_stop_looks_at_what_chooses_the_epoch(folder, tmp_path):
