@@ -16,6 +16,7 @@ from transcnn.errors import UserError
 from transcnn.fast import accelerate_training
 from transcnn.fast.cpu import support
 from transcnn.fast.cpu.training import pointwise_gradient
+from transcnn.fast.training import layers
 
 pytestmark = pytest.mark.skipif(not support.supports(torch.float32), reason="needs the kernels")
 DTYPES = [torch.float32, torch.bfloat16][: 1 + support.supports(torch.bfloat16)]
@@ -41,12 +42,13 @@ def test_any_number_of_positions_and_channels(data):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("inputs", "outputs", "bias"), [(48, 16, True), (16, 80, False)])
-def test_layers(inputs, outputs, bias, kind):
+def test_layers(inputs, outputs, bias, kind, monkeypatch):
+    monkeypatch.setattr(layers, "MIN_NUMBERS", 0)
     plain = nn.Conv2d(inputs, outputs, 1, bias=bias).to(memory_format=torch.channels_last)
     ours = accelerate_training(copy.deepcopy(plain))
     with counted() as called:
         check(plain, ours, (3, inputs, 13, 17), kind)
-    assert called == ({"pointwise_gradient": 1} if kind == "fp32" else {})
+    assert called == {"pointwise_gradient": 1}
 
 
 @pytest.mark.parametrize("stride", [2, (1, 3)])
@@ -88,6 +90,7 @@ def test_what_the_kernel_does_not_know_is_left_to_pytorch():
     assert not runs(nn.Conv2d(32, 16, 1), x.contiguous())  # not channels-last
     assert not runs(nn.Conv2d(32, 16, 1), x[:0])  # an empty batch
     assert not runs(nn.Conv2d(32, 24, 1))
+    assert not runs(nn.Conv2d(32, 16, 1).bfloat16(), x.bfloat16())  # small
     assert not runs(nn.Conv2d(32, 16, 1, stride=2))
     assert not runs(nn.Conv2d(32, 16, 1, groups=2))
     assert not runs(nn.Conv2d(32, 16, 1).double(), x.double())

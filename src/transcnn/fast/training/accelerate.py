@@ -54,7 +54,7 @@ def accelerate_training(model: nn.Module) -> nn.Module:
     """Let ``model`` train with kernels of this package where those are faster, in place; returns the model.
 
     On a CPU those are local and global attention, BatchNorm of images, GroupNorm, the gradients of depthwise
-    convolutions of 5 to 9, 5x5 to 9x9 and 3x3x3 to 9x9x9, of 1x1 convolutions' weights in fp32 and of 1x1x1
+    convolutions of 5 to 9, 5x5 to 9x9 and 3x3x3 to 9x9x9, of 1x1 convolutions' weights and of 1x1x1
     convolutions (of any network) and, fused, BatchNorm, SiLU and depthwise convolution of every inverted residual of
     images; on a GPU the attention inside grids and, for large maps, the same fused layers, BatchNorm, 1x1 convolutions
     with a bias and the merging of tokens. Images must be channels-last
