@@ -17,6 +17,9 @@ from transcnn.checkpoints.loading import data_config_of, load, save_weights
 from transcnn.data.loading.loader import make_loader
 from transcnn.data.names import imagenet_names, match_names
 from transcnn.data.sets.classify import open_set, open_splits
+from transcnn.data.sources.class_files import read_class_file
+from transcnn.data.sources.files import open_files
+from transcnn.data.sources.source import read_class_names
 from transcnn.data.transforms.classify import eval_transform
 from transcnn.errors import UserError
 
@@ -130,3 +133,18 @@ def test_a_run_of_before_whose_classes_share_a_name(tmp_path: Path) -> None:
 def test_numbers_for_classes_with_names_are_told(caplog):
     assert match_names(["0", "2"], ["cat", "dog", "owl"]) == ([0, 2], [])
     assert "the data's classes are numbers, and are taken for the model's in order: 0 is 'cat'" in caplog.text
+
+
+def test_blank_lines_between_names_are_told(tmp_path, caplog):
+    (tmp_path / "classes.txt").write_text("\ncat\ndog\n\n")
+    assert read_class_names(tmp_path) == ["cat", "dog"]
+    assert read_class_file(open_files(tmp_path), tmp_path)[0] == {0: "cat", 1: "dog"}
+    assert not caplog.text
+    (tmp_path / "classes.txt").write_text("# animals\ncat\n\ndog\n")
+    assert read_class_file(open_files(tmp_path), tmp_path)[0] == {0: "cat", 1: "dog"}
+    assert "classes.txt of " in caplog.text
+    assert "has blank lines between names" in caplog.text
+    caplog.clear()
+    (tmp_path / "classes.txt").write_text("0 cat\n\n1 dog\n")  # numbers say it
+    assert read_class_file(open_files(tmp_path), tmp_path)[0] == {0: "cat", 1: "dog"}
+    assert not caplog.text

@@ -11,6 +11,7 @@ import numpy as np
 from ...errors import UserError
 from ..images import BrokenImage
 from .files import Files
+from .source import names_of_lines
 
 __all__ = ["ColourTable", "read_class_file"]
 
@@ -99,7 +100,8 @@ def _parse(text: str, name: str, path: Path) -> tuple[dict[int, str], ColourTabl
     ids = [int(match[1]) for match in numbered if match]
     names = {int(match[1]): match[2] for match in numbered if match}
     if not (len(names) == len(ids) == len(lines) and all(names.values())):
-        names = dict(enumerate(lines))
+        kept = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+        names = dict(enumerate(lines if name.endswith(".csv") else names_of_lines(kept, f"{name} of {path.name}")))
     return _numbered(names, name, path), None
 
 

@@ -25,7 +25,15 @@ __all__ = [
     "read_class_names",
     "split_of_name",
 ]
-__all__ += ["first_reasons", "merge_splits", "number_classes", "split_stratified", "warn_of_unsplit", "with_progress"]
+__all__ += [
+    "first_reasons",
+    "merge_splits",
+    "names_of_lines",
+    "number_classes",
+    "split_stratified",
+    "warn_of_unsplit",
+    "with_progress",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -159,14 +167,22 @@ def warn_of_unsplit(files: Iterable[str], split_of: Callable[[str, str], str], w
         )
 
 
+def names_of_lines(text: str, what: str) -> list[str]:
+    """Names, one a line from the class 0 on; blank lines between them, which stand for no class, are logged."""
+    lines = [line.strip() for line in text.strip().splitlines()]
+    if not all(lines):
+        logger.warning("%s has blank lines between names: they are skipped, and don't count as classes", what)
+    return [line for line in lines if line]
+
+
 def read_class_names(folder: Path) -> list[str] | None:
     """The lines of ``classes.txt`` that aren't blank, if there is one."""
     file = folder / "classes.txt"
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines() if file.is_file() else None
+        text = file.read_text(encoding="utf-8-sig") if file.is_file() else None
     except ValueError as error:
         raise UserError(f"{file} is no text in UTF-8: {first_line(error)}") from error
-    return None if lines is None else [line.strip() for line in lines if line.strip()]
+    return None if text is None else names_of_lines(text, str(file))
 
 
 def check_fraction(val_fraction: float) -> None:

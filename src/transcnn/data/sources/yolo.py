@@ -25,7 +25,7 @@ from ..images import BrokenImage
 from ..listing import image_names
 from .annotations import AnnotatedImage, Annotations
 from .files import Files
-from .source import SPLITS, abbreviate, first_line, split_of_name
+from .source import SPLITS, abbreviate, first_line, names_of_lines, split_of_name
 
 __all__ = ["find_yolo", "read_yolo"]
 
@@ -78,7 +78,7 @@ def read_yolo(found: Annotations, source: str, names: Sequence[str]) -> None:
             if content.get(key)
         }
     else:
-        found.names, keypoints = dict(enumerate(_lines(found.files, source))), False
+        found.names, keypoints = dict(enumerate(names_of_lines(_text(found.files, source), source))), False
         splits = _splits_of_lists(found, images, texts)
     if len(found.names) > MAX_NAMES:
         raise UserError(f"{source} names {len(found.names):,} classes; at most {MAX_NAMES:,} can be detected")
@@ -192,10 +192,15 @@ def _splits_of_lists(found: Annotations, images: Sequence[str], texts: set[str])
 
 def _lines(files: Files, name: str) -> list[str]:
     """The lines of a text that aren't empty."""
+    return [line.strip() for line in _text(files, name).splitlines() if line.strip()]
+
+
+def _text(files: Files, name: str) -> str:
+    """A text that isn't too large; raises UserError."""
     if files.size(name) > MAX_LABEL_BYTES:
         raise UserError(f"{name} is too large for a list: {files.size(name):,} bytes")
     try:
-        return [line.strip() for line in files.read(name).decode("utf-8-sig").splitlines() if line.strip()]
+        return files.read(name).decode("utf-8-sig")
     except (UnicodeDecodeError, BrokenImage) as error:
         raise UserError(f"{name} can't be read: {first_line(error)}") from error
 
