@@ -30,6 +30,7 @@ from transcnn.data.loading.data_module import DataModule
 from transcnn.data.loading.loader import make_loader
 from transcnn.data.loading.sampler import EpochSampler
 from transcnn.data.rng import CounterRNG, sample_seeds, seeded
+from transcnn.data.sets import channels
 from transcnn.data.sets.channels import Channels
 from transcnn.data.sets.classify import open_set, open_splits
 from transcnn.data.sets.image_dataset import IGNORE, ImageDataset
@@ -625,6 +626,24 @@ def test_the_data_set_decides_which_value_is_white_and_the_run_keeps_it(tmp_path
     config = {**config_of(8), "pixel_range": list(splits.pixel_range)}
     images = Classify.split_loader(images, config, {}, batch_size=4).dataset
     assert len(np.unique(np.asarray(images.read(0)[0]))) > 60
+
+
+def test_images_beyond_the_first_ones_count_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(channels, "LOOKED_AT", 2)  # the first and the last
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        for i in range(4):
+            values = np.full((8, 8), 4000, np.uint16)
+            Image.fromarray(values * (15 if (label, i) == ("a", 3) else 1)).save(tmp_path / label / f"{i}.png")
+    splits = open_splits(str(tmp_path), val_fraction=0.01)
+    assert splits.pixel_range is None  # 60,000 needs all of 16 bits
+    assert not caplog.text
+    name = splits.train.name(1)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / name)
+    assert open_splits(str(tmp_path), val_fraction=0.01).in_chans == 1
+    assert f"{name!r} is not: --in_chans 3 keeps its colours" in caplog.text
 
 
 def config_of(side: int) -> dict[str, Any]:

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from ...errors import UserError, check_range
 from ..bands import LARGEST, MAX_CHANNELS, MOST_OF_PILLOW, RESAMPLING, PixelRange, is_per_channel
 from ..broken import NoPhotograph
 from ..images import BrokenImage
 from ..rasters import is_tiff, tiff_layout
+from ..sources.source import abbreviate
 from .fault_tolerant import FaultTolerantDataset
 
 __all__ = ["Channels", "measure_channels"]
@@ -23,6 +25,8 @@ __all__ = ["Channels", "measure_channels"]
 logger = logging.getLogger(__name__)
 
 LOOKED_AT = 16  # images, for what kind they are
+OPENED = 512  # images whose mode is looked at
+GREY = ("L", "LA", "1", "I", "I;16", "I;16B", "F")  # modes
 DARK = 32  # of 255: below it all looks black
 MEASURED = 64  # images whose numbers are gone through
 MOST_NUMBERS = 1 << 22  # that means and deviations are of
@@ -84,7 +88,12 @@ def measure_channels(sets: Mapping[str, FaultTolerantDataset | None], in_chans: 
         found = _measured(train, count)
     else:
         _warn_of_dark(looks)
-        found = Channels(in_chans or _colours_of(looks), None if remote else _range_of(looks))
+        ends = None if remote else _range_of(looks)
+        if ends is not None:  # a brighter image beyond it would be cut off at white
+            ends = _range_of([_Look.at(image) for image in _sample(train, MEASURED, [])])
+        found = Channels(in_chans or _colours_of(looks), ends)
+        if in_chans is None and found.count == 1:
+            _warn_of_colours(train)
     for images in sets.values():
         if images is not None:
             images.pixel_range = found.pixel_range
@@ -121,6 +130,20 @@ def _warn_of_dark(looks: Sequence[_Look]) -> None:
             "from 0 to 1 that were written as 8 bits",
             len(known),
             max(known),
+        )
+
+
+def _warn_of_colours(images: FaultTolerantDataset) -> None:
+    """Log images in colours among grey ones, as far as the beginnings of their files say."""
+    raw: Any = getattr(getattr(images, "source", None), "raw", None)
+    coloured = []
+    for i in _spread(images, OPENED) if raw is not None and images.groups is None else ():
+        with suppress(Exception), Image.open(io.BytesIO(raw(int(images.indices[i])))) as image:  # pyright: ignore
+            coloured += [images.name(i)] * (image.mode not in GREY)  # what can't be opened is told where it is read
+    if coloured:
+        logger.warning(
+            "images are read as grey, as nearly all are; %s is not: --in_chans 3 keeps its colours",
+            abbreviate(coloured[:1]),
         )
 
 
