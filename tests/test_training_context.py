@@ -112,6 +112,19 @@ def test_shapes_are_found_without_memory(name):
         assert ours.to("meta")(x.to("meta")).shape == plain(x).shape
 
 
+@pytest.mark.parametrize("name", ["batchnorm", "groupnorm", "attention", "attention of all to all"])
+def test_what_decides_between_kernels_and_pytorch_fixes_no_size_of_an_exported_layer(name, monkeypatch):
+    monkeypatch.undo()  # the kernels where they take less time
+    _, ours, x = pair("attention" if "attention" in name else name)
+    sizes = {0: torch.export.Dim("batch", min=1, max=4096)}
+    if name == "attention of all to all":
+        ours = accelerate_training(HMHSA(32, head_dim=16, grid_sizes=[], pool_ratios=[]))
+        sizes |= {2: torch.export.Dim("height", max=512), 3: torch.export.Dim("width", max=512)}
+    program = torch.export.export(ours, (x,), dynamic_shapes=(sizes,))
+    x = torch.cat([x] * 2 if len(sizes) == 1 else [torch.cat([x] * 2, 2)] * 2)
+    assert relative(program.module(check_guards=False)(x), ours(x)) < 1e-5
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # PyTorch's own forward mode
 @every
 def test_forward_mode_derivatives_are_pytorchs(name):

@@ -27,7 +27,7 @@ MAX_POSITIONS = 1024  # of a map where all positions attend to all and that is t
 
 def fits_training(x: Tensor, head_dim: int) -> bool:
     """Whether the C++ kernels train on tokens like these, (..., C)."""
-    return torch.is_grad_enabled() and x.is_contiguous() and head_dim <= MAX_HEAD_DIM and fits_cpu(x, head_dim)
+    return torch.is_grad_enabled() and head_dim <= MAX_HEAD_DIM and fits_cpu(x, head_dim) and x.is_contiguous()
 
 
 class KernelHMHSA(HMHSA):
@@ -48,11 +48,11 @@ class KernelHMHSA(HMHSA):
 
     def only_step(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, 3C, *S) -> (B, C, *S); the map is one grid."""
-        tokens, longest = channels_last(qkv), max(qkv.shape[2:])
-        small = qkv.ndim == 4 and mask is None and qkv.shape[2:].numel() <= MAX_POSITIONS
-        if not (small and fits_training(tokens, self.head_dim)):
+        tokens = channels_last(qkv)
+        fits = qkv.ndim == 4 and mask is None and fits_training(tokens, self.head_dim)
+        if not (fits and qkv.shape[2:].numel() <= MAX_POSITIONS):
             return super().only_step(qkv, mask)
-        return channels_first(grid_attention(tokens, self.head_dim, longest))
+        return channels_first(grid_attention(tokens, self.head_dim, max(qkv.shape[2:])))
 
     def global_step(self, q: Tensor, kv: Tensor, a1: Tensor, real: Tensor | None = None) -> Tensor:
         """(B, C, *S), (B, 2C, *S') and (B, C, *S) -> (B, C, *S)."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cpu.training import pointwise_gradient
-from ..dispatch import autocast_dtype, fits_cpu, fits_triton
+from ..dispatch import autocast_dtype, eager_cpu, fits_cpu, fits_triton
 from ..limits import first_order, refuse_fx
 
 __all__ = [
@@ -42,21 +42,24 @@ class KernelPointwise(nn.Conv2d):
         if not supported or not _pointwise(self):
             return super().forward(input)
         lower = autocast_dtype(x, weight)
-        dtype, x = (weight.dtype, x) if lower is None else (lower, x.to(lower))
-        if x.dtype != dtype or (bias is not None and bias.dtype != weight.dtype):
+        dtype = weight.dtype if lower is None else lower
+        if (lower is None and x.dtype != dtype) or (bias is not None and bias.dtype != weight.dtype):
             return super().forward(input)
         if bias is not None and uses_triton(x):
             from ..triton.autograd import pointwise
 
-            return pointwise(x, weight.to(dtype), bias.to(dtype))
-        if weight.requires_grad and x.is_contiguous(memory_format=torch.channels_last) and self._fits_cpu(x):
-            return _Pointwise.apply(x, weight, bias)  # pyright: ignore
-        return super().forward(input)
+            return pointwise(x.to(dtype), weight.to(dtype), bias.to(dtype))
+        if weight.requires_grad and self._gains(x, dtype):
+            x = x.to(dtype)
+            fits = fits_cpu(x, self.in_channels, self.out_channels, gemm=False)
+            if fits and x.is_contiguous(memory_format=torch.channels_last):
+                return _Pointwise.apply(x, weight, bias)  # pyright: ignore
+        return super().forward(x)
 
-    def _fits_cpu(self, x: Tensor) -> bool:
+    def _gains(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether the kernel takes less time than PyTorch on a CPU; of what is exported, no size is looked at."""
         numbers = x.numel() // self.in_channels * (self.in_channels + self.out_channels)
-        gains = x.dtype == torch.float32 or numbers >= MIN_NUMBERS
-        return gains and fits_cpu(x, self.in_channels, self.out_channels, gemm=False)
+        return eager_cpu(x) and (dtype == torch.float32 or numbers >= MIN_NUMBERS)
 
 
 class _Pointwise(torch.autograd.Function):

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...attention import LocalStep
 from ...attention import grid_attention as plain
 from ...grids import channels_first, channels_last, cut_into_grids, join_grids
-from ..dispatch import to_nchw, uses_triton_grids
+from ..dispatch import eager_cpu, to_nchw, uses_triton_grids
 from ..limits import refuse_fx
 from .attention import added_by_kernel, fits_training, grid_attention
 
@@ -54,7 +54,7 @@ class KernelLocalStep(LocalStep):
 
     def _attend_in_volume(self, qkv: Tensor, size: int) -> Tensor | None:
         """(B, 3C, D, H, W) -> (B, C, D, H, W), if it divides into grids and the kernel runs on those."""
-        if any(side % size for side in qkv.shape[2:]) or not qkv.numel():
+        if not eager_cpu(qkv) or any(side % size for side in qkv.shape[2:]) or not qkv.numel():
             return None
         rows, _ = cut_into_grids(qkv, size)  # (B·G, N, 3C)
         rows = rows[:, None]  # each grid a row of its own

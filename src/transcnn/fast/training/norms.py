@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...grids import channels_last
 from ..cpu import norms as cpu
-from ..dispatch import fits_cpu, globally_hooked, hooked, own_nchw, to_nchw, to_nhwc
+from ..dispatch import eager_cpu, fits_cpu, globally_hooked, hooked, own_nchw, to_nchw, to_nhwc
 from ..limits import first_order, refuse_fx
 from .layers import uses_triton
 
@@ -93,6 +93,8 @@ def _gains(norm: Norm, x: Tensor, silu: bool) -> bool:
 def _fits(norm: Norm, x: Tensor, silu: bool) -> bool:
     """Whether the C++ kernels train this norm on maps like this one, and faster than PyTorch."""
     weight, bias = norm.weight, norm.bias
+    if not eager_cpu(x):  # first of all: whatever exports would hold the sizes to be those that are compared here
+        return False
     if weight is None or bias is None or not torch.is_grad_enabled() or x.ndim < 4 or not _gains(norm, x, silu):
         return False
     fits = weight.dtype == bias.dtype == torch.float32 and weight.device.type == "cpu"
