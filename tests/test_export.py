@@ -21,6 +21,7 @@ from transcnn.checkpoints.loading import Loaded, load, save_weights
 from transcnn.commands.export import export
 from transcnn.commands.predict import predict
 from transcnn.data.images import read_image
+from transcnn.data.sets.classify import open_splits
 from transcnn.data.transforms.classify import eval_transform
 from transcnn.errors import UserError
 from transcnn.export import export_model, exporting
@@ -30,6 +31,7 @@ from transcnn.export.int8 import read
 from transcnn.onnx.predict import OnnxModel, to_input
 from transcnn.plugging.build import build_model
 from transcnn.plugging.plug import plug
+from transcnn.training.data_record import record_of, write_record
 
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -353,6 +355,19 @@ def test_what_was_learnt_from_is_not_scored(labelled):
     loaded = Loaded(torch.nn.Identity(), "classify", NAMES, CONFIG, "x", {"settings": settings})
     for split, count in (("auto", 6), ("train", 18)):
         assert len(read(str(labelled / "train"), split, loaded)[1]) == count
+
+
+def test_the_images_that_a_run_held_back_are_scored_though_others_came_later(labelled, tmp_path):
+    data, run = shutil.copytree(labelled / "train", tmp_path / "data"), tmp_path / "run"
+    run.mkdir()
+    write_record(run, record_of(open_splits(str(data), val_fraction=0.25)))
+    loaded = Loaded(
+        torch.nn.Identity(), "classify", NAMES, CONFIG, str(run / "last.ckpt"), {"settings": {"data": str(data)}}
+    )
+    kept, _ = read(str(data), "auto", loaded)
+    for file in [*data.glob("*/*.png")]:
+        Image.effect_noise((32, 32), 50).save(file.with_stem(f"a-{file.stem}"))
+    assert np.array_equal(read(str(data), "auto", loaded)[0], kept)
 
 
 def test_calibration_leaves_out_what_cannot_be_read(labelled, trained, tmp_path, caplog):

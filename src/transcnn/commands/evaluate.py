@@ -17,7 +17,7 @@ from ..distributed.runtime import PRECISIONS, check_accelerator, choose_precisio
 from ..errors import MAX_SEED, MAX_SIDE, UserError, check_range
 from ..tasks import get_task
 from ..text import printable
-from ..training.data_record import names_and_sizes
+from ..training.data_record import held_back, names_and_sizes
 from ..training.evaluation import measure, say_what_is_off, write_results
 
 __all__ = ["evaluate"]
@@ -103,8 +103,8 @@ def evaluate(
         views = _set_views(loaded, window=window, flip=flip)
         chosen = _data_of(loaded, checkpoint, data)
         _set_table(loaded, chosen, images, target)
-        held_back = _held_back(loaded, chosen, val_fraction, seed)
-        part = first_here(lambda: _open(loaded, chosen, split, **held_back, strict=strict_data))
+        held = held_back(loaded, chosen, val_fraction, seed)
+        part = first_here(lambda: _open(loaded, chosen, split, **held, strict=strict_data))
         if not quiet:
             _say_if_learnt(loaded, chosen, part, part.split or split)
         folder = Path(out) if out else Path(checkpoint) / "eval" if Path(checkpoint).is_dir() else None
@@ -188,18 +188,6 @@ def _say_if_learnt(loaded: Loaded, data: str | None, part: Any, split: str) -> N
         if count := sum(learnt.get(name) == size > 0 for name, _, size in entries):
             line = f"{count:,} of these {len(part):,} images have names and sizes of images that the run learnt from"
             print(f"transcnn: {line}: if they are the same, scores of new ones are lower", file=sys.stderr)
-
-
-def _held_back(loaded: Loaded, data: str | None, val_fraction: float | None, seed: int | None) -> dict[str, Any]:
-    """What a validation split is held back by: what was given, else what the run had, those very images if known."""
-    trained = loaded.info.get("settings") or {}
-    found: dict[str, Any] = {
-        "val_fraction": trained.get("val_fraction", 0.1) if val_fraction is None else val_fraction,
-        "seed": trained.get("seed", 0) if seed is None else seed,
-    }
-    if val_fraction is None and seed is None and loaded.learnt_from(data):
-        found["held"] = names_and_sizes(Path(loaded.source).parent, "val")
-    return found
 
 
 def _set_table(loaded: Loaded, data: str | None, images: str | None, target: list[str] | None) -> None:

@@ -27,6 +27,7 @@ from ..onnx.predict import OnnxModel, to_input
 from ..plugging.cost import interleaved_seconds
 from ..settings import Table
 from ..text import printable
+from ..training.data_record import held_back
 
 __all__ = ["note", "quantise", "read", "to_int8", "top1"]
 
@@ -90,9 +91,8 @@ def read(data: str, split: str, loaded: Loaded, most: int | None = None) -> tupl
 
     ``auto`` is never what a network learnt from, or is calibrated on, if anything else is there.
     """
-    trained = loaded.info.get("settings") or {}
-    held_back = {name: trained[name] for name in ("val_fraction", "seed") if name in trained}
-    opened = partial(open_set, data, class_names=loaded.class_names, table=Table(**loaded.table_of(data)), **held_back)
+    table = Table(**loaded.table_of(data))
+    opened = partial(open_set, data, class_names=loaded.class_names, table=table, **held_back(loaded, data))
     part = opened(split)
     if split == "auto" and part.split == "all":
         with suppress(UserError):  # a single image

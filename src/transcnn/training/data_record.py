@@ -8,11 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.files import atomic_write
+from ..checkpoints.loading import Loaded
 from ..data.sources.source import abbreviate
 from ..errors import UserError
 from ..text import json_text
 
-__all__ = ["RECORD", "check_unchanged", "keep_split", "names_and_sizes", "read_record", "record_of", "write_record"]
+__all__ = [
+    "RECORD",
+    "check_unchanged",
+    "held_back",
+    "keep_split",
+    "names_and_sizes",
+    "read_record",
+    "record_of",
+    "write_record",
+]
 
 RECORD = "data.json"
 MAX_NAMED = 200_000  # images of all splits up to which each one's entry is kept; of more, a digest alone
@@ -57,6 +67,20 @@ def names_and_sizes(run_dir: Path, split: str) -> dict[str, int]:
         return {str(name): int(size) for name, _, size in files or ()}
     except (KeyError, TypeError, ValueError, OverflowError):  # a damaged record
         return {}
+
+
+def held_back(
+    loaded: Loaded, data: str | None, val_fraction: float | None = None, seed: int | None = None
+) -> dict[str, Any]:
+    """What a validation split is held back by: what is given, else what the run had, those very images if known."""
+    trained = loaded.info.get("settings") or {}
+    found: dict[str, Any] = {
+        "val_fraction": trained.get("val_fraction", 0.1) if val_fraction is None else val_fraction,
+        "seed": trained.get("seed", 0) if seed is None else seed,
+    }
+    if val_fraction is None and seed is None and loaded.learnt_from(data):
+        found["held"] = names_and_sizes(Path(loaded.source).parent, "val")
+    return found
 
 
 def check_unchanged(kept: dict[str, Any], now: dict[str, Any], accept: bool) -> list[str]:

@@ -256,7 +256,7 @@ void bn_silu_backward_sums(const T* x, const T* ds, const float* scale, const fl
     });
 }
 
-// dx = dz * by_z + x * by_x + rest, in position of dz
+// dx = dz * by_z + x * by_x + rest, in place of dz
 template <class T>
 void bn_backward(T* dz, const T* x, const float* by_z, const float* by_x, const float* rest, long tokens, long channels,
             long threads) {
