@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -16,13 +17,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 from test_cpu_inference import threads
 from transcnn import HMHSA, HMHSA1d, HMHSA3d, plug
+from transcnn.dense.build import build_network
 from transcnn.fast import optimize
 from transcnn.fast.cpu import build, inference, passes, support
 from transcnn.fast.cpu import replay as cpu_replay
 from transcnn.fast.inference.replays import Replays
+from transcnn.settings import Detect, Segment
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="needs the kernels")
 DTYPES = [
@@ -54,9 +58,13 @@ def without() -> Iterator[None]:
         yield
 
 
+WIDE: dict[str, Any] = {"dims": (32, 64, 64, 96), "head_dim": 32}
+SHALLOW = {**WIDE, "depths": (1, 1, 1, 1), "expansions": (3, 3, 3, 3)}  # of transcnn_tiny: nothing but kernels computes
+
+
 def network(kind: str, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
-    changes: dict[str, Any] = {"dims": (32, 64, 64, 96), "head_dim": 32}
+    changes = dict(WIDE)
     if kind == "hatnet":
         changes |= dict(design="hatnet", norm_layer="groupnorm1", grid_sizes=(8, 7, 7, None), kernel_sizes=(3, 5, 7, 3))
     if kind == "plugged":
@@ -92,6 +100,38 @@ def test_networks_give_the_same_to_the_last_bit(kind, dtype):
     assert all(torch.equal(one(images[0]), expected[0]) for one in copied for _ in range(3))
     with torch.inference_mode():
         assert torch.equal(model(images[3]), expected[3])
+
+
+SETTINGS = {"segment": Segment(), "detect": Detect(short_side=64, long_side=96)}
+
+
+def in_dense_prediction(kind: str) -> nn.Module:
+    """A network that gives more than a map, or is built on one that does."""
+    if kind in SETTINGS:
+        task_args = {f.name: getattr(SETTINGS[kind], f.name) for f in dataclasses.fields(SETTINGS[kind])}
+        return build_network(kind, "transcnn_tiny", task_args, num_classes=2, **SHALLOW)
+    if kind == "torchvision":
+        return lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=2)
+    return timm.create_model(kind, features_only=True, **(SHALLOW if kind == "transcnn_tiny" else {}))
+
+
+def maps_in(found: Any) -> list[Tensor]:
+    """All tensors in lists and dictionaries."""
+    if isinstance(found, Tensor):
+        return [found]
+    return [x for part in (found.values() if isinstance(found, Mapping) else found) for x in maps_in(part)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "kind", ["transcnn_tiny", "mobilenetv2_035", "convnext_atto", "segment", "detect", "torchvision"]
+)
+@torch.no_grad()
+def test_networks_that_give_lists_and_dictionaries_run_again_and_again(kind, dtype):
+    model, x = optimize(in_dense_prediction(kind).eval(), dtype), torch.rand(1, 3, 64, 96)
+    first, *others = [maps_in(model(x)) for _ in range(4)]
+    assert first
+    assert all(len(found) == len(first) and all(map(torch.equal, found, first)) for found in others)
 
 
 CHANGES: dict[str, Callable[[Any], object]] = {

@@ -118,16 +118,20 @@ class Replay:
         return out if over is None else out.as_strided(size, stride)
 
 
-def record(function: Callable[..., Tensor], *maps: Tensor) -> tuple[Tensor, Replay | None]:
+def record(function: Callable[..., Any], *maps: Tensor) -> tuple[Any, Replay | None]:
     """What a function of maps gives, and its calls of kernels; None where anything else computes in it.
+
+    None, too, where it gives something else than a map: lists of maps, say.
 
     The function must give what kernels compute by weights and sizes that don't change, of maps without gradients.
     """
     recorder, operations = _Recorder(), _Operations()
     with recorded(recorder), operations:
         result = function(*maps)
+    if operations.compute or not isinstance(result, Tensor):
+        return result, None
     try:
-        return result, None if operations.compute else _replay(recorder.calls, operations.made, maps, result)
+        return result, _replay(recorder.calls, operations.made, maps, result)
     except _NoReplayError:
         return result, None
 
