@@ -238,6 +238,8 @@ def test_openvino_computes_in_bf16():
         (dict(sizes="0"), "sizes must be whole numbers of 1 or more separated by commas, got '0'"),
         (dict(sizes="big"), "sizes must be whole numbers of 1 or more separated by commas, got 'big'"),
         (dict(engine="magic"), "engine must be of eager, channels_last, optimize, .* got 'magic'"),
+        (dict(models=" , "), "models must name a network or more, got none"),
+        (dict(engine=[]), "engine must be of eager, .*, got none"),
         (dict(dtype="int8"), "dtype must be of fp32, bf16, fp16, got 'int8'"),
         (dict(batch=0), "batch must be from 1 to 8,192, got 0"),
         (dict(reference="nosuch.py:f"), "reference must be FILE.py:FACTORY with an existing file, got 'nosuch.py:f'"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import transcnn.attention
 from transcnn import cli
 from transcnn.attention import HMHSA, merge, spread
-from transcnn.checkpoints.loading import data_config_of, load, save_weights
+from transcnn.checkpoints.loading import Loaded, data_config_of, load, save_weights
 from transcnn.errors import UserError
 from transcnn.explain import attention_maps, attention_rollout, deletion_insertion, grad_cam, gradient_attention
 from transcnn.explain.figure import draw
@@ -351,6 +351,56 @@ def test_class_maps_of_classes_and_stages() -> None:
         grad_cam(features, image)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("method", [grad_cam, gradient_attention])
+def test_class_maps_where_gradients_are_off(mode: Any, method: Any) -> None:
+    net, image = shake(Net(TWO)), torch.randn(3, 6, 6)
+    expected = method(net, image, 2)
+    with mode():
+        torch.testing.assert_close(method(net, image.clone(), 2), expected)
+        made = image.clone()
+    found = method(net, made, 2)
+    torch.testing.assert_close(found, expected)
+    assert not found.requires_grad
+    assert all(p.grad is None for p in net.parameters())
+
+
+class Odd(nn.Module):
+    """H-MHSA in a module whose output is no map."""
+
+    def __init__(self, output: str) -> None:
+        super().__init__()
+        self.attn, self.output = HMHSA(8, head_dim=4, grid_sizes=(3,), pool_ratios=(2,)), output
+
+    def forward(self, x: Tensor) -> Any:
+        y = x + self.attn(x)
+        return y.mean((2, 3)) if self.output == "pooled" else (y, x)
+
+
+@pytest.mark.parametrize("output", ["pooled", "pair"])
+def test_modules_that_give_no_map_show_the_output_of_their_attention(output: str) -> None:
+    net = shake(Net(TWO))
+    odd = Odd(output)
+    odd.attn.load_state_dict(net.blocks[0].state_dict())
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.block, self.head = net.stem, odd, net.head
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.block(self.stem(x))
+            return self.head(y if output == "pooled" else y[0].mean((2, 3)))
+
+    model, image = Whole().eval(), torch.randn(3, 6, 6)
+    assert len(attention_maps(model, image, (1, 1))) == 2
+    # The head's row is the gradient of each position alike, so this is Grad-CAM worked out by hand.
+    with torch.no_grad():
+        made = model.block.attn(model.stem(image[None]))[0]
+        by_hand = (net.head.weight[2][:, None, None] * made).sum(0).clamp(min=0)
+    torch.testing.assert_close(grad_cam(model, image, 2), by_hand / by_hand.sum())
+
+
 # --- scores -----------------------------------------------------------------------------------------------------
 
 
@@ -380,10 +430,32 @@ def test_deletion_and_insertion() -> None:
     np.testing.assert_allclose(again.insertion_curve, scores["good"].insertion_curve, atol=1e-6)
 
 
+def test_deletion_of_one_label_of_several() -> None:
+    """Of a network of several labels each has its own probability, whatever the others' logits are."""
+    image = torch.zeros(3, 8, 8)
+    image[:, :4, :4] = 1
+
+    class Labels(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Corner()(x) + torch.tensor([20.0, 0.0])
+
+    loaded = Loaded(Labels(), "multilabel", ["sky", "corner"], {}, "")
+    curve = deletion_insertion(loaded, image, image[0], 1, steps=64).deletion_curve
+    expected = torch.sigmoid(8 * (1 - torch.arange(65) / 16).clamp(min=0) - 4).numpy()
+    np.testing.assert_allclose(curve, expected, atol=1e-6)
+
+
 def test_wrong_scoring_arguments() -> None:
     image = torch.zeros(3, 8, 8)
     with pytest.raises(UserError, match=r"image's size \(8, 8\), got \(4, 4\)"):
         deletion_insertion(Corner(), image, torch.zeros(4, 4))
+    with pytest.raises(UserError, match="batch_size must be 1 or more, got 0"):
+        deletion_insertion(Corner(), image, torch.zeros(8, 8), batch_size=0)
+    with pytest.raises(UserError, match=r"whose output is \(B, classes\); this model gives \("):
+        deletion_insertion(nn.Conv2d(3, 2, 1), image, torch.zeros(8, 8))
+    for task in ("regress", "segment", "detect"):
+        with pytest.raises(UserError, match=f"this network is for the task {task}"):
+            deletion_insertion(Loaded(Corner(), task, ["a", "b"], {}, ""), image, torch.zeros(8, 8))
     with pytest.raises(UserError, match="steps must be 1 or more, got 0"):
         deletion_insertion(Corner(), image, torch.zeros(8, 8), steps=0)
 

@@ -25,7 +25,7 @@ from transcnn.data.sets.classify import open_splits
 from transcnn.data.transforms.classify import eval_transform
 from transcnn.errors import UserError
 from transcnn.export import export_model, exporting
-from transcnn.export.check import _made_image, check, comparisons, refuse_beyond
+from transcnn.export.check import Row, _made_image, check, comparisons, refuse_beyond
 from transcnn.export.exporting import FORMATS, Exported, Format, _capture
 from transcnn.export.int8 import read
 from transcnn.onnx.predict import OnnxModel, to_input
@@ -465,3 +465,25 @@ def test_made_images_are_images():
 def test_load_of_the_run_still_works(run, trained):
     images = random_images(1, 3, 40, 40)
     np.testing.assert_array_equal(answers_of(load(run).model, images), answers_of(trained.model, images))
+
+
+def test_the_network_stays_as_it_is(tmp_path):
+    """A caller's network keeps its dtype and its mode."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).double().train()
+    loaded = Loaded(model, "classify", NAMES, dict(CONFIG), "")
+    result = export_model(loaded, tmp_path / "model.pt2", format="torch")
+    assert result.file.exists()
+    assert loaded.model is model
+    assert all(module.training for module in model.modules())
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize(("relative", "kept"), [(0.0, True), (1e-9, False), (float("nan"), False)])
+def test_a_tolerance_of_zero(tmp_path, relative, kept):
+    rows = [Row(1, 8, 8, 0.0, value, 1.0, 1.0) for value in (0.0, relative)]
+    if kept:
+        refuse_beyond(rows, 0.0, tmp_path / "x.onnx")
+    else:
+        with pytest.raises(UserError, match=r"is not kept.* tolerance is 0\.0e\+00"):
+            refuse_beyond(rows, 0.0, tmp_path / "x.onnx")

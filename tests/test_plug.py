@@ -18,8 +18,9 @@ from timm.models import FeatureGraphNet, FeatureHookNet, FeatureListNet
 from torch import nn
 
 from transcnn import HMHSA
+from transcnn.checkpoints.memory import forward_bytes
 from transcnn.errors import UserError
-from transcnn.plugging.places import backbone, default_levels
+from transcnn.plugging.places import backbone, default_levels, find
 from transcnn.plugging.plug import (
     ConvReplacement,
     load_host,
@@ -569,6 +570,8 @@ def test_more_errors() -> None:
     with pytest.raises(UserError, match="layer2 is plugged already"):
         plug(model, ["layer3", "layer2"])
     assert len(list(plugged(model))) == 1
+    with pytest.raises(UserError, match="name one module or more; got none"):
+        plug(model, [])
     with pytest.raises(UserError, match="mode must be 'add' or 'replace', got 'swap'"):
         plug(model, "layer3", mode="swap")
     with pytest.raises(UserError, match="give both of grid_sizes and pool_ratios"):
@@ -586,3 +589,125 @@ def test_more_errors() -> None:
     with pytest.raises(UserError, match="holds no convolution"):
         plug(nn.Sequential(nn.Linear(2, 2)))
     assert len(list(itertools.chain(plugged(model)))) == 1
+
+
+class DenseLayer(nn.Module):
+    """Takes all maps before it, as a layer of a dense block does."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 8, 1)
+
+    def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
+        return self.conv(torch.cat(maps, 1))
+
+
+class DenseBlock(nn.ModuleDict):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps = [x]
+        for layer in self.values():
+            maps.append(layer(maps))
+        return torch.cat(maps, 1)
+
+
+@pytest.fixture
+def dense() -> nn.Module:
+    block = DenseBlock({"a": DenseLayer(8), "b": DenseLayer(16)})
+    return nn.ModuleDict({"net": nn.Sequential(nn.Conv2d(3, 8, 1), block)})["net"].eval()
+
+
+@pytest.mark.parametrize("order", [[["1", "1.a", "1.b"]], [["1.b"], ["1"]], [["1"], ["1.a"]]])
+def test_no_branch_takes_the_place_of_another(dense: nn.Module, order: list[list[str]]) -> None:
+    """A dense block's branch lives in one of its layers; each layer may be plugged itself, before, after or with it."""
+    before, x = tree(dense), torch.randn(1, 3, 8, 8)
+    expected = outputs(dense, x)
+    assert plug_like(dense, plug_spec(dense)) is dense
+    for at in order:
+        plug(dense, at, example=x)
+    branches = dict(plugged(dense))
+    assert sorted(branches) == sorted(name for at in order for name in at)
+    torch.testing.assert_close(outputs(dense, x), expected, rtol=0, atol=0)
+    wake(dense)
+    all_of_them = outputs(dense, x)
+    for branch in branches.values():  # each counts
+        with torch.no_grad():
+            branch.scale.zero_()
+        assert (outputs(dense, x) - all_of_them).abs().max() > 1e-4
+        wake(dense)
+    again = plug_like(unplug(copy.deepcopy(dense)), plug_spec(dense))
+    again.load_state_dict(dense.state_dict())
+    torch.testing.assert_close(outputs(again, x), outputs(dense, x), rtol=0, atol=0)
+    assert tree(unplug(dense)) == before
+
+
+def test_a_block_without_room_and_a_spec_that_names_a_place_twice(dense: nn.Module) -> None:
+    before, x = tree(dense), torch.randn(1, 3, 8, 8)
+    with pytest.raises(UserError, match="nothing inside of 1 can hold one more H-MHSA"):
+        plug(dense, ["1", "1.a", "1.b", "1.a.conv", "1.b.conv"], example=x)
+    assert tree(dense) == before
+    spec = plug_spec(plug(dense, "1", example=x))
+    with pytest.raises(UserError, match="would hold two H-MHSA"):
+        plug_like(unplug(dense), [*spec, *spec])
+    assert tree(dense) == before
+
+
+class TwoNames(nn.Module):
+    """Runs its convolution by the second of its names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.body = nn.Sequential(self.stem, self.conv)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+
+@pytest.mark.filterwarnings("ignore:mode='replace'")
+def test_a_convolution_of_two_names_is_replaced_under_both() -> None:
+    model, x = TwoNames().eval(), torch.randn(1, 3, 8, 8)
+    conv, expected = model.conv, outputs(model, x)
+    plug(model, "conv", mode="replace", example=x)
+    assert model.body[1] is model.conv
+    assert (outputs(model, x) - expected).abs().max() > 1e-3
+    assert unplug(model).body[1] is model.conv is conv
+
+
+def test_a_compiled_network_is_refused() -> None:
+    """Its code was made before, or leaves hooks out: nothing would be trained, without a word."""
+    model, x = TwoNames(), torch.zeros(1, 3, 8, 8)
+    spec = plug_spec(plug(copy.deepcopy(model), "stem", example=x))
+    with pytest.raises(UserError, match="the network is compiled already"):
+        plug(torch.compile(model, backend="eager"), "_orig_mod.stem", example=x)  # pyright: ignore
+    model.body.compile(backend="eager")
+    for what in ("stem", spec):
+        with pytest.raises(UserError, match="body of the network is compiled already"):
+            plug_like(model, what)
+
+
+def test_maps_with_channels_last_are_refused_by_name_too() -> None:
+    """torchvision's Swin keeps maps as (B, H, W, C), and says so nowhere."""
+    with torch.device("meta"):
+        model = torchvision.models.SwinTransformer([4, 4], 32, [1, 1], [1, 1], [7, 7])
+        x = torch.zeros(1, 3, 64, 96)
+    for at in ("features.1", "features.3.0", "features.2"):
+        with pytest.raises(UserError, match=r"makes maps \(B, H, W, C\), of shape \(1, "):
+            plug(model, at, example=x)
+    assert [place.name for place in find(model, "features.0.0", x)] == ["features.0.0"]
+
+
+def test_weights_of_modules_with_two_names_stay_where_they_are() -> None:
+    """Finding places runs networks on the meta device: such modules' weights were left there."""
+    model, x = TwoNames().eval(), torch.randn(1, 3, 8, 8)
+    model.tied = nn.Conv2d(3, 8, 1)
+    model.tied.weight = model.stem.weight  # another module with the same tensor, and one that has a tensor twice
+    model.register_buffer("mean", torch.zeros(1))
+    model.register_buffer("same", model.mean)
+    expected, tensors = outputs(model, x), {name: id(p) for name, p in model.state_dict(keep_vars=True).items()}
+    assert [place.channels for place in find(model, "conv", x)] == [8]
+    assert forward_bytes(model, (3, 8, 8)) > 0
+    plug(model, "stem", example=x)
+    unplug(model)
+    assert {name: id(p) for name, p in model.state_dict(keep_vars=True).items()} == tensors
+    assert not any(p.is_meta for p in model.state_dict().values())
+    torch.testing.assert_close(outputs(model, x), expected, rtol=0, atol=0)

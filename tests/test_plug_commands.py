@@ -14,9 +14,11 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 from torch.utils.benchmark import Timer
 
 from transcnn.checkpoints.loading import load, read_info
+from transcnn.commands.plug import cost, make_network
 from transcnn.commands.plug import plug as plug_network
 from transcnn.commands.predict import predict
 from transcnn.commands.train import train
@@ -84,6 +86,7 @@ def test_trains_a_plugged_network(tmp_path: Path, class_folder: Path) -> None:
         (dict(name="resnet18", at="layer7"), "no module is called 'layer7'; near: layer"),
         (dict(name="torchvision/resnet18", out="x.safetensors"), "--out needs a network"),
         (dict(name="torchvision/resnet18", in_chans=1), "take 3 channels"),
+        (dict(name="torchvision/raft_small"), "can't make torchvision/raft_small: .*num_classes"),
     ],
 )
 def test_errors(arguments: dict, message: str) -> None:
@@ -119,3 +122,30 @@ def test_reading_a_spec_needs_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(model), "forward", None)
     plug_like(model, [{**spec[0], "dim": model.feature_info[-1]["num_chs"], "head_dim": 1}])
     assert torch.equal(model.layer4.hmhsa.scale, torch.zeros(model.feature_info[-1]["num_chs"]))
+
+
+def test_no_backbone_is_fetched_that_nobody_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's detectors and segmenters take a backbone's published weights unless told not to."""
+
+    def fetch(*_: object, **__: object) -> None:
+        raise AssertionError("fetched weights")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", fetch)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
+    with torch.device("meta"):
+        made = make_network("torchvision/lraspp_mobilenet_v3_large", num_classes=3, in_chans=3, pretrained=False)
+    assert sum(p.numel() for p in made.parameters()) > 1e6
+    with pytest.raises(UserError, match="can't make torchvision/resnet18: fetched weights"):
+        make_network("torchvision/resnet18", num_classes=1000, in_chans=3, pretrained=True)
+
+
+def test_what_looks_at_numbers_is_counted_on_numbers() -> None:
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x) if float(x.sum()) == 0 else x
+
+    assert cost(Looks(), (torch.zeros(1, 3, 8, 8),), 2)["macs"] == 3 * 4 * 64

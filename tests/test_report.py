@@ -14,6 +14,7 @@ from PIL import Image
 
 from transcnn.errors import UserError
 from transcnn.report.classify import class_table, confused_pairs, read_history, save_figures, write_report
+from transcnn.report.page import facts_of
 from transcnn.report.plots import (
     Wrong,
     new_figure,
@@ -342,3 +343,28 @@ def test_a_map_of_the_images(tmp_path: Path) -> None:
     page = write_report(tmp_path, None, CONFUSION, NAMES, [], {})
     assert "Map of the images" not in page.read_text(encoding="utf-8")
     assert not (tmp_path / "report" / "map.png").exists()
+
+
+def test_a_runs_own_accuracies_are_percents_however_low(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.2 % of 1,000 classes isn't 20 %."""
+    seen = {}
+    draw = plot_history
+    monkeypatch.setattr(
+        "transcnn.report.classify.plot_history", lambda *a, **k: seen.setdefault("figure", draw(*a, **k))
+    )
+    (tmp_path / "metrics.csv").write_text("epoch,val_top1\n1,0.1\n2,0.2\n")
+    write_report(tmp_path, tmp_path / "metrics.csv", CONFUSION, NAMES, [], {})
+    formatter = seen["figure"].axes[0].yaxis.get_major_formatter()
+    assert formatter.format_pct(0.2, 10) == "0.2%"
+
+
+def test_fonts_are_sought_for_names_of_files_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+    monkeypatch.setattr("transcnn.report.classify.save_figures", lambda folder, figures, words: texts.extend(words))
+    write_report(tmp_path, None, CONFUSION, NAMES, [wrong(1)[0]._replace(name="folder/猫.png")], {})
+    assert texts == [*NAMES, "猫.png"]
+
+
+def test_what_is_no_number_is_a_dash() -> None:
+    facts = facts_of({"top1": float("nan"), "seconds": float("nan"), "loss": 0.5})
+    assert facts == [["top-1", "–"], ["seconds", "–"], ["loss", "0.5000"]]

@@ -26,6 +26,7 @@ from transcnn.commands.train import train
 from transcnn.data.images import BrokenImage
 from transcnn.data.sets.segment import class_shares, open_set, open_splits
 from transcnn.data.transforms.segment import IGNORE, EvalTransform, TrainTransform
+from transcnn.dense.pyramid import Pyramid
 from transcnn.dense.segmenters import DECODERS, build
 from transcnn.errors import UserError
 from transcnn.plugging.plug import plug, plug_spec, plugged, plugged_parameters
@@ -654,3 +655,16 @@ def test_the_former_name_of_a_setting_in_a_recipe_is_read(tmp_path):
     (tmp_path / "old.yaml").write_text("segment: {weights_back: 0.5}\n")
     arguments = parse("train", load_command("train"), ["data", "--config", str(tmp_path / "old.yaml")])
     assert arguments["segment"].logit_adjustment == 0.5
+
+
+def test_a_pyramid_of_maps_with_channels_last() -> None:
+    """timm's Swin and MambaOut give (B, H, W, C), and say so."""
+
+    class Last(torch.nn.Module):
+        output_fmt = "NHWC"
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [x.new_zeros(len(x), x.shape[2] // s, x.shape[3] // s, s) for s in (4, 8, 16, 32)]
+
+    maps = Pyramid(Last(), [4, 8, 16, 32], [4, 8, 16, 32])(torch.zeros(2, 3, 64, 96))
+    assert {s: tuple(m.shape) for s, m in maps.items()} == {s: (2, s, 64 // s, 96 // s) for s in (4, 8, 16, 32)}

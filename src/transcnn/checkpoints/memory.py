@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import UserError
 from ..plugging.cost import count
+from ..plugging.places import empty_state
 from .available import SMALL, available_bytes, input_shape
 from .loading import Loaded
 
@@ -64,11 +65,10 @@ class _OnMeta(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self._network = [network]  # not a child: its parameters stay where they are
-        state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-        self._state = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+        self._state = empty_state(network)
 
     def forward(self, x: Tensor) -> Any:
-        return functional_call(self._network[0], self._state, (x,))
+        return functional_call(self._network[0], self._state, (x,), tie_weights=False)
 
 
 class _Fused(TorchFunctionMode):

@@ -78,6 +78,8 @@ def compare(
     if threads:
         torch.set_num_threads(threads)
     names = [name for item in _items(models) for name in (PAPER if item == "paper" else [item])]
+    if not names:
+        raise UserError("models must name a network or more, got none")
     cases = _cases(([REFERENCE] if reference else []) + names, sizes, dtype, engine, batch, train=train)
     if reference:
         load_reference(reference)  # errors before anything takes time
@@ -227,6 +229,8 @@ def _items(text: str | Iterable[str]) -> list[str]:
 
 def _chosen(name: str, text: str | list[str], allowed: Iterable[str]) -> list[str]:
     chosen = _items(text)
+    if not chosen:
+        raise UserError(f"{name} must be of {', '.join(allowed)}, got none")
     for item in chosen:
         if item not in allowed:
             raise UserError(f"{name} must be of {', '.join(allowed)}, got {item!r}")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from timm.models import is_model
 from torch import nn
-from torchvision.models import get_model
+from torchvision.models import get_model, get_model_builder
 from torchvision.models import list_models as torchvision_names
 
 from ..backbone import ATTENTIONS
 from ..checkpoints.files import check_writable
 from ..checkpoints.loading import class_names_of, data_config_of, save_weights
 from ..data.paths import StrPath
-from ..errors import MAX_SIDE, UserError, check_range
+from ..errors import MAX_SIDE, UserError, check_range, first_line
 from ..plugging.build import build_model
 from ..plugging.cost import count, seconds_per_call
 from ..plugging.places import Place, backbone, default_levels, eval_mode, example_for, find
@@ -110,8 +111,15 @@ def make_network(name: str, *, num_classes: int, in_chans: int, pretrained: bool
         raise UserError(f"torchvision's networks take 3 channels, got in_chans={in_chans}")
     if pretrained and num_classes != 1000:
         raise UserError(f"torchvision's published weights are for 1000 classes, got num_classes={num_classes}")
-    quiet = {"init_weights": False} if plain in ("googlenet", "inception_v3") and not pretrained else {}
-    return get_model(plain, weights="DEFAULT" if pretrained else None, num_classes=num_classes, **quiet)
+    options: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None, "num_classes": num_classes}
+    if plain in ("googlenet", "inception_v3") and not pretrained:
+        options["init_weights"] = False  # with a warning, else
+    if "weights_backbone" in inspect.signature(get_model_builder(plain)).parameters:
+        options["weights_backbone"] = None  # else it fetches a backbone's weights that nobody asked for
+    try:
+        return get_model(plain, **options)
+    except Exception as error:  # of the network's arguments, or of the download
+        raise UserError(f"can't make {name}: {first_line(error)}") from error
 
 
 def cost(model: nn.Module, example: tuple[Any, ...], batch_size: int) -> dict[str, float]:
@@ -119,7 +127,10 @@ def cost(model: nn.Module, example: tuple[Any, ...], batch_size: int) -> dict[st
     images = example[0].expand(batch_size, *[-1] * (example[0].ndim - 1)).contiguous()
     with eval_mode(model), torch.no_grad():
         seconds = seconds_per_call(model, images)
-    counts = count(model, example[0].to("meta"))
+    try:
+        counts = count(model, example[0].to("meta"))
+    except Exception:  # it looks at numbers, as detectors do
+        counts = count(model, example[0])
     return {"params": counts.params, "macs": counts.macs, "images/s": batch_size / seconds}
 
 

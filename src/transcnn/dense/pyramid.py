@@ -36,6 +36,7 @@ class Pyramid(nn.Module):
     def __init__(self, body: nn.Module, channels: list[int], reductions: list[int]) -> None:
         super().__init__()
         self.body = body
+        self.channels_last = getattr(body, "output_fmt", "NCHW") == "NHWC"  # timm's mark of Swin, MambaOut and the like
         self.places = {stride: i for i, stride in enumerate(reductions)}  # the last of equals
         usable = sorted(stride for stride in self.places if stride in STRIDES)
         if len(usable) < 2 or 4 not in usable or usable != list(STRIDES[STRIDES.index(usable[0]) :][: len(usable)]):
@@ -51,6 +52,8 @@ class Pyramid(nn.Module):
     def forward(self, x: Tensor) -> dict[int, Tensor]:
         """(B, C, H, W) -> {stride: (B, C', ⌈H/stride⌉, ⌈W/stride⌉)}."""
         maps = self.body(x)
+        if self.channels_last:
+            maps = [one.permute(0, 3, 1, 2) for one in maps]
         found = {stride: maps[i] for stride, i in self.places.items() if stride in STRIDES}
         for stride in STRIDES[STRIDES.index(self.top) + 1 :]:
             found[stride] = F.max_pool2d(found[stride // 2], 2, ceil_mode=True)

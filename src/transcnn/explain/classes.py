@@ -7,6 +7,8 @@ training loop has gathered. So it is here in full; the tests hold it against tha
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,9 +18,11 @@ from ..grids import cut_into_grids, join_grids, product
 from .geometry import carry, smooth
 from .record import ImageLike, Record, as_input, check_stage, heads_of, local_weights, record, token_weights
 
-__all__ = ["check_target", "grad_cam", "gradient_attention"]
+__all__ = ["check_logits", "check_target", "grad_cam", "gradient_attention"]
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def grad_cam(
     model: nn.Module | Loaded, image: ImageLike, target: int | None = None, stage: int | None = None
 ) -> Tensor:
@@ -46,6 +50,8 @@ def grad_cam(
     return _to_one(smooth(weighted.sum(1)[0].clamp(min=0), tuple(x.shape[2:])))  # pyright: ignore
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def gradient_attention(
     model: nn.Module | Loaded, image: ImageLike, target: int | None = None, stage: int | None = None
 ) -> Tensor:
@@ -96,11 +102,16 @@ def _taken(r: Record, gradients: list[Tensor]) -> list[tuple[Tensor, tuple[int, 
     return [*parts, (tokens.view(r.k.shape[2:]), ratio)]
 
 
-def _logit(logits: Tensor, target: int | None) -> Tensor:
+def _logit(logits: Any, target: int | None) -> Tensor:
+    return check_logits(logits)[0, check_target(target, logits[0])]
+
+
+def check_logits(logits: Any) -> Tensor:
+    """What a network gave, (B, classes); refuses anything else."""
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UserError(f"class maps need a classifier, whose output is (1, classes); this model gives {what}")
-    return logits[0, check_target(target, logits[0])]
+        raise UserError(f"class maps need a classifier, whose output is (B, classes); this model gives {what}")
+    return logits
 
 
 def check_target(target: int | None, logits: Tensor) -> int:

@@ -61,8 +61,7 @@ def explain_image(
     if query is not None:
         place = _in_crop(query, (image.height, image.width), size, loaded.preprocessing)
     else:
-        peak = int(cam.argmax()) if cam.any() else cam.numel() // 2 + size[1] // 2
-        place = divmod(peak, size[1])
+        place = divmod(int(cam.argmax()), size[1]) if cam.any() else (size[0] // 2, size[1] // 2)
     last_blocks = {r.stage: r for r in records}  # the last block of each stage stays
     names = loaded.class_names
     return Explanation(

@@ -48,7 +48,7 @@ class Record:
         k, v: Its keys and values, (1, C, H_L, W_L).
         summed: What goes into the last projection, (1, C, H, W).
         y: Its output, (1, C, H, W).
-        output: The owner's output.
+        output: The owner's output; that of H-MHSA where the owner gives no map.
     """
 
     name: str
@@ -126,6 +126,8 @@ def record(model: nn.Module, image: Tensor, *, gradients: bool = False) -> tuple
                 owner = modules[name.rpartition(".")[0]] if name else module
                 plain = isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict) or owner is model
                 handles += _watch(name, module, module if plain else owner, records)
+        if gradients and image.is_inference():
+            image = image.clone()  # one that can be in a graph
         with eval_mode(model), torch.set_grad_enabled(gradients):
             output = model(image.requires_grad_() if gradients else image)
     finally:
@@ -149,7 +151,9 @@ def _watch(name: str, attn: HMHSA, owner: nn.Module, records: list[Record]) -> l
     def keep(put: Callable[[Record, Tensor], None]) -> Callable[..., None]:
         return lambda module, args, output: put(latest(), output)
 
-    def end(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def end(_: nn.Module, args: Any, output: Any) -> Tensor | None:
+        if not isinstance(output, Tensor) or output.ndim != attn.ndim + 2:
+            return None  # several things, or no map: the output is then that of H-MHSA itself
         latest().output = output
         return output.clone()  # what comes next may write into it
 
@@ -175,7 +179,7 @@ def _watch(name: str, attn: HMHSA, owner: nn.Module, records: list[Record]) -> l
     else:
         handles.append(attn.qkv.register_forward_hook(keep(all_three)))
     handles.append(attn.register_forward_hook(keep(lambda r, out: setattr(r, "y", out))))
-    handles.append(owner.register_forward_hook(end))
+    handles += [each.register_forward_hook(end) for each in dict.fromkeys((attn, owner))]
     return handles
 
 

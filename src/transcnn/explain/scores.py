@@ -14,8 +14,9 @@ from torchvision.transforms import functional as tvf
 
 from ..checkpoints.loading import Loaded
 from ..errors import UserError
+from ..onnx.answers import probabilities
 from ..plugging.places import eval_mode
-from .classes import check_target
+from .classes import check_logits, check_target
 from .record import ImageLike, as_input
 
 __all__ = ["Scores", "deletion_insertion"]
@@ -63,10 +64,16 @@ def deletion_insertion(
         batch_size: Images run at a time.
         seed: Of the order of equal pixels.
 
+    Probabilities are softmax's, those of several labels an image (a :class:`~transcnn.checkpoints.loading.Loaded` says
+    so) each label's own.
+
     Raises:
-        UserError: The map isn't of the image's size, no such class, or fewer than one step.
+        UserError: The map isn't of the image's size, no such class, fewer than one step, or no network of classes.
     """
     module, x = as_input(model, image)
+    task = model.task if isinstance(model, Loaded) else "classify"
+    if task not in ("classify", "multilabel"):
+        raise UserError(f"deletion and insertion watch the probability of a class; this network is for the task {task}")
     size = tuple(x.shape[2:])
     if x.ndim != 4:
         raise UserError(f"deletion and insertion are for images (1, C, H, W), got {tuple(x.shape)}")
@@ -74,6 +81,8 @@ def deletion_insertion(
         raise UserError(f"the map must be of the image's size {size}, got {tuple(values.shape)}")
     if steps < 1:
         raise UserError(f"steps must be 1 or more, got {steps}")
+    if batch_size < 1:
+        raise UserError(f"batch_size must be 1 or more, got {batch_size}")
     ranks = _ranks(values, seed).to(x.device)  # (H, W), 0 is the most important pixel
     fractions = np.linspace(0, 1, steps + 1)
     kept = torch.from_numpy(np.rint(fractions * values.numel())).to(x.device)
@@ -81,9 +90,9 @@ def deletion_insertion(
     empty, blurred = torch.zeros_like(x), blur(x)
     images = torch.cat([torch.where(chosen, empty, x), torch.where(chosen, x, blurred)])
     with eval_mode(module), torch.no_grad():
-        logits = torch.cat([module(batch) for batch in images.split(batch_size)]).float()
+        logits = torch.cat([check_logits(module(batch)) for batch in images.split(batch_size)]).float().cpu()
     which = check_target(target, logits[0])
-    curves = logits.softmax(1)[:, which].view(2, -1).double().cpu()
+    curves = torch.from_numpy(probabilities(task, logits.numpy())[:, which]).view(2, -1).double()
     areas = torch.trapezoid(curves, torch.from_numpy(fractions), dim=1).tolist()
     return Scores(areas[0], areas[1], fractions, *curves.numpy())
 

@@ -128,12 +128,12 @@ def check_detections(
 
 def refuse_beyond(rows: list[Row], tolerance: float, out: Path) -> None:
     """Raise UserError for a file whose outputs differ by more than ``tolerance``, and than rounding explains."""
-    worst = max(rows, key=lambda row: row.relative / max(tolerance, NOISE * row.noise))
-    tolerance = max(tolerance, NOISE * worst.noise)
-    if not worst.relative <= tolerance:
+    beyond = [row for row in rows if not row.relative <= max(tolerance, NOISE * row.noise)]  # NaN is
+    if beyond:
+        worst = max(beyond, key=lambda row: row.relative)
         raise UserError(
             f"{out} is not kept: at {worst.batch}x{worst.height}x{worst.width} it differs from the network by "
-            f"{worst.relative:.1e} of the largest output, the tolerance is {tolerance:.1e}"
+            f"{worst.relative:.1e} of the largest output, the tolerance is {max(tolerance, NOISE * worst.noise):.1e}"
         )
 
 

@@ -7,7 +7,9 @@ whole, from normalised images to boxes after non-maximum suppression (:mod:`tran
 
 from __future__ import annotations
 
+import copy
 import io
+import itertools
 import json
 import logging
 import os
@@ -16,7 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,8 @@ def export_model(
 ) -> Exported:
     """:func:`export` for a network in memory, such as a plugged CNN: ``Loaded(model, task, names, config, source)``.
 
-    The file is written and compared in a temporary folder beside ``out``, and moved into place when it is right.
+    The file is written and compared in a temporary folder beside ``out``, and moved into place when it is right. The
+    network stays as it is, on its device and of its dtype.
     """
     kind, out = FORMATS[format], Path(out)
     if out.suffix != kind.suffix:
@@ -73,6 +76,7 @@ def export_model(
         raise UserError(f"static must be 1 or more, got {static}")
     for module, extra in kind.needs:
         require(module, extra)
+    loaded = _as_exported(loaded)
     model, info = _graph_of(loaded), _describe(loaded, static)
     side = info["task_args"]["short_side"] if loaded.task == "detect" else None
     try:
@@ -228,14 +232,23 @@ def _one_or_all(parts: list[np.ndarray]) -> Any:
 # --- steps ------------------------------------------------------------------------------------------------------
 
 
+def _as_exported(loaded: Loaded) -> Loaded:
+    """The network on the CPU, of float32 and in evaluation mode: a copy, unless it is so already."""
+    model = loaded.model
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    moved = any(t.device.type != "cpu" or (t.is_floating_point() and t.dtype != torch.float32) for t in tensors)
+    if not moved and not any(module.training for module in model.modules()):
+        return loaded
+    return replace(loaded, model=copy.deepcopy(model).cpu().float().eval())
+
+
 def _graph_of(loaded: Loaded) -> nn.Module:
     """What is exported: the network itself, or a detector as one graph."""
-    model = loaded.model.cpu().float().eval()
     if loaded.task != "detect":
-        return model
+        return loaded.model
     from .detect import DetectorGraph
 
-    return DetectorGraph(model).eval()  # pyright: ignore
+    return DetectorGraph(loaded.model).eval()  # pyright: ignore
 
 
 def _capture(

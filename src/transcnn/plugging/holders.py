@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from ..errors import UserError
 from .branches import NAME, Plug
@@ -34,7 +35,7 @@ def choose_holders(model: nn.Module, plugs: Sequence[Plug], example: Example | N
     inputs: dict[nn.Module, tuple[Any, Any]] = {}
 
     def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-        inputs[module] = (args, kwargs)
+        inputs[module] = tree_map(lambda x: x, (args, kwargs))  # lists of its own: dense blocks add to theirs
 
     if unknown:
         handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in unknown.values()]
@@ -46,10 +47,13 @@ def choose_holders(model: nn.Module, plugs: Sequence[Plug], example: Example | N
             for handle in handles:
                 handle.remove()
     settled = []
+    taken = {each.at for each in plugs}  # each can hold its own branch
     for each in plugs:
         module = model.get_submodule(each.at)
         if each.at in unknown:
-            inside, hooked = _try_holders(module, *inputs[module])
+            free = [name for name in _holders_in(module) if not name or f"{each.at}.{name}" not in taken]
+            inside, hooked = _try_holders(each.at, module, free, *inputs[module])
+            taken.add(f"{each.at}.{inside}")
         else:
             inside, hooked = "", not isinstance(module, nn.Sequential)
         settled.append(replace(each, inside=inside, hooked=hooked))
@@ -68,10 +72,15 @@ class _Probe(nn.Module):
         return x
 
 
-def _try_holders(module: nn.Module, args: Any, kwargs: Any) -> tuple[str, bool]:
-    """Which descendant can hold a child more without harm ("" is the module), and whether a hook must run it."""
-    holders = ["", *reversed([name for name, _ in module.named_children()])]
-    holders += [name for name, inner in module.named_modules() if not any(inner.children())]
+def _holders_in(module: nn.Module) -> list[str]:
+    """Descendants that a branch might live in, by their names; those of earlier plugs, and what holds one, aren't."""
+    names = ["", *reversed([name for name, _ in module.named_children()])]
+    names += [name for name, inner in module.named_modules() if not any(inner.children())]
+    return [name for name in names if NAME not in name.split(".") and not hasattr(module.get_submodule(name), NAME)]
+
+
+def _try_holders(at: str, module: nn.Module, holders: Sequence[str], args: Any, kwargs: Any) -> tuple[str, bool]:
+    """Which of them can hold a child more without harm ("" is the module), and whether a hook must run it."""
     for inside in holders:
         probe, holder = _Probe(), module.get_submodule(inside)
         holder.add_module(NAME, probe)
@@ -85,4 +94,4 @@ def _try_holders(module: nn.Module, args: Any, kwargs: Any) -> tuple[str, bool]:
             return inside, True
         if not inside and len(probe.seen) == 1 and output is probe.seen[0]:
             return inside, False
-    raise AssertionError("a module without children runs none")
+    raise UserError(f"nothing inside of {at} can hold one more H-MHSA; plug fewer of the modules in it")

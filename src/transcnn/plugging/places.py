@@ -23,7 +23,7 @@ from ..attention import CONVS, SIZES
 from ..errors import UserError, first_line
 from ..levels import further_levels
 
-__all__ = ["Place", "backbone", "default_levels", "eval_mode", "find"]
+__all__ = ["Place", "backbone", "default_levels", "empty_state", "eval_mode", "find"]
 
 AUTO_STRIDES = (8, 16, 32)
 # Their output doesn't say where the backbone is: a size of its own, or the very input.
@@ -90,6 +90,8 @@ def find(model: nn.Module, at: str | Iterable[str], example: Example | None = No
             raise UserError(f"at='auto' found no module with a {_map_of(model)} output; name the places yourself")
         return chosen
     patterns = at.split(",") if isinstance(at, str) else list(at)
+    if not patterns:
+        raise UserError("at must be 'auto', or name one module or more; got none")
     calls: dict[str, list[_Call]] = {}
     for call in _walk(root):
         calls.setdefault(call.name, []).append(call)
@@ -206,8 +208,22 @@ def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     with eval_mode(module), torch.no_grad():
         if not any(x.is_meta for x in _tensors((args, kwargs))):
             return module(*args, **kwargs)
-        own = itertools.chain(module.named_parameters(), module.named_buffers())
-        return torch.func.functional_call(module, {name: tensor.to("meta") for name, tensor in own}, args, kwargs)
+        return torch.func.functional_call(module, empty_state(module), args, kwargs, tie_weights=False)
+
+
+def empty_state(module: nn.Module) -> dict[str, Tensor]:
+    """Tensors of the meta device for all of a network's, for ``functional_call`` without ties of its own.
+
+    By one name of each module: torch would exchange those of a module with two names twice, and leave it without.
+    """
+    return {
+        f"{name}.{key}".lstrip("."): tensor.to("meta")
+        for name, part in module.named_modules()
+        for key, tensor in itertools.chain(
+            part.named_parameters(recurse=False, remove_duplicate=False),
+            part.named_buffers(recurse=False, remove_duplicate=False),
+        )
+    }
 
 
 def _record(model: nn.Module, example: Example | None) -> tuple[_Call, tuple[int, ...]]:
@@ -373,6 +389,24 @@ def _match(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
     return list(matched)
 
 
+def _is_channels_last(module: nn.Module, after: _Shape, image: tuple[int, ...]) -> bool:
+    """Whether a module's maps are (B, H, W, C), as torchvision's Swin's are: sides like the image's, and channels last.
+
+    Only where a layer inside says so, too: maps of any sides come from strides that differ.
+    """
+
+    def is_like(sizes: tuple[int, ...]) -> bool:
+        ratio = (math.prod(image) / math.prod(sizes)) ** (1 / len(image))
+        return all(abs(n / ratio - size) < 1 for n, size in zip(image, sizes, strict=True))
+
+    def mixes_last(layer: nn.Module) -> bool:
+        if isinstance(layer, nn.LayerNorm):
+            return layer.normalized_shape[-1] == after[-1]
+        return isinstance(layer, nn.Linear) and layer.out_features == after[-1]
+
+    return not is_like(after[2:]) and is_like(after[1:-1]) and any(map(mixes_last, module.modules()))
+
+
 def _as_place(name: str, calls: Sequence[_Call], image: tuple[int, ...]) -> Place:
     if len(calls) != 1:
         times = f"runs {len(calls)} times" if calls else "doesn't run"
@@ -381,6 +415,10 @@ def _as_place(name: str, calls: Sequence[_Call], image: tuple[int, ...]) -> Plac
     if after is None:
         raise UserError(
             f"the output of {name} is not one (B, C, {SIZES[len(image)]}) tensor, so H-MHSA can't follow it"
+        )
+    if _is_channels_last(calls[0].module, after, image):
+        raise UserError(
+            f"{name} makes maps (B, {SIZES[len(image)]}, C), of shape {after}; H-MHSA needs (B, C, {SIZES[len(image)]})"
         )
     before = before or (0,) * len(after)
     return Place(name, after[1], _stride(image, after), after[2:], before[1], before[2:])

@@ -80,10 +80,11 @@ def plug(
             for sequences and volumes need one.
 
     Raises:
-        UserError: Nothing matches, a place is plugged already, its output is no single (B, C, H, W) tensor, or the
-            network doesn't take the example; the network is then as it was.
+        UserError: Nothing matches, a place is plugged already, its output is no single (B, C, H, W) tensor, the network
+            doesn't take the example, or is compiled already; the network is then as it was.
         ValueError: ``head_dim``, ``grid_sizes`` or ``pool_ratios`` don't fit, as for :class:`~transcnn.HMHSA`.
     """
+    _check_uncompiled(model)
     if mode not in ("add", "replace"):
         raise UserError(f"mode must be 'add' or 'replace', got {mode!r}")
     if (grid_sizes is None) != (pool_ratios is None):
@@ -141,8 +142,7 @@ def unplug(model: nn.Module) -> nn.Module:
     """
     for name, module in list(plugged(model)):
         if isinstance(module, ConvReplacement):
-            conv = module.original().train(module.training)
-            model.set_submodule(name, conv)
+            _exchange(model, module, module.original().train(module.training))
             continue
         place = model.get_submodule(name)
         if module.plug.hooked:
@@ -197,8 +197,11 @@ def plug_like(model: nn.Module, spec: str | Iterable[str | Mapping[str, Any]]) -
         UserError: A module of ``spec`` isn't in the network, or is plugged already.
     """
     spec = spec if isinstance(spec, str) else list(spec)
+    if not spec:
+        return model
     if isinstance(spec, str) or all(isinstance(line, str) for line in spec):
         return plug(model, spec)  # pyright: ignore
+    _check_uncompiled(model)
     plugs = [_read(line) for line in spec]  # pyright: ignore
     modules = dict(model.named_modules())
     for each in plugs:
@@ -266,7 +269,7 @@ def _attach(model: nn.Module, plugs: Iterable[Plug]) -> nn.Module:
         module = model.get_submodule(each.at)
         new.train(module.training)
         if each.mode == "replace":
-            model.set_submodule(each.at, new)
+            _exchange(model, module, new)
             continue
         module.get_submodule(each.inside).add_module(NAME, new)
         if each.hooked:
@@ -274,6 +277,14 @@ def _attach(model: nn.Module, plugs: Iterable[Plug]) -> nn.Module:
             # First of the module's hooks, so that others (timm's feature hooks) see what the branch makes.
             module.register_forward_hook(functools.partial(_run_branch, path=path), prepend=True)
     return model
+
+
+def _exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in another's place, under each name that it has: networks run modules by any of theirs."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new
 
 
 def _make(model: nn.Module, plug: Plug) -> HMHSABranch | ConvReplacement:
@@ -285,13 +296,26 @@ def _make(model: nn.Module, plug: Plug) -> HMHSABranch | ConvReplacement:
     return ConvReplacement(plug, module)
 
 
+def _check_uncompiled(model: nn.Module) -> None:
+    """Refuse what torch.compile has seen: its code would leave out hooks that come later, without a word."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            what = f"{name} of the network" if name else "the network"
+            raise UserError(f"{what} is compiled already, and would leave out what is plugged in; plug, then compile")
+
+
 def _check_free(model: nn.Module, plugs: Sequence[Plug]) -> None:
     taken = {name for name, _ in plugged(model)}
+    homes: set[str] = set()
     for each in plugs:
+        home = f"{each.at}.{each.inside}".rstrip(".")
+        if home in homes:
+            raise UserError(f"{home} would hold two H-MHSA; name each place once")
+        homes.add(home)
         if each.at in taken or any(each.at.startswith(f"{name}.{NAME}") for name in taken):
             raise UserError(f"{each.at} is plugged already; unplug(model) takes all H-MHSA out")
-        if hasattr(model.get_submodule(each.at), NAME):
-            raise UserError(f"{each.at} has an attribute {NAME!r} of its own")
+        if hasattr(model.get_submodule(each.at), NAME) or hasattr(model.get_submodule(home), NAME):
+            raise UserError(f"{home} has an attribute {NAME!r} already")
 
 
 def _check_layer(layer: Layer | None, ndim: int, **of_hmhsa: Any) -> None:

@@ -70,7 +70,7 @@ def write_report(
     classes, pairs = class_table(confusion, class_names), confused_pairs(confusion, class_names)
     few = len(class_names) <= MAX_MATRIX
     figures = {
-        "curves.png": lambda: plot_history(columns),
+        "curves.png": lambda: plot_history(columns, percent=isinstance(history, str | Path)),
         "confusion.png": lambda: plot_confusion(confusion, class_names) if few else plot_pairs(pairs),
         "classes.png": lambda: plot_classes(classes),
         "wrong.png": lambda: plot_wrong(wrong, class_names),
@@ -80,7 +80,7 @@ def write_report(
         ),
         "map.png": lambda: None if points is None else plot_map(*points, class_names, map_by),
     }
-    save_figures(folder, figures, class_names)
+    save_figures(folder, figures, [*class_names, *(Path(str(name)).name for *_, name in wrong)])
     write_rows(folder / "classes.csv", classes, ["class", "images", "right", "accuracy", "precision", "taken_for"])
     write_rows(folder / "confused.csv", pairs, ["truth", "prediction", "images", "share"])
     page = folder / "index.html"

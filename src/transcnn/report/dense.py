@@ -109,7 +109,7 @@ def write_dense_report(
     ends = ["does not occur" if row[field] is None else percent(row[field]) for row in ranked]
     names, scores = [row["class"] for row in ranked], [row[field] or 0.0 for row in ranked]
     draw: dict[str, Any] = {
-        "curves.png": lambda: plot_history(read_history(history) if history.exists() else {}),
+        "curves.png": lambda: plot_history(read_history(history) if history.exists() else {}, percent=True),
         "classes.png": lambda: plot_bars(
             names[:MAX_ROWS], scores[:MAX_ROWS], ends[:MAX_ROWS], measure, f"{measure} of each class"
         ),

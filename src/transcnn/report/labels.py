@@ -81,7 +81,7 @@ def write_page(
     folder = Path(run_dir) / "report"
     folder.mkdir(parents=True, exist_ok=True)
     history = Path(run_dir) / "metrics.csv"
-    curves = {"curves.png": lambda: plot_history(read_history(history) if history.exists() else {})}
+    curves = {"curves.png": lambda: plot_history(read_history(history) if history.exists() else {}, percent=True)}
     save_figures(folder, {**curves, **figures}, texts)
     title_of_page, top = heading(Path(run_dir), metrics)
     parts = [top, html_table([], facts_of(metrics))]

@@ -143,6 +143,8 @@ def _name_of(key: str) -> str:
 
 
 def _fact(key: str, value: str | float) -> str:
+    if isinstance(value, float) and math.isnan(value):
+        return "–"
     if isinstance(value, float) and (key in PERCENT or key.startswith(("map", "mask_map"))):
         return f"{value:.1f} %"
     if key in ("seconds", "train_seconds"):

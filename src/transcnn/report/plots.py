@@ -115,8 +115,11 @@ def new_figure(width: float, height: float, layout: str = "constrained") -> Figu
     return Figure(figsize=(width, height), layout=layout)  # pyright: ignore[reportArgumentType]
 
 
-def plot_history(columns: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure | None:
-    """Loss, accuracy and learning rate over the epochs, a panel for each that there is; None without any."""
+def plot_history(columns: Mapping[str, tuple[np.ndarray, np.ndarray]], percent: bool = False) -> Figure | None:
+    """Loss, accuracy and learning rate over the epochs, a panel for each that there is; None without any.
+
+    ``percent`` says that accuracies are given in percent, as a run's own are; else they are where one is above 1.5.
+    """
     panels: dict[str, dict[str, Any]] = {"Loss": {}, "Accuracy": {}, "Learning rate": {}}
     for name, column in columns.items():
         words = re.split(r"[/_\-.]", name.lower())
@@ -135,11 +138,13 @@ def plot_history(columns: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure
         return None
     figure = new_figure(4.2 * len(panels), 3.5)
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        _draw_lines(axes, title, lines)
+        _draw_lines(axes, title, lines, percent)
     return figure
 
 
-def _draw_lines(axes: Axes, title: str, lines: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+def _draw_lines(
+    axes: Axes, title: str, lines: Mapping[str, tuple[np.ndarray, np.ndarray]], percent: bool = False
+) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     drawn: Counter[str] = Counter()
@@ -154,7 +159,7 @@ def _draw_lines(axes: Axes, title: str, lines: Mapping[str, tuple[np.ndarray, np
     axes.set(title=title, xlabel="Epoch")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     if title == "Accuracy":
-        whole = max(values.max() for _, values in lines.values()) > 1.5  # given in percent already
+        whole = percent or max(values.max() for _, values in lines.values()) > 1.5
         axes.yaxis.set_major_formatter(PercentFormatter(100 if whole else 1))
     elif title == "Learning rate":
         axes.ticklabel_format(axis="y", scilimits=(-2, 3), useMathText=False)
