@@ -487,3 +487,50 @@ def test_a_tolerance_of_zero(tmp_path, relative, kept):
     else:
         with pytest.raises(UserError, match=r"is not kept.* tolerance is 0\.0e\+00"):
             refuse_beyond(rows, 0.0, tmp_path / "x.onnx")
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3)), x
+
+
+@pytest.mark.parametrize(
+    ("model", "names", "message"),
+    [
+        (Pair(), NAMES, r"Pair must give a number for each of 3 names, \(B, 3\), got tuple"),
+        (Cancelling(), ["a", "b"], r"for each of 2 names, \(B, 2\), got \(1, 3\)"),
+    ],
+)
+def test_networks_that_give_something_else_than_their_names(tmp_path, model, names, message):
+    with pytest.raises(UserError, match=message):
+        export_model(Loaded(model, "classify", names, dict(CONFIG), ""), tmp_path / "x.onnx")
+
+
+def test_what_lies_beside_is_not_written_over(tmp_path):
+    loaded = Loaded(Cancelling(), "classify", NAMES, dict(CONFIG), "")
+    (tmp_path / "x.json").write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=r"x.json is there already, and is none that an export wrote"):
+        export_model(loaded, tmp_path / "x.onnx")
+    (tmp_path / "y.bin").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"y.bin is there already, without y.xml"):
+        exporting._check_beside(tmp_path / "y.xml")
+    (tmp_path / "z.json").mkdir()
+    with pytest.raises(UserError, match=r"z.json is there already"):
+        exporting._check_beside(tmp_path / "z.onnx")
+    assert (tmp_path / "x.json").read_text() == '{"mine": 1}'
+
+
+def test_names_that_are_no_utf8_and_images_that_cannot_be_read(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    loaded = Loaded(model, "classify", ["a\udcff", "猫"], dict(CONFIG), "")
+    result = export_model(loaded, tmp_path / "x.pt2", format="torch")
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert json.loads(text)["class_names"] == ["a\udcff", "猫"]
+    assert "猫" in text
+    exporting._check_beside(result.file)  # a second export may replace the first
+    with pytest.raises(UserError, match=r"can't read nosuch.png: no such file"):
+        list(comparisons(CONFIG, None, ["nosuch.png"]))
+    model[3].bias.data.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"own answers to images of shape .* aren't all finite"):
+        check(model, lambda x: answers_of(model, x), iter([random_images(1, 3, 8, 8)]))

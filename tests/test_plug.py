@@ -711,3 +711,17 @@ def test_weights_of_modules_with_two_names_stay_where_they_are() -> None:
     assert {name: id(p) for name, p in model.state_dict(keep_vars=True).items()} == tensors
     assert not any(p.is_meta for p in model.state_dict().values())
     torch.testing.assert_close(outputs(model, x), expected, rtol=0, atol=0)
+
+
+def test_a_network_made_on_the_meta_device_starts_as_its_host() -> None:
+    """As sharded training makes networks: memory without values, then each module's own reset_parameters."""
+    torch.manual_seed(0)
+    host, x = TwoNames().eval(), torch.randn(1, 3, 8, 8)
+    with torch.device("meta"):
+        model = plug(TwoNames().eval(), "stem")
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    load_host(model, host.state_dict())
+    torch.testing.assert_close(outputs(model, x), outputs(host, x), rtol=0, atol=0)

@@ -30,7 +30,7 @@ from transcnn.dense.pyramid import Pyramid
 from transcnn.dense.segmenters import DECODERS, build
 from transcnn.errors import UserError
 from transcnn.plugging.plug import plug, plug_spec, plugged, plugged_parameters
-from transcnn.report.dense import best_median_worst, class_iou
+from transcnn.report.dense import best_median_worst, class_iou, plot_predictions
 from transcnn.settings import Augment, Ema, Optim, Segment
 from transcnn.tasks.segment import Segment as SegmentTask
 from transcnn.tasks.sliding import sliding_window_inference
@@ -668,3 +668,11 @@ def test_a_pyramid_of_maps_with_channels_last() -> None:
 
     maps = Pyramid(Last(), [4, 8, 16, 32], [4, 8, 16, 32])(torch.zeros(2, 3, 64, 96))
     assert {s: tuple(m.shape) for s, m in maps.items()} == {s: (2, s, 64 // s, 96 // s) for s in (4, 8, 16, 32)}
+
+
+@pytest.mark.parametrize("size", [(3, 3000), (3000, 3)])
+def test_very_long_images_fit_on_a_report(size: tuple[int, int]) -> None:
+    examples = [("best", f"{i}.png", [Image.new("RGB", size)] * 3) for i in range(9)]
+    width, height = plot_predictions(examples, [("sky", (0, 0, 0))]).get_size_inches()
+    assert width < 12
+    assert 3 < height < 90  # at 150 dots an inch, and matplotlib takes 65,536

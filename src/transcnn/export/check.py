@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from ..data.bands import Bands, is_per_channel
-from ..data.images import read_image, to_channels
+from ..data.images import BrokenImage, read_image, to_channels
 from ..errors import UserError, first_line
 from ..onnx.dense import detections as detections_by_file
 from ..onnx.predict import to_input
@@ -166,16 +166,25 @@ def example_images(config: dict[str, Any], files: Sequence[str] | None) -> list[
     """The images of some files; without them generated ones, of two shapes."""
     ends = config.get("pixel_range")
     if files:
-        return [read_image(file, ends) for file in files]
+        return [_read(file, ends) for file in files]
     if is_per_channel(ends):
         return [_made_bands(0, ends), _made_bands(1, ends).resize((251, 187)), _made_bands(2, ends)]
     return [_made_image(0), _made_image(1).resize((251, 187)), _made_image(2)]
+
+
+def _read(file: str, ends: Any) -> Any:
+    try:
+        return read_image(file, ends)
+    except BrokenImage as error:
+        raise UserError(f"can't read {file}: {error}") from error
 
 
 def _of_arrays(wanted: np.ndarray, found: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float]:
     """The largest difference, and the same over the largest output."""
     if wanted.shape != found.shape:
         raise UserError(f"for {shape} the file's output is {found.shape} instead of {wanted.shape}")
+    if not np.isfinite(wanted).all():
+        raise UserError(f"the network's own answers to images of shape {shape} aren't all finite numbers")
     if not np.isfinite(found).all():
         return float("inf"), float("inf")
     difference = float(np.abs(wanted - found).max())

@@ -32,6 +32,7 @@ from ..checkpoints.arguments import DENSE, PRIVATE
 from ..checkpoints.loading import Loaded
 from ..errors import UserError, first_line, require
 from ..plugging.plug import plug_spec
+from ..text import json_text
 from .check import Row, Run, check, check_detections, comparisons, example_images, refuse_beyond
 from .steps import steps
 
@@ -76,9 +77,12 @@ def export_model(
         raise UserError(f"static must be 1 or more, got {static}")
     for module, extra in kind.needs:
         require(module, extra)
+    _check_beside(out)
     loaded = _as_exported(loaded)
     model, info = _graph_of(loaded), _describe(loaded, static)
     side = info["task_args"]["short_side"] if loaded.task == "detect" else None
+    if not side:
+        _check_outputs(model, info)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
@@ -102,7 +106,7 @@ def export_model(
                 info["int8"] = to_int8(loaded, file, calibrate, max_loss, torch.get_num_threads())
                 note(file, info)
                 rows = check(model, kind.open(file), comparisons(info["data_config"], static, images))
-            text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
+            text = json_text(info, indent=2) + "\n"
             file.with_suffix(".json").write_text(text, encoding="utf-8")
             for made in Path(folder).iterdir():
                 shutil.move(made, out.parent / made.name)
@@ -230,6 +234,37 @@ def _one_or_all(parts: list[np.ndarray]) -> Any:
 
 
 # --- steps ------------------------------------------------------------------------------------------------------
+
+
+def _check_beside(out: Path) -> None:
+    """Refuse to write over what an export would put beside its file, unless an export wrote it."""
+    about, weights = out.with_suffix(".json"), out.with_suffix(".bin")
+    try:
+        info = json.loads(about.read_text(encoding="utf-8"))
+        ours = isinstance(info, dict) and {"transcnn", "class_names", "input"} <= {*info}
+    except FileNotFoundError:
+        ours = True
+    except (OSError, ValueError, RecursionError):
+        ours = False
+    if not ours:
+        raise UserError(f"{about} is there already, and is none that an export wrote; give another --out")
+    if out.suffix == ".xml" and weights.exists() and not out.exists():
+        raise UserError(f"{weights} is there already, without {out.name}; give another --out")
+
+
+def _check_outputs(model: nn.Module, info: dict[str, Any]) -> None:
+    """Refuse a network that gives something else than one number for each name."""
+    classes = len(info["class_names"])
+    try:
+        with torch.inference_mode():
+            answer = model(torch.zeros(1, *info["data_config"]["input_size"]))
+    except Exception:  # the trace says what is wrong
+        return
+    if not isinstance(answer, torch.Tensor) or tuple(answer.shape[:2]) != (1, classes):
+        what = str(tuple(answer.shape)) if isinstance(answer, torch.Tensor) else type(answer).__name__
+        raise UserError(
+            f"{type(model).__name__} must give a number for each of {classes} names, (B, {classes}), got {what}"
+        )
 
 
 def _as_exported(loaded: Loaded) -> Loaded:

@@ -71,6 +71,10 @@ class HMHSABranch(nn.Module):
         made = {} if like is None else {"device": like.device, "dtype": like.dtype}
         self.scale = nn.Parameter(torch.zeros(plug.dim, **made))  # (C,)
 
+    def reset_parameters(self) -> None:
+        """The scale as at first, by the name under which PyTorch asks after ``to_empty``; its layers have their own."""
+        nn.init.zeros_(self.scale)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *S) -> (B, C, *S) of the same dtype, whatever autocast makes of the branch."""
         return x + (self.scale[(..., *(None,) * self.plug.ndim)] * self.attn(x)).to(x.dtype)

@@ -220,7 +220,7 @@ def load_host(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
         UserError: Any other tensor is missing, unexpected, or of another shape; nothing is loaded then.
     """
     own, ours, kept = model.state_dict(), set(), {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):  # tensors go by each of a module's names
         if isinstance(module, HMHSABranch | ConvReplacement):
             ours.update(f"{name}.{key}" for key in module.state_dict())
         if isinstance(module, ConvReplacement):

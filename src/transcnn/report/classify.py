@@ -12,6 +12,7 @@ import numpy as np
 
 from ..checkpoints.files import atomic_write
 from ..errors import UserError, require
+from ..text import printable
 from .page import MAX_ROWS, facts_of, heading, html_page, html_table, percent, skipped_files, write_rows
 from .plots import (
     Wrong,
@@ -80,7 +81,7 @@ def write_report(
         ),
         "map.png": lambda: None if points is None else plot_map(*points, class_names, map_by),
     }
-    save_figures(folder, figures, [*class_names, *(Path(str(name)).name for *_, name in wrong)])
+    save_figures(folder, figures, [*class_names, *(printable(Path(str(name)).name) for *_, name in wrong)])
     write_rows(folder / "classes.csv", classes, ["class", "images", "right", "accuracy", "precision", "taken_for"])
     write_rows(folder / "confused.csv", pairs, ["truth", "prediction", "images", "share"])
     page = folder / "index.html"

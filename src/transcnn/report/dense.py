@@ -147,7 +147,8 @@ def plot_predictions(examples: Sequence[Example], key: Sequence[tuple[str, Seque
     if not examples:
         return None
     width = 3.1
-    heights = [width * images[0].height / images[0].width for _, _, images in examples]
+    # Very long images are drawn small: at full width one alone could be more than matplotlib draws.
+    heights = [width * min(max(images[0].height / images[0].width, 0.1), 2.5) for _, _, images in examples]
     rows = -(-len(key) // 5) if len(key) <= 40 else 0
     figure = new_figure(3 * width + 0.3, sum(heights) + 0.42 * len(examples) + 0.28 * rows + 0.2)
     grid = figure.subplots(len(examples), 3, squeeze=False, gridspec_kw={"height_ratios": heights})
