@@ -71,6 +71,12 @@ def test_a_teacher_is_given_its_own_normalisation_and_order_of_classes(teach):
     torch.testing.assert_close(same(normalised(CONFIG)), model(normalised(CONFIG)))
 
 
+def test_a_teacher_of_one_size_alone_is_told_in_one_line(teach):
+    large = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3))
+    with pytest.raises(UserError, match="the teacher file is made for images of 16x16, the student gets 8x8: mat1"):
+        teach(large, config={**CONFIG, "input_size": [3, 16, 16]})
+
+
 def test_a_teacher_is_given_its_own_range_of_numbers(monkeypatch):
     """Of images of any channels: both see the same numbers, each by what was measured for it."""
     model, numbers = network().eval(), 1000 + 500 * torch.rand(4, 3, 8, 8, dtype=torch.float64)

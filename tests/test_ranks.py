@@ -78,5 +78,13 @@ def test_one_process_goes_first_and_its_error_is_everybodys(tmp_path):
     ]
 
 
+def test_other_numbers_than_the_launcher_has_started_are_one_clear_line(monkeypatch):
+    monkeypatch.setattr(processes, "_shape", lambda devices, num_nodes: (1, 1))
+    with pytest.raises(UserError, match="devices is 4, but torchrun or Slurm has started 1"):
+        processes.launch("cpu", 4)
+    with pytest.raises(UserError, match="num_nodes is 2, but torchrun or Slurm has started 1"):
+        processes.launch("cpu", 1, 2)
+
+
 def test_alone_a_process_does_it_at_once():
     assert processes.first_here(lambda: 3) == processes.first_decides(lambda: 3) == 3

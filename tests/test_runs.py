@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import stat
@@ -10,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +20,11 @@ from safetensors.torch import save_file
 
 from transcnn.checkpoints import loading
 from transcnn.checkpoints.files import atomic_write
+from transcnn.data.sets.classify import open_splits
 from transcnn.distributed import runtime
 from transcnn.errors import UserError
 from transcnn.plugging.build import build_model
-from transcnn.training import checkpointing, run_dir
+from transcnn.training import checkpointing, faults, run_dir
 
 INFO = {"model": "transcnn_test", "model_args": {}, "class_names": ["kiwi", "crème brûlée"], "task": "classify"}
 
@@ -90,6 +93,29 @@ def test_run_directories_are_fresh(tmp_path, monkeypatch):
         run_dir.new_run_dir(str(tmp_path / "file" / "run"), "m", "d")
     with pytest.raises(UserError, match="can't write to the run directory"):
         run_dir.new_run_dir(str(tmp_path / "file"), "m", "d")
+
+
+@pytest.mark.parametrize("out", ["s3://bucket/run", "a::b", "data:run"])
+def test_addresses_are_no_run_directories(out, tmp_path, monkeypatch):
+    """What writes checkpoints takes these for addresses; a folder named s3: is not what anybody means."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="the run directory is a folder of this machine"):
+        run_dir.new_run_dir(out, "m", "d")
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_inside_of_a_data_set_are_no_class(tmp_path, class_image):
+    """As those of ``transcnn train .`` in the data's folder: the same run could not go on, and the next learnt them."""
+    for name in ("cat/1.png", "cat/2.png", "dog/1.png", "dog/old/2.png", "runs/one/report/map.png", "mine/samples.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        class_image(0, 0).save(tmp_path / name)
+    for run in ("runs/one", "mine"):
+        for name in ("config.yaml", "data.json", "left.out"):
+            (tmp_path / run / name).touch()
+    splits = open_splits(str(tmp_path), val_fraction=0.5)
+    assert splits.class_names == ["cat", "dog"]
+    assert len(splits.train) + len(splits.val) == 4
+    assert not splits.broken
 
 
 @pytest.mark.parametrize(
@@ -204,6 +230,47 @@ def test_no_epoch_without_finite_figures_is_the_best(tmp_path, monkeypatch):
     trainer = SimpleNamespace(callback_metrics=figures, current_epoch=0, callbacks=[], is_global_zero=True)
     keep.on_validation_end(trainer, network)  # pyright: ignore
     assert keep.best_epoch == 0
+
+
+def test_figures_of_weights_that_are_gone_are_no_longer_to_be_beaten(tmp_path):
+    keep = checkpointing.KeepWeights(tmp_path, {}, {}, None, "top1")
+    keep.load_state_dict({"best_epoch": 3, "figures": {"val_top1": 90.0}})
+    (tmp_path / checkpointing.BEST).touch()
+    keep.on_train_start(None, None)  # pyright: ignore
+    assert keep.best_epoch == 3
+    (tmp_path / checkpointing.BEST).unlink()
+    keep.on_train_start(None, None)  # pyright: ignore
+    assert (keep.best_epoch, keep.figures) == (0, {})
+
+
+def test_with_a_gradient_scaler_updates_count_that_no_scale_can_help(tmp_path):
+    """Overflow is how it finds its scale, but statistics must not keep it; a run without finite numbers ends."""
+    norm = torch.nn.BatchNorm1d(2)
+    keep: Any = SimpleNamespace(hold=False)
+    skip = faults.SkipNonFinite(tmp_path, keep, limit=2, rollback=False)
+    skip._report = lambda *_: {"module": "norm"}  # pyright: ignore
+    scaler = SimpleNamespace(get_scale=lambda: 64.0)
+    plugin = SimpleNamespace(scaler=scaler)
+    trainer: Any = SimpleNamespace(
+        precision_plugin=plugin, accumulate_grad_batches=1, is_global_zero=True, global_step=0
+    )
+    optimizer = torch.optim.SGD(norm.parameters(), lr=0.1)
+
+    def overflow() -> None:
+        skip.on_train_batch_start(trainer, norm, None, 0)  # pyright: ignore
+        norm(torch.tensor([[1.0, 2.0], [math.inf, 1.0]])).sum().backward()
+        assert not norm.running_mean.isfinite().all()  # pyright: ignore
+        skip.on_before_optimizer_step(trainer, norm, optimizer)  # pyright: ignore
+
+    for _ in range(3):
+        overflow()
+        assert norm.running_mean.isfinite().all()  # pyright: ignore
+        assert (skip.in_a_row, keep.hold) == (0, False)
+    scaler.get_scale = lambda: 0.5
+    overflow()
+    assert (skip.in_a_row, keep.hold) == (1, True)
+    with pytest.raises(UserError, match="2 updates in a row"):
+        overflow()
 
 
 def test_output_that_cannot_be_written_is_dropped(monkeypatch):

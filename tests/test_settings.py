@@ -17,9 +17,9 @@ from transcnn import cli
 from transcnn.arguments import Command, describe_type, read_settings
 from transcnn.commands.train import train
 from transcnn.errors import UserError
-from transcnn.plain import Arguments, dump_plain
+from transcnn.plain import Arguments, dump_plain, load_plain
 from transcnn.settings import HELP_GROUPS, Distill, Optim, Segment, TrainSettings, as_plain, takes_settings
-from transcnn.training.check import check_meant
+from transcnn.training.check import check_meant, remarks_on_schedule
 from transcnn.training.resume import resumed_settings
 
 SAVED = TrainSettings("photos", model="transcnn_test", epochs=7, lr=0.5, optim=Optim(opt="sgd", betas=(0.8, 0.9)))
@@ -233,11 +233,46 @@ def test_settings_have_no_traceback_for_what_python_gets_wrong():
         (["--task", "segment", "--distill_from", "x"], "distill_from is for the task classify, not for segment"),
         (["--distill_alpha", "0.9"], "distill_alpha has no effect without distill_from"),
         (["--no-ema", "--ema_decay", "0.9"], "ema_decay has no effect without ema"),
+        (["--mix_prob", "0.5"], "mix_prob has no effect without mixup or cutmix"),
+        (["--remode", "const"], "remode has no effect without reprob"),
+        (["--task", "detect", "--rois", "64"], "rois has no effect without detector fasterrcnn or maskrcnn"),
+        (["--milestones", "3", "6"], "milestones has no effect without sched multistep"),
+        (["--decay_rate", "0.3"], "decay_rate has no effect without sched step, multistep or poly"),
+        (["--layer_decay", "65"], "layer_decay must be from 0.01 to 1"),
+        # Rates that would stay as they are, or at nothing, all the time.
+        (["--sched", "step"], "sched step multiplies the rate after each 90 epochs, and the run has 50"),
+        (["--sched", "step", "--decay_epochs", "0"], "decay_epochs must be above 0, got 0"),
+        (["--sched", "multistep"], "sched multistep needs milestones from 1 to 49, got none"),
+        (["--sched", "multistep", "--milestones", "60"], "sched multistep needs milestones from 1 to 49, got [60]"),
+        (["--sched", "tanh", "--epochs", "2"], "sched tanh needs a warm-up shorter than the run, got warmup_epochs 2"),
     ],
 )
 def test_settings_of_another_task_or_without_effect_are_refused(argv, problem, capsys):
     assert cli.main(["train", "nowhere", *argv]) == 2
     assert problem in capsys.readouterr().err
+
+
+def test_a_list_may_have_one_value():
+    settings = settings_of("--sched", "multistep", "--milestones", "6", "--sizes=24", "--size_ends", "0.5")
+    assert (settings.optim.milestones, settings.augment.sizes, settings.augment.size_ends) == ([6], [24], [0.5])
+    assert settings_of("--milestones", "null").optim.milestones is None
+    with pytest.raises(UserError, match="scale must be a list of two numbers"):
+        settings_of("--scale", "0.5")
+
+
+def test_a_warm_up_as_long_as_the_run_is_told():
+    assert remarks_on_schedule(TrainSettings(epochs=3)) == []
+    [remark] = remarks_on_schedule(TrainSettings(epochs=2))
+    assert "the warm-up of 2 epochs takes all of the run's 2" in remark
+
+
+@pytest.mark.parametrize("text", ["lr: 1e-3\nepochs: 2\nlr: 1e-4\n", "optim:\n  opt: sgd\n  'opt': lion\n"])
+def test_a_recipe_that_gives_a_name_twice_is_refused(text, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"recipe.yaml: (lr|opt) is given twice"):
+        settings_of("--config", str(tmp_path / "recipe.yaml"))
+    fine = {"a": {"b": 1, "c": ["b", {"a": "a"}]}, "b": "a", "[1, 2]": 1, "c": {"b": 2}}
+    assert load_plain(dump_plain(fine)) == fine
 
 
 def test_what_a_run_was_asked_for_can_be_asked_for_again(tmp_path, root):

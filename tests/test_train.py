@@ -13,6 +13,7 @@ from pathlib import Path
 from types import NoneType, SimpleNamespace
 from typing import Any
 
+import lightning
 import pytest
 import timm
 import torch
@@ -210,10 +211,81 @@ def test_a_new_run_never_enters_an_older_ones_directory(folder, tmp_path, monkey
     assert all(run.parent == Path("runs") and "transcnn_test-images" in run.name for run in runs)
 
 
-def test_what_the_optimizer_refuses_leaves_no_directory(folder, tmp_path):
-    with pytest.raises(UserError, match="opt_args"):
-        train(folder, **QUICK, optim=Optim(opt_args={"steps": 3}), out=str(tmp_path / "run"))
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(optim=Optim(opt_args={"steps": 3})), "opt_args"),
+        (dict(ema=Ema(ema_decay=1.0)), "ema_decay must be from 0 to below 1"),
+        (dict(strategy="fsdp"), "fsdp shares weights out"),
+    ],
+)
+def test_what_is_refused_leaves_no_directory(folder, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        train(folder, **QUICK, **settings, out=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_alone_are_no_run_to_go_on_with(whole):
+    with pytest.raises(
+        UserError, match=r"best.safetensors holds weights alone, .*: give --resume .*run; .*--init_from"
+    ):
+        train(resume=str(whole[1] / "best.safetensors"), quiet=True)
+
+
+def test_a_run_that_goes_on_elsewhere_takes_its_best_weights_along(whole, tmp_path):
+    run = shutil.copytree(whole[1], tmp_path / "run")
+    state = torch.load(run / "last.ckpt", weights_only=True)
+    info = read_info(run / "best.safetensors")
+    save_weights(run / "best.safetensors", load(run).model, {**info, "epoch": 1})  # so that it isn't the last epoch's
+    result = train(resume=str(run), out=str(tmp_path / "other"), quiet=True)
+    assert state["callbacks"]["KeepWeights"]["best_epoch"] == 2  # what is said is what was scored
+    assert result.metrics["best_epoch"] == 1
+    assert (result.run_dir / "best.safetensors").read_bytes() == (run / "best.safetensors").read_bytes()
+    assert steady(result.run_dir) == steady(run)
+
+
+def test_a_run_that_goes_back_keeps_its_size_of_images(whole, monkeypatch):
+    """It is chosen when the run begins; what the user gave says nothing of it."""
+    seen = []
+    monkeypatch.setattr(run, "data_config_of", lambda network, in_chans, img_size: seen.append(img_size) or 1 / 0)
+    settings = TrainSettings(whole[0], **{**BUSY, "img_size": None})
+    with pytest.raises(ZeroDivisionError):
+        run.run(settings, whole[1] / "last.ckpt", 0.5, RunLock())
+    assert seen == [32]
+
+
+def test_networks_for_one_size_are_made_for_that_of_the_images():
+    def make(**settings: Any) -> tuple[torch.nn.Module, dict[str, Any]]:
+        arguments = {"depth": 1, "embed_dim": 24, "num_heads": 2, **settings.pop("model_args", {})}
+        s = TrainSettings(model="vit_tiny_patch16_224", model_args=arguments, quiet=True, **settings)
+        return make_network(s, SimpleNamespace(class_names=["a", "b"], in_chans=3), {})
+
+    for settings in (dict(img_size=32), dict(model_args={"img_size": 32, "num_classes": 2})):
+        network, args = make(**settings)
+        assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+        assert args["img_size"] == 32
+        assert "num_classes" not in args
+    for settings, message in (
+        (dict(img_size=64, model_args={"img_size": 32}), "model_args: img_size is 32"),
+        (dict(model_args={"num_classes": 5}), "model_args: num_classes is 5, for the data it is 2"),
+        (dict(model_args={"in_chans": 1}), "model_args: in_chans is 1, for the data it is 3"),
+        (dict(augment=Augment(sizes=[16], size_ends=[0.5])), "vit_tiny_patch16_224 takes images of one size alone"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make(**settings)
+
+
+def test_weights_of_a_network_made_otherwise_are_told(tmp_path, capsys):
+    args = {"stem_stride": 1, "drop_rate": 0.3}
+    network = build_model("transcnn_test", num_classes=2, in_chans=3, **args)
+    info = {"model": "transcnn_test", "model_args": args, "class_names": ["a", "b"]}
+    save_weights(tmp_path / "w.safetensors", network, {**info, "data_config": data_config_of(network, 3, 32)})
+    splits = SimpleNamespace(class_names=["a", "b"], in_chans=3)
+    start = dict(model="transcnn_test", init_from=str(tmp_path / "w.safetensors"))
+    make_network(TrainSettings(**start), splits, {})  # pyright: ignore
+    assert "those of a network with {'stem_stride': 1}, which this one is made without" in capsys.readouterr().err
+    make_network(TrainSettings(**start, model_args={"stem_stride": 1}), splits, {})  # pyright: ignore
+    assert not capsys.readouterr().err
 
 
 def test_fewer_epochs_than_were_learnt_are_one_clear_line(whole, tmp_path):
@@ -366,6 +438,12 @@ def test_early_stop_waits_for_a_figure_that_cannot_be_told_yet(tmp_path, monkeyp
     keep: Any = SimpleNamespace(metric="val_spearman", mode="max")
     made = run._trainer(TrainSettings(early_stop=2, quiet=True, accelerator="cpu"), tmp_path, [], keep, "auto")
     [stop] = [callback for callback in made if isinstance(callback, EarlyStopping)]
+    # It has counted an epoch before a signal's checkpoint is written; a run that goes on has the patience of now.
+    assert made.index(stop) < [type(callback) for callback in made].index(callbacks.StopOnSignal)
+    state = lightning.pytorch.callbacks.EarlyStopping("val_spearman", mode="max", patience=9)
+    assert stop.state_key == state.state_key
+    stop.load_state_dict(state.state_dict())
+    assert stop.patience == 2
     figures = [math.nan, 0.1, math.nan, 0.2, 0.2, math.nan]
     assert [stop._evaluate_stopping_criteria(torch.tensor(value))[0] for value in figures] == [False] * 5 + [True]
 
@@ -418,6 +496,9 @@ def test_layer_decay_and_weight_decay_reach_the_optimizer():
         learner(optim=Optim(opt_args={"steps": 3})).configure_optimizers()
     with pytest.raises(UserError, match="no optimizer is named 'adamx'"):
         learner(optim=Optim(opt="adamx")).configure_optimizers()
+    for opt, why in {"adahessian": "needs second derivatives", "fusedlamb": "", "bnbadamw8bit": ""}.items():
+        with pytest.raises(UserError, match=f"opt='{opt}'.*{why}"):
+            learner(optim=Optim(opt=opt)).configure_optimizers()
     with pytest.raises(UserError, match="sched='cosinus'"):
         learner(optim=Optim(sched="cosinus")).configure_optimizers()
 

@@ -98,8 +98,8 @@ def load_plain(text: str) -> Any:
     """What a YAML (or JSON) text says, as plain values.
 
     Raises:
-        yaml.YAMLError: It isn't YAML, names a class of Python (a tag), repeats itself by aliases, is nested more than
-            ``MAX_DEPTH`` deep or longer than ``MAX_CHARACTERS``.
+        yaml.YAMLError: It isn't YAML, names a class of Python (a tag), repeats itself by aliases, gives a name two
+            values, is nested more than ``MAX_DEPTH`` deep or longer than ``MAX_CHARACTERS``.
     """
     _check_events(text)
     try:
@@ -172,15 +172,25 @@ def _check_events(text: str) -> None:
     if len(text) > MAX_CHARACTERS:
         raise yaml.YAMLError(f"longer than {MAX_CHARACTERS:,} characters")
     depth = 0
+    inside: list[tuple[set[str], list[bool]] | None] = []  # of mappings the keys, and whether another comes next
     for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and inside and inside[-1] is not None:
+            keys, turn = inside[-1]
+            if turn[0] and isinstance(event, yaml.ScalarEvent):
+                if event.value in keys:
+                    raise yaml.YAMLError(f"{short(event.value)} is given twice")
+                keys.add(event.value)
+            turn[0] = not turn[0]
         if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not read: write the value where it is needed")
         if getattr(event, "tag", None) not in _TAGS:
             raise yaml.YAMLError(f"tags are not read: {event.tag[:80]}")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
+            inside.append((set(), [True]) if isinstance(event, yaml.MappingStartEvent) else None)
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
+            inside.pop()
         if depth > MAX_DEPTH:
             raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep")
 

@@ -34,6 +34,10 @@ class Argument:
     def is_list(self) -> bool:
         return any(get_origin(kind) in (list, tuple) for kind in members(self.type))
 
+    @property
+    def _takes_any_number(self) -> bool:
+        return any(get_origin(kind) is list for kind in members(self.type))
+
     def value(self, words: str | list[str]) -> Any:
         """What was typed, as what jsonargparse checks. Names are taken as they are, never parsed."""
         kinds = members(self.type)
@@ -42,7 +46,9 @@ class Argument:
                 return words[0]
             if list[str] in kinds:
                 return words
-            return load_text(words[0]) if len(words) == 1 else [load_text(word) for word in words]
+            values = [load_text(word) for word in words]
+            one = len(values) == 1 and (isinstance(values[0], list) or values[0] is None or not self._takes_any_number)
+            return values[0] if one else values
         if get_origin(self.type) is Literal:
             return words
         if str in kinds:

@@ -26,6 +26,8 @@ EXTENSIONS = frozenset(f".{ending}" for ending in ENDINGS.split())
 # What lies beside images; files of other endings in a folder of images are listed as left out.
 BESIDE = "txt json jsonl xml csv tsv md rst yml yaml toml ini db cls log html htm py ipynb mat npy npz pt pth onnx url"
 BESIDE += " safetensors zip tar gz tgz pdf lnk"
+# What the directory of a training run holds: who trains inside of a data set's folder has the runs there, with figures.
+RUN = frozenset({"config.yaml", "data.json"})
 
 
 def is_image_name(name: str) -> bool:
@@ -60,9 +62,9 @@ def list_images(
     """The image files below a folder by name, sorted folder by folder, as paths; hidden ones are left out.
 
     Links to folders are followed, each folder is listed once, and those above this one and of ``outside`` (the folder
-    of the whole data set, the other classes) never: so links in circles end, and no class gets another's images. To
-    ``others`` the paths of files are added whose names say neither that they are images nor something that usually
-    lies beside images.
+    of the whole data set, the other classes) never: so links in circles end, and no class gets another's images.
+    Directories of runs are left out, for the images in them are figures. To ``others`` the paths of files are added
+    whose names say neither that they are images nor something that usually lies beside images.
 
     Yields:
         Also what only looks like an image (a dangling link, a folder named x.jpg): reading it says what is wrong.
@@ -79,16 +81,23 @@ def list_images(
         listed.add(identity)
         folders: list[str] = []
         files: list[str] = []
+        odd: list[str] = []
+        of_run = 0
         with os.scandir(path) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
+                of_run += entry.name in RUN
                 if is_image_name(entry.name):
                     files.append(entry.name)
                 elif is_dir(entry):
                     folders.append(entry.name)
-                elif others is not None and not lies_beside(entry.name):
-                    others.append(entry.path)
+                elif not lies_beside(entry.name):
+                    odd.append(entry.path)
+        if of_run == len(RUN):
+            continue
+        if others is not None:
+            others += odd
         for name in sorted(image_names(files)):
             yield os.path.join(path, name)
         waiting += [os.path.join(path, name) for name in sorted(folders, reverse=True)]

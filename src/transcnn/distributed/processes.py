@@ -59,7 +59,14 @@ def launch(accelerator: str = "auto", devices: int = 1, num_nodes: int = 1) -> N
     """
     if _launched:
         return
+    asked = {"devices": devices, "num_nodes": num_nodes}
     devices, num_nodes = _shape(devices, num_nodes)
+    for (name, wanted), started in zip(asked.items(), (devices, num_nodes), strict=True):
+        if wanted > 1 and wanted != started:
+            raise UserError(
+                f"{name} is {wanted}, but torchrun or Slurm has started {started}: have it start as many, or leave out "
+                f"--{name}"
+            )
     if devices < 1 or num_nodes < 1:
         raise UserError(f"devices and num_nodes must be 1 or more, got {devices} and {num_nodes}")
     if devices * num_nodes > 1:

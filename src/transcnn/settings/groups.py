@@ -24,6 +24,8 @@ class Optim:
         opt_args: Further arguments of the optimizer, such as {ns_steps: 3} of muon.
         sched: Schedule of the rate: cosine, step, poly, constant, ... (those of ``timm.scheduler``).
         milestones: Epochs after which ``multistep`` multiplies the rate by ``decay_rate``.
+        decay_epochs: Epochs after each of which ``step`` multiplies the rate by ``decay_rate`` (without it 90); length
+            of the decay of ``wsd`` and ``rsqrt`` (the last fifth of the run).
         decay_rate: What ``step`` and ``multistep`` multiply the rate by (without it 0.1); the power of ``poly`` (0.9).
         warmup_epochs: Epochs of linear warm-up, of which a part is fine; they count among ``epochs``.
         warmup_lr: Rate at the start of the warm-up.
@@ -42,6 +44,7 @@ class Optim:
     opt_args: Arguments | None = None
     sched: str = "cosine"
     milestones: list[int] | None = None
+    decay_epochs: float | None = None
     decay_rate: float | None = None
     warmup_epochs: float = 2.0
     warmup_lr: float = 1e-6

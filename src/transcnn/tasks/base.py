@@ -336,8 +336,12 @@ class Task(Inference, L.LightningModule):
                 **extra,
                 **(o.opt_args or {}),
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AssertionError, ImportError) as error:  # some need libraries and GPUs
             raise UserError(f"opt={o.opt!r}, opt_args={o.opt_args}: {error}") from error
+        if getattr(optimizer, "is_second_order", False):
+            raise UserError(
+                f"opt={o.opt!r} needs second derivatives, which training doesn't compute; others: adamw, sgd"
+            )
         updates = self.updates_per_epoch
         default = 0.9 if o.sched == "poly" else 0.1
         try:
@@ -345,6 +349,7 @@ class Task(Inference, L.LightningModule):
                 optimizer,
                 o.sched,
                 num_epochs=self.epochs,
+                decay_epochs=o.decay_epochs,
                 decay_milestones=o.milestones or [],
                 decay_rate=default if o.decay_rate is None else o.decay_rate,
                 warmup_epochs=round(o.warmup_epochs * updates) / updates,  # pyright: ignore  (whole updates)

@@ -13,6 +13,7 @@ number of classes as well).
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.loading import Loaded, load
 from ..data.bands import is_per_channel
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..settings import Distill
 
 __all__ = ["Teacher"]
@@ -53,9 +54,23 @@ class Teacher:
         self.order = _order(loaded, class_names, data_config)
         self.model: nn.Module = loaded.model.eval().requires_grad_(False)
         self.scale, self.shift = _normalisation(data_config, loaded.preprocessing)
+        self._check_size(loaded, data_config["input_size"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         return self  # it never changes: the averaged copy of a student needs none of its own
+
+    def _check_size(self, loaded: Loaded, size: Sequence[int]) -> None:
+        """See that the teacher takes images of the student's size (C, H, W) where its own is another."""
+        own = loaded.preprocessing["input_size"]
+        if list(size) == list(own):
+            return
+        try:
+            self(torch.zeros(1, *size))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"the teacher {loaded.source} is made for images of {own[2]}x{own[1]}, the student gets "
+                f"{size[2]}x{size[1]}: {first_line(error)}"
+            ) from error
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

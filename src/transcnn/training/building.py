@@ -11,7 +11,7 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from timm.models import get_pretrained_cfg
 
-from ..checkpoints.arguments import check_model_args, check_plug
+from ..checkpoints.arguments import check_model_args, check_plug, short
 from ..checkpoints.bounded import build_bounded, own_arguments, registered
 from ..checkpoints.folders import CONFIG, WEIGHTS, stored_class_names
 from ..checkpoints.header import check_class_names, refused
@@ -96,6 +96,7 @@ def _made_new(s: TrainSettings, splits: Any, task_args: dict[str, Any]) -> tuple
     args = dict(s.model_args or {})
     if s.drop_rate is not None:
         args["drop_rate"] = s.drop_rate
+    _settle_sizes(s, splits, args)
     given = args.pop("plug", None)
     try:
         check_model_args(args, own_arguments(s.model))  # what no file may hold could not be loaded again
@@ -106,6 +107,7 @@ def _made_new(s: TrainSettings, splits: Any, task_args: dict[str, Any]) -> tuple
     if info.get("model") == s.model:
         for level in {*LEVELS} & {*(info.get("model_args") or {})}:  # further levels have weights of their own
             args.setdefault(level, info["model_args"][level])
+        _say_other_arguments(s, start, info.get("model_args") or {}, args)
     if seen := get_task(s.task).largest_size(splits, task_args):
         fixed = s.pretrained or start is not None
         choose_levels(s.model, args, seen, fixed=fixed, quiet=s.quiet or rank() > 0)
@@ -136,6 +138,23 @@ def _made_new(s: TrainSettings, splits: Any, task_args: dict[str, Any]) -> tuple
     if start and held:
         _take(s, network if whole else host, start, whole, info.get("class_names") or [], splits.class_names)
     return network, args
+
+
+def _settle_sizes(s: TrainSettings, splits: Any, args: dict[str, Any]) -> None:
+    """See that arguments of the network agree with data and settings, and give its size to one made for one alone."""
+    for name, known in (("num_classes", len(splits.class_names)), ("in_chans", splits.in_chans)):
+        if (given := args.pop(name, known)) != known:
+            raise UserError(f"model_args: {name} is {given}, for the data it is {known}")
+    cfg = get_pretrained_cfg(s.model)
+    if not get_task(s.task).whole_image or cfg is None or not cfg.fixed_input_size:
+        return
+    own = args.get("img_size", s.img_size)
+    if not isinstance(own, int | None) or (s.img_size or own) != own:
+        raise UserError(f"model_args: img_size is {own}; to train, give --img_size, one number")
+    if s.augment.sizes:
+        raise UserError(f"sizes: {s.model} takes images of one size alone")
+    if own is not None and own != cfg.input_size[-1]:
+        args["img_size"] = own
 
 
 def published_start(s: TrainSettings, classes: int) -> str:
@@ -186,6 +205,22 @@ def _info_of(weights: Path) -> dict[str, Any]:
         if held := (info.get("model_args") or {}).get("plug"):
             check_plug(held)
     return info
+
+
+def _say_other_arguments(s: TrainSettings, start: Path | None, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Tell of arguments that the network of a file's weights was made with and this one isn't; weights may still fit.
+
+    Sizes of the data, what is plugged and what is for training alone are each run's own.
+    """
+    own = ("plug", "num_classes", "in_chans", "img_size")
+    other = {k: v for k, v in theirs.items() if k not in own and not k.endswith("_rate") and ours.get(k) != v}
+    if other and not s.quiet and rank() == 0:
+        words = ", ".join(f"{short(name)}: {short(value)}" for name, value in other.items())
+        print(
+            f"{s.model}: the weights of {printable(start)} are those of a network with {{{words}}}, which this one is "
+            "made without (--model_args gives them)",
+            file=sys.stderr,
+        )
 
 
 def _kind(task: str | None, task_args: dict[str, Any] | None) -> tuple[str, str]:

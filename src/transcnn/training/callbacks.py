@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping as _EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from torch import Tensor
@@ -26,7 +27,7 @@ from .progress import clock
 
 SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
 
-__all__ = ["Ema", "Events", "History", "Interrupted", "Stop", "StopOnSignal"]
+__all__ = ["EarlyStopping", "Ema", "Events", "History", "Interrupted", "Stop", "StopOnSignal"]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -92,6 +93,16 @@ class Ema(WeightAveraging):
     def average(self) -> L.LightningModule | None:
         """The averaged copy, while fitting."""
         return self._average_model.module if self._average_model is not None else None  # pyright: ignore
+
+
+class EarlyStopping(_EarlyStopping):
+    """Lightning's, with the patience of now: a run that goes on may be given another.
+
+    (Of the same name, under which checkpoints hold its state.)
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "patience": self.patience})
 
 
 class History(Callback):

@@ -10,7 +10,7 @@ from ..errors import MAX_SEED, MAX_SIDE, UserError, check_range
 from ..settings import TrainSettings
 from ..tasks import TASKS
 
-__all__ = ["check", "check_meant", "check_metric"]
+__all__ = ["check", "check_meant", "check_metric", "remarks_on_schedule"]
 
 CLASSIFY = ("classify",)
 IMAGE = ("classify", "multilabel", "regress")  # one answer an image
@@ -44,17 +44,25 @@ ONLY_FOR: dict[str, tuple[str, ...]] = {
     **{f"augment.{name}": ("classify", "multilabel") for name in ("mixup", "cutmix", "mix_prob")},
     "augment.smoothing": ("classify", "segment"),
 }
-# Settings that mean nothing without another one.
-NEEDS = {
+# Settings that mean nothing without another one, or one of two.
+NEEDS: dict[str, str | tuple[str, ...]] = {
     "distill.distill_type": "distill.distill_from",
     "distill.distill_alpha": "distill.distill_from",
     "distill.distill_tau": "distill.distill_from",
     "ema.ema_decay": "ema.ema",
     "ema.ema_warmup": "ema.ema",
     "segment.logit_adjustment": "segment.class_weights",
+    "augment.remode": "augment.reprob",
+    "augment.mix_prob": ("augment.mixup", "augment.cutmix"),
 }
-# Settings that mean nothing but where another one has this value.
-ONLY_WITH = {"classify.focal_gamma": ("classify.loss", "focal")}
+# Settings that mean nothing but where another one has one of these values.
+ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "classify.focal_gamma": ("classify.loss", ("focal",)),
+    "optim.milestones": ("optim.sched", ("multistep",)),
+    "optim.decay_epochs": ("optim.sched", ("step", "wsd", "rsqrt")),
+    "optim.decay_rate": ("optim.sched", ("step", "multistep", "poly")),
+    "detect.rois": ("detect.detector", ("fasterrcnn", "maskrcnn")),
+}
 
 
 def check_meant(s: TrainSettings) -> None:
@@ -63,6 +71,7 @@ def check_meant(s: TrainSettings) -> None:
     What equals the default, or switches something off, is let pass: a run's ``config.yaml`` has every setting.
     """
     _check_ranges(s)
+    _check_schedule(s)
     if s.task not in TASKS:  # refused where it is looked up
         return
     default = TrainSettings()
@@ -75,11 +84,12 @@ def check_meant(s: TrainSettings) -> None:
         if s.task not in tasks:
             instead = "; short_side and long_side say how large its images are" if name == "img_size" else ""
             raise UserError(f"{last} is for the task {_either(tasks)}, not for {s.task}{instead}")
-        if name in NEEDS and s.value_of(NEEDS[name]) in (None, False, "none"):
-            raise UserError(f"{last} has no effect without {NEEDS[name].rpartition('.')[2]}")
-        if name in ONLY_WITH and s.value_of(ONLY_WITH[name][0]) != ONLY_WITH[name][1]:
+        needed = (needs,) if isinstance(needs := NEEDS.get(name, ()), str) else needs
+        if needed and all(s.value_of(other) in (None, False, 0, "none") for other in needed):
+            raise UserError(f"{last} has no effect without {_either([other.rpartition('.')[2] for other in needed])}")
+        if name in ONLY_WITH and s.value_of(ONLY_WITH[name][0]) not in ONLY_WITH[name][1]:
             other, wanted = ONLY_WITH[name]
-            raise UserError(f"{last} has no effect without {other.rpartition('.')[2]} {wanted}")
+            raise UserError(f"{last} has no effect without {other.rpartition('.')[2]} {_either(wanted)}")
 
 
 def _either(words: Sequence[str]) -> str:
@@ -109,6 +119,30 @@ def check(s: TrainSettings, eval_metrics: tuple[str, ...], world: int = 1) -> No
     _check_sizes(s.augment.sizes or [], s.augment.size_ends or [])
 
 
+def remarks_on_schedule(s: TrainSettings) -> list[str]:
+    """What of the learning rate may not be what was meant, a line each."""
+    if s.optim.sched == "none" or s.optim.warmup_epochs < s.epochs:
+        return []
+    return [
+        f"the warm-up of {s.optim.warmup_epochs:g} epochs takes all of the run's {s.epochs}: the learning rate only "
+        "rises (--warmup_epochs gives another)"
+    ]
+
+
+def _check_schedule(s: TrainSettings) -> None:
+    o = s.optim
+    if o.sched == "tanh" and o.warmup_epochs >= s.epochs:  # it warms up to its rate at the warm-up's end
+        raise UserError(f"sched tanh needs a warm-up shorter than the run, got warmup_epochs {o.warmup_epochs:g}")
+    every = 90 if o.decay_epochs is None else o.decay_epochs
+    if o.sched == "step" and every >= s.epochs:
+        raise UserError(
+            f"sched step multiplies the rate after each {every:g} epochs, and the run has {s.epochs}: give a smaller "
+            "--decay_epochs, or --sched constant"
+        )
+    if o.sched == "multistep" and not any(0 < epoch < s.epochs for epoch in o.milestones or ()):
+        raise UserError(f"sched multistep needs milestones from 1 to {s.epochs - 1}, got {o.milestones or 'none'}")
+
+
 def check_metric(s: TrainSettings, eval_metrics: tuple[str, ...]) -> None:
     """Raise UserError for a metric to choose the epoch by that isn't one of these."""
     if s.eval_metric is not None and s.eval_metric not in eval_metrics:
@@ -125,8 +159,11 @@ def _check_ranges(s: TrainSettings) -> None:
     check_range(0, 1, val_fraction=s.val_fraction, drop_rate=s.drop_rate, drop_path_rate=s.drop_path_rate)
     o, a, d = s.optim, s.augment, s.detect
     check_range(1, accumulate=o.accumulate, lr_batch=o.lr_batch)
-    check_range(0, weight_decay=o.weight_decay, momentum=o.momentum, layer_decay=o.layer_decay, clip_grad=o.clip_grad)
+    check_range(0, weight_decay=o.weight_decay, momentum=o.momentum, clip_grad=o.clip_grad)
+    check_range(0.01, 1, layer_decay=o.layer_decay)
     check_range(0, warmup_epochs=o.warmup_epochs, warmup_lr=o.warmup_lr, min_lr=o.min_lr, decay_rate=o.decay_rate)
+    if o.decay_epochs is not None and not o.decay_epochs > 0:
+        raise UserError(f"decay_epochs must be above 0, got {o.decay_epochs}")
     check_range(0, 1, hflip=a.hflip, vflip=a.vflip, reprob=a.reprob, mix_prob=a.mix_prob, smoothing=a.smoothing)
     check_range(0, mixup=a.mixup, cutmix=a.cutmix, color_jitter=a.color_jitter, zoom=a.zoom, degrees=a.degrees)
     check_range(0, MAX_SIDE, pad=a.pad)

@@ -20,12 +20,14 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from ..checkpoints.files import atomic_write
 from ..checkpoints.loading import read_info, save_weights
+from ..distributed.processes import first_decides
 from ..distributed.sharding import full_state
 from ..errors import UserError
 
 __all__ = ["KeepWeights", "can_save", "newest_good", "note", "store"]
 
 LAST, PREVIOUS, DAMAGED, SUMS = "last.ckpt", "previous.ckpt", "damaged.ckpt", "checksums.sha256"
+BEST = "best.safetensors"
 
 
 def store(run_dir: Path, write: Callable[[Path], object]) -> None:
@@ -201,6 +203,13 @@ class KeepWeights(Checkpoint):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["transcnn"] = {**self.info, "settings": self.settings}
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.best_epoch and not first_decides((self.run_dir / BEST).is_file):
+            self.best_epoch, self.figures = (
+                0,
+                {},
+            )  # a better epoch than these would be needed, for weights that are gone
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         value = float(trainer.callback_metrics[self.metric])
         loss = float(trainer.callback_metrics.get("val_loss", 0.0))
@@ -218,7 +227,7 @@ class KeepWeights(Checkpoint):
         state = full_state(kept.model)
         if trainer.is_global_zero:
             info = {**self.info, "settings": self.settings, **self.figures, "epoch": self.best_epoch}
-            save_weights(self.run_dir / "best.safetensors", state, info)
+            save_weights(self.run_dir / BEST, state, info)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         updates = (batch_idx + 1) // trainer.accumulate_grad_batches

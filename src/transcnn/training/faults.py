@@ -42,7 +42,8 @@ class SkipNonFinite(Callback):
     ends.
 
     Gradients are summed over processes before they are looked at, so all processes decide alike. With 16-bit floats
-    the gradient scaler does this by itself, overflow being part of how it finds its scale.
+    the gradient scaler leaves updates out by itself, overflow being part of how it finds its scale; they count where
+    that is below 1 already, for then it isn't the scale that is at fault.
 
     Args:
         run_dir: Where the report and notes go.
@@ -88,23 +89,25 @@ class SkipNonFinite(Callback):
             self._before = [buffer.detach().clone() for buffer in pl_module.buffers()]
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            return
+        scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if bool(torch.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)):  # pyright: ignore
             self.in_a_row = 0
             self.keep.hold = False
             return
-        self.skipped += 1
-        self.in_a_row += 1
-        self.keep.hold = True
         with torch.no_grad():
             for buffer, before in zip(pl_module.buffers(), self._before, strict=True):
                 buffer.copy_(before)
+        if scaler is not None and scaler.get_scale() >= 1:
+            return
+        self.skipped += 1
+        self.in_a_row += 1
+        self.keep.hold = True
         if self.in_a_row >= self.limit:
             self._give_up(trainer, pl_module)
-        optimizer.zero_grad(set_to_none=True)  # an optimizer leaves alone what has no gradient
+        if scaler is None:
+            optimizer.zero_grad(set_to_none=True)  # an optimizer leaves alone what has no gradient
         if trainer.is_global_zero:
             note(self.run_dir, f"update {trainer.global_step + 1} was left out: its gradient is not finite")
 

@@ -55,6 +55,11 @@ def find_start(resume: str | None, out: str | None) -> Path | None:
 def find_resumed(resume: str) -> Path:
     """The checkpoint that ``--resume`` means; of a run directory, the newest that is whole."""
     path = Path(resume)
+    if path.is_file() and path.suffix == ".safetensors":
+        raise UserError(
+            f"{path} holds weights alone, not where a run stood: give --resume {path.parent}; to start a new run from "
+            "these weights use --init_from"
+        )
     if path.is_file() and path.name != "last.ckpt":
         return path
     path, remark = newest_good(path.parent if path.is_file() else path)

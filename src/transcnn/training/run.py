@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import Callback
 
 from ..checkpoints.files import atomic_write
 from ..checkpoints.loading import data_config_of, load, read_info
@@ -40,8 +42,8 @@ from ..tasks.samples import write_samples
 from ..text import printable
 from . import callbacks as cb
 from .building import make_learner, make_network
-from .check import check, check_metric
-from .checkpointing import KeepWeights, note
+from .check import check, check_metric, remarks_on_schedule
+from .checkpointing import BEST, KeepWeights, note
 from .data_record import check_unchanged, keep_split, read_record, record_of, write_record
 from .dryrun import assumed_splits, dry_run
 from .evaluation import measure, say_what_is_off, write_results
@@ -77,10 +79,12 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None, lock: R
     task_args = {**task_args, **splits.task_args}
     if resumed is None and assumed is None:
         s = choose_img_size(s, splits, quiet=s.quiet or rank() > 0)
-    if resumed is not None and assumed is None:  # as the data was when the run began
-        splits.read_as(Channels.of(read_info(resumed)["data_config"]))
+    if resumed is not None and assumed is None:  # as the data was when the run began, and the size that suited it
+        info = read_info(resumed)
+        splits.read_as(Channels.of(info["data_config"]))
+        s = replace(s, img_size=info["settings"].get("img_size"))
     network, args = make_network(s, splits, task_args, resumed)
-    config = splits.channels.added_to(data_config_of(network, splits.in_chans, s.img_size))
+    config = splits.channels.added_to(data_config_of(network, splits.in_chans, s.img_size or args.get("img_size")))
     learner = make_learner(s, splits, network, config, task_args)
     check_metric(s, learner.measured)
     loaders: Any = None if assumed else _loaders(s, task_class, splits, config, task_args)
@@ -93,13 +97,14 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None, lock: R
     if resumed is not None:
         _check_epochs(resumed, s.epochs)
     _check_memory(s, learner, splits, task_args)
-    learner.configure_optimizers()  # what it refuses is refused before anything is written
+    # What these refuse is refused before anything is written.
+    learner.configure_optimizers()
+    averages = [cb.Ema(s.ema.ema_decay, s.ema.ema_warmup)] if s.ema.ema else []
+    strategy = choose_strategy(s.strategy, network, s.accelerator)
     run_dir = first_decides(lambda: _enter(s, resumed, splits.name, lock))
     metric = s.eval_metric or task_class.score
     keep = KeepWeights(run_dir, info, as_plain(s), s.save_every, metric, task_class.lower_is_better)
     skip = SkipNonFinite(run_dir, keep, s.max_nonfinite, s.nonfinite == "halve", lr_factor)
-    averages = [cb.Ema(s.ema.ema_decay, s.ema.ema_warmup)] if s.ema.ema else []
-    strategy = choose_strategy(s.strategy, network, s.accelerator)
     trainer = _trainer(s, run_dir, [*averages, skip], keep, strategy)
     if trainer.is_global_zero:
         atomic_write(run_dir / "config.yaml", lambda path: path.write_text(dump_plain(as_plain(s)), encoding="utf-8"))
@@ -107,7 +112,7 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None, lock: R
         write_samples(run_dir, learner, loaders.splits.train)
         if not s.quiet:
             _announce(s, splits, network, config, run_dir, trainer)
-            for line in copies_between_splits(splits):
+            for line in (*remarks_on_schedule(s), *copies_between_splits(splits)):
                 print(f"transcnn: {printable(line)}", file=sys.stderr)
     _fit(trainer, learner, loaders, resumed)
     return _finish(s, task_class, splits, run_dir, trainer, keep)
@@ -167,8 +172,14 @@ def _check_epochs(resumed: Path, epochs: int) -> None:
 
 def _enter(s: TrainSettings, resumed: Path | None, data: str, lock: RunLock) -> Path:
     """The run's directory, locked: that of the run that goes on unless ``out`` names another, else a new one."""
-    if resumed is None or (s.out is not None and Path(s.out).resolve() != resumed.parent.resolve()):
+    if resumed is None:
         return new_run_dir(s.out, s.model, data, lock)
+    if s.out is not None and Path(s.out).resolve() != resumed.parent.resolve():
+        run_dir = new_run_dir(s.out, s.model, data, lock)
+        for name in (BEST, "metrics.csv"):  # what was reached before belongs to it
+            if (before := resumed.parent / name).is_file():
+                atomic_write(run_dir / name, partial(shutil.copyfile, before))
+        return run_dir
     lock.acquire(resumed.parent)
     return resumed.parent
 
@@ -216,11 +227,12 @@ def _trainer(
     keep: KeepWeights,
     strategy: Any,
 ) -> L.Trainer:
-    callbacks = [*callbacks, cb.History(run_dir, s.quiet, s.eval_metric), cb.StopOnSignal(keep)]
+    callbacks = [*callbacks, cb.History(run_dir, s.quiet, s.eval_metric)]
+    if s.early_stop:
+        callbacks.append(cb.EarlyStopping(keep.metric, mode=keep.mode, patience=s.early_stop, check_finite=False))
+    callbacks.append(cb.StopOnSignal(keep))  # what it writes holds what the others have counted
     if not s.quiet:
         callbacks += [TrainBar(), LoaderWatch()]
-    if s.early_stop:
-        callbacks.append(EarlyStopping(keep.metric, mode=keep.mode, patience=s.early_stop, check_finite=False))
     return L.Trainer(
         **placement(s.accelerator, strategy),
         precision=choose_precision(s.precision, s.accelerator),  # pyright: ignore
@@ -257,7 +269,7 @@ def _finish(
     # The weights as everybody loads them are scored, a validation split once more: what the report shows beyond the
     # figures of each epoch (curves, wrong predictions) is made here alone.
     part, split = (splits.val, "val") if splits.test is None else (splits.test, "test")
-    everywhere = all(gather((run_dir / "best.safetensors").is_file()))  # else another machine has another disk
+    everywhere = all(gather((run_dir / BEST).is_file()))  # else another machine has another disk
     loaded = load(run_dir) if everywhere else first_decides(lambda: load(run_dir))
     learner, scores, part = measure(
         loaded,
@@ -271,15 +283,18 @@ def _finish(
     broken = list(dict.fromkeys(gather_lists(splits.broken)))
     metrics = learner.summary(scores)
     metrics |= {name: scores[name] for name in ("precision", "device", "path")}
-    metrics |= {"split": split, "data": splits.name, "chosen_on": "val", "chosen_by": keep.metric, **keep.figures}
-    metrics |= {"best_epoch": keep.best_epoch, "epochs": trainer.current_epoch, "train_seconds": round(keep.seconds, 1)}
+    # As the file says; of a run whose best weights are gone, the last ones are scored.
+    best = int(loaded.info.get("epoch", trainer.current_epoch))
+    figures = {name: loaded.info[name] for name in keep.figures if name in loaded.info}
+    metrics |= {"split": split, "data": splits.name, "chosen_on": "val", "chosen_by": keep.metric, **figures}
+    metrics |= {"best_epoch": best, "epochs": trainer.current_epoch, "train_seconds": round(keep.seconds, 1)}
     if not trainer.is_global_zero:
         return TrainResult(run_dir, metrics)
     write_results(run_dir, learner, scores, part, metrics, broken)
     if not s.quiet:
         say_what_is_off(learner, scores, broken, run_dir)
         what = "test images" if split == "test" else "validation images, which also chose the epoch"
-        print(f"{learner.headline(metrics)} on {metrics['images']} {what} (epoch {keep.best_epoch} of {s.epochs})")
+        print(f"{learner.headline(metrics)} on {metrics['images']} {what} (epoch {best} of {s.epochs})")
         print(f"report: {printable(run_dir / 'report' / 'index.html')}")
     return TrainResult(run_dir, metrics)
 

@@ -88,8 +88,11 @@ def new_run_dir(out: str | os.PathLike[str] | None, model: str, data: str, lock:
     """Make a fresh run directory, ``runs/<date-time>-<model>-<data>`` unless ``out`` says otherwise, and lock it.
 
     Raises:
-        UserError: ``out`` holds something already or another process uses it, or it can't be made or written to.
+        UserError: ``out`` holds something already or another process uses it, it can't be made or written to, or what
+            writes checkpoints would take it for an address.
     """
+    if out is not None and (re.search("::|://", os.fspath(out)) or os.fspath(out).startswith("data:")):
+        raise UserError(f"the run directory is a folder of this machine, not an address; got {os.fspath(out)!r}")
     try:
         path = Path(out) if out is not None else _make_named(model, data)
         path.mkdir(parents=True, exist_ok=True)
