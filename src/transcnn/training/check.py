@@ -120,27 +120,30 @@ def check(s: TrainSettings, eval_metrics: tuple[str, ...], world: int = 1) -> No
 
 
 def remarks_on_schedule(s: TrainSettings) -> list[str]:
-    """What of the learning rate may not be what was meant, a line each."""
-    if s.optim.sched == "none" or s.optim.warmup_epochs < s.epochs:
-        return []
-    return [
-        f"the warm-up of {s.optim.warmup_epochs:g} epochs takes all of the run's {s.epochs}: the learning rate only "
-        "rises (--warmup_epochs gives another)"
-    ]
+    """What of the learning rate may not be what was meant, a line each: a recipe may be tried for fewer epochs."""
+    o, found = s.optim, []
+    if o.sched != "none" and o.warmup_epochs >= s.epochs:
+        found.append(
+            f"the warm-up of {o.warmup_epochs:g} epochs takes all of the run's {s.epochs}: the learning rate only "
+            "rises (--warmup_epochs gives another)"
+        )
+    every = 90 if o.decay_epochs is None else o.decay_epochs
+    if o.sched == "step" and every >= s.epochs:
+        found.append(
+            f"sched step multiplies the learning rate after each {every:g} epochs, and the run has {s.epochs}: it "
+            "never does (--decay_epochs gives others)"
+        )
+    if o.sched == "multistep" and not any(0 < epoch < s.epochs for epoch in o.milestones or ()):
+        found.append(f"no milestone of {o.milestones} is below {s.epochs} epochs: the learning rate never falls")
+    return found
 
 
 def _check_schedule(s: TrainSettings) -> None:
-    o = s.optim
-    if o.sched == "tanh" and o.warmup_epochs >= s.epochs:  # it warms up to its rate at the warm-up's end
-        raise UserError(f"sched tanh needs a warm-up shorter than the run, got warmup_epochs {o.warmup_epochs:g}")
-    every = 90 if o.decay_epochs is None else o.decay_epochs
-    if o.sched == "step" and every >= s.epochs:
-        raise UserError(
-            f"sched step multiplies the rate after each {every:g} epochs, and the run has {s.epochs}: give a smaller "
-            "--decay_epochs, or --sched constant"
-        )
-    if o.sched == "multistep" and not any(0 < epoch < s.epochs for epoch in o.milestones or ()):
-        raise UserError(f"sched multistep needs milestones from 1 to {s.epochs - 1}, got {o.milestones or 'none'}")
+    """Raise UserError for a schedule by which the rate is never what is asked for, however long the run."""
+    if s.optim.sched == "tanh" and s.optim.warmup_epochs >= s.epochs:  # it warms up to its rate at the warm-up's end
+        raise UserError(f"sched tanh needs a warm-up shorter than the run, got warmup_epochs {s.optim.warmup_epochs:g}")
+    if s.optim.sched == "multistep" and not s.optim.milestones:
+        raise UserError("sched multistep needs milestones: --milestones 30 60")
 
 
 def check_metric(s: TrainSettings, eval_metrics: tuple[str, ...]) -> None:
