@@ -401,6 +401,45 @@ def test_modules_that_give_no_map_show_the_output_of_their_attention(output: str
     torch.testing.assert_close(grad_cam(model, image, 2), by_hand / by_hand.sum())
 
 
+class Twice(nn.Module):
+    """Runs one H-MHSA twice, beside another that counts for nothing; ``cut`` keeps gradients from coming back."""
+
+    def __init__(self, cut: bool = False) -> None:
+        super().__init__()
+        self.net, self.idle, self.cut = shake(Net(TWO)), HMHSA(8, head_dim=4, grid_sizes=(3,), pool_ratios=(2,)), cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.cut):
+            x = self.net.blocks(self.net.blocks(self.net.stem(x)))
+        self.idle(x)
+        return self.net.head(x.mean((2, 3)))
+
+
+def test_attention_that_runs_twice_and_attention_that_counts_for_nothing() -> None:
+    model, image = Twice().eval(), torch.randn(3, 6, 6)
+    maps = attention_maps(model, image, (1, 1))
+    assert [m.name for m in maps] == ["net.blocks.0"] * 4 + ["idle"] * 2
+    assert (maps[1].weights - maps[3].weights).abs().max() > 1e-3  # of the first and of the second time
+    torch.testing.assert_close(attention_rollout(model, image).sum(), torch.tensor(1.0))
+    assert grad_cam(model, image).abs().sum() == 0  # of the last one that ran
+    torch.testing.assert_close(gradient_attention(model, image).sum(), torch.tensor(1.0))
+    cut = Twice(cut=True).eval()
+    cut.idle = nn.Identity()  # pyright: ignore
+    for method in (grad_cam, gradient_attention):
+        with pytest.raises(UserError, match="this network cuts them off"):
+            method(cut, image)
+
+
+def test_numbers_of_any_kind() -> None:
+    net, image = shake(Net(TWO)), torch.randn(3, 6, 6)
+    whole = attention_maps(net, image, (np.int64(1), torch.arange(6)[2].item()), head=np.int64(1))  # pyright: ignore
+    assert len(whole) == 2
+    with pytest.raises(UserError, match=r"must be within \(0, 0\) and \(5, 5\), got \(1\.0, 2\)"):
+        attention_maps(net, image, (1.0, 2))  # pyright: ignore
+    with pytest.raises(UserError, match=r"a normalised image of floats, got torch\.uint8"):
+        grad_cam(net, torch.zeros(3, 6, 6, dtype=torch.uint8))
+
+
 # --- scores -----------------------------------------------------------------------------------------------------
 
 

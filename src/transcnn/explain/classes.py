@@ -7,6 +7,7 @@ training loop has gathered. So it is here in full; the tests hold it against tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def grad_cam(
     module, x = as_input(model, image)
     logits, records = record(module, x, gradients=True)
     last = check_stage(records, -1 if stage is None else stage)[-1]
-    gradient = torch.autograd.grad(_logit(logits, target), last.output)[0].float()
+    gradient = _gradients(_logit(logits, target), [last.output])[0].float()
     weighted = (
         gradient.mean(tuple(range(2, gradient.ndim)), keepdim=True) * last.output.detach().float()
     )  # (1, C, H', W')
@@ -75,7 +76,7 @@ def gradient_attention(
     logits, records = record(module, x, gradients=True)
     chosen = check_stage(records, stage)
     inner = [tensor for r in chosen for tensor in (*r.mixed, r.summed)]
-    gradients = iter(torch.autograd.grad(_logit(logits, target), inner))
+    gradients = iter(_gradients(_logit(logits, target), inner))
     total = torch.zeros(size, device=x.device)
     with torch.no_grad():
         for r in chosen:
@@ -100,6 +101,13 @@ def _taken(r: Record, gradients: list[Tensor]) -> list[tuple[Tensor, tuple[int, 
     g = heads_of(gradients[-1], d).to(weights.dtype)  # (h, H·W, d)
     tokens = (weights * (g @ heads_of(r.v, d).to(g.dtype).mT)).clamp(min=0).sum((0, 1))  # (M,)
     return [*parts, (tokens.view(r.k.shape[2:]), ratio)]
+
+
+def _gradients(logit: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Of a logit with respect to tensors: zeros where it doesn't depend on them."""
+    if not (logit.requires_grad and all(tensor.requires_grad for tensor in tensors)):
+        raise UserError("class maps need gradients, and this network cuts them off (torch.no_grad or detach inside it)")
+    return torch.autograd.grad(logit, tensors, materialize_grads=True)
 
 
 def _logit(logits: Any, target: int | None) -> Tensor:

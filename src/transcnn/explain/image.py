@@ -48,7 +48,7 @@ def explain_image(
         raise UserError(f"explain is for classifiers; {loaded.source} is for the task {loaded.task}")
     transform = task.image_transform(loaded.preprocessing)
     pixels = transform.prepare(image)  # (C, H, W), uint8
-    x = transform.finish(pixels[None], np.zeros(1, np.uint64)).to(next(loaded.model.parameters()).device)
+    x = transform.finish(pixels[None], np.zeros(1, np.uint64)).to(next(loaded.model.parameters()))
     size = (x.shape[2], x.shape[3])
     logits, records = record(loaded.model, x)
     said = answers(

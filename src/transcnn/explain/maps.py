@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -113,7 +114,8 @@ def attention_maps(
 
 def check_query(query: tuple[int, ...], size: Sequence[int]) -> None:
     """Refuse what is no pixel of the image."""
-    if len(query) != len(size) or not all(0 <= q < n for q, n in zip(query, size, strict=True)):
+    whole = all(isinstance(q, Integral) for q in query)
+    if len(query) != len(size) or not whole or not all(0 <= q < n for q, n in zip(query, size, strict=True)):
         names = {1: "(position,)", 2: "(row, column)", 3: "(depth, row, column)"}[len(size)]
         last = tuple(n - 1 for n in size)
         raise UserError(f"the query {names} must be within {(0,) * len(size)} and {last}, got {tuple(query)}")
@@ -124,7 +126,7 @@ def maps_of(
 ) -> list[AttentionMap]:
     """The maps of one record for a pixel of an image of ``size``."""
     heads = r.attn.num_heads
-    if head != "mean" and not (isinstance(head, int) and 0 <= head < heads):
+    if head != "mean" and not (isinstance(head, Integral) and 0 <= head < heads):
         raise UserError(f"head must be 'mean' or a number from 0 to {heads - 1} in {r.name}, got {head!r}")
 
     def choose(rows: Tensor) -> Tensor:  # (h, ...) -> (...)

@@ -32,7 +32,7 @@ __all__ = ["ImageLike", "Record", "as_input", "check_stage", "heads_of", "local_
 ImageLike = Tensor | Image.Image | str | os.PathLike[str]
 
 
-@dataclass
+@dataclass(eq=False)
 class Record:
     """One H-MHSA in one forward pass of one image.
 
@@ -105,6 +105,8 @@ def as_input(model: nn.Module | Loaded, image: ImageLike) -> tuple[nn.Module, Te
         raise UserError(
             f"expected one {'image' if ndim == 2 else 'input'}, ({letters}) or (1, {letters}), got {tuple(x.shape)}"
         )
+    if not x.is_floating_point():
+        raise UserError(f"a tensor must be a normalised image of floats, got {x.dtype}; a PIL image is normalised here")
     like = next(module.parameters(), x)
     return module, x.detach().to(device=like.device, dtype=like.dtype)
 
