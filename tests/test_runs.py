@@ -101,7 +101,10 @@ def test_addresses_are_no_run_directories(out, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="the run directory is a folder of this machine"):
         run_dir.new_run_dir(out, "m", "d")
+    with pytest.raises(UserError, match="the run directory's name must be UTF-8"):
+        run_dir.new_run_dir(os.fsdecode(b"runs \xff"), "m", "d")
     assert not list(tmp_path.iterdir())
+    assert run_dir.new_run_dir("läufe #1 [x]", "m", "d").is_dir()
 
 
 def test_runs_inside_of_a_data_set_are_no_class(tmp_path, class_image):

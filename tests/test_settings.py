@@ -241,6 +241,11 @@ def test_settings_have_no_traceback_for_what_python_gets_wrong():
         (["--milestones", "3", "6"], "milestones has no effect without sched multistep"),
         (["--decay_rate", "0.3"], "decay_rate has no effect without sched step, multistep or poly"),
         (["--layer_decay", "65"], "layer_decay must be from 0.01 to 1"),
+        (["--layer_decay", "0.7", "--sched", "none"], "layer_decay has no effect with sched none"),
+        # As an unset variable of the shell gives them: a new run, on digits, was started instead.
+        (["--resume", ""], "resume is empty: give a name, or leave it out"),
+        (["--init_from", ""], "init_from is empty"),
+        (["--distill_from", ""], "distill_from is empty"),
         (["--decay_epochs", "0"], "decay_epochs must be above 0, got 0"),
         (["--sched", "multistep"], "sched multistep needs milestones"),
         (["--sched", "tanh", "--epochs", "2"], "sched tanh needs a warm-up shorter than the run, got warmup_epochs 2"),

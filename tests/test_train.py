@@ -24,6 +24,7 @@ from timm.optim import create_optimizer_v2
 from transcnn.checkpoints.loading import data_config_of, load, read_info, save_weights
 from transcnn.cli import main
 from transcnn.commands.train import train
+from transcnn.dense.build import build_network
 from transcnn.distributed import runtime
 from transcnn.errors import UserError
 from transcnn.fast.cuda_graphs import CapturedTraining
@@ -503,6 +504,24 @@ def test_layer_decay_and_weight_decay_reach_the_optimizer():
         learner(optim=Optim(sched="cosinus")).configure_optimizers()
 
 
+@pytest.mark.parametrize(
+    ("task", "args"),
+    [
+        ("segment", {"decoder": "fpn"}),
+        ("detect", dict(detector="retinanet", fpn_channels=16, short_side=64, long_side=64, side_range=[1, 1])),
+    ],
+)
+def test_layer_decay_below_decoders_and_detectors_is_by_the_backbones_parts(task, args):
+    """timm takes each 12 parameters for a layer where it isn't told better: far too many of them."""
+    args = {**args, "min_score": 0.1, "max_found": 9}
+    network = build_network(task, "resnet18", args, num_classes=2, in_chans=3)
+    name = {id(p): n.partition("body.")[2].partition(".")[0] for n, p in network.named_parameters()}
+    optimizer = create_optimizer_v2(network, "adamw", lr=1.0, layer_decay=0.5)
+    found = {name[id(p)]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    parts = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", ""]
+    assert found == {part: 0.5 ** (6 - i) for i, part in enumerate(parts)}
+
+
 def test_learning_rate_is_scaled_by_the_images_of_an_update(folder, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(
@@ -646,9 +665,9 @@ def test_a_dry_run_needs_data_to_segment(tmp_path):
 
 
 def test_a_dry_run_uses_the_data_that_is_there(folder, tmp_path):
-    result = train(folder, **QUICK, dry_run=True, out=str(tmp_path / "run"))
+    result = train(folder, **QUICK, dry_run=True, limit_batches=2, out=str(tmp_path / "run"))
     assert result.metrics["images_a_step"] == 4
-    assert result.metrics["hours"] > 0
+    assert result.metrics["hours"] * 3600 * result.metrics["images_per_second"] == pytest.approx(8 * 50)
     assert result.metrics["parameters"] < 40_000  # three classes, not a thousand
     assert not (tmp_path / "run").exists()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..data.paths import check_data_exists
 from ..imports import gc_paused
 from ..settings import TrainSettings, takes_settings
-from ..training.check import check_meant
+from ..training.check import check_meant, check_named
 
 if TYPE_CHECKING:
     from ..training.run import TrainResult
@@ -34,6 +34,7 @@ def train(settings: TrainSettings) -> TrainResult:
         UserError: Data, model or settings that can't be used, or a run directory that can't be written to.
         KeyboardInterrupt: The run was asked to stop (``callbacks.Interrupted``), after a checkpoint.
     """
+    check_named(settings)
     if not settings.resume:
         check_meant(settings)
     if not settings.dry_run:

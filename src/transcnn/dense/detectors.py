@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from ..data.images import padding_of
 from ..errors import UserError
 from ..layers import strided
-from .pyramid import Pyramid, build_pyramid
+from .pyramid import Pyramid, build_pyramid, layers_below
 
 __all__ = ["DETECTORS", "Detector", "build"]
 
@@ -145,6 +146,10 @@ class Detector(nn.Module):
         layers += ("roi_heads.box_predictor.bbox_pred", "roi_heads.mask_predictor.mask_fcn_logits")
         known = dict(self.net.named_modules())
         return [f"net.{layer}" for layer in layers if layer in known]
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """The layer of each parameter, for layer-wise decay."""
+        return layers_below(self, self.body)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Less memory for about a third more time in the backbone."""

@@ -5,6 +5,7 @@ Any network of this package or of timm that has ``features_only``, and such a on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -13,9 +14,24 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..plugging.build import build_model
 
-__all__ = ["STRIDES", "Pyramid", "build_pyramid"]
+__all__ = ["STRIDES", "Pyramid", "build_pyramid", "layers_below"]
 
 STRIDES = (2, 4, 8, 16, 32)
+
+
+def layers_below(network: nn.Module, body: nn.Module) -> Callable[[str], int]:
+    """From a parameter's name to its layer, for layer-wise decay: the backbone's parts in order, then all on top of it.
+
+    (As timm asks a ``group_matcher`` for it; without one it takes each 12 parameters for a layer.)
+    """
+    prefix = next(f"{name}." for name, module in network.named_modules() if module is body)
+    parts = [name for name, part in body.named_children() if next(part.parameters(), None) is not None]
+
+    def layer(name: str) -> int:
+        part = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
+        return parts.index(part) if part in parts else len(parts)
+
+    return layer
 
 
 class Pyramid(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError, require
 from ..plain import with_new_names
-from .pyramid import Pyramid, build_pyramid
+from .pyramid import Pyramid, build_pyramid, layers_below
 
 __all__ = ["DECODERS", "Segmenter", "build", "class_weights"]
 
@@ -118,6 +119,10 @@ class Segmenter(nn.Module):
     def body(self) -> nn.Module:
         """The backbone's own module."""
         return self.backbone.body
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """The layer of each parameter, for layer-wise decay."""
+        return layers_below(self, self.body)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Less memory for about a third more time in the backbone."""

@@ -10,7 +10,7 @@ from ..errors import MAX_SEED, MAX_SIDE, UserError, check_range
 from ..settings import TrainSettings
 from ..tasks import TASKS
 
-__all__ = ["check", "check_meant", "check_metric", "remarks_on_schedule"]
+__all__ = ["check", "check_meant", "check_metric", "check_named", "remarks_on_schedule"]
 
 CLASSIFY = ("classify",)
 IMAGE = ("classify", "multilabel", "regress")  # one answer an image
@@ -63,6 +63,13 @@ ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "optim.decay_rate": ("optim.sched", ("step", "multistep", "poly")),
     "detect.rois": ("detect.detector", ("fasterrcnn", "maskrcnn")),
 }
+
+
+def check_named(s: TrainSettings) -> None:
+    """Raise UserError for an empty name, as an unset variable of the shell gives: it would count as not given."""
+    for name in ("data", "resume", "init_from", "out", "plug", "distill.distill_from", "table.images"):
+        if s.value_of(name) == "":
+            raise UserError(f"{name.rpartition('.')[2]} is empty: give a name, or leave it out")
 
 
 def check_meant(s: TrainSettings) -> None:
@@ -142,6 +149,8 @@ def _check_schedule(s: TrainSettings) -> None:
     """Raise UserError for a schedule by which the rate is never what is asked for, however long the run."""
     if s.optim.sched == "tanh" and s.optim.warmup_epochs >= s.epochs:  # it warms up to its rate at the warm-up's end
         raise UserError(f"sched tanh needs a warm-up shorter than the run, got warmup_epochs {s.optim.warmup_epochs:g}")
+    if s.optim.sched == "none" and s.optim.layer_decay is not None:  # it is timm's schedules that heed it
+        raise UserError("layer_decay has no effect with sched none: give --sched constant")
     if s.optim.sched == "multistep" and not s.optim.milestones:
         raise UserError("sched multistep needs milestones: --milestones 30 60")
 

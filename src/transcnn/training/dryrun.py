@@ -149,7 +149,8 @@ def _figures(s: TrainSettings, learner: Task, splits: Any, loaders: Any) -> dict
     copies = weights * (1 + len(average)) + state
     kept = sum(probe.kept.values()) / len(batch[0])
     speed = len(batch[0]) * world() / probe.seconds
-    total = len(splits.train) * s.epochs
+    an_epoch = min(len(splits.train), (s.limit_batches or len(splits.train)) * s.batch_size)
+    total = an_epoch * s.epochs
     return {
         "parameters": parameters,
         "multiply_adds": multiply_adds,

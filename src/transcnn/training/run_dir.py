@@ -91,8 +91,11 @@ def new_run_dir(out: str | os.PathLike[str] | None, model: str, data: str, lock:
         UserError: ``out`` holds something already or another process uses it, it can't be made or written to, or what
             writes checkpoints would take it for an address.
     """
-    if out is not None and (re.search("::|://", os.fspath(out)) or os.fspath(out).startswith("data:")):
-        raise UserError(f"the run directory is a folder of this machine, not an address; got {os.fspath(out)!r}")
+    name = "" if out is None else os.fspath(out)
+    if re.search("::|://", name) or name.startswith("data:"):
+        raise UserError(f"the run directory is a folder of this machine, not an address; got {name!r}")
+    if not name.isascii() and name != name.encode(errors="replace").decode():
+        raise UserError(f"the run directory's name must be UTF-8, for checkpoints in it to be written; got {name!a}")
     try:
         path = Path(out) if out is not None else _make_named(model, data)
         path.mkdir(parents=True, exist_ok=True)
