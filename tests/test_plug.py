@@ -725,3 +725,41 @@ def test_a_network_made_on_the_meta_device_starts_as_its_host() -> None:
             module.reset_parameters()
     load_host(model, host.state_dict())
     torch.testing.assert_close(outputs(model, x), outputs(host, x), rtol=0, atol=0)
+
+
+class Remembers(nn.Module):
+    """Keeps tensors for its next call, as torchvision's detectors keep their anchors, and a count of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.calls = nn.Conv2d(3, 8, 1), 0
+        self.anchors, self.made = [torch.ones(8, 1, 1)], {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.last = x
+        self.anchors = [anchor.to(x) for anchor in self.anchors]
+        return self.conv(x) * self.anchors[0] + self.made.setdefault(x.shape, torch.zeros_like(x)).mean()
+
+
+def test_what_a_network_keeps_for_its_next_call_is_not_emptied() -> None:
+    model, x = Remembers().eval(), torch.randn(1, 3, 8, 8)
+    assert forward_bytes(model, (3, 8, 8)) > 0
+    for warm in (False, True):
+        plug(model, "conv", example=torch.zeros(1, 3, 8, 8))
+        assert not any(anchor.is_meta for anchor in model.anchors)
+        assert model.calls == int(warm)
+        if not warm:
+            assert not hasattr(model, "last")
+            assert not model.made
+        expected = outputs(unplug(model), x)
+        torch.testing.assert_close(outputs(model, x), expected, rtol=0, atol=0)
+        model.calls = 1
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_networks_that_cannot_be_watched() -> None:
+    with pytest.raises(UserError, match="holds lazy modules"):
+        plug(nn.Sequential(nn.LazyConv2d(8, 3)), "0", example=torch.zeros(1, 3, 8, 8))
+    with pytest.raises(UserError, match=r"is compiled by torch\.jit\.script"):
+        plug(torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 1))), "0", example=torch.zeros(1, 3, 8, 8))  # pyright: ignore

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import UserError
 from ..plugging.cost import count
-from ..plugging.places import empty_state
+from ..plugging.places import attributes_kept, empty_state
 from .available import SMALL, available_bytes, input_shape
 from .loading import Loaded
 
@@ -68,7 +68,8 @@ class _OnMeta(nn.Module):
         self._state = empty_state(network)
 
     def forward(self, x: Tensor) -> Any:
-        return functional_call(self._network[0], self._state, (x,), tie_weights=False)
+        with attributes_kept(self._network[0]):
+            return functional_call(self._network[0], self._state, (x,), tie_weights=False)
 
 
 class _Fused(TorchFunctionMode):

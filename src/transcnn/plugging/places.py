@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..attention import CONVS, SIZES
 from ..errors import UserError, first_line
 from ..levels import further_levels
 
-__all__ = ["Place", "backbone", "default_levels", "empty_state", "eval_mode", "find"]
+__all__ = ["Place", "attributes_kept", "backbone", "default_levels", "empty_state", "eval_mode", "find"]
 
 AUTO_STRIDES = (8, 16, 32)
 # Their output doesn't say where the backbone is: a size of its own, or the very input.
@@ -208,7 +209,25 @@ def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     with eval_mode(module), torch.no_grad():
         if not any(x.is_meta for x in _tensors((args, kwargs))):
             return module(*args, **kwargs)
-        return torch.func.functional_call(module, empty_state(module), args, kwargs, tie_weights=False)
+        with attributes_kept(module):
+            return torch.func.functional_call(module, empty_state(module), args, kwargs, tie_weights=False)
+
+
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards all attributes are as before: what networks keep for the next call (anchors) would have no numbers."""
+    before = [(part, dict(part.__dict__)) for part in model.modules()]
+    contents = [(held, held.copy()) for _, held in before for held in held.values() if type(held) in (dict, list)]
+    try:
+        yield
+    finally:
+        for part, attributes in before:
+            for name in part.__dict__.keys() - attributes.keys():
+                del part.__dict__[name]
+            part.__dict__.update(attributes)
+        for held, content in contents:
+            held.clear()
+            held.update(content) if isinstance(held, dict) else held.extend(content)
 
 
 def empty_state(module: nn.Module) -> dict[str, Tensor]:
@@ -228,6 +247,10 @@ def empty_state(module: nn.Module) -> dict[str, Tensor]:
 
 def _record(model: nn.Module, example: Example | None) -> tuple[_Call, tuple[int, ...]]:
     """Run the example, and return the tree of module calls and the example's (H, W)."""
+    if any(is_lazy(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())):
+        raise UserError(
+            f"{type(model).__name__} holds lazy modules, whose channels the first call settles: run it once"
+        )
     try:
         return _record_on(model, example, meta=True)
     except UserError:  # some networks look at numbers, or hold tensors that are no buffers
@@ -255,6 +278,8 @@ def _record_on(model: nn.Module, example: Example | None, meta: bool) -> tuple[_
     handles = []
     try:
         for name, module in model.named_modules():
+            if isinstance(module, torch.jit.RecursiveScriptModule) and not isinstance(module, torch.jit.TracedModule):
+                raise UserError(f"{name or type(model).__name__} is compiled by torch.jit.script, which takes no hooks")
             handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
             handles.append(module.register_forward_hook(leave))
         image = run(model, example, meta)
