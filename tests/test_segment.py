@@ -30,7 +30,9 @@ from transcnn.dense.pyramid import Pyramid
 from transcnn.dense.segmenters import DECODERS, build
 from transcnn.errors import UserError
 from transcnn.plugging.plug import plug, plug_spec, plugged, plugged_parameters
+from transcnn.report.answers import Box, Detections, Segmentation
 from transcnn.report.dense import best_median_worst, class_iou, plot_predictions
+from transcnn.report.overlay import run_lengths
 from transcnn.settings import Augment, Ema, Optim, Segment
 from transcnn.tasks.segment import Segment as SegmentTask
 from transcnn.tasks.sliding import sliding_window_inference
@@ -676,3 +678,14 @@ def test_very_long_images_fit_on_a_report(size: tuple[int, int]) -> None:
     width, height = plot_predictions(examples, [("sky", (0, 0, 0))]).get_size_inches()
     assert width < 12
     assert 3 < height < 90  # at 150 dots an inch, and matplotlib takes 65,536
+
+
+def test_a_mask_is_drawn_on_images_of_its_size_alone() -> None:
+    mask = np.zeros((4, 6), np.int64)
+    areas = Segmentation.of(mask, ["sky"], {"label_ids": [0]}, 1)
+    box = Box("sky", 0.9, (0.0, 0.0, 3.0, 3.0), run_lengths(mask > 0))
+    found = Detections(boxes=(box,), class_names=["sky"], label_ids=[1])
+    for prediction in (areas, found):
+        assert prediction.plot(Image.new("RGB", (6, 4))).width == 6
+        with pytest.raises(UserError, match="of an image of 4x6, plot got one of 6x4"):
+            prediction.plot(Image.new("RGB", (4, 6)))

@@ -267,6 +267,7 @@ class Segmentation(Prediction):
         return {"file": self.file, "classes": [{"label": c.label, "share": c.share} for c in self.classes]}
 
     def _drawn(self, image: Image.Image) -> Image.Image:
+        _check_size(image, self.mask.shape)
         shown: list[int] = np.unique(self.mask).tolist()
         blended = blend(image, self.mask.astype(np.int64), self.colours)
         return legend(blended, [self.class_names[i] for i in shown], [self.colours[i] for i in shown])
@@ -326,9 +327,19 @@ class Detections(Prediction):
             "labels": np.array([index[box.label] for box in self.boxes], np.int64),
             "scores": np.array([box.score for box in self.boxes], np.float64),
         }
+        for lengths in (box.lengths for box in self.boxes if box.lengths is not None):
+            _check_size(image, lengths["size"])
         if any(box.lengths is not None for box in self.boxes):
             found["masks"] = _Masks(self.boxes)
         return draw_detections(image, found, self.class_names, palette(len(self.class_names)), self.shown_score)
+
+
+def _check_size(image: Image.Image, shape: Sequence[int]) -> None:
+    """Refuse to draw a mask (H, W) on an image of another size."""
+    if tuple(shape) != (image.height, image.width):
+        raise UserError(
+            f"the prediction is of an image of {shape[0]}x{shape[1]}, plot got one of {image.height}x{image.width}"
+        )
 
 
 class _Masks:
