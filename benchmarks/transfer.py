@@ -49,6 +49,7 @@ RUN_NUMBERS = ("per_class", "lr", "seed", "score", "val_score")
 STARTS = ("scratch", "finetune", "probe")
 # A recipe's name, what it is scored by, and what its epoch is chosen by.
 DENSE = {"camvid": ("miou", "val_miou"), "bccd": ("map50", "val_map")}
+SCORES = {"camvid": "CamVid, mIoU", "bccd": "BCCD, mAP50"}  # in the plot
 HELD_BACK = 0.2  # share of the few images that chooses: the epoch, the rate, the probe's strength
 
 
@@ -282,11 +283,16 @@ def _few(axes: Any, table: list[dict[str, Any]]) -> None:
 
 
 def _dense(axes: Any, table: list[dict[str, Any]]) -> None:
-    labels = [f"{row['data']}\n{row['start']}\n{Path(row['weights']).name}" for row in table]
-    colours = [GREY if row["start"] == "scratch" else BLUE for row in table]
-    axes.bar(range(len(table)), [row["score_mean"] for row in table], color=colours)
-    axes.set_xticks(range(len(table)), labels, fontsize=6)
-    axes.set(ylabel="mIoU, mAP50 (%)", title="dense tasks, by their recipes")
+    groups = list(dict.fromkeys((row["data"], row["weights"]) for row in table))
+    for start, left, colour in (("scratch", -0.2, GREY), ("finetune", 0.2, BLUE)):
+        rows = [row for row in table if row["start"] == start]
+        places = [groups.index((row["data"], row["weights"])) + left for row in rows]
+        bars = axes.bar(places, [row["score_mean"] for row in rows], 0.38, color=colour, label=start)
+        axes.bar_label(bars, fmt="%.1f")
+    labels = [f"{SCORES[data]}\n{Path(weights).name.split('.')[0]}" for data, weights in groups]
+    axes.set_xticks(range(len(groups)), labels)
+    axes.set(ylabel="mIoU or mAP50 (%)", ylim=(0, 115), title="dense tasks, by their recipes")
+    axes.legend(loc="upper left", ncols=2)
 
 
 if __name__ == "__main__":
