@@ -420,10 +420,12 @@ def test_early_stop(folder, tmp_path):
     assert len(rows_of(result.run_dir)) == 3  # one, and two no better
 
 
-def test_the_epoch_of_the_lowest_loss_can_be_kept_instead(folder, tmp_path):
-    rising = Optim(warmup_epochs=4, warmup_lr=1e-4)  # to a rate at which what was learnt is lost again
-    settings: Any = dict(QUICK, lr=1.0, epochs=4, optim=rising, eval_metric="loss", ema=Ema(ema=False))
-    result = train(folder, **settings, out=str(tmp_path / "run"))
+def test_the_epoch_of_the_lowest_loss_can_be_kept_instead(make_class_folder, tmp_path):
+    folder = make_class_folder(classes=2, per_class=12, splits=("train", "val"))
+    for now, then in (("class_0", "other"), ("class_1", "class_0"), ("other", "class_1")):
+        (folder / "val" / now).rename(folder / "val" / then)  # what is learnt is wrong of the images that are scored
+    settings: Any = dict(QUICK, lr=3e-3, epochs=3, eval_metric="loss", ema=Ema(ema=False))
+    result = train(str(folder), **settings, out=str(tmp_path / "run"))
     losses = [float(row["val_loss"]) for row in rows_of(result.run_dir)]
     assert losses[result.metrics["best_epoch"] - 1] == min(losses) < losses[-1]  # not the last
     assert result.metrics["chosen_by"] == "val_loss"
