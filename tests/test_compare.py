@@ -86,6 +86,8 @@ def test_a_reference_gets_the_same_weights(root, tmp_path):
     assert compare("transcnn_test", sizes="32", engine="eager", reference=f"{other}:make", **QUICK)[0]["note"] == (
         "weights of its own"
     )
+    [row] = compare([], sizes="32", engine="eager", reference=f"{other}:make", **QUICK)  # which may stand alone
+    assert row["model"] == "reference"
 
 
 def test_a_reference_may_register_its_networks_and_have_any_name(tmp_path):

@@ -78,7 +78,7 @@ def compare(
     if threads:
         torch.set_num_threads(threads)
     names = [name for item in _items(models) for name in (PAPER if item == "paper" else [item])]
-    if not names:
+    if not names and not reference:
         raise UserError("models must name a network or more, got none")
     cases = _cases(([REFERENCE] if reference else []) + names, sizes, dtype, engine, batch, train=train)
     if reference:
