@@ -33,7 +33,7 @@ from ..sources.voc import is_voc_file, read_voc
 from ..sources.yolo import find_yolo, read_yolo
 from .channels import measure_channels
 from .dense_dataset import DenseDataset, DenseSource
-from .splits import Splits, choose_split, make_splits, split_by_names, split_off
+from .splits import Splits, choose_split, hold_back, make_splits
 
 __all__ = ["open_parts", "open_set", "open_splits"]
 
@@ -66,8 +66,8 @@ def open_splits(
     found = _find_scored(data)
     ids = sorted(found.names)
     index = {value: i for i, value in enumerate(ids)}
-    hold_back = partial(_hold_back, found, val_fraction, seed)
-    sets = make_splits(found.splits, partial(_make_set, found, index, strict), hold_back)
+    make, keep = partial(_make_set, found, index, strict), partial(_hold_back, found, val_fraction, seed)
+    sets = make_splits(found.splits, make, keep)
     train, val = sets["train"], sets["val"]
     if train is None or val is None:
         raise UserError(
@@ -138,8 +138,7 @@ def open_parts(data: str | None) -> tuple[dict[str, DenseDataset], list[str], li
 def _hold_back(
     found: Annotations, fraction: float, seed: int, split: str, held: Collection[str] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    items = found.splits[split]
-    return split_by_names([item.file for item in items], held) or split_off(len(items), fraction, seed)
+    return hold_back([item.file for item in found.splits[split]], fraction, seed, held)
 
 
 def _make_set(

@@ -29,7 +29,7 @@ from ..sources.source import abbreviate, check_fraction
 from ..transforms.segment import IGNORE
 from .channels import measure_channels
 from .dense_dataset import DenseDataset, DenseSource
-from .splits import Splits, choose_split, make_splits, split_by_names, split_off
+from .splits import Splits, choose_split, hold_back, make_splits
 
 __all__ = ["class_shares", "open_parts", "open_set", "open_splits"]
 
@@ -101,8 +101,8 @@ def open_splits(
     check_fraction(val_fraction)
     found = find_pairs(data)
     names, ids, colours = _classes(found, settings.get("ignore_index"))
-    hold_back = partial(_hold_back, found, val_fraction, seed)
-    sets = make_splits(found.splits, partial(_make_set, found, ids, strict), hold_back)
+    make, keep = partial(_make_set, found, ids, strict), partial(_hold_back, found, val_fraction, seed)
+    sets = make_splits(found.splits, make, keep)
     train, val = sets["train"], sets["val"]
     if train is None or val is None:
         raise UserError(f"{data!r} has too few images with label maps to learn from and to validate on")
@@ -188,8 +188,7 @@ def class_shares(images: DenseDataset, classes: int) -> np.ndarray:
 def _hold_back(
     found: PairedFiles, fraction: float, seed: int, split: str, held: Collection[str] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    pairs = found.splits[split]
-    return split_by_names([pair.name for pair in pairs], held) or split_off(len(pairs), fraction, seed)
+    return hold_back([pair.name for pair in found.splits[split]], fraction, seed, held)
 
 
 def _make_set(

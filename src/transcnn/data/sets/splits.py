@@ -13,7 +13,7 @@ from ...errors import UserError
 from ..bands import PixelRange
 from .channels import Channels
 
-__all__ = ["Splits", "choose_split", "make_splits", "split_by_names", "split_off"]
+__all__ = ["Splits", "choose_split", "hold_back", "make_splits", "split_by_names", "split_off"]
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +112,13 @@ def choose_split(what: str, present: Mapping[str, Any], make: MakeSet, split: st
     chosen.replace = False
     chosen.split = split
     return chosen
+
+
+def hold_back(
+    names: Sequence[str], fraction: float, seed: int, held: Collection[str] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the rest and of what is held back: the images of the names ``held``, else a ``fraction`` by chance."""
+    return split_by_names(names, held) or split_off(len(names), fraction, seed)
 
 
 def split_by_names(names: Sequence[str], held: Collection[str] | None) -> tuple[np.ndarray, np.ndarray] | None:

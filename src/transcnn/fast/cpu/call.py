@@ -33,6 +33,7 @@ __all__ = [
     "refuse_failed_allocations",
     "require",
     "round_up",
+    "thread_sums",
 ]
 
 PANEL = 32  # columns of a packed matrix that lie together
@@ -159,6 +160,11 @@ def heads_fit(channels: int, head_dim: int, dtype: torch.dtype) -> bool:
 def depth_fits(channels: int, dtype: torch.dtype) -> bool:
     """Whether the kernels' matrix products sum over so many channels, in bf16 at least AMX's 32 at a time."""
     return channels % 16 == 0 and channels >= (16 if dtype == FP32 else 32)
+
+
+def thread_sums(x: Tensor) -> Tensor:
+    """Zeros (threads, 2, C) in double precision for two sums over a map (..., C), each thread's apart."""
+    return x.new_zeros(torch.get_num_threads(), 2, x.shape[-1], dtype=torch.double)
 
 
 def round_up(n: int, multiple: int = PANEL) -> int:

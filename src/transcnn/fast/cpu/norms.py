@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import call as cpu
-from .call import FP32, Checked, require
+from .call import FP32, Checked, require, thread_sums
 
 __all__ = ["batch_norm_backward", "batch_norm_forward", "group_norm_backward", "group_norm_forward"]
 
@@ -49,7 +49,7 @@ def group_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of ``x``, ``weight`` and ``bias``, the latter two in double precision."""
     groups = statistics.shape[1]
-    sizes, dx, found = _sizes("group_norm_backward", x, groups), torch.empty_like(x), _sums(x)
+    sizes, dx, found = _sizes("group_norm_backward", x, groups), torch.empty_like(x), thread_sums(x)
     cpu.call(
         "group_norm_backward",
         x.dtype,
@@ -74,7 +74,7 @@ def batch_norm_forward(
     Returns:
         The result (B, *S, C), and mean, 1/σ, variance, scale and shift, (5, C) in fp32.
     """
-    y, sums, statistics, least = torch.empty_like(x), _sums(x), _fp32(x, 5, x.shape[-1]), ctypes.c_float(eps)
+    y, sums, statistics, least = torch.empty_like(x), thread_sums(x), _fp32(x, 5, x.shape[-1]), ctypes.c_float(eps)
     batch, positions, channels = _sizes("batch_norm_forward", x)
     cpu.call(
         "batch_norm_forward",
@@ -93,7 +93,7 @@ def batch_norm_backward(
     x: Tensor, grad: Tensor, statistics: Tensor, silu: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of ``x``, of the weight and of the bias, the latter two in fp32."""
-    dx, sums, factors, found = torch.empty_like(x), _sums(x), _fp32(x, 2, x.shape[-1]), _fp32(x, 2, x.shape[-1])
+    dx, sums, factors, found = torch.empty_like(x), thread_sums(x), _fp32(x, 2, x.shape[-1]), _fp32(x, 2, x.shape[-1])
     batch, positions, channels = _sizes("batch_norm_backward", x)
     cpu.call(
         "batch_norm_backward",
@@ -124,10 +124,6 @@ def _sizes(kernel: str, x: Tensor, groups: int = 1) -> tuple[int, int, int]:
     batch, *sides, channels = x.shape
     require(channels % 16 == 0 and groups > 0 and channels % groups == 0, kernel, channels, groups)
     return batch, math.prod(sides), channels
-
-
-def _sums(x: Tensor) -> Tensor:
-    return x.new_zeros(torch.get_num_threads(), 2, x.shape[-1], dtype=torch.double)
 
 
 def _fp32(x: Tensor, *shape: int) -> Tensor:

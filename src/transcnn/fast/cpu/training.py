@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import call as cpu
-from .call import FP32, KERNEL_SIZES, Checked, heads_fit, optional, require
+from .call import FP32, KERNEL_SIZES, Checked, heads_fit, optional, require, thread_sums
 
 __all__ = [
     "bn_backward",
@@ -83,7 +83,7 @@ def _global_sizes(q: Tensor, kv: Tensor, head_dim: int) -> tuple[int, int, int, 
 
 def channel_sums(x: Tensor) -> Tensor:
     """Sums of x and of its square."""
-    sums = _sums(x)
+    sums = thread_sums(x)
     cpu.call("channel_sums", x.dtype, _map("x", x), _of_sums(sums, x), *_positions(x), threads=len(sums))
     return sums
 
@@ -105,7 +105,7 @@ def bn_silu_dwconv_forward(
         The convolution's result, and sums of it and of its square; with ``activate`` its SiLU instead of those.
     """
     out, size = torch.empty_like(x), _size(weight)
-    sums, activated = (None, torch.empty_like(x)) if activate else (_sums(x), None)
+    sums, activated = (None, torch.empty_like(x)) if activate else (thread_sums(x), None)
     cpu.call(
         "bn_silu_dwconv_forward",
         x.dtype,
@@ -125,7 +125,7 @@ def bn_silu_dwconv_forward(
 
 def bn_silu_backward_sums(m: Tensor, ds: Tensor, norm: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Sums of dz and of dz·(m - mean), with dz = ds·SiLU'(m·scale + shift); ``norm`` is scale, shift and mean."""
-    sums = _sums(m)
+    sums = thread_sums(m)
     tensors = _map("m", m), ("ds", ds, m.dtype, tuple(m.shape))
     cpu.call(
         "bn_silu_backward_sums",
@@ -161,7 +161,7 @@ def bn_silu_dwconv_backward(
         The gradient of the first norm's output (B, H, W, C), that of the weights for each thread (threads, k², C),
         and sums of the former as :func:`bn_silu_backward_sums` gives them.
     """
-    out, sums, size = torch.empty_like(x), _sums(x), _size(flipped)
+    out, sums, size = torch.empty_like(x), thread_sums(x), _size(flipped)
     dweight = flipped.new_zeros(len(sums), *flipped.shape)
     cpu.call(
         "bn_silu_dwconv_backward",
@@ -206,10 +206,6 @@ def _size(weight: Tensor) -> int:
     size = round(len(weight) ** 0.5)
     require(size in KERNEL_SIZES and weight.shape[1] % 16 == 0, "bn_silu_dwconv", *weight.shape)
     return size
-
-
-def _sums(x: Tensor) -> Tensor:
-    return x.new_zeros(torch.get_num_threads(), 2, x.shape[3], dtype=torch.double)
 
 
 def _of_sums(sums: Tensor, x: Tensor) -> Checked:

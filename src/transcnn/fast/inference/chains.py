@@ -142,9 +142,8 @@ def _packed(channels: int, *weights: Tensor | None) -> Any:
         for i, (weight, bias) in enumerate(zip(weights[::2], weights[1::2], strict=True))
     )
     if expand[0] is None and depthwise[0] is not None and project[0] is not None:
-        order = (
-            torch.arange(len(depthwise[0]), device="cpu").view(channels, -1).t().flatten()
-        )  # of outputs, several of each input
+        outputs = torch.arange(len(depthwise[0]), device="cpu")
+        order = outputs.view(channels, -1).t().flatten()  # several of each input
         depthwise = depthwise[0][order], None if depthwise[1] is None else depthwise[1][order]
         project = project[0][:, order], project[1]
     squeeze = None if reduce[0] is None or excite[0] is None else pack_squeeze(*reduce, *excite)  # pyright: ignore
