@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from attention_variants import VARIANTS
-from seeds import beside, mean_and_spread, read_runs, train_or_resume, write_rows
+from seeds import beside, mean_and_spread, read_runs, run_missing, train_or_resume, write_rows
 from timm.models import create_model
 
 from transcnn.commands.compare import compare
@@ -45,14 +46,13 @@ def main() -> None:
         return
     measure(options)
     if not options.cost:
-        runs = read_runs(beside(options.out, "runs"), RUN_NUMBERS)
-        for seed in options.seeds:
-            for variant in options.variants:
-                if not any(same(r, wanted(options, variant, options.lr, seed)) for r in runs):
-                    runs.append(run(options, variant, options.lr, seed))
-                    print(runs[-1], flush=True)
-                    write_rows(beside(options.out, "runs"), runs)
-                    write_table(options, runs)
+        run_missing(
+            beside(options.out, "runs"),
+            RUN_NUMBERS,
+            [wanted(options, variant, options.lr, seed) for seed in options.seeds for variant in options.variants],
+            partial(run, options),
+            partial(write_table, options),
+        )
     for row in write_table(options, read_runs(beside(options.out, "runs"), RUN_NUMBERS)):
         print(f"{row['variant']:8s} {row['top1_mean']:6.2f} ± {row['top1_spread']:.2f} %  {row['params']} parameters")
 
@@ -98,27 +98,25 @@ def same(row: dict[str, Any], key: dict[str, Any]) -> bool:
 # --- accuracy -----------------------------------------------------------------------------------------------------
 
 
-def run(options: argparse.Namespace, variant: str, lr: float, seed: int, **changes: Any) -> dict[str, Any]:
+def run(options: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
     """Train one variant with one seed, or go on with it."""
-    key = wanted(options, variant, lr, seed)
     metrics = train_or_resume(
         options.runs / "-".join(map(str, key.values())),
         options.data,
         model="attention_host",
-        model_args={"variant": variant, "host": options.host, "side": options.img_size},
+        model_args={"variant": key["variant"], "host": options.host, "side": options.img_size},
         img_size=options.img_size,
         epochs=options.epochs,
         batch_size=128,
-        lr=lr,
-        seed=seed,
+        lr=key["lr"],
+        seed=key["seed"],
         val_fraction=0.04,
         optim=Optim(opt="muon", weight_decay=0.05, warmup_epochs=0.5, clip_grad=None),
         augment=Augment(policy="small", smoothing=0.1),
         ema=Ema(ema_decay=0.998),
         limit_batches=options.limit_batches,
-        **changes,
     )
-    return {**key, "top1": metrics["top1"], "val_top1": metrics["val_top1"], "train_seconds": metrics["train_seconds"]}
+    return {name: metrics[name] for name in ("top1", "val_top1", "train_seconds")}
 
 
 def tune(options: argparse.Namespace) -> None:
@@ -126,8 +124,8 @@ def tune(options: argparse.Namespace) -> None:
     rows = []
     for lr in options.lrs:
         for variant in ("none", "hmhsa2"):
-            done = run(options, variant, lr, options.seeds[0])
-            rows.append({**{name: done[name] for name in KEY}, "val_top1": done["val_top1"]})
+            key = wanted(options, variant, lr, options.seeds[0])
+            rows.append({**key, "val_top1": run(options, key)["val_top1"]})
             write_rows(beside(options.out, "tuning"), rows)
     for lr in options.lrs:
         scores = [row["val_top1"] for row in rows if row["lr"] == lr]

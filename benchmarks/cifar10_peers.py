@@ -18,12 +18,13 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from plug_cifar10 import ResNet20
-from seeds import beside, best_rate, mean_and_spread, read_runs, train_or_resume, write_rows
+from seeds import beside, best_rate, mean_and_spread, read_runs, run_missing, train_or_resume, write_rows
 from timm.models import create_model, register_model
 from torch import nn
 
@@ -107,18 +108,16 @@ def main() -> None:
     speeds = measure(options)
     tuning = beside(options.out, "tuning")
     path = tuning if options.tune else beside(options.out, "runs")
-    rows = read_runs(path, RUN_NUMBERS)
-    for seed in options.seeds:
-        for name in options.networks:
-            epochs = max(1, round(60 * options.minutes * speeds[name] / IMAGES))
-            if options.tune:
-                epochs = max(1, round(options.tune_share * epochs))
-            for lr in options.lrs if options.tune else [best_rate(tuning, name, "lr", "val_top1")]:
-                key = {"network": name, "epochs": epochs, "lr": lr, "seed": seed}
-                if not any(all(row[k] == v for k, v in key.items()) for row in rows):
-                    rows.append(run(options, key))
-                    print(rows[-1], flush=True)
-                    write_rows(path, rows)
+    rates = {n: options.lrs if options.tune else [best_rate(tuning, n, "lr", "val_top1")] for n in options.networks}
+    share = options.tune_share if options.tune else 1
+    epochs = {name: max(1, round(share * 60 * options.minutes * speeds[name] / IMAGES)) for name in options.networks}
+    keys = [
+        {"network": name, "epochs": epochs[name], "lr": lr, "seed": seed}
+        for seed in options.seeds
+        for name in options.networks
+        for lr in rates[name]
+    ]
+    rows = run_missing(path, RUN_NUMBERS, keys, partial(run, options))
     if not options.tune:
         write_rows(options.out, [row_of(name, speeds[name], rows) for name in options.networks])
 
@@ -160,7 +159,7 @@ def run(options: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
         ema=Ema(ema_decay=0.998),
         limit_batches=options.limit_batches,
     )
-    return {**key, **{name: metrics[name] for name in ("top1", "val_top1", "train_seconds")}}
+    return {name: metrics[name] for name in ("top1", "val_top1", "train_seconds")}
 
 
 def row_of(name: str, speed: float, runs: list[dict[str, Any]]) -> dict[str, Any]:

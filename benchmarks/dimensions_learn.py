@@ -23,12 +23,13 @@ import argparse
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from seeds import best_rate, mean_and_spread, read_runs, write_rows
+from seeds import best_rate, mean_and_spread, read_runs, run_missing
 from torch import Tensor, nn
 
 import transcnn
@@ -203,6 +204,7 @@ def accuracy(model: nn.Module, batches: Batches) -> float:
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 KEY = ("network", "split", "rate", "seed", "epochs")
+NUMBERS = ("seed", "epochs", "rate", "top1")
 
 
 def main() -> None:
@@ -221,23 +223,20 @@ def main() -> None:
     splits = [data.whole] if not args.speakers else data.speakers  # pyright: ignore
     tuning = args.out / f"{data.file}_tuning.csv"
     path = tuning if args.tune else args.out / f"{data.file}{'_speakers' * args.speakers}.csv"
-    rows = read_runs(path, ("seed", "epochs", "rate", "top1"))
     for name, make in networks(data).items():
         if args.networks and name not in args.networks:
             continue
         rates = args.rates if args.tune else [best_rate(tuning, name, "rate", "top1")]
-        for key in (
-            (name, split, rate, seed, args.epochs) for split in splits for rate in rates for seed in args.seeds
-        ):
-            if not any(tuple(row[k] for k in KEY) == key for row in rows):
-                rows.append(run(data, make, dict(zip(KEY, key, strict=True)), args.tune))
-                print(rows[-1], flush=True)
-                write_rows(path, rows)
+        keys = product([name], splits, rates, args.seeds, [args.epochs])
+        run_missing(
+            path, NUMBERS, (dict(zip(KEY, key, strict=True)) for key in keys), partial(run, data, make, args.tune)
+        )
+    rows = read_runs(path, NUMBERS)
     for name in dict.fromkeys(row["network"] for row in rows):
         print(name, "mean and spread", *mean_and_spread([row["top1"] for row in rows if row["network"] == name]))
 
 
-def run(data: Digits | Voxels, make: Callable[[], nn.Module], key: dict[str, Any], tune: bool) -> dict[str, Any]:
+def run(data: Digits | Voxels, make: Callable[[], nn.Module], tune: bool, key: dict[str, Any]) -> dict[str, Any]:
     """Train one network once and score it."""
     torch.manual_seed(key["seed"])
     rng = np.random.default_rng(key["seed"])
@@ -249,7 +248,7 @@ def run(data: Digits | Voxels, make: Callable[[], nn.Module], key: dict[str, Any
     counts = count(model, torch.zeros(1, 1, *data.size))
     top1 = round(accuracy(model, data.batches(test, None)), 2)
     size = {"parameters": counts.params, "macs": counts.macs, "train_examples": len(train), "examples": len(test)}
-    return {**key, "top1": top1, "cpu_seconds": seconds, **size}
+    return {"top1": top1, "cpu_seconds": seconds, **size}
 
 
 def networks(data: Digits | Voxels) -> dict[str, Callable[[], nn.Module]]:

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from attention_layers import BAM, SCA, botnet_attention
-from seeds import beside, mean_and_spread, read_runs, train_or_resume, write_rows
+from seeds import beside, mean_and_spread, run_missing, train_or_resume, write_rows
 from timm.layers import create_attn
 from timm.models import create_model, register_model
 from torch import Tensor, nn
@@ -145,39 +146,37 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/plug_cifar10.csv"))
     parser.add_argument("--figure", type=Path, help="where the plot goes [beside the table]")
     options = parser.parse_args()
-    file = beside(options.out, "runs")
-    runs = read_runs(file, ("seed", "epochs", "top1"))
-    for seed in options.seeds:
-        for variant in options.variants:
-            if not any((r["variant"], r["seed"], r["epochs"]) == (variant, seed, options.epochs) for r in runs):
-                runs.append(run(options, variant, seed))
-                print(runs[-1], flush=True)
-                write_rows(file, runs)
-                write_table(options, runs)
+    keys = [
+        {"variant": variant, "seed": seed, "epochs": options.epochs}
+        for seed in options.seeds
+        for variant in options.variants
+    ]
+    told = partial(run, options), partial(write_table, options)
+    runs = run_missing(beside(options.out, "runs"), ("seed", "epochs", "top1"), keys, *told)
     for row in write_table(options, runs):
         print(
             f"{row['variant']:12s} {row['top1_mean']:6.2f} ± {row['top1_spread']:.2f} %  {row['params']:8d} parameters"
         )
 
 
-def run(options: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
+def run(options: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
     """Train one variant with one seed, or go on with it."""
-    folder = options.runs / f"{variant}-e{options.epochs}-s{seed}"
+    folder = options.runs / f"{key['variant']}-e{key['epochs']}-s{key['seed']}"
     metrics = train_or_resume(
         folder,
         options.data,
         model="resnet20_attention",
-        model_args={"variant": variant},
-        epochs=options.epochs,
+        model_args={"variant": key["variant"]},
+        epochs=key["epochs"],
         batch_size=128,
         lr=options.lr,
-        seed=seed,
+        seed=key["seed"],
         optim=Optim(opt="muon", weight_decay=0.05, warmup_epochs=0.5, clip_grad=None),
         augment=Augment(policy="small"),
         ema=Ema(ema=False),
         limit_batches=options.limit_batches,
     )
-    return {"variant": variant, "seed": seed, "epochs": options.epochs, "top1": metrics["top1"]}
+    return {"top1": metrics["top1"]}
 
 
 def write_table(options: argparse.Namespace, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from transcnn.commands.train import train
 
-__all__ = ["beside", "best_rate", "mean_and_spread", "read_runs", "train_or_resume", "write_rows"]
+__all__ = ["beside", "best_rate", "mean_and_spread", "read_runs", "run_missing", "train_or_resume", "write_rows"]
 
 
 def train_or_resume(folder: Path, data: str, **settings: Any) -> dict[str, Any]:
@@ -28,6 +28,27 @@ def read_runs(path: Path, numbers: Iterable[str]) -> list[dict[str, Any]]:
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     return [{key: _number(value) if key in numbers else value for key, value in row.items()} for row in rows]
+
+
+def run_missing(
+    path: Path,
+    numbers: Iterable[str],
+    keys: Iterable[dict[str, Any]],
+    run: Callable[[dict[str, Any]], dict[str, Any]],
+    after_each: Callable[[list[dict[str, Any]]], object] = lambda rows: None,
+) -> list[dict[str, Any]]:
+    """The rows of a CSV of runs, once every one of ``keys`` has its row there: those that lack one are run.
+
+    ``numbers`` are the columns that hold numbers, ``after_each`` is told all rows after each run. The file is read anew
+    each time, so that two processes with other seeds or networks may fill one.
+    """
+    numbers = set(numbers)
+    for key in keys:
+        if not any(key.items() <= row.items() for row in read_runs(path, numbers)):
+            print(row := {**key, **run(key)}, flush=True)
+            write_rows(path, rows := [*read_runs(path, numbers), row])
+            after_each(rows)
+    return read_runs(path, numbers)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], columns: list[str] | None = None) -> None:

@@ -23,13 +23,14 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as parquet
 import torch
-from seeds import beside, mean_and_spread, read_runs, train_or_resume, write_rows
+from seeds import beside, mean_and_spread, run_missing, train_or_resume, write_rows
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -58,14 +59,8 @@ def main() -> None:
     if options.tune:
         tune(options)
         return
-    file = beside(options.out, "runs")
-    runs = read_runs(file, RUN_NUMBERS)
-    for key in plan(options):
-        if not any(all(row[name] == value for name, value in key.items()) for row in runs):
-            runs.append({**key, **run(options, key)})
-            print(runs[-1], flush=True)
-            write_rows(file, runs)
-            write_table(options.out, runs)
+    told = partial(run, options), partial(write_table, options.out)
+    runs = run_missing(beside(options.out, "runs"), RUN_NUMBERS, plan(options), *told)
     table = write_table(options.out, runs)
     with style():
         draw(options.out.with_suffix(".png"), table)

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from seeds import beside, mean_and_spread, read_runs, train_or_resume, write_rows
+from seeds import beside, mean_and_spread, run_missing, train_or_resume, write_rows
 from timm.models import create_model
 
 from transcnn.cli import parse
@@ -45,31 +46,27 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/weights_peers"))
     parser.add_argument("--out", type=Path, default=Path("results/weights_peers.csv"))
     options = parser.parse_args()
-    file = beside(options.out, "runs")
-    runs = read_runs(file, RUN_NUMBERS)
-    for seed in options.seeds:
-        for name in options.networks:
-            if not any((r["network"], r["epochs"], r["seed"]) == (name, options.epochs, seed) for r in runs):
-                runs.append(run(options, name, seed))
-                print(runs[-1], flush=True)
-                write_rows(file, runs)
+    keys = [
+        {"network": name, "epochs": options.epochs, "seed": seed} for seed in options.seeds for name in options.networks
+    ]
+    runs = run_missing(beside(options.out, "runs"), RUN_NUMBERS, keys, partial(run, options))
     write_rows(options.out, [row_of(name, options.epochs, runs) for name in options.networks])
 
 
-def run(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
+def run(options: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
     """Train one network by the recipe, or go on with it."""
+    name, epochs, seed = key["network"], key["epochs"], key["seed"]
     model, args, factor = NETWORKS[name]
     recipe = parse("train", train, ["--config", str(RECIPE)])
     sizes = [size * factor for size in recipe["augment"].sizes]
     recipe |= {"model": model, "model_args": args or None, "img_size": recipe["img_size"] * factor, "seed": seed}
     recipe |= {"augment": replace(recipe["augment"], sizes=sizes, pad=recipe["augment"].pad * factor)}
-    recipe |= {"epochs": options.epochs, "limit_batches": options.limit_batches}
+    recipe |= {"epochs": epochs, "limit_batches": options.limit_batches}
     for name_ in ("data", "out", "resume", "quiet", "channels_last"):
         recipe.pop(name_, None)
-    folder = options.runs / f"{name.split(',')[0]}-{options.epochs}-{seed}"
+    folder = options.runs / f"{name.split(',')[0]}-{epochs}-{seed}"
     metrics = train_or_resume(folder, options.data, **recipe)
-    scores = {key: metrics[key] for key in ("top1", "val_top1", "train_seconds")}
-    return {"network": name, "epochs": options.epochs, "seed": seed, **scores}
+    return {score: metrics[score] for score in ("top1", "val_top1", "train_seconds")}
 
 
 def row_of(name: str, epochs: int, runs: list[dict[str, Any]]) -> dict[str, Any]:

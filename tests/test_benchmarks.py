@@ -508,3 +508,63 @@ def test_peers_are_of_our_size(tmp_path: Path) -> None:
     assert cifar10_peers.best_rate(tuning, "swin", "lr", "val_top1") == 0.2
     with pytest.raises(SystemExit, match="run --tune first"):
         cifar10_peers.best_rate(tuning, "resnet", "lr", "val_top1")
+
+
+def test_two_processes_fill_one_file_of_runs(tmp_path: Path) -> None:
+    import seeds
+
+    path = tmp_path / "runs.csv"
+    keys = [{"network": "a", "lr": 0.5, "seed": seed} for seed in (0, 1)]
+    asked, told = [], []
+
+    def run(key: dict[str, Any]) -> dict[str, Any]:
+        asked.append(key["seed"])
+        if key["seed"] == 0:  # meanwhile the other process ends a run
+            seeds.write_rows(path, [{"network": "a", "lr": 0.5, "seed": 2, "top1": 7.0}])
+        return {"top1": 50.0 + key["seed"]}
+
+    def fill() -> list[tuple[int, float]]:
+        rows = seeds.run_missing(path, ("lr", "seed", "top1"), keys, run, lambda rows: told.append(len(rows)))
+        return [(row["seed"], row["top1"]) for row in rows]
+
+    assert fill() == [(2, 7.0), (0, 50.0), (1, 51.0)]
+    assert fill() == [(2, 7.0), (0, 50.0), (1, 51.0)]
+    assert (asked, told) == ([0, 1], [2, 3])  # nothing is run twice
+
+
+def test_tuning_of_peers_gives_each_its_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cifar10_peers
+
+    monkeypatch.setattr(cifar10_peers, "measure", lambda options: dict.fromkeys(options.networks, 400.0))
+    monkeypatch.setattr(
+        cifar10_peers,
+        "train_or_resume",
+        lambda folder, data, **settings: {"top1": 10.0, "val_top1": 100 * settings["lr"], "train_seconds": 1.5},
+    )
+    arguments = ["data", "--networks", "resnet", "swin", "--out", tmp_path / "peers.csv", "--runs", tmp_path]
+    call(monkeypatch, cifar10_peers, *arguments, "--tune", "--lrs", 0.01, 0.02)
+    tuned = [(row["network"], row["lr"], row["epochs"]) for row in rows_of(tmp_path / "peers_tuning.csv")]
+    assert tuned == [("resnet", "0.01", "4"), ("resnet", "0.02", "4"), ("swin", "0.01", "4"), ("swin", "0.02", "4")]
+    call(monkeypatch, cifar10_peers, *arguments, "--seeds", 0, 1)
+    runs = [(row["network"], row["lr"], row["epochs"], row["seed"]) for row in rows_of(tmp_path / "peers_runs.csv")]
+    assert runs == [(name, "0.02", "20", seed) for seed in "01" for name in ("resnet", "swin")]
+    assert [row["seeds"] for row in rows_of(tmp_path / "peers.csv")] == ["2", "2"]
+
+
+def test_peers_of_the_weights_get_the_recipe_at_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import weights_peers
+
+    asked = {}
+
+    def fake(folder: Path, data: str, **settings: Any) -> dict[str, Any]:
+        asked[settings["model"]] = settings["img_size"], max(settings["augment"].sizes), settings["epochs"]
+        return {"top1": 50.0, "val_top1": 51.0, "train_seconds": 1.5}
+
+    monkeypatch.setattr(weights_peers, "train_or_resume", fake)
+    arguments = ["data", "--networks", "transcnn_micro", "convnext_atto", "--epochs", 3, "--seeds", 0, 1]
+    call(monkeypatch, weights_peers, *arguments, "--out", tmp_path / "peers.csv", "--runs", tmp_path)
+    assert asked == {"transcnn_micro": (64, 48, 3), "convnext_atto": (128, 96, 3)}
+    assert [(row["network"], row["seeds"]) for row in rows_of(tmp_path / "peers.csv")] == [
+        ("transcnn_micro", "2"),
+        ("convnext_atto", "2"),
+    ]
