@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import UserError
 from ..plugging.cost import count
-from ..plugging.places import attributes_kept, empty_state
+from ..plugging.running import attributes_kept, empty_state
 from .available import SMALL, available_bytes, input_shape
 from .loading import Loaded
 

@@ -19,9 +19,10 @@ from ..data.paths import StrPath
 from ..errors import MAX_SIDE, UserError, check_range, first_line
 from ..plugging.build import build_model
 from ..plugging.cost import count, seconds_per_call
-from ..plugging.places import Place, backbone, default_levels, eval_mode, example_for, find
+from ..plugging.places import Place, backbone, default_levels, find
 from ..plugging.plug import plug as plug_in
 from ..plugging.plug import plug_spec, plugged
+from ..plugging.running import eval_mode, example_for
 from ..text import print_whole, printable, rich_text
 from ..variants import VARIANTS_ND, create_model
 

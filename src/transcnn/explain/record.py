@@ -25,7 +25,7 @@ from ..data.bands import Bands
 from ..data.images import BrokenImage, read_image
 from ..errors import UserError
 from ..grids import Size, cut_into_grids
-from ..plugging.places import eval_mode
+from ..plugging.running import eval_mode
 
 __all__ = ["ImageLike", "Record", "as_input", "check_stage", "heads_of", "local_weights", "record", "token_weights"]
 

@@ -15,7 +15,7 @@ from torchvision.transforms import functional as tvf
 from ..checkpoints.loading import Loaded
 from ..errors import UserError
 from ..onnx.answers import probabilities
-from ..plugging.places import eval_mode
+from ..plugging.running import eval_mode
 from .classes import check_logits, check_target
 from .record import ImageLike, as_input
 

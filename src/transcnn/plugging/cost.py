@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from ..errors import UserError
 from ..variants import PAPER_TOP1
 from .build import build_model
-from .places import call
+from .running import call
 
 __all__ = ["Counts", "count", "describe", "interleaved_seconds", "seconds_per_call"]
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from ..errors import UserError
 from .branches import NAME, Plug
-from .places import Example, call, run
+from .running import Example, call, run
 
 __all__ = ["choose_holders"]
 

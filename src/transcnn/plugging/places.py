@@ -11,7 +11,6 @@ import difflib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -21,10 +20,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..attention import CONVS, SIZES
-from ..errors import UserError, first_line
+from ..errors import UserError
 from ..levels import further_levels
+from .running import Example, coarsest, map_of, ndim_of, run
 
-__all__ = ["Place", "attributes_kept", "backbone", "default_levels", "empty_state", "eval_mode", "find"]
+__all__ = ["Place", "backbone", "default_levels", "find"]
 
 AUTO_STRIDES = (8, 16, 32)
 # Their output doesn't say where the backbone is: a size of its own, or the very input.
@@ -35,7 +35,6 @@ _NO_PLACES = (
     nn.modules.dropout._DropoutNd,
 )
 _Shape = tuple[int, ...]
-Example = Tensor | tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def find(model: nn.Module, at: str | Iterable[str], example: Example | None = No
     if at == "auto":
         chosen = _automatic(_backbone_calls(root), image)
         if not chosen:
-            raise UserError(f"at='auto' found no module with a {_map_of(model)} output; name the places yourself")
+            raise UserError(f"at='auto' found no module with a {map_of(model)} output; name the places yourself")
         return chosen
     patterns = at.split(",") if isinstance(at, str) else list(at)
     if not patterns:
@@ -128,123 +127,6 @@ def default_levels(*size: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return (7 if sevens else 8,), (ratio,)
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without recomputation of blocks (gradient checkpointing); afterwards all is as it was."""
-    modules = list(model.modules())
-    training = [module.training for module in modules]
-    checkpointing = [module for module in modules if getattr(module, "grad_checkpointing", None) is True]
-    model.eval()
-    for module in checkpointing:
-        module.grad_checkpointing = False  # pyright: ignore
-    try:
-        yield
-    finally:
-        for module, was in zip(modules, training, strict=True):
-            module.training = was
-        for module in checkpointing:
-            module.grad_checkpointing = True  # pyright: ignore
-
-
-def example_for(model: nn.Module, size: tuple[int, ...] | None = None) -> tuple[Any, ...]:
-    """One black image that the network should take: its channels, size (if not given), device and dtype.
-
-    A sequence or a volume, of the size given, where the network's first convolution takes those.
-    """
-    first = _first_conv(model)
-    if first is None:
-        raise UserError(f"{type(model).__name__} holds no convolution, so there is no feature map to put H-MHSA on")
-    ndim = first.weight.ndim - 2
-    config = getattr(model, "pretrained_cfg", None) or {}
-    if size is None:
-        size = tuple(config.get("input_size", (3, 224, 224))[1:]) if ndim == 2 else ()
-    if len(size) != ndim:
-        raise UserError(
-            f"{type(model).__name__} takes {_map_of(model)}, and its size must be given: "
-            f"example=torch.zeros(1, C, {SIZES[ndim]}), on the command line --input {'x'.join('3' + 'N' * ndim)}"
-        )
-    # timm's models say how many channels they take: the first convolution may follow a space-to-depth.
-    in_chans = getattr(model, "in_chans", None) or (first.in_channels if first.in_channels <= 4 else 3)
-    return (first.weight.new_zeros(1, in_chans, *size),)
-
-
-def _first_conv(model: nn.Module) -> Any:
-    return next((module for module in model.modules() if isinstance(module, tuple(CONVS.values()))), None)
-
-
-def _ndim_of(model: nn.Module) -> int:
-    """Dimensions of a network's maps: what its first convolution takes."""
-    first = _first_conv(model)
-    return 2 if first is None else first.weight.ndim - 2
-
-
-def _map_of(model: nn.Module) -> str:
-    return f"(B, C, {SIZES[_ndim_of(model)]})"
-
-
-def run(model: nn.Module, example: Example | None, meta: bool = False) -> tuple[int, ...]:
-    """Run the example through the network, and return its (H, W), or whatever sizes its maps have.
-
-    With ``meta`` on tensors without numbers: nothing is computed, so that even a large network takes a moment.
-    """
-    arguments = example_for(model) if example is None else example if isinstance(example, tuple) else (example,)
-    image = _coarsest(arguments, _ndim_of(model))
-    if image is None:
-        raise UserError(f"example must hold a {_map_of(model)} tensor")
-    if meta:
-        arguments = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in arguments)
-    try:
-        call(model, arguments, {})
-    except Exception as error:
-        reason = first_line(error)
-        raise UserError(
-            f"{type(model).__name__} can't be run on an example of shape {image} ({reason}); "
-            f"give one that it takes, as example=torch.zeros{_map_of(model)}"
-        ) from error
-    return image[2:]
-
-
-def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The module's output in evaluation mode and without gradients, on the meta device if the arguments are there."""
-    with eval_mode(module), torch.no_grad():
-        if not any(x.is_meta for x in _tensors((args, kwargs))):
-            return module(*args, **kwargs)
-        with attributes_kept(module):
-            return torch.func.functional_call(module, empty_state(module), args, kwargs, tie_weights=False)
-
-
-@contextmanager
-def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards all attributes are as before: what networks keep for the next call (anchors) would have no numbers."""
-    before = [(part, dict(part.__dict__)) for part in model.modules()]
-    contents = [(held, held.copy()) for _, held in before for held in held.values() if type(held) in (dict, list)]
-    try:
-        yield
-    finally:
-        for part, attributes in before:
-            for name in part.__dict__.keys() - attributes.keys():
-                del part.__dict__[name]
-            part.__dict__.update(attributes)
-        for held, content in contents:
-            held.clear()
-            held.update(content) if isinstance(held, dict) else held.extend(content)
-
-
-def empty_state(module: nn.Module) -> dict[str, Tensor]:
-    """Tensors of the meta device for all of a network's, for ``functional_call`` without ties of its own.
-
-    By one name of each module: torch would exchange those of a module with two names twice, and leave it without.
-    """
-    return {
-        f"{name}.{key}".lstrip("."): tensor.to("meta")
-        for name, part in module.named_modules()
-        for key, tensor in itertools.chain(
-            part.named_parameters(recurse=False, remove_duplicate=False),
-            part.named_buffers(recurse=False, remove_duplicate=False),
-        )
-    }
-
-
 def _record(model: nn.Module, example: Example | None) -> tuple[_Call, tuple[int, ...]]:
     """Run the example, and return the tree of module calls and the example's (H, W)."""
     if any(is_lazy(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())):
@@ -260,11 +142,11 @@ def _record(model: nn.Module, example: Example | None) -> tuple[_Call, tuple[int
 def _record_on(model: nn.Module, example: Example | None, meta: bool) -> tuple[_Call, tuple[int, ...]]:
     top = _Call("", nn.Identity())
     stack = [top]
-    ndim = _ndim_of(model)
+    ndim = ndim_of(model)
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            entered = _Call(name, module, before=_coarsest((args, kwargs), ndim))
+            entered = _Call(name, module, before=coarsest((args, kwargs), ndim))
             stack[-1].inside.append(entered)
             stack.append(entered)
 
@@ -287,21 +169,6 @@ def _record_on(model: nn.Module, example: Example | None, meta: bool) -> tuple[_
         for handle in handles:
             handle.remove()
     return top.inside[0], image
-
-
-def _coarsest(value: Any, ndim: int) -> _Shape | None:
-    """The shape of the smallest map of so many dimensions within nested arguments."""
-    maps = [tuple(x.shape) for x in _tensors(value) if x.ndim == ndim + 2]
-    return min(maps, key=lambda shape: math.prod(shape[2:])) if maps else None
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from itertools.chain.from_iterable(_tensors(v) for v in value.values())
-    elif isinstance(value, list | tuple):
-        yield from itertools.chain.from_iterable(_tensors(v) for v in value)
 
 
 def _walk(call: _Call) -> Iterator[_Call]:

@@ -22,7 +22,8 @@ from ..errors import UserError, first_line
 from ..grids import Size
 from .branches import LAYERS, NAME, ConvReplacement, HMHSABranch, Layer, Plug
 from .holders import choose_holders
-from .places import Example, Place, call, default_levels, find
+from .places import Place, default_levels, find
+from .running import Example, call
 
 __all__ = [
     "LAYERS",

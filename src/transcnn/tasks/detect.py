@@ -20,7 +20,7 @@ from ..data.sets.splits import Splits
 from ..data.transforms.detect import DetectTransform
 from ..distributed.processes import gather, gather_lists, world
 from ..errors import require
-from ..plugging.places import eval_mode
+from ..plugging.running import eval_mode
 from ..report.dense import best_median_worst, write_dense_report
 from ..report.overlay import SHOWN_SCORE, draw_detections, palette
 from ..report.plots import plot_precision_recall

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.arguments import DENSE
 from ..errors import UserError, require
-from ..plugging.places import eval_mode
+from ..plugging.running import eval_mode
 
 __all__ = ["MAP_IMAGES", "features_of", "map_of"]
 
