@@ -6,6 +6,7 @@ import asyncio
 import gc
 import io
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -108,6 +109,48 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  (third-party code draws from the global generator)
     torch.manual_seed(0)
+
+
+class Fallbacks(logging.Handler):
+    """What the package has said of optimized networks that it gave up for the plain ones, which are far slower."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep what tells of such a network."""
+        if "runs as it is, for" in (line := record.getMessage()):
+            self.lines.append(line)
+
+    def check(self) -> None:
+        """Fail the test, whose answers are right all the same, where there was one; forget it."""
+        lines, self.lines = self.lines, []
+        if lines:
+            pytest.fail(
+                "an optimized network fell back to the plain one while this test, or a fixture that it uses first, ran:"
+                f"\n  {'; '.join(dict.fromkeys(lines))}\nMend what keeps transcnn.optimize from it "
+                "(src/transcnn/fast/inference); a test that is about falling back is marked: @pytest.mark.falls_back",
+                pytrace=False,
+            )
+
+
+@pytest.fixture(scope="session")
+def fallbacks() -> Iterator[Fallbacks]:
+    """Hears the package's logger all the time, for the test that runs."""
+    handler, logger = Fallbacks(), logging.getLogger("transcnn")
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
+
+
+@pytest.fixture(autouse=True)
+def _optimized_stays_optimized(fallbacks: Fallbacks, request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test passes by the plain network where it asked for the optimized one."""
+    yield
+    if request.node.get_closest_marker("falls_back"):
+        fallbacks.lines.clear()
+    fallbacks.check()
 
 
 @pytest.fixture(autouse=True, scope="session")

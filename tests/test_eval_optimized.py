@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from transcnn.checkpoints.loading import load
 from transcnn.commands.evaluate import evaluate
 from transcnn.commands.train import train
 from transcnn.data.sets.classify import open_set
 from transcnn.fast.inference.attention import FastHMHSA
+from transcnn.fast.inference.optimize import try_optimize
 from transcnn.settings import Detect, Segment
 from transcnn.tasks import base
+from transcnn.tasks.classify import Classify
 from transcnn.training.evaluation import measure
 
 PACKAGED = "transcnn_nano.cifar10"
@@ -61,16 +64,17 @@ def test_an_optimized_network_scores_alike(photos, monkeypatch):
     assert fast_calls[True] > 0 == fast_calls[False]  # two ways of computing
 
 
+@pytest.mark.falls_back
 def test_eval_says_how_it_was_computed(photos, tmp_path, caplog, monkeypatch):
     settings: dict[str, Any] = dict(split="all", accelerator="cpu", quiet=True, out=tmp_path)
     metrics = evaluate(PACKAGED, photos, **settings)
     assert (metrics["path"], metrics["precision"], metrics["device"]) == ("optimized", "32-true", "cpu")
     assert evaluate(PACKAGED, photos, optimize=False, **settings)["path"] == "plain"
-    with caplog.at_level(logging.INFO), monkeypatch.context() as patch:
+    with monkeypatch.context() as patch:  # a warning, which nobody has to ask for
         patch.setattr("transcnn.fast.inference.optimize._replace", lambda model: 1 / 0)
         assert evaluate(PACKAGED, photos, **settings)["path"] == "plain"
     assert "TransCNN runs as it is, for it can't be optimized: division by zero" in caplog.text
-    with caplog.at_level(logging.INFO), monkeypatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr("transcnn.fast.inference.blocks.FastBlock.forward", lambda *_: 1 / 0)
         failing = evaluate(PACKAGED, photos, **settings)
     assert (failing["path"], failing["loss"]) == (
@@ -78,6 +82,30 @@ def test_eval_says_how_it_was_computed(photos, tmp_path, caplog, monkeypatch):
         evaluate(PACKAGED, photos, optimize=False, **settings)["loss"],
     )
     assert "TransCNN runs as it is, for optimized it fails: division by zero" in caplog.text
+
+
+def test_a_test_fails_where_an_optimized_network_falls_back(fallbacks):
+    class Alone(nn.Module):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise TypeError("no copies")
+
+    assert try_optimize(nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 1))) is not None
+    fallbacks.check()
+    assert try_optimize(nn.Sequential(Alone())) is None
+    with pytest.raises(pytest.fail.Exception, match=r"can't be optimized: no copies\n.*falls_back"):
+        fallbacks.check()
+    fallbacks.check()  # each once
+
+
+@pytest.mark.falls_back
+def test_a_run_says_once_that_its_network_falls_back(fallbacks, monkeypatch):
+    monkeypatch.setattr("transcnn.fast.inference.optimize.make_fast", lambda model: 1 / 0)
+    task = Classify(nn.Conv2d(3, 4, 1), ["a"], {}, optimize=True)
+    task._trainer = SimpleNamespace(precision="32", strategy=None)  # pyright: ignore
+    for _ in range(3):  # epochs
+        task._optimize(SimpleNamespace(dataset=range(base.ENOUGH)))
+        assert (task._fast, task.path) == ((), "plain")
+    assert len(fallbacks.lines) == 1
 
 
 def shapes(folder: Path, count: int = 6) -> Path:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..distributed.processes import rank, world
 from ..distributed.sharding import Sharded, shard
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..fast import accelerate_training, record_training
 from ..fast.inference.optimize import try_optimize
 from ..settings import Augment, Optim, TrainSettings, as_plain
@@ -229,8 +229,9 @@ class Task(Inference, L.LightningModule):
             try:
                 return self._fast[0](x)
             except Exception as error:  # of any network that timm knows
-                _log.info("%s runs as it is, for optimized it fails: %s", type(self.model).__name__, error)
-                self._fast, self.path = (), "plain"
+                name, reason = type(self.model).__name__, first_line(error)
+                _log.warning("%s runs as it is, for optimized it fails: %s", name, reason)
+                self._fast, self.path, self.optimize = (), "plain", False  # nor in later epochs
         if self.channels_last and isinstance(x, Tensor):
             x = x.contiguous(memory_format=torch.channels_last)
         # A captured graph would keep the momentum that norms have while it is captured.
@@ -307,6 +308,7 @@ class Task(Inference, L.LightningModule):
         if self.optimize and len(loader.dataset) >= ENOUGH and not isinstance(self.trainer.strategy, Sharded):
             dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
             fast = try_optimize(self.model, dtypes.get(str(self.trainer.precision)))
+            self.optimize = fast is not None  # where it can't be, once is enough to try and to say so
         self._fast = () if fast is None else (fast,)
         self.path = "plain" if fast is None else "optimized"
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...backbone import TransCNN
-from ...errors import UserError
+from ...errors import UserError, first_line
 from ..cuda_graphs import CapturedInference
 from ..training.accelerate import restore_classes
 from .attention import FastHMHSA
@@ -105,11 +105,11 @@ def optimize(
 
 
 def try_optimize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module | None:
-    """:func:`optimize`, or None where that fails, which the log says (level INFO)."""
+    """:func:`optimize`, or None where that fails, which a warning in the log says: the plain network is far slower."""
     try:
         return optimize(model, dtype)
     except Exception as error:  # of any network that timm knows
-        _log.info("%s runs as it is, for it can't be optimized: %s", type(model).__name__, error)
+        _log.warning("%s runs as it is, for it can't be optimized: %s", type(model).__name__, first_line(error))
         return None
 
 
