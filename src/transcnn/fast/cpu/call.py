@@ -21,6 +21,7 @@ __all__ = [
     "Address",
     "Argument",
     "Checked",
+    "any_size",
     "argument",
     "call",
     "check",
@@ -145,6 +146,11 @@ def require(condition: bool, kernel: str, *sizes: int) -> None:
     """Refuse sizes that a kernel isn't made for."""
     if not condition:
         raise ValueError(f"kernel {kernel!r} can't be called with these sizes: {', '.join(map(str, sizes))}")
+
+
+def any_size(name: str, x: Tensor) -> Checked:
+    """An argument of :func:`call` whose dtype and shape are its own: those of the others go by it."""
+    return name, x, x.dtype, tuple(x.shape)
 
 
 def optional(name: str, x: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> Checked | None:

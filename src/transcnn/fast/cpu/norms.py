@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import call as cpu
-from .call import FP32, Checked, require, thread_sums
+from .call import FP32, Checked, any_size, require, thread_sums
 
 __all__ = ["batch_norm_backward", "batch_norm_forward", "group_norm_backward", "group_norm_forward"]
 
@@ -35,8 +35,8 @@ def group_norm_forward(
     cpu.call(
         "group_norm_forward",
         x.dtype,
-        _map("x", x),
-        _map("y", y),
+        any_size("x", x),
+        any_size("y", y),
         *_by_channel(x, weight, bias),
         ("statistics", statistics, FP32, (len(x), groups, 2)),
         *(least, *sizes, groups, silu),
@@ -53,9 +53,9 @@ def group_norm_backward(
     cpu.call(
         "group_norm_backward",
         x.dtype,
-        _map("x", x),
+        any_size("x", x),
         ("grad", grad, x.dtype, tuple(x.shape)),
-        _map("dx", dx),
+        any_size("dx", dx),
         *_by_channel(x, weight, bias),
         ("statistics", statistics, FP32, (len(x), groups, 2)),
         ("found", found, torch.double, (len(found), 2, x.shape[-1])),
@@ -79,7 +79,7 @@ def batch_norm_forward(
     cpu.call(
         "batch_norm_forward",
         x.dtype,
-        *(_map("x", x), _map("y", y)),
+        *(any_size("x", x), any_size("y", y)),
         *_by_channel(x, weight, bias),
         ("statistics", statistics, FP32, (5, channels)),
         ("sums", sums, torch.double, (len(sums), 2, channels)),
@@ -98,9 +98,9 @@ def batch_norm_backward(
     cpu.call(
         "batch_norm_backward",
         x.dtype,
-        _map("x", x),
+        any_size("x", x),
         ("grad", grad, x.dtype, tuple(x.shape)),
-        _map("dx", dx),
+        any_size("dx", dx),
         ("statistics", statistics, FP32, (5, channels)),
         ("factors", factors, FP32, (2, channels)),
         ("found", found, FP32, (2, channels)),
@@ -109,10 +109,6 @@ def batch_norm_backward(
         threads=len(sums),
     )
     return dx, found[1].clone(), found[0].clone()  # which an optimizer keeps, each with memory of its own
-
-
-def _map(name: str, x: Tensor) -> Checked:
-    return name, x, x.dtype, tuple(x.shape)
 
 
 def _by_channel(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Checked, Checked]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import call as cpu
 from .activations import IDENTITY, SIGMOID, SILU, Activation, CActivation, activation
-from .call import FP32, optional, require
+from .call import FP32, any_size, optional, require
 from .inference import Affine
 
 __all__ = ["CSqueeze", "Window", "average_pool", "group_norm", "layer_norm", "max_pool", "squeeze", "squeeze_struct"]
@@ -155,7 +155,7 @@ def max_pool(x: Tensor, window: Window) -> Tensor:
     require(fits, "max_pool", size, stride, above, before, height, width)
     out = x.new_empty(batch, down, across, channels)
     sizes = _Pool(batch, height, width, channels, down, across, size, stride, above, before)
-    given = ("x", x, x.dtype, tuple(x.shape)), ("out", out, x.dtype, tuple(out.shape))
+    given = any_size("x", x), ("out", out, x.dtype, tuple(out.shape))
     cpu.call("max_pool", x.dtype, *given, sizes)
     return out
 
@@ -166,6 +166,6 @@ def average_pool(x: Tensor, ratio: tuple[int, int]) -> Tensor:
     batch, height, width, channels = x.shape
     require(min(ratio) >= 1, "average_pool", *ratio)
     out = x.new_empty(batch, -(-height // ratio[0]), -(-width // ratio[1]), channels)
-    given = ("x", x, x.dtype, tuple(x.shape)), ("out", out, x.dtype, tuple(out.shape))
+    given = any_size("x", x), ("out", out, x.dtype, tuple(out.shape))
     cpu.call("average_pool", x.dtype, *given, batch, height, width, channels, *ratio)
     return out

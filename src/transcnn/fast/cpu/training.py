@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import call as cpu
-from .call import FP32, KERNEL_SIZES, Checked, heads_fit, optional, require, thread_sums
+from .call import FP32, KERNEL_SIZES, Checked, any_size, heads_fit, optional, require, thread_sums
 
 __all__ = [
     "bn_backward",
@@ -34,7 +34,7 @@ def grid_forward(qkv: Tensor, head_dim: int, size: int, residual: Tensor | None 
     """Attention inside each size×size grid, plus ``residual``, (B, H, W, 3C) -> (B, H, W, C)."""
     shape = _grid_shape(qkv, head_dim, size)
     out = qkv.new_empty(shape)
-    maps = _map("qkv", qkv), optional("residual", residual, qkv.dtype, shape), _map("out", out)
+    maps = any_size("qkv", qkv), optional("residual", residual, qkv.dtype, shape), any_size("out", out)
     cpu.call("grid_forward", qkv.dtype, *maps, *shape, head_dim, size)
     return out
 
@@ -43,7 +43,7 @@ def grid_backward(qkv: Tensor, grad: Tensor, head_dim: int, size: int) -> Tensor
     """The gradient of ``qkv`` from that of the result (B, H, W, C)."""
     shape, out = _grid_shape(qkv, head_dim, size), torch.empty_like(qkv)
     of_grad = ("grad", grad, qkv.dtype, shape)
-    cpu.call("grid_backward", qkv.dtype, _map("qkv", qkv), of_grad, _map("out", out), *shape, head_dim, size)
+    cpu.call("grid_backward", qkv.dtype, any_size("qkv", qkv), of_grad, any_size("out", out), *shape, head_dim, size)
     return out
 
 
@@ -57,7 +57,7 @@ def global_forward(q: Tensor, kv: Tensor, head_dim: int, residual: Tensor | None
     """Attention to merged tokens, plus ``residual``, (B, N, C) and (B, M, 2C) -> (B, N, C)."""
     sizes, out = _global_sizes(q, kv, head_dim), torch.empty_like(q)
     added = optional("residual", residual, q.dtype, tuple(q.shape))
-    cpu.call("global_forward", q.dtype, *_queries_and_tokens(q, kv), added, _map("out", out), *sizes)
+    cpu.call("global_forward", q.dtype, *_queries_and_tokens(q, kv), added, any_size("out", out), *sizes)
     return out
 
 
@@ -65,13 +65,13 @@ def global_backward(q: Tensor, kv: Tensor, grad: Tensor, head_dim: int) -> tuple
     """The gradients of ``q`` and ``kv`` from that of the result (B, N, C)."""
     sizes, of_q, of_kv = _global_sizes(q, kv, head_dim), torch.empty_like(q), torch.empty_like(kv)
     of_grad = ("grad", grad, q.dtype, tuple(q.shape))
-    out = _map("dq", of_q), _map("dkv", of_kv)
+    out = any_size("dq", of_q), any_size("dkv", of_kv)
     cpu.call("global_backward", q.dtype, *_queries_and_tokens(q, kv), of_grad, *out, *sizes)
     return of_q, of_kv
 
 
 def _queries_and_tokens(q: Tensor, kv: Tensor) -> tuple[Checked, Checked]:
-    return _map("q", q), ("kv", kv, q.dtype, (len(q), kv.shape[1], 2 * q.shape[2]))
+    return any_size("q", q), ("kv", kv, q.dtype, (len(q), kv.shape[1], 2 * q.shape[2]))
 
 
 def _global_sizes(q: Tensor, kv: Tensor, head_dim: int) -> tuple[int, int, int, int, int]:
@@ -84,7 +84,7 @@ def _global_sizes(q: Tensor, kv: Tensor, head_dim: int) -> tuple[int, int, int, 
 def channel_sums(x: Tensor) -> Tensor:
     """Sums of x and of its square."""
     sums = thread_sums(x)
-    cpu.call("channel_sums", x.dtype, _map("x", x), _of_sums(sums, x), *_positions(x), threads=len(sums))
+    cpu.call("channel_sums", x.dtype, any_size("x", x), _of_sums(sums, x), *_positions(x), threads=len(sums))
     return sums
 
 
@@ -92,7 +92,7 @@ def bn_silu(x: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
     """SiLU of the normalised map; ``norm`` is scale and shift."""
     out = torch.empty_like(x)
     scale, shift = _by_channel(x, ("scale", "shift"), norm)
-    cpu.call("bn_silu", x.dtype, _map("x", x), scale, shift, _map("out", out), *_positions(x))
+    cpu.call("bn_silu", x.dtype, any_size("x", x), scale, shift, any_size("out", out), *_positions(x))
     return out
 
 
@@ -109,10 +109,10 @@ def bn_silu_dwconv_forward(
     cpu.call(
         "bn_silu_dwconv_forward",
         x.dtype,
-        _map("x", x),
+        any_size("x", x),
         *_by_channel(x, ("scale", "shift"), norm),
         ("weight", weight, FP32, (size**2, x.shape[3])),
-        _map("out", out),
+        any_size("out", out),
         optional("activated", activated, x.dtype, tuple(x.shape)),
         None if sums is None else _of_sums(sums, x),
         *(*x.shape, size),
@@ -126,7 +126,7 @@ def bn_silu_dwconv_forward(
 def bn_silu_backward_sums(m: Tensor, ds: Tensor, norm: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Sums of dz and of dz·(m - mean), with dz = ds·SiLU'(m·scale + shift); ``norm`` is scale, shift and mean."""
     sums = thread_sums(m)
-    tensors = _map("m", m), ("ds", ds, m.dtype, tuple(m.shape))
+    tensors = any_size("m", m), ("ds", ds, m.dtype, tuple(m.shape))
     cpu.call(
         "bn_silu_backward_sums",
         m.dtype,
@@ -169,10 +169,10 @@ def bn_silu_dwconv_backward(
         ("m", m, x.dtype, tuple(x.shape)),
         ("ds", ds, x.dtype, tuple(x.shape)),
         *_by_channel(x, ("scale2", "shift2", "by dz", "by m", "rest"), norm2),
-        _map("x", x),
+        any_size("x", x),
         *_by_channel(x, ("scale1", "shift1", "mean1"), norm1),
         ("flipped", flipped, FP32, (size**2, x.shape[3])),
-        _map("out", out),
+        any_size("out", out),
         ("dweight", dweight, FP32, (len(sums), size**2, x.shape[3])),
         _of_sums(sums, x),
         *(*x.shape, size),
@@ -183,13 +183,8 @@ def bn_silu_dwconv_backward(
 
 def bn_backward(dz: Tensor, x: Tensor, factors: Sequence[Tensor]) -> None:
     """dz·a + x·b + c for the three factors, written over ``dz``."""
-    tensors = _map("dz", dz), ("x", x, dz.dtype, tuple(dz.shape))
+    tensors = any_size("dz", dz), ("x", x, dz.dtype, tuple(dz.shape))
     cpu.call("bn_backward", dz.dtype, *tensors, *_by_channel(dz, ("by dz", "by x", "rest"), factors), *_positions(dz))
-
-
-def _map(name: str, x: Tensor) -> Checked:
-    """A tensor that gives the sizes for the others."""
-    return name, x, x.dtype, tuple(x.shape)
 
 
 def _by_channel(x: Tensor, names: tuple[str, ...], tensors: Sequence[Tensor]) -> list[Checked]:
@@ -225,7 +220,7 @@ def pointwise_gradient(x: Tensor, grad: Tensor, bias: bool) -> tuple[Tensor, Ten
     cpu.call(
         "pointwise_gradient",
         x.dtype,
-        _map("x", x),
+        any_size("x", x),
         ("grad", grad, x.dtype, (positions, outputs)),
         ("found", found, FP32, (threads, *shape)),
         optional("sums", sums, FP32, (threads, outputs)),
