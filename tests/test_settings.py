@@ -22,7 +22,7 @@ from transcnn.plain import Arguments, dump_plain, load_plain
 from transcnn.settings import HELP_GROUPS, Distill, Optim, Segment, TrainSettings, as_plain, takes_settings
 from transcnn.tasks.classify import Classify
 from transcnn.training.check import check_meant, remarks_on_schedule
-from transcnn.training.resume import resumed_settings
+from transcnn.training.resume import located, resumed_settings
 
 SAVED = TrainSettings("photos", model="transcnn_test", epochs=7, lr=0.5, optim=Optim(opt="sgd", betas=(0.8, 0.9)))
 
@@ -116,6 +116,23 @@ def test_a_resumed_run_takes_what_may_be_otherwise_also_the_defaults(checkpoint)
     assert settings.origin_of("epochs") == "command line"
     assert settings.origin_of("model") == str(checkpoint)
     assert resumed_settings(settings_of("--resume", "x"), checkpoint) == dataclasses.replace(SAVED, resume="x")
+
+
+def test_a_resumed_run_takes_the_paths_that_it_was_given_also_relative_ones(tmp_path, checkpoint, monkeypatch):
+    """The command that began a run, with --resume behind it: the run keeps whole paths."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("weights.safetensors", "labels.csv"):
+        (tmp_path / name).touch()
+    for name in ("images", "moved"):
+        (tmp_path / name).mkdir()
+    flags = ("labels.csv", "--images", "images", "--init_from", "weights.safetensors")
+    begun = located(settings_of(*flags))
+    save(checkpoint, as_plain(begun))
+    assert resumed_settings(settings_of(*flags, "--resume", "x"), checkpoint) == dataclasses.replace(begun, resume="x")
+    moved = resumed_settings(settings_of("--images", "moved", "--resume", "x"), checkpoint)
+    assert (moved.table.images, moved.origin_of("table.images")) == (str(tmp_path / "moved"), "command line")
+    with pytest.raises(UserError, match=r"init_from is .*weights.safetensors there, got .*labels.csv"):
+        resumed_settings(settings_of("--init_from", "labels.csv", "--resume", "x"), checkpoint)
 
 
 def test_a_run_of_an_earlier_version_goes_on(checkpoint):

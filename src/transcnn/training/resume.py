@@ -90,7 +90,8 @@ def check_seen_by_all(checkpoint: Path) -> None:
 def resumed_settings(given: TrainSettings, checkpoint: Path) -> TrainSettings:
     """The settings of the run that goes on; of the given ones only those of ``FREE`` can change them.
 
-    Given is what ``given.origins`` names, whatever its value.
+    Given is what ``given.origins`` names, whatever its value. Paths are compared whole, as a run keeps them, and the
+    images of a table may have moved, as any data may.
 
     Raises:
         UserError: The checkpoint isn't one of a run, or another setting is given with another value.
@@ -106,11 +107,16 @@ def resumed_settings(given: TrainSettings, checkpoint: Path) -> TrainSettings:
     except UserError as error:
         raise UserError(f"{checkpoint} is damaged: {error}") from error
     _refuse_to_fetch(given, saved, checkpoint)
+    given = located(given)
+    moved = {"table.images"} if given.table.images and given.origins.keys() & {"table", "table.images"} else set()
+    if moved:
+        saved = replace(saved, table=replace(saved.table, images=given.table.images))
     changed = PRESENT | {name for name in given.origins if name in FREE}
     for name in given.origins:
         if name.partition(".")[0] not in changed and (now := given.value_of(name)) != (then := saved.value_of(name)):
             raise UserError(f"a resumed run keeps its settings: {name} is {_short(then)} there, got {_short(now)}")
-    origins = {item.name: str(checkpoint) for item in fields(saved)} | {name: given.origin_of(name) for name in changed}
+    origins = {item.name: str(checkpoint) for item in fields(saved)}
+    origins |= {name: given.origin_of(name) for name in changed | moved}
     return replace(saved, origins=origins, **{name: getattr(given, name) for name in changed})
 
 
