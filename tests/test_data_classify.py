@@ -546,6 +546,13 @@ def test_augmentation_that_no_policy_reads_is_told(caplog: pytest.LogCaptureFixt
         Classify.loaders(splits, {**config, "input_size": [1, side, side]}, Augment(scale=(0.2, 1.0), degrees=9.0), {})
         assert unread in caplog.text
         assert len(caplog.records) == 1
+    for augment, unread in (
+        (Augment(policy="none", hflip=1.0), "hflip=1.0 has no effect: small or imagenet reads it"),
+        (Augment(aa="rand-m9", color_jitter=0.4), "color_jitter=0.4 has no effect beside aa"),
+    ):
+        caplog.clear()
+        Classify.loaders(splits, {**config, "input_size": [1, 32, 32]}, augment, {})
+        assert [record.getMessage()[: len(unread)] for record in caplog.records] == [unread]
 
 
 def test_class_names_in_a_file_may_begin_with_a_mark_of_byte_order(tmp_path: Path) -> None:

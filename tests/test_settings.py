@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import re
@@ -20,6 +21,7 @@ from transcnn.commands.train import train
 from transcnn.errors import UserError
 from transcnn.plain import Arguments, dump_plain, load_plain
 from transcnn.settings import HELP_GROUPS, Distill, Optim, Segment, TrainSettings, as_plain, takes_settings
+from transcnn.tasks import TASKS, get_task
 from transcnn.tasks.classify import Classify
 from transcnn.training.check import check_meant, remarks_on_schedule
 from transcnn.training.resume import located, resumed_settings
@@ -184,6 +186,11 @@ def test_a_flag_that_several_tasks_have_is_that_of_the_task(tmp_path):
         assert settings.origins["segment.loss"] == "command line"
 
 
+def test_the_help_names_every_metric_that_may_choose_the_epoch():
+    told = re.findall(r"\w+", Command("train", train).arguments["eval_metric"].help)
+    assert {metric for task in TASKS for metric in get_task(task).eval_metrics} <= set(told)
+
+
 def test_types_are_told_in_words():
     words = {
         float | None: "a number or null",
@@ -265,12 +272,51 @@ def test_settings_have_no_traceback_for_what_python_gets_wrong():
         (["--distill_from", ""], "distill_from is empty"),
         (["--decay_epochs", "0"], "decay_epochs must be above 0, got 0"),
         (["--sched", "multistep"], "sched multistep needs milestones"),
+        (
+            ["--sched", "step", "--min_lr", "1e-5"],
+            "min_lr has no effect without sched cosine, tanh, poly, wsd or rsqrt",
+        ),
+        (["--warmup_epochs", "0", "--warmup_lr", "1e-4"], "warmup_lr has no effect without warmup_epochs"),
+        (["--warmup_epochs", "5", "--sched", "none"], "warmup_epochs has no effect with sched none"),
+        (["--distill_from", "x", "--distill_tau", "2"], "distill_tau has no effect without distill_type soft"),
+        (["--task", "detect", "--drop_rate", "0.2"], "drop_rate is for the task classify, multilabel or regress"),
+        (["--task", "segment", "--loss", "dice", "--class_weights", "log"], "class_weights has no effect without loss"),
+        (["--task", "segment", "--loss", "dice", "--smoothing", "0.2"], "smoothing has no effect without loss ce or"),
+        (["--smoothing", "1"], "smoothing must be from 0 to below 1, got 1"),
+        (["--zoom", "1"], "zoom must be from 0 to below 1, got 1"),
+        (
+            ["--scale", "-1", "0.5"],
+            "scale must be two numbers above 0 and at most 1, the smaller first, got [-1.0, 0.5]",
+        ),
+        (["--scale", "1", "0.5"], "scale must be two numbers above 0 and at most 1, the smaller first"),
+        (["--ratio", "0", "1"], "ratio must be two numbers above 0, the smaller first, got [0.0, 1.0]"),
         (["--sched", "tanh", "--epochs", "2"], "sched tanh needs a warm-up shorter than the run, got warmup_epochs 2"),
     ],
 )
 def test_settings_of_another_task_or_without_effect_are_refused(argv, problem, capsys):
     assert cli.main(["train", "nowhere", *argv]) == 2
     assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "problem"),
+    [
+        ("cifar10", ["--cutmix", "0"], ""),
+        ("cifar10", ["--reprob", "0"], ""),
+        ("folder_finetune", ["--no-ema"], ""),
+        ("camvid", ["--class_weights", "none"], ""),
+        ("camvid", ["--loss", "dice"], ""),
+        ("coco_retinanet", ["--sched", "cosine"], ""),
+        ("imagenet1k", ["--sched", "none"], ""),
+        ("shapes_maskrcnn", ["--detector", "retinanet"], ""),
+        ("cifar10", ["--cutmix", "0", "--mix_prob", "0.2"], "mix_prob has no effect without mixup or cutmix"),
+        ("folder_finetune", ["--task", "segment"], "policy is for the task"),
+    ],
+)
+def test_a_flag_may_switch_off_what_a_recipe_has_settings_for(recipe, flags, problem, root):
+    settings = settings_of("--config", str(root / "recipes" / f"{recipe}.yaml"), *flags)
+    with pytest.raises(UserError, match=problem) if problem else contextlib.nullcontext():
+        check_meant(settings)
 
 
 def test_a_list_may_have_one_value():

@@ -88,7 +88,7 @@ class TrainSettings:
             stages, or patterns of names such as stages.0*. Norms of frozen parts stay in evaluation mode.
         plug: Put H-MHSA after these modules of any CNN, with commas, patterns, or auto (see transcnn plug MODEL).
         model_args: Further arguments of the model, such as {stem_stride: 1}.
-        drop_rate: Dropout before the last layer; without it the model's own.
+        drop_rate: Dropout before the last layer of a network with one answer an image; without it the model's own.
         drop_path_rate: Stochastic depth of the last block, growing from 0 at the first.
         optim: How the weights are learnt.
         augment: How training images are varied.
@@ -103,10 +103,10 @@ class TrainSettings:
         val_fraction: Share of the training images held back where the data has no validation split.
         strict_data: Stop at the first image that can't be read, instead of leaving it out.
         num_workers: Processes that read images; without it, one for each core but one, and none for images in memory.
-        eval_metric: The validation figure that chooses the best epoch; without it top1, miou or map; to classify
-            also balanced_accuracy, macro_f1, macro_precision, auroc; for labels map, macro_f1, micro_f1, exact_match;
-            for numbers mae, rmse, r2, spearman. ``loss`` ranks epochs where a small validation
-            split gives many the same score.
+        eval_metric: The validation figure that chooses the best epoch, without it the first of these: to classify top1,
+            balanced_accuracy, macro_f1, macro_precision, auroc; for labels map, macro_f1, micro_f1, exact_match; for
+            numbers mae, rmse, r2, spearman; to segment miou, pixel_accuracy, mean_accuracy; to detect map, map50.
+            ``loss`` (not to detect) ranks epochs where a small validation split gives many the same score.
         early_stop: Stop after this many epochs without a better one.
         save_every: Write last.ckpt each this many updates, not only after each epoch.
         nonfinite: What to do about max_nonfinite updates in a row whose gradients are not finite: go back to the last

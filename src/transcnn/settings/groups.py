@@ -29,7 +29,7 @@ class Optim:
         decay_rate: What ``step`` and ``multistep`` multiply the rate by (without it 0.1); the power of ``poly`` (0.9).
         warmup_epochs: Epochs of linear warm-up, of which a part is fine; they count among ``epochs``.
         warmup_lr: Rate at the start of the warm-up.
-        min_lr: Rate at the end of the cosine.
+        min_lr: Rate at the end of cosine, tanh, poly, wsd and rsqrt.
         lr_batch: The images per update that ``lr`` is meant for: the rate used is lr · (images per update) / lr_batch.
             Without it ``lr`` is used as it stands.
         clip_grad: Largest norm of the gradient; larger ones are scaled down.
@@ -68,7 +68,7 @@ class Augment:
         ratio: Smallest and largest width / height of that part.
         hflip: Probability to mirror left and right (0 where sides matter, as in digits).
         vflip: Probability to mirror top and bottom.
-        color_jitter: Strength of changes of brightness, contrast and saturation.
+        color_jitter: Strength of changes of brightness, contrast and saturation; not beside ``aa``.
         aa: RandAugment in timm's notation, such as ``rand-m9-mstd0.5-inc1``.
         reprob: Probability to erase a rectangle.
         remode: What it is filled with: ``pixel`` noise or the mean colour (``const``).
@@ -77,7 +77,7 @@ class Augment:
         mix_prob: Probability that a batch is mixed at all.
         smoothing: Label smoothing.
         sizes: Smaller sides that batches are resized to in the first epochs, one after another, such as [32, 48];
-            ``img_size`` comes after them. Early epochs then take a fraction of the time (classification only).
+            ``img_size`` comes after them. Early epochs then take a fraction of the time (not to segment or detect).
         size_ends: The share of all epochs after which each of ``sizes`` ends, such as [0.5, 0.75].
     """
 

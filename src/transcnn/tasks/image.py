@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 READ_BY = {
     **dict.fromkeys(("pad", "degrees", "zoom"), ("small",)),
     **dict.fromkeys(("scale", "ratio"), ("imagenet",)),
-    **dict.fromkeys(("vflip", "color_jitter", "aa", "reprob"), ("small", "imagenet")),
+    **dict.fromkeys(("hflip", "vflip", "color_jitter", "aa", "reprob"), ("small", "imagenet")),
 }
 
 
@@ -137,6 +137,8 @@ class ImageTask(ImageInference, Task):
 def _warn_of_unread(augment: Augment, size: Sequence[int]) -> None:
     """Log settings that were given and that the policy for images of this size doesn't read."""
     policy, default = policy_for(augment.policy, size), Augment()
+    if augment.aa and augment.color_jitter:
+        _log.warning("color_jitter=%s has no effect beside aa, which changes colours itself", augment.color_jitter)
     for name, policies in READ_BY.items():
         value = getattr(augment, name)
         if value and value != getattr(default, name) and policy not in policies:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
 from ..data.bands import MAX_CHANNELS
 from ..errors import MAX_SEED, MAX_SIDE, UserError, check_range
-from ..settings import TrainSettings
+from ..settings import Optim, TrainSettings
 from ..tasks import TASKS
 
 __all__ = ["check", "check_meant", "check_metric", "check_named", "remarks_on_schedule"]
 
+BY_HAND = ("command line", "call")  # where settings come from that somebody gave to this very run
 CLASSIFY = ("classify",)
 IMAGE = ("classify", "multilabel", "regress")  # one answer an image
 # Settings that only some tasks read; all other settings are for all.
 ONLY_FOR: dict[str, tuple[str, ...]] = {
     "img_size": (*IMAGE, "segment"),
+    "drop_rate": IMAGE,
     "distill": CLASSIFY,
     "table": IMAGE,
     "table.separator": ("multilabel",),
@@ -54,6 +57,7 @@ NEEDS: dict[str, str | tuple[str, ...]] = {
     "segment.logit_adjustment": "segment.class_weights",
     "augment.remode": "augment.reprob",
     "augment.mix_prob": ("augment.mixup", "augment.cutmix"),
+    "optim.warmup_lr": "optim.warmup_epochs",
 }
 # Settings that mean nothing but where another one has one of these values.
 ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -61,7 +65,11 @@ ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "optim.milestones": ("optim.sched", ("multistep",)),
     "optim.decay_epochs": ("optim.sched", ("step", "wsd", "rsqrt")),
     "optim.decay_rate": ("optim.sched", ("step", "multistep", "poly")),
+    "optim.min_lr": ("optim.sched", ("cosine", "tanh", "poly", "wsd", "rsqrt")),
     "detect.rois": ("detect.detector", ("fasterrcnn", "maskrcnn")),
+    "distill.distill_tau": ("distill.distill_type", ("soft",)),
+    "segment.class_weights": ("segment.loss", ("ce", "both")),
+    "augment.smoothing": ("segment.loss", ("ce", "both")),  # whose default stays for other tasks
 }
 
 
@@ -75,7 +83,8 @@ def check_named(s: TrainSettings) -> None:
 def check_meant(s: TrainSettings) -> None:
     """Raise UserError for a setting that was given and that nothing would read: another task's, or one without effect.
 
-    What equals the default, or switches something off, is let pass: a run's ``config.yaml`` has every setting.
+    What equals the default, or switches something off, is let pass: a run's ``config.yaml`` has every setting. So is
+    what a recipe sets for something that a flag has switched off or chosen otherwise.
     """
     _check_ranges(s)
     _check_schedule(s)
@@ -92,11 +101,18 @@ def check_meant(s: TrainSettings) -> None:
             instead = "; short_side and long_side say how large its images are" if name == "img_size" else ""
             raise UserError(f"{last} is for the task {_either(tasks)}, not for {s.task}{instead}")
         needed = (needs,) if isinstance(needs := NEEDS.get(name, ()), str) else needs
-        if needed and all(s.value_of(other) in (None, False, 0, "none") for other in needed):
+        off = needed and all(s.value_of(other) in (None, False, 0, "none") for other in needed)
+        if off and not _overruled(s, name, needed):
             raise UserError(f"{last} has no effect without {_either([other.rpartition('.')[2] for other in needed])}")
-        if name in ONLY_WITH and s.value_of(ONLY_WITH[name][0]) not in ONLY_WITH[name][1]:
-            other, wanted = ONLY_WITH[name]
+        other, wanted = ONLY_WITH.get(name, ("", ()))
+        if other and s.value_of(other) not in wanted and not _overruled(s, name, (other,)):
             raise UserError(f"{last} has no effect without {other.rpartition('.')[2]} {_either(wanted)}")
+
+
+def _overruled(s: TrainSettings, name: str, needed: Sequence[str]) -> bool:
+    """Whether a recipe gave the setting, and a flag (or another recipe) one of those that it needs."""
+    given = s.origin_of(name)
+    return given not in BY_HAND and any(s.origin_of(other) not in ("default", given) for other in needed)
 
 
 def _either(words: Sequence[str]) -> str:
@@ -149,8 +165,10 @@ def _check_schedule(s: TrainSettings) -> None:
     """Raise UserError for a schedule by which the rate is never what is asked for, however long the run."""
     if s.optim.sched == "tanh" and s.optim.warmup_epochs >= s.epochs:  # it warms up to its rate at the warm-up's end
         raise UserError(f"sched tanh needs a warm-up shorter than the run, got warmup_epochs {s.optim.warmup_epochs:g}")
-    if s.optim.sched == "none" and s.optim.layer_decay is not None:  # it is timm's schedules that heed it
-        raise UserError("layer_decay has no effect with sched none: give --sched constant")
+    warms_up = "optim.warmup_epochs" in s.origins and s.optim.warmup_epochs not in (0, Optim().warmup_epochs)
+    for name, given in (("layer_decay", s.optim.layer_decay is not None), ("warmup_epochs", warms_up)):
+        if s.optim.sched == "none" and given and not _overruled(s, f"optim.{name}", ("optim.sched",)):
+            raise UserError(f"{name} has no effect with sched none: give --sched constant")  # timm's schedules heed it
     if s.optim.sched == "multistep" and not s.optim.milestones:
         raise UserError("sched multistep needs milestones: --milestones 30 60")
 
@@ -176,8 +194,15 @@ def _check_ranges(s: TrainSettings) -> None:
     check_range(0, warmup_epochs=o.warmup_epochs, warmup_lr=o.warmup_lr, min_lr=o.min_lr, decay_rate=o.decay_rate)
     if o.decay_epochs is not None and not o.decay_epochs > 0:
         raise UserError(f"decay_epochs must be above 0, got {o.decay_epochs}")
-    check_range(0, 1, hflip=a.hflip, vflip=a.vflip, reprob=a.reprob, mix_prob=a.mix_prob, smoothing=a.smoothing)
-    check_range(0, mixup=a.mixup, cutmix=a.cutmix, color_jitter=a.color_jitter, zoom=a.zoom, degrees=a.degrees)
+    check_range(0, 1, hflip=a.hflip, vflip=a.vflip, reprob=a.reprob, mix_prob=a.mix_prob)
+    check_range(0, mixup=a.mixup, cutmix=a.cutmix, color_jitter=a.color_jitter, degrees=a.degrees)
+    for name, value in (("smoothing", a.smoothing), ("zoom", a.zoom)):
+        if not 0 <= value < 1:
+            raise UserError(f"{name} must be from 0 to below 1, got {value}")
+    for name, (low, high), most in (("scale", a.scale, 1), ("ratio", a.ratio, math.inf)):
+        if not 0 < low <= high <= most:
+            limits = "above 0" if most == math.inf else f"above 0 and at most {most}"
+            raise UserError(f"{name} must be two numbers {limits}, the smaller first, got {[low, high]}")
     check_range(0, MAX_SIDE, pad=a.pad)
     check_range(0, 1, min_score=d.min_score)
     check_range(0, 1, threshold=s.multilabel.threshold)
