@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -311,7 +313,7 @@ def test_the_real_page_is_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with serve(load(PACKAGED), limits=Limits(file_bytes=2000, head_seconds=1, connections=20)) as address:
         host, _, port = address.removeprefix("http://").rpartition(":")
 
-        def answer(method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, Any]:
+        def answer(method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, Any, bytes]:
             connection = http.client.HTTPConnection(host, int(port), timeout=20)
             connection.putrequest(method, path, skip_host=True)
             given = {"Host": f"{host}:{port}", **{name.replace("_", "-"): value for name, value in headers.items()}}
@@ -321,16 +323,16 @@ def test_the_real_page_is_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                 connection.putheader(name, value)
             connection.endheaders(body)
             response = connection.getresponse()
-            response.read()
+            content = response.read()
             connection.close()
-            return response.status, response.headers
+            return response.status, response.headers, content
 
         assert answer("GET", "/")[0] == 200
         assert answer("GET", "/", Host="evil.example")[0] == 421
-        code, headers = answer("GET", "/config", Origin="http://evil.example")
+        code, headers, _ = answer("GET", "/config", Origin="http://evil.example")
         assert code == 403
         assert headers["Access-Control-Allow-Origin"] is None
-        code, headers = answer(
+        code, headers, _ = answer(
             "OPTIONS", "/gradio_api/upload", Origin="http://x.org", Access_Control_Request_Method="POST"
         )
         assert code == 403
@@ -338,7 +340,7 @@ def test_the_real_page_is_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert headers["Access-Control-Allow-Credentials"] is None
         form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n%s\r\n--x--\r\n'
         kind = {"Content_Type": "multipart/form-data; boundary=x"}
-        code, _ = answer("POST", "/gradio_api/upload", form % b"hello", **kind)
+        code, *_ = answer("POST", "/gradio_api/upload", form % b"hello", **kind)
         assert code == 200
         assert answer("POST", "/gradio_api/upload", form % b"hello", Origin="http://x.org", **kind)[0] == 403
         assert answer("POST", "/gradio_api/upload", form % bytes(100_000), **kind)[0] == 413
@@ -346,6 +348,40 @@ def test_the_real_page_is_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert len(stored) == 1
         shown = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "a.png"]
         assert len(shown) >= 4  # the examples stay, which the next visitor clicks
+        config = json.loads(answer("GET", "/config")[2])
+        photo = next(part["id"] for part in config["components"] if part["props"].get("elem_id") == "image")
+        opened = next(event for event in config["dependencies"] if [photo, "input"] in event["targets"])
+        Image.new("RGB", (16, 16), (200, 3, 7)).save(tmp_path / "private.png")
+
+        def shown(payload: Any, session: str) -> bool:
+            """Whether a request made by hand has an image opened."""
+            data = {"data": [payload, 0, "mean of all heads"], "fn_index": opened["id"], "session_hash": session}
+            code, *_ = answer("POST", "/gradio_api/queue/join", json.dumps(data).encode(), Content_Type="application/json")
+            said = answer("GET", f"/gradio_api/queue/data?session_hash={session}")[2].decode()
+            assert code == 200
+            assert '"msg":"process_completed"' in said
+            return '"success":true' in said
+
+        mark = {"meta": {"_type": "gradio.FileData"}}
+        shutil.copy(tmp_path / "private.png", stored[0])
+        assert shown({"path": str(stored[0]), **mark}, "uploaded")
+        asked: list[Any] = []
+        monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_get", asked.append)
+        for number, file in enumerate(
+            (
+                str(tmp_path / "private.png"),  # a file of the machine
+                f"{stored[0].parent}/../../private.png",
+                f"file://{tmp_path}/private.png",
+                "https://example.org/a.png",  # an address that the server would fetch for a visitor
+                [str(tmp_path / "private.png")],
+                "\0",
+            )
+        ):
+            assert not shown({"path": file}, f"bare{number}"), file
+            assert not shown({"path": file, **mark}, f"marked{number}"), file
+            assert not shown([{"path": file, **mark}], f"listed{number}"), file
+        assert not asked
+        (tmp_path / "private.png").unlink()
         assert half_open(host, int(port), 30)
         assert answer("GET", "/")[0] == 200
     assert list(tmp_path.iterdir()) == []

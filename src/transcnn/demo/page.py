@@ -33,6 +33,7 @@ CSS = """
 """
 FAULT = "Something went wrong with this image. Try another one."
 MEAN = "mean of all heads"
+MOST_LETTERS = 1000  # of what a visitor chooses or a file is called; images in base64 have more
 NO_GRIDS = "No grids in this stage: its map is so small that every position looks at all others at once (see below)."
 
 
@@ -55,8 +56,36 @@ def build_page(viewer: Viewer, examples: Sequence[str] = (), keep_files: int = 3
     return in_event_loop(_build_page, viewer, examples, keep_files)
 
 
+class _Page(gr.Blocks):
+    """A page that opens no file but those it was given.
+
+    gradio looks at the path of a file only where a request calls it one of gradio's (``meta``), and fetches a path that
+    is an address: a request made by hand would show any image of this machine.
+    """
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        """A request's values for an event's function; what the page itself would never send is refused."""
+        if not _is_meant(inputs, Path(self.GRADIO_CACHE).resolve()):
+            raise gr.Error(FAULT, print_exception=False)
+        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+
+
+def _is_meant(value: Any, uploads: Path, key: str = "") -> bool:
+    """Whether all paths in a request's value lie below the folder of uploads, and no other text is long."""
+    if isinstance(value, dict):
+        return all(_is_meant(inner, uploads, name) for name, inner in value.items())
+    if key == "path" and value is not None:
+        try:
+            return isinstance(value, str) and Path(value).resolve().is_relative_to(uploads)
+        except (OSError, ValueError):  # no path at all
+            return False
+    if isinstance(value, list):
+        return all(_is_meant(inner, uploads) for inner in value)
+    return not isinstance(value, str) or key == "url" or len(value) <= MOST_LETTERS
+
+
 def _build_page(viewer: Viewer, examples: Sequence[str], keep_files: int) -> gr.Blocks:
-    with gr.Blocks(
+    with _Page(
         title=f"{viewer.name} · transcnn",
         analytics_enabled=False,
         delete_cache=(min(600, keep_files), keep_files),
