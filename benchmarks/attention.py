@@ -36,7 +36,8 @@ from transcnn.settings import Augment, Ema, Optim
 
 HERE = Path(__file__).resolve().parent
 KEY = ("variant", "host", "img_size", "epochs", "lr", "seed")
-RUN_NUMBERS = ("img_size", "epochs", "lr", "seed", "top1", "val_top1", "train_seconds")
+SCORES = ("top1", "loss", "val_top1", "train_seconds")  # loss is the test split's cross-entropy
+RUN_NUMBERS = ("img_size", "epochs", "lr", "seed", *SCORES)
 
 
 def main() -> None:
@@ -54,7 +55,10 @@ def main() -> None:
             partial(write_table, options),
         )
     for row in write_table(options, read_runs(beside(options.out, "runs"), RUN_NUMBERS)):
-        print(f"{row['variant']:8s} {row['top1_mean']:6.2f} ± {row['top1_spread']:.2f} %  {row['params']} parameters")
+        print(
+            f"{row['variant']:8s} {row['top1_mean']:6.2f} ± {row['top1_spread']:.2f} %, "
+            f"loss {row['loss_mean']:.3f} ± {row['loss_spread']:.3f}, {row['params']} parameters"
+        )
 
 
 def arguments() -> argparse.Namespace:
@@ -116,7 +120,7 @@ def run(options: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
         ema=Ema(ema_decay=0.998),
         limit_batches=options.limit_batches,
     )
-    return {name: metrics[name] for name in ("top1", "val_top1", "train_seconds")}
+    return {name: metrics[name] for name in SCORES}
 
 
 def tune(options: argparse.Namespace) -> None:
@@ -187,11 +191,12 @@ def write_table(options: argparse.Namespace, runs: list[dict[str, Any]]) -> list
     table = []
     for variant in VARIANTS:
         key = {name: value for name, value in wanted(options, variant, options.lr, 0).items() if name != "seed"}
-        scores = [r["top1"] for r in runs if same(r, key)]
+        own = [r for r in runs if same(r, key)]
         cost = costs.get((variant, options.host, str(options.img_size)))
-        if scores and cost:
-            mean, spread = mean_and_spread(scores)
-            result = {"seeds": len(scores), "top1_mean": mean, "top1_spread": spread}
+        if own and cost:
+            result: dict[str, Any] = {"seeds": len(own)}
+            for score in ("top1", "loss"):
+                result[f"{score}_mean"], result[f"{score}_spread"] = mean_and_spread([r[score] for r in own])
             table.append({"variant": variant, "what": VARIANTS[variant], **result, **cost, **key})
     if table:
         columns = list(dict.fromkeys(name for row in table for name in row))

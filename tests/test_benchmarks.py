@@ -122,7 +122,7 @@ def test_a_small_run_of_attention_writes_its_tables(
 
     def fake(folder: Path, data: str, **settings: Any) -> dict[str, Any]:
         trained.append((settings["model_args"]["variant"], settings["seed"]))
-        return {"top1": 50.0 + settings["seed"], "val_top1": 0.5, "train_seconds": 1.5}
+        return {"top1": 50.0 + settings["seed"], "loss": 1.25, "val_top1": 0.5, "train_seconds": 1.5}
 
     monkeypatch.setattr(attention, "train_or_resume", fake)
     call(monkeypatch, attention, *quick, "--variants", "none", "swin", "--seeds", 0, 1, 2)
@@ -130,6 +130,7 @@ def test_a_small_run_of_attention_writes_its_tables(
     rows = {row["variant"]: row for row in rows_of(out)}
     assert list(rows) == ["none", "swin"]
     assert (rows["none"]["top1_mean"], rows["none"]["top1_spread"], rows["none"]["seeds"]) == ("51.0", "1.0", "3")
+    assert float(rows["none"]["loss_mean"]) == 1.25
     assert int(rows["none"]["params"]) < int(rows["swin"]["params"])
     assert all(float(row["training_images_per_s"]) > 0 for row in rows.values())
     assert out.with_suffix(".png").stat().st_size > 1000
@@ -141,7 +142,7 @@ def test_tuning_goes_by_held_back_images(tmp_path: Path, monkeypatch: pytest.Mon
     scores = {5e-3: 50.0, 1e-2: 60.0}
 
     def fake(folder: Path, data: str, **settings: Any) -> dict[str, Any]:
-        return {"top1": 0.0, "val_top1": scores[settings["lr"]], "train_seconds": 1.0}
+        return {"top1": 0.0, "loss": 2.5, "val_top1": scores[settings["lr"]], "train_seconds": 1.0}
 
     monkeypatch.setattr(attention, "train_or_resume", fake)
     call(monkeypatch, attention, "data", "--tune", "--lrs", 5e-3, 1e-2, "--out", tmp_path / "a.csv")
