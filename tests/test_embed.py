@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +25,7 @@ from transcnn.checkpoints.loading import data_config_of
 from transcnn.commands.embed import embed
 from transcnn.dense.build import build_network
 from transcnn.errors import UserError
+from transcnn.onnx.features import pooled
 from transcnn.predictor.network import NetworkPredictor
 from transcnn.tasks.features import map_of
 from transcnn.tasks.inference import get_inference
@@ -70,6 +73,39 @@ def test_dense_networks_give_their_backbones_last_map(class_image, task):
     predictor = NetworkPredictor(network, task, ["a", "b"], data_config_of(network, 3, 64), "", {"task_args": args})
     found = predictor.embed([class_image(0, 0), class_image(1, 1, (50, 40))])
     assert [one.vector.shape for one in found] == [(32,), (32,)]
+
+
+def test_maps_with_channels_last_are_averaged_over_their_places(class_image):
+    """Swin's layers give (B, H, W, C); windows in a row are no features of images."""
+    small: dict[str, Any] = dict(embed_dim=16, depths=(1, 1), num_heads=(1, 2), img_size=56, num_classes=2)
+    network = timm.create_model("swin_tiny_patch4_window7_224", **small).eval()
+    predictor = NetworkPredictor(network, "classify", ["a", "b"], data_config_of(network, 3, 56), "", {})
+    images = [class_image(i, i) for i in range(2)]
+    transform = get_inference("classify").image_transform(predictor.preprocessing)
+    with torch.inference_mode():
+        pixels = torch.stack([transform(image, 0) for image in images])
+        maps = network.layers(network.patch_embed(pixels))  # pyright: ignore
+    assert maps.shape == (2, 7, 7, 32)
+    found = predictor.embed(images, layer="layers.1")
+    np.testing.assert_allclose([one.vector for one in found], maps.mean((1, 2)).numpy(), rtol=1e-4, atol=1e-6)
+    assert predictor.embed(images[0], layer="patch_embed.proj").vector.shape == (16,)
+    with pytest.raises(UserError, match=r"qkv gives \(8, 49, 48\), not features of 2 images"):
+        predictor.embed(images, layer="layers.0.blocks.0.attn.qkv")
+
+
+@pytest.mark.parametrize(
+    ("shape", "images", "places"),
+    [
+        ((2, 5, 7, 7), (2, 3, 56, 56), (2, 3)),
+        ((2, 7, 7, 5), (2, 3, 56, 56), (1, 2)),
+        ((2, 7, 7, 5), (2, 3, 56, 40), (2, 3)),  # 7 channels, for all that is known
+        ((2, 7, 7, 7), (2, 3, 56, 56), (2, 3)),
+        ((2, 9, 5), (2, 3, 56, 56), (1,)),
+    ],
+)
+def test_which_axes_of_a_graphs_tensor_are_places(shape, images, places):
+    values = np.random.default_rng(0).random(shape, np.float32)
+    np.testing.assert_allclose(pooled(values, images, "x"), values.mean(places), rtol=1e-6)
 
 
 def test_an_exported_file_gives_the_same(tmp_path, class_image):
@@ -163,6 +199,66 @@ def test_search_finds_the_image_itself_first(class_folder, tmp_path):
         assert len(found) == 3
     with pytest.raises(UserError, match=r"can't read .*none\.png"):
         embed(tmp_path / "v.parquet", search="none.png", **QUIET)
+
+
+def test_a_search_looks_at_its_image_as_the_vectors_were_made(class_folder, tmp_path, capsys):
+    """At their size and layer, also where the network is named; another network is told."""
+    stored, photo = tmp_path / "v.parquet", class_folder / "class_1" / "003.png"
+    embed(PACKAGED, class_folder, out=stored, img_size=48, layer="stages.1", **QUIET)
+    found = embed(PACKAGED, stored, search=photo, accelerator="cpu")["search"][0]
+    assert (found["file"], found["similarity"]) == (str(photo), pytest.approx(1, abs=1e-4))
+    assert not capsys.readouterr().err
+    for setting, message in (
+        ({"img_size": 32}, "img_size 48, got img_size 32"),
+        ({"layer": "stem"}, r"layer stages\.1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            embed(PACKAGED, stored, search=photo, **setting, **QUIET)
+    vectors = read_vectors(stored)
+    write_vectors(stored, replace(vectors, about={**vectors.about, "network": "runs/other"}))
+    embed(PACKAGED, stored, search=photo, accelerator="cpu")
+    assert "v.parquet says that its vectors are of runs/other" in capsys.readouterr().err
+
+
+def test_stored_vectors_become_of_length_1(tmp_path):
+    values = np.array([[3, 4], [0, 0], [0, 2]], np.float32)
+    write_vectors(tmp_path / "v.parquet", Vectors(values, ["a", "b", "c"], [""] * 3, [""] * 3, {"normalized": False}))
+    embed(tmp_path / "v.parquet", out=tmp_path / "n.parquet", normalize=True, **QUIET)
+    found = read_vectors(tmp_path / "n.parquet")
+    np.testing.assert_allclose(found.values, [[0.6, 0.8], [0, 0], [0, 1]], rtol=1e-6)
+    assert found.about == {"normalized": True}
+
+
+def test_no_list_is_written_over_another(tmp_path):
+    """One CSV file holds one list, and isn't that of the names beside a .npy file."""
+    write_vectors(tmp_path / "v.parquet", Vectors(np.eye(2, dtype=np.float32), ["a", "b"], [""] * 2, [""] * 2))
+    for settings, message in (
+        ({"duplicates": 0.5, "search": "a"}, "csv is for one list"),
+        ({"knn": 1}, "csv is for one list"),
+        ({"duplicates": 0.5, "out": tmp_path / "x.npy"}, "csv would be written over what out writes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            embed(tmp_path / "v.parquet", csv=tmp_path / "x.csv", **settings, **QUIET)
+    with pytest.raises(UserError, match="csv would be written over what out writes"):
+        embed(tmp_path / "v.parquet", duplicates=0.5, csv=tmp_path / "x.npy", out=tmp_path / "x.npy", **QUIET)
+    assert not (tmp_path / "x.csv").exists()
+
+
+def test_names_come_back_from_a_csv_file_as_they_were(tmp_path):
+    names = ["=a.png", "-1", "-b.png", "@c.png", "'d.png", "e,f.png"]
+    write_vectors(tmp_path / "v.npy", Vectors(np.eye(6, dtype=np.float32), names, names, [""] * 6))
+    assert (tmp_path / "v.csv").read_text().splitlines()[1] == "'=a.png,'=a.png,"  # no formula of a spreadsheet
+    found = read_vectors(tmp_path / "v.npy")
+    assert found.files == found.labels == names
+
+
+def test_a_table_without_labels_names_files(class_folder, tmp_path):
+    table = class_folder / "files.csv"
+    table.write_text("file,depth\nclass_0/000.png,1\nclass_1/000.png,2\n")
+    items = find_items([str(table)], False, {})
+    assert [item.name for item in items] == [str(class_folder / f"class_{i}" / "000.png") for i in range(2)]
+    with pytest.raises(UserError, match="label"):
+        find_items([str(table)], True, {})
 
 
 def test_what_was_not_meant_is_said_in_one_line(class_folder, monkeypatch):

@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-__all__ = ["csv_cell", "html", "json_text", "markdown", "print_whole", "printable", "rich_text", "stdout_console"]
+__all__ = [
+    "csv_cell",
+    "csv_text",
+    "html",
+    "json_text",
+    "markdown",
+    "print_whole",
+    "printable",
+    "rich_text",
+    "stdout_console",
+]
 
 JOINERS = "\u200c\u200d"  # within words and emoji
 
@@ -74,6 +84,11 @@ def csv_cell(value: Any) -> Any:
         return value
     text = printable(value)
     return f"'{text}" if text[:1] in tuple("=+-@\t\r＝＋－＠") and not _is_number(text) else text
+
+
+def csv_text(cell: str) -> str:
+    """The text that :func:`csv_cell` made a cell of, but for characters that it wrote as escapes."""
+    return cell[1:] if cell[:1] == "'" and csv_cell(cell[1:]) == cell else cell
 
 
 def json_text(value: Any, indent: int | None = None) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..checkpoints.files import atomic_write, check_writable
-from ..data.paths import StrPath, as_text
+from ..data.paths import StrPath, as_text, same_path
 from ..data.sources.source import with_progress
 from ..errors import MAX_SIDE, UserError, check_range
 from ..imports import gc_paused
@@ -66,7 +66,7 @@ def embed(
             first.
         search: List the images nearest to this one.
         top: How many of them.
-        csv: Also write the duplicates, or the nearest, as a CSV file.
+        csv: Also write the duplicates, or else the nearest, as a CSV file.
         model: The network that a file of weights is for which doesn't say so, such as the authors' .pth files.
         batch_size: Images at a time.
         img_size: Another size than the network was trained at; not to segment or detect.
@@ -86,13 +86,18 @@ def embed(
     names = [as_text(name) for name in (images if isinstance(images, list) else [images] if images else ())]
     if out is None and knn is None and duplicates is None and search is None:
         raise UserError("say what for: --out FILE, --knn K, --duplicates 0.98 or --search IMAGE")
+    if csv is not None and (duplicates is None) == (search is None):
+        raise UserError("csv is for one list: that of --duplicates, or that of --search")
     _check_targets(out, csv, names)
     network = _Network(as_text(checkpoint), layer, normalize, model, img_size, precision, accelerator)
     stored = _stored(network.name, names)
     errors: dict[str, str] = {}
     if stored is not None:
         vectors = read_vectors(stored)
+        vectors = vectors.normalized() if normalize else vectors
         network.follow(vectors.about, stored)
+        if search is not None and not quiet:
+            network.say_if_another(vectors.about)
     else:
         vectors = network.embed(find_items(names, knn is not None, errors), batch_size, errors, quiet)
     found: dict[str, Any] = {"images": len(vectors.files), "size": vectors.values.shape[1], "errors": errors}
@@ -115,18 +120,17 @@ def _check_targets(out: StrPath | None, csv: StrPath | None, names: list[str]) -
     """Refuse files that can't be written, before anything takes time."""
     if out is not None and Path(out).suffix.lower() not in SUFFIXES:
         raise UserError(f"out must end in {' or '.join(SUFFIXES)}, got {os.fspath(out)}")
-    for target in (out, csv):
-        if target is not None:
-            check_writable(Path(target), [name for name in names if os.path.isfile(name)])
+    inputs = [name for name in names if os.path.isfile(name)]
+    written = [Path(target) for target in (out, csv) if target is not None]
     if out is not None and Path(out).suffix.lower() == ".npy":
-        _check_names(Path(out).with_suffix(".csv"), Path(out))
-
-
-def _check_names(names: Path, out: Path) -> None:
-    """See that the CSV file beside a .npy file can be written, and isn't one of something else."""
-    check_writable(names)
-    if names.exists() and not out.exists():
-        raise UserError(f"the names would be written to {names}, which is there already; give another --out")
+        names_beside = Path(out).with_suffix(".csv")
+        if names_beside.exists() and not Path(out).exists():
+            raise UserError(f"the names would be written to {names_beside}, which is there already; give another --out")
+        written.append(names_beside)
+    for target in written:
+        check_writable(target, inputs)
+    if len({os.path.realpath(target) for target in written}) < len(written):
+        raise UserError(f"csv would be written over what out writes, {os.fspath(csv or '')}; give another --csv")
 
 
 def _stored(first: str, names: list[str]) -> Path | None:
@@ -163,18 +167,35 @@ class _Network:
         self.model, self.img_size, self.precision, self.accelerator = model, img_size, precision, accelerator
 
     def follow(self, about: dict[str, Any], path: Path) -> None:
-        """Take what a file of vectors says of the network that made them, where none was named.
+        """Take the layer and the size that a file says its vectors were made with, and the network if none was named.
 
         The file may be a stranger's: only what is on this machine is loaded.
+
+        Raises:
+            UserError: Another layer or size was given.
         """
-        if not is_vector_file(self.name):
-            return
         name, layer, size = about.get("network"), about.get("layer"), about.get("img_size")
-        known = isinstance(name, str) and (name in NOTES or os.path.exists(name))
-        self.name = str(name) if known else ""
-        self.layer = self.layer or (layer if isinstance(layer, str) else None)
-        self.img_size = self.img_size or (size if isinstance(size, int) and 0 < size <= MAX_SIDE else None)
+        made = {
+            "layer": layer if isinstance(layer, str) else None,
+            "img_size": size if isinstance(size, int) and 0 < size <= MAX_SIDE else None,
+        }
+        for key, known in made.items():
+            given = getattr(self, key)
+            if given is not None and key in about and given != known:
+                how = f"{key} {printable(known)}" if known is not None else f"the network's own {key}"
+                raise UserError(f"{path} holds vectors of {how}, got {key} {given}: leave out --{key}")
+            setattr(self, key, known if given is None else given)
+        if is_vector_file(self.name):
+            known_here = isinstance(name, str) and (name in NOTES or os.path.exists(name))
+            self.name = str(name) if known_here else ""
         self.path = path
+
+    def say_if_another(self, about: dict[str, Any]) -> None:
+        """A line on standard error where the network that was named isn't the one that a file says it is of."""
+        name = about.get("network")
+        if self.name and isinstance(name, str) and not same_path(name, self.name):
+            line = f"{self.path} says that its vectors are of {name}: those of another network can't be compared"
+            print(f"transcnn: {printable(line)}", file=sys.stderr)
 
     def embed(self, items: list[Item], batch_size: int, errors: dict[str, str], quiet: bool) -> Vectors:
         """Vectors of all images that can be read; the others' reasons go to ``errors``."""
@@ -243,6 +264,7 @@ def _nearest(vectors: Vectors, query: np.ndarray, top: int) -> list[dict[str, An
 
 
 def _write_csv(path: Path, found: dict[str, Any]) -> None:
+    """The pairs of duplicates, or the nearest."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv_format.writer(file)
         if "duplicates" in found:
@@ -251,8 +273,9 @@ def _write_csv(path: Path, found: dict[str, Any]) -> None:
             for row in found["duplicates"]:
                 cells = [row[f"{word}s"][i] for i in (0, 1) for word in ends]
                 writer.writerow(map(csv_cell, [*cells, row["similarity"]]))
-        for i, row in enumerate(found.get("search", ())):
-            if i == 0 and "duplicates" not in found:
+            return
+        for i, row in enumerate(found["search"]):
+            if i == 0:
                 writer.writerow(row)
             writer.writerow(map(csv_cell, row.values()))
 

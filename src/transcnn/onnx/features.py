@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ..errors import UserError, first_line, require
 
-__all__ = ["add_output", "pooled"]
+__all__ = ["add_output", "has_channels_last", "pooled"]
 
 PASSED = ("Add", "Identity", "Cast", "Reshape", "Squeeze", "Flatten", "QuantizeLinear", "DequantizeLinear")
 LAST_LAYERS = ("Gemm", "MatMul", "Conv")
@@ -59,14 +60,24 @@ def _before_the_head(graph: Any, made: dict[str, Any]) -> str | None:
     return None
 
 
-def pooled(features: Any, count: int, name: str) -> np.ndarray:
-    """(B, C, H, W), tokens (B, N, C) or (B, C) -> (B, C) of float32.
+def has_channels_last(shape: Sequence[int], images: Sequence[int]) -> bool:
+    """Whether a map of four dimensions is (B, H, W, C), as Swin's and ConvNeXt's inner layers give it.
+
+    Maps of square images (B, C, H, W) tell: height and width are equal, and channels are another number.
+    """
+    _, first, second, third = shape
+    return images[-1] == images[-2] and first == second != third
+
+
+def pooled(features: Any, images: Sequence[int], name: str) -> np.ndarray:
+    """(B, C, H, W), (B, H, W, C), tokens (B, N, C) or (B, C) of images of this shape -> (B, C) of float32.
 
     Raises:
         UserError: It is something else.
     """
     values = np.asarray(features)
-    if values.dtype.kind != "f" or values.ndim not in (2, 3, 4) or len(values) != count:
-        raise UserError(f"{name} gives {values.shape} of {values.dtype}, not features of {count} images")
-    axes = {2: (), 3: (1,), 4: (2, 3)}[values.ndim]
+    if values.dtype.kind != "f" or values.ndim not in (2, 3, 4) or len(values) != images[0]:
+        raise UserError(f"{name} gives {values.shape} of {values.dtype}, not features of {images[0]} images")
+    last = values.ndim == 4 and has_channels_last(values.shape, images)
+    axes = {2: (), 3: (1,), 4: (1, 2) if last else (2, 3)}[values.ndim]
     return values.astype(np.float32).mean(axes) if axes else values.astype(np.float32)

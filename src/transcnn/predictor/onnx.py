@@ -78,11 +78,12 @@ class OnnxPredictor(Predictor):
         session, name = self._sessions[layer]
 
         def embed_inputs(inputs: list[np.ndarray]) -> list[Prediction]:
+            images = np.stack(inputs)
             try:
-                (found,) = session.run([name], {session.get_inputs()[0].name: np.stack(inputs)})
+                (found,) = session.run([name], {session.get_inputs()[0].name: images})
             except Exception as error:  # ONNX Runtime has a class of its own for each cause
                 raise UserError(f"{self.source} can't be run: {first_line(error)}") from error
-            return [Embedding(vector=vector) for vector in pooled(found, len(inputs), name)]
+            return [Embedding(vector=vector) for vector in pooled(found, images.shape, name)]
 
         return partial(to_input, data_config=self.preprocessing), embed_inputs
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.arguments import DENSE
 from ..errors import UserError, require
+from ..onnx.features import has_channels_last
 from ..plugging.running import eval_mode
 
 __all__ = ["MAP_IMAGES", "features_of", "map_of"]
@@ -85,7 +86,8 @@ def map_of(model: nn.Module, images: Any, per_second: float, by: str = "pca") ->
 
 
 def _before_the_head(model: Any, inputs: list[Tensor], device: torch.device) -> Tensor:
-    return _pooled(model.forward_head(model.forward_features(torch.stack(inputs).to(device)), pre_logits=True), "head")
+    images = torch.stack(inputs).to(device)
+    return _pooled(model.forward_head(model.forward_features(images), pre_logits=True), "head", images.shape)
 
 
 def _watched(
@@ -93,30 +95,48 @@ def _watched(
 ) -> Tensor:
     """What a module gives while the model runs."""
     given: list[Any] = []
+    # To segment or detect whole images go one by one.
+    images = (inputs[0][0][None] if task in DENSE else torch.stack(inputs)).to(device)
     handle = module.register_forward_hook(lambda _module, _inputs, output: given.append(output))
     try:
-        if task in DENSE:
-            (pixels, _), *_ = inputs  # whole images go one by one
-            model([pixels.to(device)] if task == "detect" else pixels[None].to(device))
-        else:
-            model(torch.stack(inputs).to(device))
+        model([images[0]] if task == "detect" else images)
     finally:
         handle.remove()
     if not given:
         raise UserError(f"{name} did not run, so it has no output")
-    return _pooled(given[-1], name)
+    return _pooled(given[-1], name, images.shape, _says_channels_last(model, module))
 
 
-def _pooled(output: Any, name: str) -> Tensor:
-    """(B, C, H, W), tokens (B, N, C) or (B, C) -> (B, C); of several outputs the last."""
+def _says_channels_last(model: nn.Module, module: nn.Module) -> bool | None:
+    """Whether maps of a module of a model are (B, H, W, C), as far as these say it; None where their shape must.
+
+    Of timm's networks that carry a mark of it (Swin, MambaOut), all but convolutions and their norms give such.
+    """
+    if isinstance(module, nn.Linear):
+        return True
+    if isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm):
+        return False
+    marked = [part for part in (model, getattr(model, "body", None)) if getattr(part, "output_fmt", "") == "NHWC"]
+    return True if any(module is inner for part in marked for inner in part.modules()) else None  # pyright: ignore
+
+
+def _pooled(output: Any, name: str, images: Sequence[int], channels_last: bool | None = None) -> Tensor:
+    """(B, C, H, W), (B, H, W, C), tokens (B, N, C) or (B, C) of images of this shape -> (B, C).
+
+    Of several outputs it is the last.
+    """
     while not isinstance(output, Tensor):
         if isinstance(output, Mapping):
             output = list(output.values())
         if not isinstance(output, list | tuple) or not output:
             raise UserError(f"{name} gives no tensor, but {type(output).__name__}")
         output = output[-1]
+    count = images[0]
+    if output.ndim not in (2, 3, 4) or len(output) != count:  # such as windows of all images in a row
+        raise UserError(f"{name} gives {tuple(output.shape)}, not features of {count} image{'s' * (count != 1)}")
     if output.ndim == 3:
         return output.mean(1)
-    if output.ndim not in (2, 4):
-        raise UserError(f"{name} gives {tuple(output.shape)}, not features of images")
-    return output if output.ndim == 2 else output.mean((2, 3))
+    if output.ndim == 2:
+        return output
+    last = has_channels_last(output.shape, images) if channels_last is None else channels_last
+    return output.mean((1, 2) if last else (2, 3))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from ..checkpoints.files import atomic_write
 from ..data.sources.parquet import refuse_bombs
 from ..errors import UserError, first_line, require
-from ..text import csv_cell
+from ..text import csv_cell, csv_text
 
 __all__ = ["SUFFIXES", "Vectors", "is_vector_file", "read_vectors", "write_vectors"]
 
@@ -39,6 +39,11 @@ class Vectors:
     labels: list[str]
     splits: list[str]
     about: dict[str, Any] = field(default_factory=dict)
+
+    def normalized(self) -> Vectors:
+        """The same of length 1."""
+        lengths = np.linalg.norm(self.values, axis=1, keepdims=True)
+        return replace(self, values=self.values / np.maximum(lengths, 1e-12), about={**self.about, "normalized": True})
 
 
 def is_vector_file(name: str | os.PathLike[str]) -> bool:
@@ -112,7 +117,7 @@ def _read_npy(path: Path) -> Vectors:
         raise UserError(f"{names} with the images' names must lie beside {path}")
     with names.open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))[1:]
-    files, labels, splits = ([row[i] if i < len(row) else "" for row in rows] for i in range(3))
+    files, labels, splits = ([csv_text(row[i]) if i < len(row) else "" for row in rows] for i in range(3))
     return Vectors(np.array(values, np.float32), files, labels, splits)
 
 

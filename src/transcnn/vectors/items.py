@@ -12,7 +12,7 @@ from ..data.listing import images_in
 from ..data.paths import find_images
 from ..data.sources.opening import open_source
 from ..data.sources.source import SPLITS
-from ..data.sources.table import metadata_tables
+from ..data.sources.table import is_table, list_files, metadata_tables
 from ..errors import UserError
 
 __all__ = ["Item", "find_items"]
@@ -44,8 +44,8 @@ class _Stored:
 def find_items(names: Sequence[str], labelled: bool, errors: dict[str, str]) -> list[Item]:
     """The images of a data set, named alone, with labels and splits; else those of files, folders and patterns.
 
-    A folder of which some images lie beside its folders is no data set where no labels are needed: all are taken. What
-    a data set leaves out goes to ``errors``, with the reason.
+    Where no labels are needed, a folder of which some images lie beside its folders is no data set: all are taken; and
+    a table without labels names files. What a data set leaves out goes to ``errors``, with the reason.
 
     Raises:
         UserError: There are none; or, where they are to be ``labelled``, no data set of classes.
@@ -56,6 +56,8 @@ def find_items(names: Sequence[str], labelled: bool, errors: dict[str, str]) -> 
         except UserError:
             if labelled:
                 raise
+            if is_table(names[0]):
+                return [Item(file, "", "", file) for file in list_files(Path(names[0]), None, None).files]
     if labelled:
         raise UserError(f"labels come with one data set (a folder of class folders, a table, ...), got {len(names)}")
     return [Item(file, "", "", file) for file in find_images(names)]

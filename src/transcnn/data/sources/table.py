@@ -305,7 +305,7 @@ def list_files(path: Path, folder: str | None, file_column: str | None) -> Liste
     table = read_table(path)
     cells = find_column(table, file_column)
     if cells is None:
-        raise UserError(f"{path} holds images itself; transcnn predict takes a table that names files")
+        raise UserError(f"{path} holds images itself; a table that names files is wanted here")
     finder = FileFinder(Path(folder) if folder else path.parent)
     # What leads out of the folder is left as it is named, below the folder, where nothing is.
     paths = [finder.path(cell) if isinstance(cell, str) and cell.strip() else None for cell in cells]
