@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import fuzz
 from transcnn.checkpoints import memory
 from transcnn.checkpoints.arguments import ARGUMENTS, check_model_args
 from transcnn.checkpoints.loading import data_config_of, load, save_weights
+from transcnn.checkpoints.published import load_checkpoint
 from transcnn.commands.demo import demo
 from transcnn.commands.evaluate import evaluate
 from transcnn.commands.explain import explain
@@ -257,3 +259,71 @@ def test_networks_of_the_users_own_keep_their_arguments(sealed):
 @pytest.mark.parametrize(("kind", "share"), [("weights", 0.7), ("checkpoint", 0.3)])
 def test_a_thousand_changed_files_end_in_a_network_or_in_one_line(kind, share):
     fuzz.thousand(kind, share)
+
+
+# --- files that take more memory than they have bytes ---------------------------------------------------------------
+
+
+def zipped(path: Path, name: str, content: bytes, *, also: tuple[str, ...] = ()) -> Path:
+    """What ``torch.save`` wrote with one part replaced; ``also`` are further names of that part in the directory."""
+    torch.save({"x": torch.zeros(1 << 12, dtype=torch.uint8)}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {entry: archive.read(entry) for entry in archive.namelist()}
+    entry = next(entry for entry in parts if entry.endswith(name))
+    with zipfile.ZipFile(path, "w") as archive:
+        for other, value in {**parts, entry: content or parts[entry]}.items():
+            archive.writestr(other, value)
+        for other in also:
+            alias = copy.copy(archive.getinfo(entry))
+            alias.filename = entry.removesuffix(name) + other
+            archive.filelist.append(alias)
+    return path
+
+
+BYTES = b"c%s\nbytearray\nJ\x00\x00\x00\x60\x85R"  # of 1.6 GB
+
+
+@pytest.mark.parametrize("module", [b"builtins", b"__builtin__"])
+@pytest.mark.parametrize("form", ["archive", "legacy"])
+def test_a_pickle_gets_no_bytes_by_their_number(tmp_path: Path, module: bytes, form: str) -> None:
+    path, bomb = tmp_path / "inside" / "x.pth", b"\x80\x02}X\x01\x00\x00\x00a" + BYTES % module + b"s."
+    if form == "archive":
+        zipped(path, "data.pkl", bomb)
+    else:
+        torch.save({"a": 1}, path, _use_new_zipfile_serialization=False)
+        path.write_bytes(path.read_bytes().replace(b"K\x01s.", BYTES % module + b"s."))
+        assert b"bytearray" in path.read_bytes()
+    for ask in (lambda: load(path), lambda: load(path, "transcnn_test")):
+        refused(ask, "bytearray")
+    path.rename(path.with_suffix(".ckpt"))
+    refused(lambda: train(resume=str(path.with_suffix(".ckpt"))), "bytearray")
+
+
+def test_parts_of_an_archive_that_lie_over_each_other(tmp_path: Path) -> None:
+    """Each read by itself, they unpack a small file to any size."""
+    path = zipped(tmp_path / "inside" / "x.pth", "data/0", b"", also=tuple(f"data/{i}" for i in range(1, 50)))
+    assert len(zipfile.ZipFile(path).namelist()) > 50
+    refused(lambda: load(path, "transcnn_test"), "parts are larger than the file")
+
+
+@pytest.mark.parametrize("layer", ["stem.0.weight", "head.fc.weight", "stages.0.blocks.0.irb.1.weight"])
+def test_a_tensor_has_no_more_numbers_than_its_file_has_bytes(tmp_path: Path, layer: str) -> None:
+    """By strides of 0 one number is as many as one likes: a stem of 10^10 channels would be adapted to three."""
+    path = tmp_path / "inside" / "x.pth"
+    state = dict(build_model("transcnn_test").state_dict())
+    layer = layer if layer in state else next(name for name in state if name.endswith(".weight"))
+    shape = list(state[layer].shape)
+    shape[0 if layer.startswith("head") else 1 if len(shape) > 1 else 0] = 10**10
+    torch.save({**state, layer: torch.zeros(1).expand(shape)}, path)
+    refused(lambda: load(path, "transcnn_test"), "numbers")
+    refused(lambda: load_checkpoint(build_model("transcnn_test"), path), "numbers")
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(10**10, 0), (10**5, 1)])
+def test_weights_without_a_header_make_no_larger_network_than_they_hold(
+    tmp_path: Path, rows: int, columns: int
+) -> None:
+    path = tmp_path / "inside" / "x.safetensors"
+    state = {name: value.numpy() for name, value in build_model("transcnn_test").state_dict().items()}
+    path.write_bytes(save({**state, "head.fc.weight": np.zeros((rows, columns), np.float32)}))
+    refused(lambda: load(path, "transcnn_test"), "holds no head.fc.weight" if not columns else "network of")

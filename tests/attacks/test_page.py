@@ -356,7 +356,9 @@ def test_the_real_page_is_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         def shown(payload: Any, session: str) -> bool:
             """Whether a request made by hand has an image opened."""
             data = {"data": [payload, 0, "mean of all heads"], "fn_index": opened["id"], "session_hash": session}
-            code, *_ = answer("POST", "/gradio_api/queue/join", json.dumps(data).encode(), Content_Type="application/json")
+            code, *_ = answer(
+                "POST", "/gradio_api/queue/join", json.dumps(data).encode(), Content_Type="application/json"
+            )
             said = answer("GET", f"/gradio_api/queue/data?session_hash={session}")[2].decode()
             assert code == 200
             assert '"msg":"process_completed"' in said

@@ -190,7 +190,8 @@ def _load_bare(path: Path, name: str) -> Loaded:
     with torch.device("meta"):
         trial = build_model(name)
     classes, in_chans = sizes_of(trial, path)
-    model = load_checkpoint(build_model(name, num_classes=classes, in_chans=in_chans), path, new_head=False).eval()
+    model = build_bounded(partial(build_model, name, num_classes=classes, in_chans=in_chans), path)
+    model = load_checkpoint(model, path, new_head=False).eval()
     config = data_config_of(model, in_chans)
     return Loaded(model, "classify", class_names_of(model), config, str(path), {"model": name})
 

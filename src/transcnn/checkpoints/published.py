@@ -134,12 +134,12 @@ def sizes_of(model: nn.Module, path: str | Path) -> tuple[int, int]:
     Raises:
         UserError: As :func:`load_checkpoint`; a file without the network's first or last layer.
     """
-    content = convert_state_dict(_read(Path(path)), model)
+    content = _read_for(model, path)
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     found = []
     for layer, axis in ((_layers(cfg, "classifier", "head.fc")[0], 0), (_layers(cfg, "first_conv", "stem.0")[0], 1)):
         weight = content.get(f"{layer}.weight")
-        if not isinstance(weight, Tensor) or weight.ndim <= axis:
+        if not isinstance(weight, Tensor) or weight.ndim <= axis or not weight.numel():
             raise UserError(f"{path} is no weights of {type(model).__name__}: it holds no {layer}.weight")
         found.append(weight.shape[axis])
     return found[0], found[1]
@@ -168,7 +168,7 @@ class _Match:
 
 
 def _match(model: nn.Module, path: str | Path, classes: Classes | None = None) -> _Match:
-    content = convert_state_dict(_read(Path(path)), model)
+    content = _read_for(model, path)
     wanted = model.state_dict()
     found = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     unusable = [
@@ -328,6 +328,16 @@ def _numbered(names: Sequence[str]) -> dict[tuple[str, int], int]:
     return found
 
 
+def _read_for(model: nn.Module, path: str | Path) -> dict[str, Any]:
+    """What a file holds, under the names of ``model``; none of its tensors has more numbers than the file has bytes."""
+    path = Path(path)
+    content, size = convert_state_dict(_read(path), model), path.stat().st_size
+    for name, value in content.items():
+        if isinstance(value, Tensor) and value.numel() > size:  # one number, given a shape by strides of 0
+            raise UserError(f"{path} has {size:,} bytes, but says that {name[:80]!r} has {value.numel():,} numbers")
+    return content
+
+
 def _read(path: Path) -> dict[str, Any]:
     """The dictionary that a file holds, without running any code of it."""
     if not path.is_file():
@@ -352,13 +362,29 @@ def _read(path: Path) -> dict[str, Any]:
 def torch_load(path: Path, *, mmap: bool = False) -> Any:
     """What ``torch.save`` wrote, without running any code of it; raises whatever torch or zipfile raise.
 
-    Compressed archives are refused: torch writes none, and they may unpack to a thousand times their size.
+    Refused is what takes far more memory than the file has bytes: compressed archives (torch writes none), archives
+    whose parts lie over each other, and pickles that ask for bytes by their number (``bytearray(10**10)``).
     """
+    if _contains(path, b"\nbytearray\n"):
+        raise ValueError("it makes a bytearray, as no weights do")
     zipped = zipfile.is_zipfile(path)
     if zipped:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("it is a compressed archive, as torch.save writes none")
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("its parts are larger than the file, as those of torch.save never are")
     # Training scripts of the time (DeiT's, which the authors follow) keep their arguments beside the weights.
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+
+
+def _contains(path: Path, words: bytes) -> bool:
+    """Whether a file holds these bytes anywhere."""
+    rest = b""
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            if words in rest + block:
+                return True
+            rest = block[-len(words) :]
+    return False
