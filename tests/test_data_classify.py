@@ -596,9 +596,13 @@ def test_every_crop_mode_is_timms_in_training_and_in_an_exported_file(
 
     image = class_image(2, size=size)
     cropped = max(size) > 8 * min(size) and crop_mode == "center"  # of those the ends are left out before
-    for target, crop_pct in (((32, 32), 0.9), ((32, 32), 1.0), ((40, 24), 0.9)):
+    for target, crop_pct, mean in (
+        ((32, 32), 0.9, [0.485, 0.456, 0.406]),
+        ((32, 32), 1.0, [0.3, 0.1, 0.7]),  # half-way between two values of a pixel
+        ((40, 24), 0.9, [0.485, 0.456, 0.406]),
+    ):
         config: dict[str, Any] = {"interpolation": "bicubic", "crop_pct": crop_pct, "crop_mode": crop_mode}
-        config |= {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+        config |= {"mean": mean, "std": [0.229, 0.224, 0.225]}
         ours = eval_transform(target, **config)(image)
         theirs: Any = create_transform((3, *target), **config)
         if not cropped:

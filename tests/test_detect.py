@@ -318,12 +318,28 @@ def test_wrong_settings_and_data_are_refused(data, tmp_path):
 
 def test_an_images_own_score_counts_each_box_once():
     truth = {"boxes": torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]]), "labels": torch.tensor([0, 1])}
+    truth["crowd"] = torch.zeros(2, dtype=torch.bool)
     found = {"boxes": torch.tensor([[0.0, 0, 10, 10], [1, 1, 10, 10]]), "labels": torch.tensor([0, 0])}
     found["scores"] = torch.tensor([0.9, 0.8])
     assert _f1(found, truth) == pytest.approx(2 * 1 / 4)
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)}
-    assert _f1(nothing, {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0)}) == 1.0
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "crowd": torch.zeros(0)}
+    assert _f1(nothing, empty) == 1.0
     assert _f1(nothing, truth) == 0.0
+
+
+def test_an_images_own_score_needs_no_crowds():
+    """As in COCO's mAP: they needn't be found, and what lies in one of its class doesn't count."""
+    boxes = torch.tensor([[0.0, 0, 100, 100], [200, 0, 210, 10]])
+    truth = {"boxes": boxes, "labels": torch.tensor([0, 0]), "crowd": torch.tensor([True, False])}
+    found = {"boxes": torch.tensor([[200.0, 0, 210, 10], [5, 5, 15, 15], [95, 5, 115, 15], [5, 5, 15, 15]])}
+    found |= {"labels": torch.tensor([0, 0, 0, 1]), "scores": torch.full((4,), 0.9)}
+    # One is found; one lies in the crowd; one does by a quarter; one is of another class.
+    assert _f1(found, truth) == pytest.approx(2 * 1 / (1 + 2 + 1))
+    first = {name: value[:2] for name, value in found.items()}
+    assert _f1(first, truth) == 1.0
+    crowd = {name: value[:1] for name, value in truth.items()}
+    assert _f1({name: value[1:2] for name, value in found.items()}, crowd) == 1.0
 
 
 def test_bccd_opens_from_its_tar(shared):
@@ -393,6 +409,14 @@ def test_a_call_that_finds_nothing_leaves_no_old_predictions(tmp_path):
         assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == count
     OutputFolder(tmp_path / "none").finish()  # a segmenter's
     assert not (tmp_path / "none").exists()
+
+
+def test_an_image_that_a_table_names_twice_has_its_boxes_once(tmp_path):
+    out = OutputFolder(tmp_path, ["x.png", "x.png"], coco=True)
+    written = [out.add(detections("x.png", 2))["overlay"] for _ in range(2)]
+    out.finish()
+    assert len(set(written)) == 2  # each row has its own
+    assert len(json.loads((tmp_path / "predictions.json").read_text())) == 2
 
 
 def test_a_least_score_for_predictions(tmp_path, monkeypatch):

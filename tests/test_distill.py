@@ -31,10 +31,15 @@ def teach(monkeypatch):
     """Makes a teacher of a network, as if it had been read from a file."""
 
     def make(
-        model: nn.Module, names: str = "abc", config: dict[str, Any] = CONFIG, task: str = "classify", **settings: Any
+        model: nn.Module,
+        names: str = "abc",
+        config: dict[str, Any] = CONFIG,
+        task: str = "classify",
+        sizes: tuple[int, ...] = (),
+        **settings: Any,
     ):
         monkeypatch.setattr(distill, "load", lambda _: Loaded(model, task, list(names), config, "file"))
-        return Teacher(Distill(distill_from="file", **settings), list("abc"), CONFIG)
+        return Teacher(Distill(distill_from="file", **settings), list("abc"), CONFIG, sizes)
 
     return make
 
@@ -75,6 +80,8 @@ def test_a_teacher_of_one_size_alone_is_told_in_one_line(teach):
     large = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3))
     with pytest.raises(UserError, match="the teacher file is made for images of 16x16, the student gets 8x8: mat1"):
         teach(large, config={**CONFIG, "input_size": [3, 16, 16]})
+    with pytest.raises(UserError, match="made for images of 8x8, the student gets 4x4: mat1"):  # in its first epochs
+        teach(network(), sizes=[4])
 
 
 def test_a_teacher_is_given_its_own_range_of_numbers(monkeypatch):

@@ -252,6 +252,35 @@ def test_figures_of_numbers_are_in_the_unit_of_the_data(monkeypatch):
     assert task.warnings_about(same)[0] == "about the same price is predicted for all images, though they differ"
 
 
+def test_a_column_without_labels_is_left_out_of_the_means(monkeypatch):
+    """Else a validation split that lacks a column's numbers has no score, and no epoch is the best."""
+    args = {"mean": [0.0] * 3, "std": [1.0] * 3}
+    task = Regress(torch.nn.Identity(), ["known", "unknown", "once"], {}, task_args=args)
+    truth = torch.tensor([[1.0, NAN, 7], [2, NAN, NAN], [4, NAN, NAN]])
+    outputs = torch.tensor([[2.0, 9, 5], [3, 9, 5], [4, 9, 5]])
+    found = scored(task, [(outputs, truth)], monkeypatch)
+    assert found["mae"] == pytest.approx((2 / 3 + 2) / 2)
+    assert found["r2"] == pytest.approx(metrics.r2_score([1, 2, 4], [2, 3, 4]))
+    assert found["spearman"] == pytest.approx(1, abs=1e-4)
+    same = scored(task, [(torch.ones(3, 3), truth)], monkeypatch)
+    assert np.isnan(same["spearman"])  # of predictions that are all alike there is none
+    none = scored(task, [(outputs, torch.full((3, 3), NAN))], monkeypatch)
+    assert all(np.isnan(none[name]) for name in ("mae", "rmse", "r2", "spearman"))
+
+
+def test_numbers_of_which_none_differ_in_the_training_split_are_told(tmp_path, class_image):
+    rows = [("file", "size", "rare"), *((f"{i}.png", i, 1 if i == 4 else 0 if i == 3 else "") for i in range(10))]
+    for name, *_ in rows[1:]:
+        class_image(0, 0).save(tmp_path / name)
+    (tmp_path / "t.csv").write_text("\n".join(",".join(map(str, row)) for row in rows))
+    opened: dict[str, Any] = dict(val_fraction=0.5, strict=False, in_chans=None)
+    args = {"table": {"target": ["size", "rare"]}}
+    told = Regress.open_data(str(tmp_path / "t.csv"), dict(args), seed=2, **opened).task_args
+    assert min(told["std"]) > 0
+    with pytest.raises(UserError, match="the training split: 'rare' is the same number for all images"):
+        Regress.open_data(str(tmp_path / "t.csv"), dict(args), seed=0, **opened)
+
+
 def test_an_outlier_pulls_huber_less():
     truth, outputs = torch.tensor([[0.0], [10.0]]), torch.zeros(2, 1)
     loss = {

@@ -31,7 +31,7 @@ from transcnn.dense.build import build_network
 from transcnn.errors import UserError
 from transcnn.plugging.build import build_model
 from transcnn.predictor.network import NetworkPredictor
-from transcnn.report.answers import prediction_of
+from transcnn.report.answers import NOT_A_NUMBER, prediction_of
 from transcnn.report.overlay import run_lengths
 from transcnn.weights import PACKAGED
 
@@ -187,6 +187,31 @@ def test_exported_files_predict(onnx_files, class_folder, tmp_path, task):
     assert rows == [found.to_dict() for found in exported.predict(files)]
     with pytest.raises(UserError, match="model is for a file of weights"):
         transcnn.load(file, "transcnn_tiny")
+
+
+@pytest.mark.parametrize("task", ["segment", "retinanet", "fasterrcnn"])
+def test_damaged_weights_are_no_prediction(task, photo):
+    """Of NaN everywhere the largest is the first class, and no box is above any score."""
+    args: dict[str, Any] = {"decoder": "fpn", "decoder_channels": 64, "resize": None, "label_ids": [0, 1]}
+    if task != "segment":
+        args = {"detector": task, "fpn_channels": 16, "short_side": 64, "long_side": 96, "anchor_size": 16}
+        args |= {"min_score": 0.05, "max_found": 5, "side_range": [1.0, 1.0]}
+    kind = "segment" if task == "segment" else "detect"
+    network = build_network(kind, "transcnn_test", args, num_classes=2, in_chans=3).eval()
+    predictor = NetworkPredictor(network, kind, ["a", "b"], data_config_of(network, 3, 64), "", {"task_args": args})
+    assert not isinstance(predictor.predict(photo), transcnn.Failure)
+    torch.nn.init.constant_(next(p for p in network.parameters() if p.ndim == 4), float("nan"))
+    found = predictor.predict([photo, photo])
+    assert [one.error for one in found] == [NOT_A_NUMBER] * 2
+    assert found[0].file == str(photo)
+
+
+def test_a_damaged_file_that_segments_is_no_prediction(onnx_files, photo, monkeypatch):
+    predictor = next(p for p in map(transcnn.load, onnx_files) if p.task == "segment")
+    outputs = predictor.network.outputs  # pyright: ignore
+    damaged = lambda images: {name: value * np.float32("nan") for name, value in outputs(images).items()}  # noqa: E731
+    monkeypatch.setattr(predictor.network, "outputs", damaged)  # pyright: ignore
+    assert predictor.predict(photo).error == NOT_A_NUMBER
 
 
 @pytest.mark.parametrize("kind", ["network", "optimized", "onnx"])

@@ -14,13 +14,18 @@ from PIL import Image
 
 from ..data.images import fit_factor, padding_of, to_channels
 
-__all__ = ["bilinear", "class_map", "detections", "window_starts"]
+__all__ = ["bilinear", "class_logits", "class_map", "detections", "window_starts"]
 
 Network = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
 def class_map(network: Network, image: Image.Image, info: dict[str, Any]) -> np.ndarray:
-    """The most probable class of each pixel of an image, (H, W).
+    """The most probable class of each pixel of an image, (H, W); the arguments are those of :func:`class_logits`."""
+    return class_logits(network, image, info).argmax(0)
+
+
+def class_logits(network: Network, image: Image.Image, info: dict[str, Any]) -> np.ndarray:
+    """The logits of each pixel of an image, (classes, H, W); of windows and mirror images together their logarithms.
 
     Args:
         network: (1, C, h, w) of any size to ``logits`` (1, classes, h, w).
@@ -37,10 +42,11 @@ def class_map(network: Network, image: Image.Image, info: dict[str, Any]) -> np.
     logits = _in_windows(network, pixels, args.get("window"))
     if args.get("flip"):
         mirrored = _in_windows(network, np.ascontiguousarray(pixels[..., ::-1]), args.get("window"))
-        logits = np.logaddexp(_log_softmax(logits), _log_softmax(mirrored)[..., ::-1])
+        with np.errstate(invalid="ignore"):  # of a damaged file's NaN
+            logits = np.logaddexp(_log_softmax(logits), _log_softmax(mirrored)[..., ::-1])
     if logits.shape[1:] != (image.height, image.width):
         logits = bilinear(logits, (image.height, image.width))
-    return logits.argmax(0)
+    return logits
 
 
 def detections(network: Network, image: Image.Image, info: dict[str, Any]) -> dict[str, np.ndarray]:

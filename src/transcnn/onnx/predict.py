@@ -160,7 +160,7 @@ def to_input(image: Image.Image, data_config: dict[str, Any]) -> np.ndarray:
     resample = INTERPOLATIONS[data_config["interpolation"]]
     image = image.resize(_scaled(image.size, (width, height), data_config["crop_pct"], mode), resample)
     values = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)  # uint8 (C, h, w)
-    fill = [round(255 * value) if mode == "border" else 0 for value in mean.tolist()]
+    fill = [round(255 * value) if mode == "border" else 0 for value in data_config["mean"]]
     pixels = _crop_or_pad(values, (height, width), fill).astype(np.float32, order="C")
     pixels -= 255 * mean[:, None, None]
     pixels /= 255 * std[:, None, None]

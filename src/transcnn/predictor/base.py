@@ -16,7 +16,7 @@ from ..data.images import BrokenImage
 from ..data.inputs import ImageInput, input_name, is_one_image, one_by_one, read_input
 from ..data.loading.read_ahead import read_ahead
 from ..errors import UserError, check_range
-from ..report.answers import Detections, Embedding, Failure, Prediction
+from ..report.answers import NOT_A_NUMBER, Detections, Embedding, Failure, Prediction
 
 __all__ = ["Predictor"]
 
@@ -229,5 +229,5 @@ def _is_dark(image: Any) -> bool:
 def _named(prediction: Prediction, file: str, reread: Any) -> Prediction:
     """The prediction with its file, or a failure where its scores are no numbers."""
     if not prediction.is_finite:
-        return Failure(file=file, error="the network's output is not a number (NaN); are its weights damaged?")
+        return Failure(file=file, error=NOT_A_NUMBER)
     return replace(prediction, file=file, reread=reread)

@@ -14,10 +14,10 @@ from ..checkpoints.arguments import DENSE
 from ..checkpoints.available import check_resizable
 from ..errors import MAX_SIDE, UserError, check_range, first_line
 from ..onnx.answers import answers
-from ..onnx.dense import class_map, detections
+from ..onnx.dense import class_logits, detections
 from ..onnx.features import add_output, pooled
 from ..onnx.predict import OnnxModel, open_session, to_input
-from ..report.answers import Detections, Embedding, Prediction, Segmentation, prediction_of
+from ..report.answers import NOT_A_NUMBER, Detections, Embedding, Failure, Prediction, Segmentation, prediction_of
 from .base import Predictor
 
 __all__ = ["OnnxPredictor"]
@@ -90,8 +90,10 @@ class OnnxPredictor(Predictor):
     def _dense(self, image: Image.Image, top_k: int) -> Prediction:
         args = self.info.get("task_args") or {}
         if self.task == "segment":
-            labels = class_map(self.network.outputs, image, self.info)
-            return replace(Segmentation.of(labels, self.class_names, args, top_k), image=image)
+            logits = class_logits(self.network.outputs, image, self.info)
+            if not np.isfinite([logits.min(), logits.max()]).all():
+                return Failure(error=NOT_A_NUMBER)
+            return replace(Segmentation.of(logits.argmax(0), self.class_names, args, top_k), image=image)
         found = detections(self.network.outputs, image, self.info)
         return replace(Detections.of(found, self.class_names, args), image=image)
 

@@ -15,6 +15,7 @@ from ..errors import UserError
 from .overlay import SHOWN_SCORE, blend, draw_detections, largest, legend, palette, run_lengths, with_lines
 
 __all__ = [
+    "NOT_A_NUMBER",
     "Box",
     "Classification",
     "Detections",
@@ -28,6 +29,9 @@ __all__ = [
     "Share",
     "prediction_of",
 ]
+
+
+NOT_A_NUMBER = "the network's output is not a number (NaN); are its weights damaged?"  # error of a Failure
 
 
 @dataclass(frozen=True)

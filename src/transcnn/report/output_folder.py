@@ -76,9 +76,9 @@ class OutputFolder:
         return written
 
     def _add_coco(self, prediction: Detections) -> None:
-        """Take in an image's detections."""
+        """Take in an image's detections, once where a table names it twice."""
         ids = dict(zip(prediction.class_names, prediction.label_ids, strict=True))
-        rows = self.detections.setdefault(prediction.file, [])
+        rows = self.detections[prediction.file] = []
         for box in prediction.boxes:
             x1, y1, x2, y2 = box.box
             row: dict[str, Any] = {

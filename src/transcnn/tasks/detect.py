@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
-from torchvision.ops import box_iou
+from torchvision.ops import box_area, box_iou
 
 from ..data.bands import is_per_channel
 from ..data.sets.dense_dataset import DenseDataset
@@ -229,17 +229,29 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _f1(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """Of one image: detections from ``SHOWN_SCORE`` on that match a box of their class by an IoU of 0.5, each once."""
-    sure = found["scores"] >= SHOWN_SCORE
+    """Of one image: detections from ``SHOWN_SCORE`` on that match a box of their class by an IoU of 0.5, each once.
+
+    As COCO has it, crowds needn't be found, and others that lie in one of their class by half don't count.
+    """
+    sure, crowd = found["scores"] >= SHOWN_SCORE, truth["crowd"].bool()
     boxes, labels = found["boxes"][sure], found["labels"][sure]
-    total = len(boxes) + len(truth["boxes"])
-    if not total:
-        return 1.0
-    match = box_iou(boxes, truth["boxes"]) * (labels[:, None] == truth["labels"])
-    hits, free = 0, np.ones(len(truth["boxes"]), bool)
-    for row in match.numpy():
+    single = truth["boxes"][~crowd]
+    match = box_iou(boxes, single) * (labels[:, None] == truth["labels"][~crowd])
+    in_crowds = _inside(boxes, truth["boxes"][crowd]) * (labels[:, None] == truth["labels"][crowd])
+    excused = (in_crowds >= 0.5).any(1).tolist()
+    hits, missed, free = 0, 0, np.ones(len(single), bool)
+    for row, is_excused in zip(match.numpy(), excused, strict=True):
         row = row * free
         if row.size and row.max() >= 0.5:
             free[row.argmax()] = False
             hits += 1
-    return 2 * hits / total
+        else:
+            missed += not is_excused
+    total = hits + missed + len(single)
+    return 2 * hits / total if total else 1.0
+
+
+def _inside(boxes: Tensor, others: Tensor) -> Tensor:
+    """The share of each box (N, 4) that lies in each other one (M, 4): (N, M)."""
+    corners = torch.max(boxes[:, None, :2], others[:, :2]), torch.min(boxes[:, None, 2:], others[:, 2:])
+    return (corners[1] - corners[0]).clamp(min=0).prod(2) / box_area(boxes)[:, None].clamp(min=1e-9)

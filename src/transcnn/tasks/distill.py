@@ -41,20 +41,25 @@ class Teacher:
         class_names: The student's classes. A teacher of the same names has its outputs reordered to them; one with
             none of the names, but as many classes, is taken in order, with a warning.
         data_config: How the student's images were normalised; where the teacher's were otherwise, it is given its own.
+        sizes: Sides that the student's images have in other epochs (``Augment.sizes``).
 
     Raises:
         UserError: No such network, or one for another task, other channels, another number of classes, or classes of
             which only some have the student's names.
     """
 
-    def __init__(self, settings: Distill, class_names: list[str], data_config: dict[str, Any]) -> None:
+    def __init__(
+        self, settings: Distill, class_names: list[str], data_config: dict[str, Any], sizes: Sequence[int] = ()
+    ) -> None:
         check(settings)
         self.settings = settings
         loaded = load(str(settings.distill_from))
         self.order = _order(loaded, class_names, data_config)
         self.model: nn.Module = loaded.model.eval().requires_grad_(False)
         self.scale, self.shift = _normalisation(data_config, loaded.preprocessing)
-        self._check_size(loaded, data_config["input_size"])
+        channels, *size = data_config["input_size"]
+        for height, width in dict.fromkeys([(*size,), *((side, side) for side in sizes)]):
+            self._check_size(loaded, (channels, height, width))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         return self  # it never changes: the averaged copy of a student needs none of its own

@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.bands import is_per_channel
 from ..data.transforms.classify import Transform, eval_transform
 from ..data.transforms.detect import DetectTransform
 from ..data.transforms.segment import EvalTransform
 from ..onnx.answers import answers
-from ..report.answers import Detections, Prediction, Segmentation, prediction_of
+from ..report.answers import NOT_A_NUMBER, Detections, Failure, Prediction, Segmentation, prediction_of
 from . import check_task
 from .sliding import sliding_window_inference
 
@@ -122,6 +122,9 @@ class SegmentInference(DenseInference):
         for pixels, image in inputs:
             size = (image.height, image.width)
             logits = logits_of_pixels(loaded.model, pixels[None].to(device), size, len(names), args)
+            if not bool(torch.stack(logits.aminmax()).isfinite().all()):  # ``argmax`` would say the first class
+                made.append(Failure(error=NOT_A_NUMBER))
+                continue
             labels = logits[0].argmax(0).cpu().numpy()
             made.append(replace(Segmentation.of(labels, names, args, top_k), image=image))
         return made
@@ -142,8 +145,15 @@ class DetectInference(DenseInference):
         args, made = loaded.info.get("task_args") or {}, []
         for pixels, image in inputs:  # one by one: a hundred masks at the full size of a photograph are large
             found = {name: value.cpu().numpy() for name, value in loaded.model([pixels.to(device)])[0].items()}
+            if not len(found["scores"]) and not _has_finite_weights(loaded.model):  # scores of NaN are below any other
+                made.append(Failure(error=NOT_A_NUMBER))
+                continue
             made.append(replace(Detections.of(found, loaded.class_names, args), image=image))
         return made
+
+
+def _has_finite_weights(model: nn.Module) -> bool:
+    return all(bool(torch.stack(part.aminmax()).isfinite().all()) for part in model.parameters() if part.numel())
 
 
 def get_inference(task: str) -> type[Inference]:

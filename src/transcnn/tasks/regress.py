@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ class Regress(CollectedTask):
     def open_data(cls, data: str | None, task_args: dict[str, Any], **settings: Any) -> Splits:
         """The splits of a data set with numbers; ``mean`` and ``std`` of the training images' are the scale."""
         splits = super().open_data(data, task_args, **settings)
+        # Of few numbers those that differ may all have been held back.
+        cls.targets().check(splits.train.labels, splits.class_names, "the training split")
         numbers = splits.train.labels.astype(np.float64)
         splits.task_args |= {"mean": np.nanmean(numbers, 0).tolist(), "std": np.nanstd(numbers, 0).tolist()}
         return splits
@@ -71,7 +74,8 @@ class Regress(CollectedTask):
     def figures(self, indices: np.ndarray, outputs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         """``mae``, ``rmse``, ``r2``, ``spearman``, means over the columns; ``table`` by column, ``pairs``, ``worst``.
 
-        NaN stands for what can't be told, such as the correlation of one image.
+        NaN stands for what can't be told, such as the correlation of one image; a column whose labels don't tell a
+        figure is left out of its mean.
         """
         mean, std = (getattr(self, name).cpu().numpy().astype(np.float64) for name in ("mean", "std"))
         found = outputs.astype(np.float64) * std + mean
@@ -79,8 +83,7 @@ class Regress(CollectedTask):
         errors = np.nan_to_num(np.abs(found - labels) / std).max(1, initial=0)
         order = np.argsort(-errors, kind="stable")[:WORST]
         worst = [(int(indices[i]), labels[i], found[i]) for i in order]
-        means = {name: float(np.mean([row[name] for row in rows])) for name in FIGURES}
-        return {**means, "table": rows, "pairs": (labels, found), "worst": worst}
+        return {**_means(rows, labels), "table": rows, "pairs": (labels, found), "worst": worst}
 
     def _column(self, i: int, found: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         known = ~np.isnan(labels)
@@ -154,6 +157,20 @@ class Regress(CollectedTask):
         shown["input_size"] = self.data_config.get("input_size")
         truth, found = scores["pairs"]
         write_number_report(folder, self.class_names, truth, found, scores["table"], cells, shown)
+
+
+def _means(rows: Sequence[Mapping[str, Any]], labels: np.ndarray) -> dict[str, float]:
+    """Of each figure the mean over the columns whose labels (N, columns) tell it; NaN where none does."""
+    distinct = [len(np.unique(column[~np.isnan(column)])) for column in labels.T]
+    means = {}
+    for name in FIGURES:
+        told = {
+            "r2": [row["images"] > 1 for row in rows],
+            "spearman": [count > 1 for count in distinct],
+        }.get(name, [row["images"] > 0 for row in rows])
+        values = [row[name] for row, known in zip(rows, told, strict=True) if known]
+        means[name] = float(np.mean(values)) if values else math.nan
+    return means
 
 
 def _rounded(value: Any) -> Any:

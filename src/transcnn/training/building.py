@@ -59,7 +59,7 @@ def make_learner(
         backbone: Any = network if learner.whole_image else network.body
         learner.frozen = freeze(network, backbone, s.freeze)
     if s.distill.distill_from:
-        learner.learn_from(Teacher(s.distill, splits.class_names, config))  # pyright: ignore
+        learner.learn_from(Teacher(s.distill, splits.class_names, config, s.augment.sizes or ()))  # pyright: ignore
     batches = min(max(1, len(splits.train) // s.batch_size), s.limit_batches or sys.maxsize)
     learner.updates_per_epoch = -(-batches // optim.accumulate)
     return learner
