@@ -44,6 +44,39 @@ def test_switches_need_no_value(argv, value):
     assert parse_train(*argv, "--ema", "--no-channels-last")["channels_last"] is False
 
 
+@pytest.mark.parametrize("argv", [["--ema", "off"], ["--ema", "0"], ["--pretrained", "yes"], ["--no-ema", "true"]])
+def test_switches_take_nothing_else(argv, tmp_path, monkeypatch):
+    """The word would be taken for the data."""
+    with pytest.raises(UserError, match=r"must be true or false, got|takes no value"):
+        parse_train(*argv)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / argv[1]).mkdir()
+    if argv[1] != "true":
+        assert parse_train(*argv)["data"] == argv[1]
+
+
+def test_numbers_of_any_form():
+    for word, value in (("-1e-3", -1e-3), ("-.5", -0.5), ("1_000", 1000.0), (".5", 0.5)):
+        assert parse_train("--lr", word)["lr"] == value
+    for word in ("-inf", "010", "1:30"):
+        with pytest.raises(UserError, match=r"lr must be a number, got -inf|YAML reads"):
+            parse_train("--lr", word)
+    assert parse_train("--freeze", "null", "--target", "null")["freeze"] is None
+
+
+def test_a_home_folder_that_the_shell_leaves_is_spelled_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.chdir(tmp_path)
+    arguments = parse_train("--data=~/my photos", "--out=~/runs/x", "--images=~/a", "--aa=~")
+    assert [arguments["data"], arguments["out"]] == [f"{tmp_path}/me/my photos", f"{tmp_path}/me/runs/x"]
+    assert [arguments["table"].images, arguments["augment"].aa] == [f"{tmp_path}/me/a", "~"]
+    found = cli.parse("predict", predict, ["run", "~/a.png", "b~/c.png", "--csv=~/d.csv"])
+    assert [*found["images"], found["csv"]] == [f"{tmp_path}/me/a.png", "b~/c.png", f"{tmp_path}/me/d.csv"]
+    (tmp_path / "~").mkdir()
+    (tmp_path / "~" / "a.png").touch()
+    assert cli.parse("predict", predict, ["run", "~/a.png"])["images"] == "~/a.png"
+
+
 def test_words_without_a_flag_go_where_they_belong():
     arguments = cli.parse("predict", predict, ["run", "a.png", "--json", "b c.png", "--top-k", "3", "--", "--odd.png"])
     assert arguments["checkpoint"] == "run"

@@ -29,6 +29,7 @@ __all__ = [
     "describe_value",
     "dump_plain",
     "load_plain",
+    "load_recipe",
     "load_text",
     "members",
     "new_parser",
@@ -47,6 +48,9 @@ FORMER_NAMES = {"weights_back": "logit_adjustment"}
 MAX_CHARACTERS = 1 << 18  # of a recipe; ours have less than 3,000
 MAX_DEPTH = 20  # of lists and dictionaries inside each other
 MAX_VALUES = 200_000  # inside of one; of a file's header, most are names of classes
+
+# Numbers in base 8 and 60 to YAML 1.1, and to nobody who writes them: 010 would be 8, 1:30 would be 90.
+_ODD_NUMBER = re.compile(r"[-+]?(0[0-7_]+|\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?)")
 
 _TAGS = {None, "!", *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map"))}
 
@@ -127,10 +131,23 @@ def dump_plain(values: dict[str, Any]) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def load_recipe(text: str) -> Any:
+    """What a text that people write says, as :func:`load_plain` reads it.
+
+    Raises:
+        yaml.YAMLError: As there; or it has a number that YAML reads in base 8 or 60.
+    """
+    value = load_plain(text)
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and _ODD_NUMBER.fullmatch(event.value):
+            raise yaml.YAMLError(f"YAML reads {event.value} in base 8 or 60: write a plain number, or a name in quotes")
+    return value
+
+
 def load_text(text: str) -> Any:
     """What one value says (``1e-3``, ``true``, ``[1, 2]``, ``null``); text that isn't YAML is text."""
     try:
-        value = load_plain(text)
+        value = load_recipe(text)
     except yaml.MarkedYAMLError:
         return text
     except yaml.YAMLError as error:

@@ -2,8 +2,8 @@
 
 A function's parameters before ``*`` are the command's positional arguments, all others are flags; its docstring is the
 help. A parameter that is a dataclass is a group: each of its fields has a flag, with or without the group's name
-(``--augment.mixup``, ``--mixup``), and in a recipe stands under the group. A name that several groups have, such as
-``--class_weights``, means that of the task.
+(``--augment.mixup``, ``--mixup``), and in a recipe stands under the group or by itself. A name that several groups
+have, such as ``--class_weights``, means that of the task.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import argparse
 import difflib
 import inspect
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -31,7 +32,7 @@ from ..plain import (
     check_plain,
     describe_type,
     describe_value,
-    load_plain,
+    load_recipe,
     members,
     new_parser,
     one_line,
@@ -44,6 +45,9 @@ from .argument import Argument, HelpFormatter, docs_of, types_of
 __all__ = ["Argument", "Command", "describe_type", "members", "read_settings"]
 
 COMMAND_LINE = "command line"
+CONFIG_HELP = "YAML file that sets any flag; flags given beside it count; relative paths are the working folder's"
+NEGATIVE = re.compile(r"-(\.?\d|\.?inf|\.?nan)", re.IGNORECASE)
+NOT_A_SWITCH = ("yes", "no", "on", "off", "0", "1")  # what people write for true and false
 
 
 class Command:
@@ -123,11 +127,12 @@ class Command:
             group = parser.add_argument_group(title)
             for name in names:
                 if name == "config":
-                    group.add_argument("--config", action="append", metavar="FILE", help="YAML file that sets any flag")
+                    group.add_argument("--config", action="append", metavar="FILE", help=CONFIG_HELP)
                 else:
                     self._add(group, self.arguments[name])
         for name in self.shared:
             parser.add_argument(f"--{name}", dest=name, help=argparse.SUPPRESS)
+        parser._negative_number_matcher = NEGATIVE  # argparse's takes -1e-3 for a flag
         return parser
 
     @property
@@ -143,7 +148,7 @@ class Command:
         listed = {name for names in result.values() for name in names}
         result["flags"] = [name for name in (*single, "config") if name not in listed]
         for group, kind in self.groups.items():
-            summary = (inspect.getdoc(kind) or "").split("\n\n")[0].rstrip(".")
+            summary = (inspect.getdoc(kind) or "").split("\n\n")[0].rstrip(".").replace("``", "")
             title = f"{group}: {summary[:1].lower()}{summary[1:]}"
             result[title] = [name for name in self.arguments if name.startswith(f"{group}.")]
         return {title: names for title, names in result.items() if names}
@@ -191,15 +196,18 @@ class Command:
             flag, equals, value = token.partition("=")
             flag, negated = self._find(flag)
             name = self.flags.get(flag)
+            following = argv[i].lower() if i < len(argv) else ""
             if negated:
-                if equals:
+                if equals or following in ("true", "false"):
                     raise UserError(f"{token}: a negated flag takes no value")
                 result.append(f"{flag}=false")
             elif equals or name is None or not self.arguments[name].is_switch:
                 result.append(flag + equals + value)
-            elif i < len(argv) and argv[i].lower() in ("true", "false"):
-                result.append(f"{flag}={argv[i].lower()}")
+            elif following in ("true", "false"):
+                result.append(f"{flag}={following}")
                 i += 1
+            elif following in NOT_A_SWITCH and not os.path.exists(argv[i]):
+                raise UserError(f"{token} must be true or false, got {argv[i]}")
             else:
                 result.append(f"{flag}=true")
         return result
@@ -233,14 +241,19 @@ class Command:
         recipes, values = self.read_words(argv)
         origins: dict[str, str] = {}
         tree: dict[str, Any] = {}
-        for recipe in recipes:
-            for name, value in self._read_recipe(recipe).items():
-                _put(tree, name, value)
-                origins[name] = recipe
+        read = [(recipe, self._read_recipe(recipe)) for recipe in recipes]
+        for _, found in read:
+            tree |= {"task": found["task"]} if "task" in found else {}
         task = values.get("task") or tree.get("task")
+        for recipe, found in read:
+            for name, value in found.items():
+                full = self._of_task(name, task)
+                _put(tree, full, self.arguments[full].at_home(value))
+                origins[full] = recipe
         for name, words in values.items():
             full = self._of_task(name, task)
-            _put(tree, full, self.arguments[full].value(words))
+            argument = self.arguments[full]
+            _put(tree, full, argument.at_home(argument.value(words)))
             origins[full] = COMMAND_LINE
         arguments = self.check(tree)
         return {**arguments, "origins": origins} if self.groups else arguments
@@ -257,7 +270,7 @@ class Command:
         """What a recipe sets, by full names."""
         try:
             with Path(file).open(encoding="utf-8") as stream:
-                values = load_plain(stream.read(MAX_CHARACTERS + 1))
+                values = load_recipe(stream.read(MAX_CHARACTERS + 1))
         except OSError as error:
             raise UserError(f"can't read {file}: {error.strerror or error}") from error
         except (yaml.YAMLError, UnicodeError) as error:
@@ -269,21 +282,33 @@ class Command:
         return self.flatten(values, file)
 
     def flatten(self, values: Mapping[Any, Any], source: str) -> dict[str, Any]:
-        """Values in groups as values by full names."""
+        """Values in groups as values by full names; a name that stands in no group is that of its flag.
+
+        Names that several groups have, such as ``loss``, stay as they are.
+        """
         flat: dict[str, Any] = {}
         for name, value in values.items():
-            if name not in self.groups:
-                flat[str(name)] = value
+            if name not in self.groups or (not isinstance(value, Mapping) and f"{name}.{name}" in self.arguments):
+                found = {self._full_name(str(name)): value}  # ema: false is --ema false
             elif isinstance(value, Mapping):
-                flat |= {f"{name}.{inner}": item for inner, item in value.items()}
+                found = {f"{name}.{inner}": item for inner, item in value.items()}
+            elif value is None:  # all that stood there is a comment
+                continue
             else:
                 raise UserError(f"{source}: {name} must be names with values, got {describe_value(value)}")
-        for name, value in flat.items():
-            if name not in self.arguments:
-                raise UserError(f"{source}: no such argument: {short(name)}{self._hint(name)}")
-            if get_origin(self.arguments[name].type) is Literal and type(value) is int:  # precision: 16
-                flat[name] = str(value)
+            for full, item in found.items():
+                if full in flat:
+                    raise UserError(f"{source}: {full} is given twice")
+                if full not in self.arguments and full not in self.shared:
+                    raise UserError(f"{source}: no such argument: {short(full)}{self._hint(full)}")
+                flat[full] = item if full in self.shared else self.arguments[full].plain(item)
         return flat
+
+    def _full_name(self, name: str) -> str:
+        """The argument that a recipe means by a name outside of groups, as a flag of that name would."""
+        if name in self.arguments or name in self.shared:
+            return name
+        return self.flags.get(f"--{name.replace('-', '_')}", name)
 
     def check(self, tree: Mapping[str, Any]) -> dict[str, Any]:
         """Values (in groups) with the right types, and the defaults for what isn't there."""
@@ -350,7 +375,7 @@ def read_settings(values: Mapping[str, Any]) -> TrainSettings:
         raise UserError(str(error)) from error
     tree: dict[str, Any] = {}
     for name, value in command.flatten(with_new_names(dict(values)), "settings").items():
-        _put(tree, name, value)
+        _put(tree, command._of_task(name, values.get("task")), value)
     return TrainSettings(**command.check(tree))
 
 

@@ -45,7 +45,7 @@ class Argument:
             if str in kinds and len(words) == 1 and words != ["null"]:  # a file may be called so
                 return words[0]
             if list[str] in kinds:
-                return words
+                return None if words == ["null"] and str not in kinds and type(None) in kinds else words
             values = [load_text(word) for word in words]
             one = len(values) == 1 and (isinstance(values[0], list) or values[0] is None or not self._takes_any_number)
             return values[0] if one else values
@@ -54,6 +54,22 @@ class Argument:
         if str in kinds:
             return None if words == "null" and type(None) in kinds else words
         return load_text(words)
+
+    def plain(self, value: Any) -> Any:
+        """What a recipe says, as what jsonargparse checks: ``precision: 16``, ``freeze: 2`` and ``freeze: all`` do."""
+        kinds = members(self.type)
+        if get_origin(self.type) is Literal and type(value) is int:
+            return str(value)
+        if list[str] not in kinds or (str in kinds and isinstance(value, str)):
+            return value
+        values = value if isinstance(value, list) else [value]
+        return [str(item) for item in values] if all(type(item) in (str, int) for item in values) else value
+
+    def at_home(self, value: Any) -> Any:
+        """A value with ``~/`` spelled out, where the shell has left it: ``--out=~/runs``, or in a recipe."""
+        if isinstance(value, list) and list[str] in members(self.type):
+            return [_at_home(item) for item in value]
+        return _at_home(value) if str in members(self.type) else value
 
     @property
     def usage(self) -> str:
@@ -81,8 +97,16 @@ class Argument:
         text = self.help.replace("``", "").replace("%", "%%")
         if self.default in (None, self.empty, ()) or self.default is False:
             return text
-        default = "on" if self.default is True else self.default
-        return f"{text} (default: {default})".replace("(default: on)", f"(default: on; --no_{self.name} turns it off)")
+        if self.default is True:
+            return f"{text} (default: on; --no_{self.name.rpartition('.')[2]} turns it off)"
+        several = isinstance(self.default, tuple)
+        default = " ".join(f"{number:.4g}" for number in self.default) if several else self.default
+        return f"{text} (default: {default})"
+
+
+def _at_home(value: Any) -> Any:
+    is_left = isinstance(value, str) and value.startswith("~/") and not os.path.exists(value)
+    return os.path.expanduser(value) if is_left else value
 
 
 def types_of(source: Any) -> dict[str, Any]:

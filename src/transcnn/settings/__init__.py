@@ -1,7 +1,7 @@
 """The settings of a training run: one frozen object, in groups, from the command line to whoever reads them.
 
 On the command line each has a flag of its own, with or without the group's name (``--optim.clip_grad 1``,
-``--clip_grad 1``); in a recipe they stand under the group. Names are timm's.
+``--clip_grad 1``); in a recipe they stand under the group, or by themselves. Names are timm's.
 """
 
 from __future__ import annotations
