@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from transcnn.checkpoints.loading import data_config_of, load, save_weights
+from transcnn.commands.embed import embed
 from transcnn.commands.evaluate import evaluate
 from transcnn.commands.explain import explain
 from transcnn.commands.models import models, read_figures
@@ -197,6 +199,16 @@ def test_what_can_not_be_optimized_runs_as_it_is(run, class_folder, monkeypatch,
     assert len(rows) >= FEW
     assert all("error" not in row for row in rows)
     assert "can't be optimized: no such thing" in caplog.text
+
+
+@pytest.mark.parametrize("command", [predict, evaluate, partial(embed, knn=1)])
+def test_a_network_for_one_size_says_so(class_folder, tmp_path, command):
+    args = {"img_size": 32, "patch_size": 16, "embed_dim": 8, "depth": 1, "num_heads": 1}
+    network = build_model("vit_tiny_patch16_224", num_classes=3, **args)
+    info = {"model": "vit_tiny_patch16_224", "model_args": args, "task": "classify", "class_names": ["a", "b", "c"]}
+    save_weights(tmp_path / "vit.safetensors", network, {**info, "data_config": data_config_of(network, 3, 32)})
+    with pytest.raises(UserError, match=r"vit\.safetensors takes no images of 48x48: Input height \(48\)"):
+        command(tmp_path / "vit.safetensors", class_folder, img_size=48, accelerator="cpu", quiet=True)
 
 
 def test_predict_table_and_csv(run, class_folder, tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import http.server
 import io
+import json
 import pickle
 import threading
 from collections.abc import Iterator
@@ -204,6 +205,17 @@ def test_damaged_weights_are_no_prediction(task, photo):
     found = predictor.predict([photo, photo])
     assert [one.error for one in found] == [NOT_A_NUMBER] * 2
     assert found[0].file == str(photo)
+
+
+def test_classes_of_one_name_stay_apart_in_a_file(onnx_files, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(onnx_files[2])
+    onnx.helper.set_model_props(
+        model,
+        {prop.key: prop.value for prop in model.metadata_props} | {"class_names": json.dumps(["c", "c", "d"])},
+    )
+    onnx.save(model, tmp_path / "same.onnx")
+    assert transcnn.load(tmp_path / "same.onnx").class_names == ["c (0)", "c (1)", "d"]
 
 
 def test_a_damaged_file_that_segments_is_no_prediction(onnx_files, photo, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..plugging.cost import count
 from ..plugging.running import attributes_kept, empty_state
 from .available import SMALL, available_bytes, input_shape
@@ -31,10 +32,11 @@ def check_forward(loaded: Loaded, images: int = 1, *, chosen: bool = False) -> N
     Args:
         loaded: The network, with the size.
         images: Of a batch.
-        chosen: The user gave the size: how long it takes is for them to know.
+        chosen: The user gave the size: how long it takes is for them to know, and the network may be for another alone.
 
     Raises:
-        UserError: A batch doesn't fit into this machine's memory, or a file asks for a size that takes hours.
+        UserError: A batch doesn't fit into this machine's memory, a file asks for a size that takes hours, or the
+            network doesn't take images of the chosen one.
     """
     channels, height, width = input_shape(loaded)
     pixels = height * width
@@ -56,7 +58,22 @@ def check_forward(loaded: Loaded, images: int = 1, *, chosen: bool = False) -> N
     except UserError:
         raise
     except Exception:  # a network for one size alone, or one that looks at numbers: running it says what is wrong
+        pass
+    if chosen:
+        _check_size(loaded, (channels, height, width))
+
+
+def _check_size(loaded: Loaded, shape: tuple[int, int, int]) -> None:
+    """Raise UserError for a network that doesn't take an image (C, H, W), such as a ViT made for one size."""
+    with suppress(Exception):  # shapes alone tell it of most
+        _OnMeta(loaded.model)(torch.empty(1, *shape, device="meta"))
         return
+    device = next((parameter.device for parameter in loaded.model.parameters()), torch.device("cpu"))
+    try:
+        with torch.inference_mode():
+            loaded.model(torch.zeros(1, *shape, device=device))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(f"{loaded.source} takes no images of {shape[2]}x{shape[1]}: {first_line(error)}") from error
 
 
 class _OnMeta(nn.Module):

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ..checkpoints.header import check_header
 from ..data.images import MAX_ASPECT_RATIO, crop_extreme_aspect, to_channels
+from ..data.names import distinct_names
 from ..errors import MAX_SIDE, UserError, first_line, require
 
 __all__ = ["OnnxModel", "open_session", "to_input"]
@@ -70,11 +71,12 @@ class OnnxModel:
         try:
             stored = self.session.get_modelmeta().custom_metadata_map
             self.info: dict[str, Any] = {key: json.loads(value) for key, value in stored.items()}
-            self.class_names: list[str] = self.info["class_names"]
+            self.class_names: list[str] = self.info["class_names"]  # equal ones get their index below
             self.data_config: dict[str, Any] = self.info["data_config"]
         except (ValueError, KeyError, RecursionError) as error:
             raise UserError(f"{path} was not written by transcnn export: class names and sizes are missing") from error
         check_header(self.info, path)
+        self.class_names = distinct_names(self.class_names)
         self.task = str(self.info.get("task", "classify"))
         inputs, outputs = self.session.get_inputs(), [output.name for output in self.session.get_outputs()]
         wanted = ["boxes", "scores", "labels", "image"] if self.task == "detect" else ["logits"]
