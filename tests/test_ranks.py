@@ -88,3 +88,11 @@ def test_other_numbers_than_the_launcher_has_started_are_one_clear_line(monkeypa
 
 def test_alone_a_process_does_it_at_once():
     assert processes.first_here(lambda: 3) == processes.first_decides(lambda: 3) == 3
+
+
+def test_auto_is_a_gpu_of_nvidias_or_the_cpu(monkeypatch):
+    """On a Mac Lightning's auto is Apple's GPU, where scores, which are float64, end with a TypeError."""
+    for there, wanted in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda there=there: there)
+        assert processes.placement("auto") == {"accelerator": wanted, "devices": 1}
+        assert [processes.placement(name)["accelerator"] for name in ("cpu", "gpu")] == ["cpu", "cuda"]

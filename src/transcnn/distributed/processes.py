@@ -76,7 +76,7 @@ def launch(accelerator: str = "auto", devices: int = 1, num_nodes: int = 1) -> N
         try:
             if TorchElasticEnvironment.detect() and restarts():
                 _rendezvous_again(accelerator)
-            Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy="ddp").launch()
+            Fabric(accelerator=_device(accelerator), devices=devices, num_nodes=num_nodes, strategy="ddp").launch()
         except (ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"the rendezvous of {devices * num_nodes} processes failed: {reason}") from error
@@ -112,6 +112,7 @@ def _shape(devices: int, num_nodes: int) -> tuple[int, int]:
 
 def placement(accelerator: str = "auto", strategy: Any = "ddp") -> dict[str, Any]:
     """The arguments of Lightning's Trainer that say where it works."""
+    accelerator = _device(accelerator)
     if not _launched:
         return {"accelerator": accelerator, "devices": 1}
     from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -121,6 +122,12 @@ def placement(accelerator: str = "auto", strategy: Any = "ddp") -> dict[str, Any
     if SLURMEnvironment.detect():  # runs go on from their own checkpoints, not from what Lightning would write
         placed["plugins"] = [SLURMEnvironment(auto_requeue=False)]
     return placed
+
+
+def _device(accelerator: str) -> str:
+    """Lightning's word for the device; its own ``auto`` is Apple's GPU on a Mac, which has no float64 to score with."""
+    gpu = torch.cuda.is_available() if accelerator == "auto" else accelerator != "cpu"
+    return "cuda" if gpu else "cpu"
 
 
 def first_decides(decide: Callable[[], T]) -> T:
