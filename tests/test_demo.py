@@ -300,6 +300,14 @@ def test_bad_arguments(argument: dict[str, Any], words: str) -> None:
         demo(**argument)
 
 
+def test_images_of_a_page_that_segments_keep_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gradio")
+    loaded = Loaded(torch.nn.Identity(), "segment", ["a"], {}, "run", {})
+    monkeypatch.setattr("transcnn.checkpoints.loading.load", lambda *_: loaded)
+    with pytest.raises(UserError, match="img_size has no effect on run"):
+        demo("run", img_size=64)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("closed_loops")
 def test_what_the_browser_sends_is_taken_apart(viewer: Viewer) -> None:

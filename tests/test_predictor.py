@@ -183,7 +183,7 @@ def test_exported_files_predict(onnx_files, class_folder, tmp_path, task):
     assert isinstance(exported, transcnn.Predictor)
     assert (exported.task, exported.model) == (task, None)
     files = [*map(str, sorted(class_folder.glob("*/*.png"))[:3]), "none.png"]
-    rows = predict(file, files, accelerator="cpu", quiet=True, out=tmp_path)
+    rows = predict(file, files, accelerator="cpu", quiet=True, out=None if task == "classify" else tmp_path)
     rows = [{key: value for key, value in row.items() if key not in ("mask", "overlay")} for row in rows]
     assert rows == [found.to_dict() for found in exported.predict(files)]
     with pytest.raises(UserError, match="model is for a file of weights"):
@@ -224,6 +224,11 @@ def test_a_damaged_file_that_segments_is_no_prediction(onnx_files, photo, monkey
     damaged = lambda images: {name: value * np.float32("nan") for name, value in outputs(images).items()}  # noqa: E731
     monkeypatch.setattr(predictor.network, "outputs", damaged)  # pyright: ignore
     assert predictor.predict(photo).error == NOT_A_NUMBER
+
+
+def test_a_file_computes_as_it_was_exported():
+    with pytest.raises(UserError, match="precision is for networks of PyTorch; model"):
+        transcnn.load("model.onnx", precision="bf16")
 
 
 @pytest.mark.parametrize("kind", ["network", "optimized", "onnx"])

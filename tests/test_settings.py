@@ -20,7 +20,7 @@ from transcnn.arguments import Command, describe_type, read_settings
 from transcnn.commands.train import train
 from transcnn.errors import UserError
 from transcnn.plain import Arguments, dump_plain, load_plain
-from transcnn.settings import HELP_GROUPS, Distill, Optim, Segment, TrainSettings, as_plain, takes_settings
+from transcnn.settings import HELP_GROUPS, Distill, Optim, Segment, Table, TrainSettings, as_plain, takes_settings
 from transcnn.tasks import TASKS, get_task
 from transcnn.tasks.classify import Classify
 from transcnn.training.check import check_meant, remarks_on_schedule
@@ -61,6 +61,8 @@ def test_python_gives_settings_as_keywords():
     assert settings.origins == {"data": "call", "epochs": "call", "optim": "call", "out": "call"}
     assert settings.origin_of("optim.clip_grad") == "call"
     assert settings.origin_of("lr") == "default"
+    assert [show(freeze=given).freeze for given in ("all", 2, ["stem"])] == [["all"], ["2"], ["stem"]]  # pyright: ignore
+    assert Table(target="count").target == ["count"]  # pyright: ignore
     assert list(inspect.signature(train).parameters) == [item.name for item in dataclasses.fields(TrainSettings)]
     with pytest.raises(TypeError, match="epoch"):
         show("photos", epoch=3)  # pyright: ignore

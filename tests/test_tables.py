@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from transcnn.checkpoints.loading import Loaded
+from transcnn.commands.evaluate import _set_table
 from transcnn.commands.predict import predict
 from transcnn.data.sets.classify import open_set, open_splits
 from transcnn.data.sources.opening import open_source
@@ -200,6 +203,23 @@ def test_options_of_tables_are_for_tables(photos, class_folder):
         open_splits(str(class_folder), table=Table(target=["kind"]))
     with pytest.raises(UserError, match="images is for a table of files"):
         open_splits(None, table=Table(images="x"))
+
+
+def test_columns_that_a_run_learnt_from_are_for_tables_alone(photos, class_folder):
+    """A run of a table is scored on class folders, too."""
+    table = write(photos / "labels.csv", [(f"{i}.png", i % 2) for i in range(12)])
+    for columns, data, kept in (
+        ({"target": ["label"], "separator": "/"}, table, True),
+        ({"target": ["label"], "separator": "/", "file_column": "file"}, class_folder, False),
+        ({"target": ["folder"]}, class_folder, True),
+        ({"target": ["label"]}, None, False),
+    ):
+        info = {"task_args": {"table": columns}, "settings": {"data": "of a table.csv"}}
+        loaded = Loaded(torch.nn.Identity(), "classify", ["a", "b"], {}, "run", info)
+        _set_table(loaded, None if data is None else str(data), None, None)
+        assert ("table" in loaded.info["task_args"]) == kept
+    with pytest.raises(UserError, match="separator is for a table of files"):
+        open_splits(str(class_folder), table=Table(separator="/"))
 
 
 def test_ragged_rows_are_read(tmp_path):

@@ -54,12 +54,12 @@ def compare(
         batch: Images at a time.
         dtype: fp32, bf16, fp16, or several separated by commas; eager engines use autocast for the latter two.
         engine: One or more of eager, channels_last, optimize, compile, optimize_compile, onnxruntime, openvino.
-        train: Time training steps (forward, backward, AdamW, channels-last) instead of inference.
+        train: Time training steps (forward, backward, AdamW, channels-last) instead of inference, by one engine alone.
         reference: FILE.py:FACTORY, another implementation; where its tensors match one of ours, both get the same
             weights. It runs with the engines asked for, but for optimize.
         rounds: How often each case is timed.
         seconds: Minimum time of one round of one case.
-        memory: Also measure the peak memory, each case in a process of its own.
+        memory: Also measure the peak memory, each case in a process of its own; on the CPU alone.
         threads: CPU threads; without it, PyTorch's choice.
         device: cpu or cuda.
         out: Directory for compare.csv and compare.png; without it nothing is written.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..checkpoints.files import make_folder
 from ..data.paths import StrPath, as_text, check_data_exists
-from ..errors import check_range
+from ..errors import UserError, check_range
 from ..inspection.page import class_rows, fact_rows, write_page
 from ..inspection.samples import open_data
 from ..inspection.survey import survey
@@ -50,6 +50,8 @@ def data(
         UserError: Data that can't be opened, or a folder that can't be written to.
     """
     check_range(1, limit_images=limit_images)
+    if task in ("segment", "detect") and (images is not None or target is not None):
+        raise UserError(f"images and target are for tables of labelled images, not for data to {task}")
     source = as_text(data)
     check_data_exists(source)
     if out is not None:

@@ -47,7 +47,7 @@ def demo(
         model: The network that a file of weights is for which doesn't say so, such as the authors' .pth files.
         examples: Images or folders to choose examples from; without it, some of the run's data, where the checkpoint is
             a run's directory and the page is for this machine alone.
-        img_size: Another size than the network was trained at.
+        img_size: Another size than the network was trained at; not to segment or detect.
         host: Address to listen at; 0.0.0.0 lets the whole network in.
         port: Port to listen at; without it the first free one from 7860 on.
         allowed_hosts: Further names that the page may be asked for under, such as that of a proxy in front of it.
@@ -89,6 +89,7 @@ def _network(checkpoint: StrPath, model: str | None, img_size: int | None, accel
     """The network to show; what loading it and showing it need is imported here."""
     with gc_paused():
         require("gradio", "demo")
+        from ..checkpoints.available import check_resizable
         from ..checkpoints.loading import load
         from ..checkpoints.memory import check_forward
         from ..distributed.runtime import check_accelerator, quiet_libraries
@@ -96,6 +97,7 @@ def _network(checkpoint: StrPath, model: str | None, img_size: int | None, accel
     check_accelerator(accelerator)
     with quiet_libraries():
         loaded = load(checkpoint, model)
+    check_resizable(loaded, img_size)
     loaded.resize_input(img_size)
     check_forward(loaded, chosen=img_size is not None)
     return loaded

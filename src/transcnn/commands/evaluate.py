@@ -12,6 +12,8 @@ from ..checkpoints.files import make_folder
 from ..checkpoints.loading import Loaded, load
 from ..checkpoints.memory import check_forward
 from ..data.paths import StrPath, as_text, is_fetched
+from ..data.sources.opening import columns_for
+from ..data.sources.source import check_fraction
 from ..distributed.processes import first_decides, first_here, gather_lists, launch, rank, world
 from ..distributed.runtime import PRECISIONS, check_accelerator, choose_precision, quiet_libraries
 from ..errors import MAX_SEED, MAX_SIDE, UserError, check_range
@@ -95,6 +97,11 @@ def evaluate(
     check_range(0, num_workers=num_workers)
     check_range(0, MAX_SEED, seed=seed)
     check_range(1, MAX_SIDE, img_size=img_size, window=window)
+    if val_fraction is not None:
+        check_fraction(val_fraction)
+    folder = Path(out) if out else Path(checkpoint) / "eval" if Path(checkpoint).is_dir() else None
+    if report and folder is None:
+        raise UserError(f"{checkpoint} is no run, which the report could be written to: give --out FOLDER")
     check_accelerator(accelerator)
     with quiet_libraries():
         launch(accelerator, devices, num_nodes)
@@ -107,7 +114,6 @@ def evaluate(
         part = first_here(lambda: _open(loaded, chosen, split, **held, strict=strict_data))
         if not quiet:
             _say_if_learnt(loaded, chosen, part, part.split or split)
-        folder = Path(out) if out else Path(checkpoint) / "eval" if Path(checkpoint).is_dir() else None
         if folder is not None:
             first_decides(partial(make_folder, folder, "metrics.json"))
         learner, scores, part = measure(
@@ -192,7 +198,7 @@ def _say_if_learnt(loaded: Loaded, data: str | None, part: Any, split: str) -> N
 
 def _set_table(loaded: Loaded, data: str | None, images: str | None, target: list[str] | None) -> None:
     """Which columns of a table are what: as in training, but for what is given."""
-    table = loaded.table_of(data)
+    table = columns_for(data, loaded.table_of(data))
     loaded.info["task_args"].pop("table", None)
     table |= {name: value for name, value in (("images", images), ("target", target)) if value is not None}
     if table and loaded.task in ("segment", "detect"):

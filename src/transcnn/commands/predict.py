@@ -46,7 +46,7 @@ def predict(
     precision: Literal["auto", "32", "bf16", "16"] = "32",
     accelerator: str = "auto",
     optimize: bool = True,
-    out: StrPath = "predictions",
+    out: StrPath | None = None,
     format: Literal["coco", "voc", "yolo"] | None = None,
     strict: bool = False,
     quiet: bool = False,
@@ -72,7 +72,7 @@ def predict(
         optimize: For more than a few images, run the network as transcnn.optimize makes it: the same predictions up to
             rounding, several times as fast.
         out: Folder for the images of a network that segments or detects: label maps and overlays; boxes also as
-            predictions.json in COCO's format.
+            predictions.json in COCO's format. Without it, predictions.
         format: To detect: also write the boxes as a data set in this format, with copies of the images, into a folder
             of this name in out: for a tool to correct them in, or for transcnn train.
         strict: Let a file that can't be read be an error (exit code 1), once all others are done.
@@ -104,7 +104,9 @@ def predict(
     predictor.resize_input(img_size)
     predictor.check_memory(min(batch_size, len(files)), chosen=img_size is not None)
     predictor.check_min_score(min_score)
-    outputs = _Outputs(predictor, Path(out), files, format)
+    if out is not None and predictor.task not in DENSE:
+        raise UserError(f"out is for networks that segment or detect, this one is to {predictor.task}: give --csv FILE")
+    outputs = _Outputs(predictor, Path(out or "predictions"), files, format)
     answers = predictor.predict_iter(files, batch_size=batch_size, top_k=top_k, min_score=min_score)
     rows = [{**found.to_dict(), **outputs.add(found)} for found in answers]
     outputs.finish()

@@ -21,6 +21,7 @@ import numpy as np
 from ..checkpoints.loading import Loaded
 from ..data.images import BrokenImage
 from ..data.sets.classify import open_set
+from ..data.sources.opening import columns_for
 from ..data.sources.source import abbreviate
 from ..errors import UserError
 from ..onnx.predict import OnnxModel, to_input
@@ -91,7 +92,7 @@ def read(data: str, split: str, loaded: Loaded, most: int | None = None) -> tupl
 
     ``auto`` is never what a network learnt from, or is calibrated on, if anything else is there.
     """
-    table = Table(**loaded.table_of(data))
+    table = Table(**columns_for(data, loaded.table_of(data)))
     opened = partial(open_set, data, class_names=loaded.class_names, table=table, **held_back(loaded, data))
     part = opened(split)
     if split == "auto" and part.split == "all":

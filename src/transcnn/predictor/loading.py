@@ -45,6 +45,8 @@ def load(
     if os.fspath(source).lower().endswith(".onnx"):
         if model is not None:
             raise UserError(f"model is for a file of weights that doesn't name its network; got {os.fspath(source)}")
+        if precision not in ("32", "auto"):
+            raise UserError(f"precision is for networks of PyTorch; {os.fspath(source)} computes as it was exported")
         return OnnxPredictor(source, accelerator)
     from ..checkpoints.loading import load as load_weights
     from ..distributed.runtime import check_accelerator, quiet_libraries

@@ -187,6 +187,8 @@ class TrainSettings:
         for name in ("data", "out", "resume", "init_from"):
             if isinstance(value := getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
+        if isinstance(self.freeze, str | int):  # freeze="all" and freeze=2 from Python
+            object.__setattr__(self, "freeze", [str(self.freeze)])
 
     def value_of(self, name: str) -> Any:
         """The value of a setting, by its name or ``group.name``."""

@@ -273,3 +273,5 @@ class Table:
     def __post_init__(self) -> None:
         if isinstance(self.images, os.PathLike):
             object.__setattr__(self, "images", os.fspath(self.images))
+        if isinstance(self.target, str):  # target="count" from Python
+            object.__setattr__(self, "target", [self.target])

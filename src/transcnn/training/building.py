@@ -74,7 +74,10 @@ def make_network(
     else:
         network, args = _made_new(s, splits, task_args)
     if s.grad_checkpointing:
-        network.set_grad_checkpointing(True)  # pyright: ignore
+        try:
+            network.set_grad_checkpointing(True)  # pyright: ignore
+        except (AttributeError, AssertionError, NotImplementedError) as error:  # timm's that have none
+            raise UserError(f"{s.model} has no gradient checkpointing: leave grad_checkpointing out") from error
     if world() > 1 and torch.cuda.is_available() and s.accelerator != "cpu":
         # timm's: PyTorch's would drop the activations that some norms hold. On CPUs there is none.
         network = convert_sync_batchnorm(network)

@@ -24,7 +24,7 @@ from .table_source import open_table
 from .targets import CLASSES, Targets
 from .webdataset import open_shards
 
-__all__ = ["open_source"]
+__all__ = ["columns_for", "open_source"]
 
 
 def open_source(data: str | None, table: Table | None = None, targets: Targets = CLASSES) -> SourceSplits:
@@ -44,7 +44,7 @@ def open_source(data: str | None, table: Table | None = None, targets: Targets =
         path = Path(os.fspath(data))  # pyright: ignore
         name = path.resolve().name if path.is_dir() else path.stem
         return open_table(found, name, table, targets)
-    for name in ("images", "target", "file_column", "split_column", "group"):
+    for name in ("images", "target", "file_column", "split_column", "separator", "group"):
         if getattr(table, name) is not None and not (name == "target" and table.target == ["folder"]):
             raise UserError(f"{name} is for a table of files (.csv, .tsv, .jsonl, .parquet), got {data or 'digits'!r}")
     splits = _open(data)
@@ -53,6 +53,13 @@ def open_source(data: str | None, table: Table | None = None, targets: Targets =
             what = repr(data or splits.name)
             source.labels, source.class_names = targets.of_classes(source.labels, source.class_names, what)
     return splits
+
+
+def columns_for(data: str | None, columns: dict[str, Any]) -> dict[str, Any]:
+    """What of a run's fields of :class:`Table` is about other data: nothing where that is no table of files."""
+    if _tables(data, Table(**columns)):
+        return columns
+    return {"target": ["folder"]} if columns.get("target") == ["folder"] else {}
 
 
 def _tables(data: str | None, table: Table) -> list[tuple[Path, str | None]]:
