@@ -133,6 +133,19 @@ def test_predict_prints_no_nan(run, class_folder, capsys):
     rows = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert len(rows) == 8
     assert all("not a number" in row["error"] and "top" not in row for row in rows)
+    metrics = evaluate(str(run), str(class_folder), accelerator="cpu")
+    assert "the loss is nan" in capsys.readouterr().err
+    text = (run / "eval" / "metrics.json").read_text()
+    assert json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))["loss"] is None
+    assert math.isnan(metrics["loss"])
+
+
+def test_eval_of_files_of_which_none_can_be_read_is_one_line(run, tmp_path):
+    for name in ("class_0", "class_1"):
+        (tmp_path / "broken" / name).mkdir(parents=True)
+        (tmp_path / "broken" / name / "a.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"nothing can be scored on .*broken: no image of the split has a label"):
+        evaluate(str(run), tmp_path / "broken", accelerator="cpu", quiet=True)
 
 
 def test_eval_of_other_classes_is_refused(run, make_class_folder):

@@ -268,6 +268,28 @@ def test_a_column_without_labels_is_left_out_of_the_means(monkeypatch):
     assert all(np.isnan(none[name]) for name in ("mae", "rmse", "r2", "spearman"))
 
 
+def test_outputs_that_are_not_numbers_end_no_training(monkeypatch):
+    """Of a run that has diverged: the loss tells, and no epoch of it is the best."""
+    numbers = Regress(torch.nn.Identity(), ["x", "y"], {}, task_args={"mean": [0.0, 0], "std": [1.0, 1]})
+    outputs, truth = torch.tensor([[1.0, NAN], [2, 1], [3, -math.inf]]), torch.tensor([[1.0, 0], [2, 1], [3, NAN]])
+    found = scored(numbers, [(outputs, truth)], monkeypatch)
+    assert np.isnan(found["mae"])
+    assert found["table"][0]["mae"] == 0
+    assert "the loss is nan" in numbers.warnings_about(found)[0]
+    labels = multilabel()
+    monkeypatch.setattr(type(labels), "trainer", SimpleNamespace(testing=False), raising=False)
+    labels.evaluate_batch((torch.full((3, 3), NAN), TRUTH[:3]), 0)
+    found = labels.scores()
+    assert "the loss is nan" in labels.warnings_about(found)[0]
+    assert all(math.isfinite(found[name]) for name in ("map", "macro_f1", "micro_f1", "exact_match"))
+
+
+def test_a_constant_prediction_has_no_rank_correlation(monkeypatch):
+    task = Regress(torch.nn.Identity(), ["x"], {}, task_args={"mean": [0.1], "std": [1.0]})
+    found = scored(task, [(torch.zeros(3, 1), torch.tensor([[1.0], [2], [4]]))], monkeypatch)
+    assert np.isnan(found["spearman"])  # though the mean of three 0.1 is not 0.1
+
+
 def test_numbers_of_which_none_differ_in_the_training_split_are_told(tmp_path, class_image):
     rows = [("file", "size", "rare"), *((f"{i}.png", i, 1 if i == 4 else 0 if i == 3 else "") for i in range(10))]
     for name, *_ in rows[1:]:

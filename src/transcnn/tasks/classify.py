@@ -171,6 +171,8 @@ class Classify(ImageTask):
         answers 0) and is left out of the mean, which is NaN where none is left.
         """
         assert self.auroc is not None
+        if not int(images.sum()):  # in no process any
+            return math.nan
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of classes without images
             if not self.auroc.update_called:  # a process without images takes part in the gathering

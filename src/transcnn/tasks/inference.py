@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.bands import is_per_channel
 from ..data.transforms.classify import Transform, eval_transform
@@ -145,15 +145,8 @@ class DetectInference(DenseInference):
         args, made = loaded.info.get("task_args") or {}, []
         for pixels, image in inputs:  # one by one: a hundred masks at the full size of a photograph are large
             found = {name: value.cpu().numpy() for name, value in loaded.model([pixels.to(device)])[0].items()}
-            if not len(found["scores"]) and not _has_finite_weights(loaded.model):  # scores of NaN are below any other
-                made.append(Failure(error=NOT_A_NUMBER))
-                continue
             made.append(replace(Detections.of(found, loaded.class_names, args), image=image))
         return made
-
-
-def _has_finite_weights(model: nn.Module) -> bool:
-    return all(bool(torch.stack(part.aminmax()).isfinite().all()) for part in model.parameters() if part.numel())
 
 
 def get_inference(task: str) -> type[Inference]:

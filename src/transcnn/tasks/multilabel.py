@@ -109,9 +109,10 @@ class Multilabel(CollectedTask):
     def figures(self, indices: np.ndarray, outputs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         """``map``, ``macro_f1``, ``micro_f1``, ``exact_match`` in percent; ``table`` by label, ``worst`` images.
 
-        In training the thresholds are chosen first: for each label the one of the best F1.
+        In training the thresholds are chosen first: for each label the one of the best F1. Of outputs that are NaN no
+        label holds; the loss, which is NaN then, tells of them.
         """
-        scores = probabilities(self.name, outputs)
+        scores = np.nan_to_num(probabilities(self.name, outputs))
         if not self.trainer.testing:
             fixed = self.task_args.get("threshold")
             chosen = best_thresholds(scores, labels) if fixed is None else [fixed] * len(self.class_names)

@@ -89,7 +89,7 @@ class Regress(CollectedTask):
         known = ~np.isnan(labels)
         truth, found = labels[known].astype(np.float64), found[known]
         row: dict[str, Any] = {"name": self.class_names[i], "images": len(truth), **dict.fromkeys(FIGURES, math.nan)}
-        if not len(truth):
+        if not len(truth) or not np.isfinite(found).all():  # the loss isn't either, which is told
             return row
         metrics: Any = require("sklearn.metrics", "train")
         row["mae"] = float(metrics.mean_absolute_error(truth, found))
@@ -97,7 +97,7 @@ class Regress(CollectedTask):
         row["of_the_mean"] = float(np.abs(truth - self.mean[i].item()).mean())  # pyright: ignore
         if len(truth) > 1:
             row["r2"] = float(metrics.r2_score(truth, found))
-            if truth.std() and found.std():
+            if truth.min() < truth.max() and found.min() < found.max():
                 row["spearman"] = float(spearman_corrcoef(torch.from_numpy(found), torch.from_numpy(truth)))
         return row
 

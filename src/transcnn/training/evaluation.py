@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 import sys
 import time
@@ -83,13 +84,22 @@ def write_results(
     """``metrics.json``, ``skipped.csv`` where files could not be read, and the report."""
     metrics["skipped"] = len(broken)
     metrics["versions"] = versions()
-    text = json_text(metrics, indent=2) + "\n"
+    text = json_text(_as_json(metrics), indent=2) + "\n"
     atomic_write(folder / "metrics.json", lambda path: path.write_text(text, encoding="utf-8"))
     (folder / "skipped.csv").unlink(missing_ok=True)  # of an earlier evaluation
     if broken:
         atomic_write(folder / "skipped.csv", lambda path: write_skipped(path, broken))
     if report:
         learner.write_report(folder, scores, part, metrics)
+
+
+def _as_json(value: Any) -> Any:
+    """The same with None for numbers that JSON hasn't: the loss of a network that has diverged is NaN."""
+    if isinstance(value, dict):
+        return {key: _as_json(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_as_json(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def say_what_is_off(learner: Task, scores: dict[str, Any], broken: list[tuple[str, str]], folder: Path | None) -> None:
