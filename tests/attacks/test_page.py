@@ -122,6 +122,8 @@ def test_no_host_or_two_are_refused(tmp_path: Path) -> None:
         ({"origin": "http://evil.example"}, False),
         ({"origin": "http://localhost:3000"}, False),  # another page of the same machine
         ({"origin": "null"}, False),
+        ({"origin": "http://["}, False),
+        ({"origin": "http://[localhost:7860"}, False),
         ({"origin": "file://localhost:7860"}, False),
         ({"origin": "http://localhost:7860.evil.example"}, False),
         ({"sec_fetch_site": "cross-site"}, False),
@@ -233,7 +235,7 @@ def test_an_upload_that_fails_inside_leaves_the_guard_usable(tmp_path: Path) -> 
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("host", ["300.1.1.1", "1.2.3", "1.2.3.4.5", "::zz", "203.0.113.7", "no such host"])
+@pytest.mark.parametrize("host", ["300.1.1.1", "1.2.3", "1.2.3.4.5", "::zz", "203.0.113.7", "no such host", "", " "])
 def test_a_wrong_address_is_told_at_once(host: str) -> None:
     began = time.monotonic()
     with pytest.raises(UserError) as caught:
@@ -243,8 +245,10 @@ def test_a_wrong_address_is_told_at_once(host: str) -> None:
     check_address("127.0.0.1", None)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_signals_end_it_with_everything_removed(number: int) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("again", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_it_with_everything_removed(number: int, again: int) -> None:
+    """A second one, as a terminal that is closed sends, comes while files are being removed, and ends nothing."""
     removed = []
     before = signal.getsignal(number)
     with _until_signal():
@@ -252,9 +256,27 @@ def test_signals_end_it_with_everything_removed(number: int) -> None:
             os.kill(os.getpid(), number)
             time.sleep(5)
         finally:
+            os.kill(os.getpid(), again)
+            time.sleep(0.01)
             removed.append(True)
     assert removed
     assert signal.getsignal(number) is before
+
+
+def test_folders_of_files_that_are_gone_go_too(tmp_path: Path) -> None:
+    """A folder stays of each upload: thousands of them are walked at the next one."""
+    for name in ("old", "new", "kept"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+    (tmp_path / "kept" / "inner" / "a.png").write_bytes(b"a")
+    now = time.time()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time", lambda: now + 50)
+        (tmp_path / "new" / "inner" / "late").mkdir()
+        sweep(tmp_path, replace(LIMITS, seconds=60))
+        assert len(list(tmp_path.rglob("*"))) == 8
+        for _ in range(3):
+            sweep(tmp_path, replace(LIMITS, seconds=30))
+    assert {path.name for path in tmp_path.rglob("*")} == {"kept", "inner", "a.png"}
 
 
 def test_nohup_is_obeyed() -> None:

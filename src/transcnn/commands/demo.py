@@ -108,17 +108,20 @@ def _until_signal() -> Iterator[None]:
     """Ctrl-C, SIGTERM and SIGHUP (a closed terminal) end it alike, with what was stored removed."""
 
     def stop(*_: Any) -> None:
+        for number in wanted:
+            signal.signal(
+                number, signal.SIG_IGN
+            )  # a second one must not interrupt the removal, which is inside of this
         raise KeyboardInterrupt
 
-    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     main = threading.current_thread() is threading.main_thread()
     wanted = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
     former = {number: signal.signal(number, stop) for number in wanted} if main else {}
     try:
         yield
     except KeyboardInterrupt:
-        for number in former:
-            signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the removal
+        pass
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)

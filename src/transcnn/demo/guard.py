@@ -96,9 +96,13 @@ class Names:
 
     def same_page(self, origin: str, host: str) -> bool:
         """Whether an ``Origin`` header is the page's own, asked for under ``Host``."""
-        if urlsplit(origin).scheme not in ("http", "https"):
+        try:
+            page = urlsplit(origin)
+        except ValueError:  # brackets that don't close
             return False
-        return urlsplit(origin).netloc.lower() == host.lower() or _host_of(urlsplit(origin).netloc) in self.extra
+        if page.scheme not in ("http", "https"):
+            return False
+        return page.netloc.lower() == host.lower() or _host_of(page.netloc) in self.extra
 
 
 class Guard:
@@ -227,7 +231,10 @@ def stored_files(folder: Path) -> list[Path]:
 
 
 def sweep(folder: Path, limits: Limits, kept: Collection[Path] = ()) -> None:
-    """Delete files that are older than they may be, and the oldest ones above the bounds, but for those of ``kept``."""
+    """Delete files that are older than they may be, and the oldest ones above the bounds, but for those of ``kept``.
+
+    gradio has a folder for each file: those that have been empty for as long as an upload may take go, too.
+    """
     files = []
     for path in stored_files(folder):
         if path in kept:
@@ -241,10 +248,17 @@ def sweep(folder: Path, limits: Limits, kept: Collection[Path] = ()) -> None:
         total += size
         if written < oldest or number > limits.stored_files or total > limits.stored_bytes:
             path.unlink(missing_ok=True)
+    for directory, folders, names in os.walk(folder, topdown=False):
+        if not folders and not names and Path(directory) != folder:
+            with suppress(OSError):  # filled or deleted meanwhile
+                if os.lstat(directory).st_ctime < time.time() - limits.seconds:
+                    os.rmdir(directory)
 
 
 def check_address(host: str, port: int | None) -> None:
     """Raise UserError at once for an address that this machine can't listen at."""
+    if not host.strip():
+        raise UserError("host is empty; 127.0.0.1 is this machine alone, 0.0.0.0 the whole network")
     numeric = all(part.isdecimal() for part in host.split("."))
     if (numeric or ":" in host) and _address(host) is None:
         raise UserError(f"host {host!r} is no address; 127.0.0.1 is this machine alone, 0.0.0.0 the whole network")
