@@ -7,9 +7,12 @@ import http.server
 import io
 import json
 import pickle
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from transcnn.commands.evaluate import evaluate
 from transcnn.commands.predict import predict
 from transcnn.commands.train import train
 from transcnn.data import inputs
+from transcnn.data.images import BrokenImage
 from transcnn.data.inputs import read_input
 from transcnn.dense.build import build_network
 from transcnn.errors import UserError
@@ -356,6 +360,32 @@ def test_urls_are_fetched_within_bounds(classifier, photo, server, monkeypatch):
     assert "more than" in bad[2].error
     monkeypatch.setattr(inputs, "FETCH_SECONDS", -1.0)
     assert "seconds" in classifier.predict(f"{server}/photo.png").error
+
+
+@pytest.mark.parametrize("begin", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"])
+def test_a_server_that_sends_a_byte_now_and_then(monkeypatch, begin):
+    """Each byte in time, and neither the head nor the body ever whole."""
+    monkeypatch.setattr(inputs, "FETCH_SECONDS", 0.3)
+    stop = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def drip() -> None:
+            connection, _ = listening.accept()
+            with connection, suppress(OSError):
+                connection.sendall(begin)
+                while not stop.wait(0.05):
+                    connection.sendall(b"a")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        began = time.monotonic()
+        try:
+            with pytest.raises(BrokenImage, match=r"it takes more than 0\.3 seconds"):
+                inputs.read_input(f"http://127.0.0.1:{listening.getsockname()[1]}/x.png")
+            assert time.monotonic() - began < 5
+        finally:
+            stop.set()
+            thread.join()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

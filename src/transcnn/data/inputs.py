@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -157,7 +158,30 @@ def _from_stream(stream: Any, pixel_range: PixelRange | None) -> Any:
 
 
 def _fetch(url: str) -> bytes:
-    """The bytes at a URL, bounded in size and time."""
+    """The bytes at a URL, bounded in size and time.
+
+    A server that sends a byte now and then holds whoever reads a line or a block of it, so a thread reads.
+    """
+    found: list[bytes | Exception] = []
+    reader = threading.Thread(target=lambda: found.append(_answer_of(url)), daemon=True)
+    reader.start()
+    reader.join(FETCH_SECONDS)
+    if not found:
+        raise BrokenImage(f"can't be fetched: it takes more than {FETCH_SECONDS:g} seconds")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def _answer_of(url: str) -> bytes | Exception:
+    """The bytes at a URL, or why there are none: BrokenImage or UserError."""
+    try:
+        return _read_url(url)
+    except (BrokenImage, UserError) as error:
+        return error
+
+
+def _read_url(url: str) -> bytes:
     try:
         if url.lower().startswith(("http://", "https://")):
             with _opener().open(url, timeout=PAUSE_SECONDS) as response:
@@ -175,7 +199,8 @@ def _fetch(url: str) -> bytes:
 
 def _read_bounded(stream: Any) -> bytes:
     end, content = time.monotonic() + FETCH_SECONDS, io.BytesIO()
-    while chunk := stream.read(CHUNK):
+    read = getattr(stream, "read1", stream.read)  # what has come, where a stream can tell
+    while chunk := read(CHUNK):
         content.write(chunk)
         if content.tell() > MAX_BYTES:
             raise BrokenImage(f"can't be fetched: more than {MAX_BYTES >> 20} MiB")
