@@ -166,6 +166,33 @@ def test_unusable_urls_are_reported(bucket, folder, cache, monkeypatch):
     assert not kept(cache, ".tmp") + kept(cache, ".arrow")
 
 
+@pytest.mark.parametrize("form", ["images", "labels", "rows"])
+def test_one_value_for_many_rows(monkeypatch, tmp_path, form):
+    """A dictionary's value takes its bytes once in the file, and once for each row when it is read."""
+    monkeypatch.setattr("transcnn.data.sources.parquet.IN_MEMORY", 1 << 20)
+    monkeypatch.setattr("transcnn.data.sources.parquet.MIN_BOMB_ROWS", 100)
+    image, label = b"x" * (1 << 15 if form == "images" else 1), "x" * (1 << 15 if form == "labels" else 1)
+    count = 1000 if form != "rows" else 100_000
+    table = pa.table({"image": [image] * count, "label": [label, "y"] * (count // 2)})
+    pq.write_table(table, tmp_path / "x.parquet", compression="none")
+    fsspec.filesystem("memory").pipe("/bucket/many/x.parquet", (tmp_path / "x.parquet").read_bytes())
+    words = "100,000 rows and" if form == "rows" else "repeats its values"
+    with pytest.raises(UserError, match=words):
+        open_splits("memory://bucket/many", in_chans=3).train.source.raw(0)
+
+
+def test_damaged_copies_are_told_from_damaged_files(bucket, cache):
+    assert greys(open_splits(bucket, in_chans=3).val)
+    for ending in (".arrow", ".labels"):
+        for path in cache.rglob(f"*{ending}"):
+            path.write_bytes(path.read_bytes()[:-20])
+        with pytest.raises(UserError, match=rf"can't read .*{ending}.*fetched anew once it is removed"):
+            greys(open_splits(bucket, in_chans=3).val)
+        for path in cache.rglob(f"*{ending}"):
+            path.unlink()
+    assert len(greys(open_splits(bucket, in_chans=3).val)) == 6
+
+
 def test_labels_are_read_without_the_images(tmp_path):
     rows = parquet_rows(40)
     for i, row in enumerate(rows):

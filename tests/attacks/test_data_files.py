@@ -32,6 +32,7 @@ from transcnn.data.sources.files import open_files
 from transcnn.data.sources.opening import open_source
 from transcnn.data.sources.table import read_table
 from transcnn.errors import UserError
+from transcnn.vectors.file import read_vectors
 
 SECONDS = 20.0  # that nothing here may take
 MEMORY = 1 << 28  # bytes of Python's and numpy's that no small file may need
@@ -136,6 +137,28 @@ def test_a_table_of_bytes_that_unpack_to_a_thousand_times_as_many(
     monkeypatch.setattr("transcnn.data.sources.parquet.MIN_BOMB_BYTES", 1 << 20)
     pq.write_table(pa.table({"image": [bytes(1 << 23)], "label": [0]}), tmp_path / "x.parquet", compression="zstd")
     refused(lambda: open_source(str(tmp_path / "x.parquet")), "bytes unpacked from")
+
+
+@pytest.mark.parametrize("form", ["images", "structs", "table", "vectors"])
+def test_one_value_for_many_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """A dictionary's value takes its bytes once in the file, and once for each row in memory."""
+    monkeypatch.setattr("transcnn.data.sources.parquet.IN_MEMORY", 1 << 20)
+    rows, large = 1000, os.urandom(1 << 15)
+    if form in ("images", "structs"):
+        images = [large] * rows if form == "images" else [{"bytes": large, "path": None}] * rows
+        table = pa.table({"image": images, "label": [0, 1] * (rows // 2)})
+    elif form == "table":
+        table = pa.table({"file": ["a.png"] * rows, "label": [large.hex()] * rows})
+    else:
+        values = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(1000 * rows, np.float32)), 1000)
+        names = [""] * rows
+        table = pa.table({"file": names, "label": names, "split": names, "vector": values})
+    path = tmp_path / "x.parquet"
+    pq.write_table(table, path, compression="none", dictionary_pagesize_limit=1 << 24)
+    assert path.stat().st_size < 100_000
+    read = {"table": read_table, "vectors": read_vectors}.get(form, open_source)
+    with bounded():
+        refused(lambda: read(path if form in ("table", "vectors") else str(path)), "repeats its values")
 
 
 def test_labels_of_shards_of_a_wide_range(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints.files import atomic_write
-from ..data.sources.parquet import refuse_bombs
+from ..data.sources.parquet import read_bounded, refuse_bombs
 from ..errors import UserError, first_line, require
 from ..text import csv_cell, csv_text
 
@@ -93,9 +93,8 @@ def read_vectors(path: Path) -> Vectors:
 def _read_parquet(path: Path) -> Vectors:
     parquet: Any = require("pyarrow.parquet", "train")
     with parquet.ParquetFile(path) as file:
-        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        refuse_bombs([path], file.metadata.num_rows, sum(group.total_byte_size for group in groups))
-        table = file.read()
+        refuse_bombs([path], path.stat().st_size, [file])
+        table = read_bounded(file, None, path)
     column = table.column("vector").combine_chunks()
     size = getattr(column.type, "list_size", 0)
     if size < 1 or str(column.type.value_type) != "float" or column.null_count:

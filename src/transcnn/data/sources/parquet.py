@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,18 @@ from .source import (
 
 __all__ = [
     "ImageColumn",
+    "batches_of",
     "feature_names",
     "find_columns",
     "holds_images",
     "label_values",
     "open_parquet",
+    "read_bounded",
     "refuse_bombs",
     "split_of_path",
 ]
 
+BATCH_ROWS = 1024  # that are unpacked at a time
 IN_MEMORY = 2 << 30  # bytes of a split that are read into memory; larger ones are mapped from disk
 MIN_BOMB_ROWS, MIN_BOMB_BYTES, MAX_RATIO = 1 << 20, 1 << 28, 1000  # what is smaller does no harm
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
@@ -73,15 +76,12 @@ def _parquet_split(files: list[Path], folder: Path, names: list[str] | None) -> 
         ) from error
     schema = opened[0].schema_arrow
     image, label = find_columns(schema.names, files[0])
-    size = sum(
-        group.total_byte_size
-        for file in opened
-        for group in map(file.metadata.row_group, range(file.metadata.num_row_groups))
-    )
-    refuse_bombs(files, sum(file.metadata.num_rows for file in opened), size)
+    size = refuse_bombs(files, sum(file.stat().st_size for file in files), opened)
     try:
         if size <= IN_MEMORY:
-            table = arrow.concat_tables([file.read(columns=[image, label]) for file in opened])
+            table = arrow.concat_tables(
+                [read_bounded(file, [image, label], path) for path, file in zip(files, opened, strict=True)]
+            )
         else:  # Hugging Face datasets keeps a decompressed copy in its cache and maps it
             datasets: Any = require("datasets", "data")
             table = datasets.Dataset.from_parquet([str(file) for file in files]).data.table
@@ -96,14 +96,60 @@ def _parquet_split(files: list[Path], folder: Path, names: list[str] | None) -> 
     return Source(labels, class_names, rows.load, rows.name, raw=rows.raw)
 
 
-def refuse_bombs(files: Sequence[Path], rows: int, size: int) -> None:
-    """Refuse files that say they hold far more than their bytes can: repetitions, which would take all memory."""
-    stored = sum(file.stat().st_size for file in files)
+def refuse_bombs(names: Sequence[Path | str], stored: int, opened: Sequence[Any]) -> int:
+    """Refuse files that say they hold far more than their bytes can: repetitions, which would take all memory.
+
+    Args:
+        names: Of the files, for messages.
+        stored: Their bytes.
+        opened: They as PyArrow's ``ParquetFile``.
+
+    Returns:
+        The bytes that they say they have unpacked; values that are repeated count once.
+    """
+    rows = sum(file.metadata.num_rows for file in opened)
+    size = sum(group.total_byte_size for file in opened for group in _groups(file))
     if rows > max(MIN_BOMB_ROWS, stored) or size > max(MIN_BOMB_BYTES, MAX_RATIO * stored):
         raise UserError(
-            f"{abbreviate([str(file) for file in files])}: {rows:,} rows and {size:,} bytes unpacked from {stored:,} "
+            f"{abbreviate([str(name) for name in names])}: {rows:,} rows and {size:,} bytes unpacked from {stored:,} "
             "bytes of file are no images"
         )
+    return size
+
+
+def _groups(file: Any) -> list[Any]:
+    return [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+
+
+def batches_of(file: Any, columns: list[str] | None, name: Path | str, *, use_threads: bool = True) -> Iterator[Any]:
+    """The rows of a ``ParquetFile`` in record batches, as long as they don't take far more than it says.
+
+    A dictionary may hold one image for a million rows: it takes its bytes a million times when it is read.
+
+    Args:
+        file: The file, open.
+        columns: Those to read; None reads all.
+        name: Of the file, for messages.
+        use_threads: Those of PyArrow, which forked processes must not use.
+
+    Raises:
+        UserError: They do.
+    """
+    cells = [group.column(i).total_uncompressed_size for group in _groups(file) for i in range(group.num_columns)]
+    most, unpacked = max(IN_MEMORY, 2 * sum(cells)), 0
+    rows = max(1, min(BATCH_ROWS, IN_MEMORY // max(1, 1, *cells)))  # a cell may be as large as its column
+    for batch in file.iter_batches(rows, columns=columns, use_threads=use_threads):
+        unpacked += batch.nbytes
+        if unpacked > most:
+            raise UserError(f"{str(name)!r} repeats its values: they take more than {most:,} bytes of memory")
+        yield batch
+
+
+def read_bounded(file: Any, columns: list[str] | None, name: Path | str) -> Any:
+    """A ``ParquetFile``'s rows as a table; raises UserError as :func:`batches_of` does."""
+    arrow: Any = require("pyarrow", "train")
+    batches = list(batches_of(file, columns, name))
+    return arrow.Table.from_batches(batches) if batches else file.read(columns=columns)
 
 
 class ImageColumn:

@@ -54,15 +54,17 @@ class RemoteFolder:
     def path(self, name: str) -> str:
         """The path of a file on this machine, after it was fetched if need be.
 
-        What nothing is known of, such as a manifest, is fetched anew each time.
+        What nothing is known of, such as a manifest, is fetched anew each time, as is what hasn't the right size.
 
         Raises:
             UserError: It can't be fetched or kept; a run that needs it ends, and can be resumed.
         """
-        return self.cached(name, "", lambda target: self.fetch(name, target))
+        return self.cached(name, "", lambda target: self.fetch(name, target), self.known.get(name, Expected()).size)
 
-    def cached(self, name: str, suffix: str, make: Callable[[Path], None]) -> str:
+    def cached(self, name: str, suffix: str, make: Callable[[Path], None], size: int | None = None) -> str:
         """The path of what is made of a file, once for all processes: ``make`` writes it to the path it gets.
+
+        What is there already is taken, if it has ``size`` bytes.
 
         Raises:
             UserError: It can't be made or kept.
@@ -70,15 +72,17 @@ class RemoteFolder:
         version = self.known.get(name, Expected()).version
         flat = name.replace("/", "-") + suffix
         path = self.folder / (f"{version[:12]}-{flat}" if version else flat)  # what changed there is another file here
-        if version and path.is_file():
+        if version and _is_whole(path, size):
             return str(path)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / f".{path.name}.lock"):
-                if not version or not path.is_file():
+                if not version or not _is_whole(path, size):
                     temporary = path.with_name(f".{path.name}.tmp")
                     try:
                         make(temporary)
+                        with temporary.open("rb+") as file:
+                            os.fsync(file.fileno())  # else a power cut may leave the name with half of the content
                         os.replace(temporary, path)
                     finally:
                         with suppress(OSError):
@@ -120,6 +124,10 @@ def translate_errors(url: str) -> Iterator[None]:
         raise UserError(f"can't fetch {url}: {first_line(error)}") from error
     except Exception as error:  # each scheme's library has errors of its own
         raise OSError(first_line(error)) from error
+
+
+def _is_whole(path: Path, size: int | None) -> bool:
+    return path.is_file() and (size is None or path.stat().st_size == size)
 
 
 def _download(url: str, target: Path, size: int | None, digest: str) -> None:

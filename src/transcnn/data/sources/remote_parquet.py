@@ -9,8 +9,9 @@ are those of shards at a URL (:mod:`.packed`).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,16 @@ from PIL import Image
 
 from ...errors import UserError, require
 from ..images import read_image
-from .parquet import ImageColumn, feature_names, find_columns, label_values, split_of_path
+from .parquet import (
+    ImageColumn,
+    batches_of,
+    feature_names,
+    find_columns,
+    label_values,
+    read_bounded,
+    refuse_bombs,
+    split_of_path,
+)
 from .remote import Expected, RemoteFolder, translate_errors
 from .source import (
     SPLITS,
@@ -37,7 +47,6 @@ __all__ = ["open_remote_parquet"]
 
 MAX_CONCURRENT = 8  # files whose labels are asked for at the same time
 BLOCK = 1 << 16  # bytes that are asked for at a time while labels are looked for
-BATCH_ROWS = 64  # images that are unpacked at a time
 
 
 def open_remote_parquet(url: str) -> SourceSplits:
@@ -109,12 +118,15 @@ def _label_column(remote: RemoteFolder, name: str) -> Any:
             with fs.open(path, "rb", block_size=BLOCK, cache_type="bytes") as file:
                 opened = parquet.ParquetFile(file)
                 _, label = find_columns(opened.schema_arrow.names, name)
-                parquet.write_table(opened.read(columns=[label]), target)
+                refuse_bombs([f"{remote.url}/{name}"], remote.known[name].size or 0, [opened])
+                parquet.write_table(read_bounded(opened, [label], f"{remote.url}/{name}"), target)
 
     def make(target: Path) -> None:
         remote.retry(name, lambda: ask(target))
 
-    return parquet.read_table(remote.cached(name, ".labels", make))
+    path = remote.cached(name, ".labels", make)
+    with _kept(path):
+        return parquet.read_table(path)
 
 
 def _source(remote: RemoteFolder, names: list[str], columns: dict[str, Any]) -> Source | None:
@@ -168,8 +180,22 @@ class RemoteFiles:
         arrow: Any = require("pyarrow", "train")
         ipc: Any = require("pyarrow.ipc", "train")
         path = self.remote.cached(name, ".arrow", lambda target: _unpack(self.remote, name, target))
-        table = ipc.open_file(arrow.memory_map(path), options=ipc.IpcReadOptions(use_threads=False)).read_all()
+        with _kept(path):
+            table = ipc.open_file(arrow.memory_map(path), options=ipc.IpcReadOptions(use_threads=False)).read_all()
         return ImageColumn(table.column(0), self.remote.folder, name)
+
+
+@contextmanager
+def _kept(path: str) -> Iterator[None]:
+    """Say of a damaged file, kept from an earlier time, that removing it is enough."""
+    arrow: Any = require("pyarrow", "train")
+    try:
+        yield
+    except (arrow.ArrowException, OSError) as error:
+        raise UserError(
+            f"can't read {path}: {first_line(error)}; it was kept from an earlier time, and is fetched anew once it is "
+            "removed"
+        ) from error
 
 
 def _unpack(remote: RemoteFolder, name: str, target: Path) -> None:
@@ -184,7 +210,7 @@ def _unpack(remote: RemoteFolder, name: str, target: Path) -> None:
             image, _ = find_columns(opened.schema_arrow.names, name)
             schema = arrow.schema([opened.schema_arrow.field(image)])
             with ipc.new_file(str(target), schema) as writer:
-                for batch in opened.iter_batches(BATCH_ROWS, columns=[image], use_threads=False):
+                for batch in batches_of(opened, [image], f"{remote.url}/{name}", use_threads=False):
                     writer.write_batch(batch)
     except arrow.ArrowException as error:
         raise UserError(f"can't read {remote.url}/{name} as Parquet: {first_line(error)}") from error

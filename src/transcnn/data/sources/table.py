@@ -18,7 +18,7 @@ from typing import Any
 from ...errors import UserError, require
 from ...text import printable
 from ..listing import folders_in
-from .parquet import refuse_bombs
+from .parquet import read_bounded, refuse_bombs
 from .source import abbreviate, first_line
 
 __all__ = [
@@ -253,8 +253,8 @@ def _read_parquet(path: Path) -> TableRows:
     parquet: Any = require("pyarrow.parquet", "train")
     try:
         file = parquet.ParquetFile(path)
-        refuse_bombs([path], file.metadata.num_rows, _unpacked(file))
-        table = file.read()
+        refuse_bombs([path], path.stat().st_size, [file])
+        table = read_bounded(file, None, path)
     except (arrow.ArrowException, OSError) as error:
         raise UserError(f"can't read {path} as Parquet: {first_line(error)}") from error
     images = None
@@ -267,11 +267,6 @@ def _read_parquet(path: Path) -> TableRows:
         elif images is None and name.casefold() in (*FILE_COLUMNS, "img", "jpg", "png"):
             images = table[name]
     return TableRows(path, columns, list(range(1, table.num_rows + 1)), images=images)
-
-
-def _unpacked(file: Any) -> int:
-    metadata = file.metadata
-    return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
 
 
 def names_of_rows(table: TableRows, files: list[Any] | None) -> Iterator[str]:
