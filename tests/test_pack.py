@@ -351,6 +351,52 @@ def test_shards_are_fetched_when_needed_and_once(served, packed, tmp_path):
     assert not [path.name for path in (tmp_path / "cache").rglob("*.tmp")]
 
 
+def test_half_a_file_that_is_kept_is_no_file(served, packed, tmp_path, monkeypatch):
+    """A power cut may leave one under its name; so what is kept is on disk before it has its name."""
+    url, asked = served
+    open_splits(url, in_chans=3)
+    index = next((tmp_path / "cache").rglob("*-train.index"))
+    index.write_bytes(index.read_bytes()[:-1])
+    asked.clear()
+    assert_same_part(open_splits(url, in_chans=3).val, open_splits(str(packed)).val)
+    assert asked.count("train.index") == 1
+    order: list[str] = []
+    for name in ("fsync", "replace"):
+        true = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, true=true: (order.append(name), true(*args))[1])
+    index.unlink()
+    open_splits(url, in_chans=3)
+    assert order[-2:] == ["fsync", "replace"]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train.index", "train-000000.tar"])
+def test_pipes_are_not_waited_for(packed, name):
+    """Who unpacks a stranger's archive may have one."""
+    path = packed / name
+    path.unlink()
+    os.mkfifo(path)
+    manifest = packed / "manifest.json"
+    if name != "manifest.json":  # a pipe's size is 0
+        described = json.loads(manifest.read_text())
+        files = [described["parts"]["train"]["index"], *described["parts"]["train"]["shards"]]
+        next(file for file in files if file["file"] == name)["bytes"] = 0
+        manifest.write_text(json.dumps(described))
+        with pytest.raises(UserError, match="is no file"):
+            open_packed(str(packed))
+    with pytest.raises(UserError, match=r"it is no file|damaged or missing"):
+        pack(str(packed), check=True, quiet=True)
+
+
+def test_names_that_are_no_utf8_are_packed(class_folder, tmp_path):
+    for folder in sorted(class_folder.iterdir())[:1]:
+        folder.rename(os.fsdecode(os.fsencode(class_folder) + b"/caf\xe9"))
+    root = class_folder.rename(os.fsdecode(os.fsencode(class_folder.parent) + b"/r\xe9"))
+    manifest = pack(os.fspath(root), out=str(tmp_path / "out"), quiet=True)
+    found = open_packed(str(tmp_path / "out"))
+    assert found.train is not None
+    assert found.train.class_names == manifest["class_names"]
+
+
 def test_failed_downloads_are_reported(served, packed):
     url, asked = served
     with pytest.raises(UserError, match=r"^http.*/nothing holds neither a manifest\.json .* nor Parquet files$"):

@@ -117,7 +117,7 @@ def _check(data: str | None, quiet: bool) -> dict[str, Any]:
         bar = progress.add_task("", total=sum(file.bytes for file in files))
         for file in files:
             try:
-                good = sha256(folder / file.file) == file.sha256
+                good = (folder / file.file).is_file() and sha256(folder / file.file) == file.sha256
             except OSError:
                 good = False
             if not good:

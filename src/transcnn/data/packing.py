@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 import zlib
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import UserError, require
+from ..text import json_text
 from .images import BrokenImage, decode, format_of
 from .sets.fault_tolerant import write_skipped
 from .sources.packed import FORMAT, INDEX, MANIFEST, VERSION, FileSum, SplitFiles, sha256
@@ -83,7 +83,7 @@ class PackJob:
         if self.skipped:
             write_skipped(self.new("skipped.csv"), self.skipped)
         temporary = self.new(f".{MANIFEST}.tmp")
-        temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json_text(manifest, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, self.new(MANIFEST))  # last: a folder with a manifest is complete
         return manifest
 

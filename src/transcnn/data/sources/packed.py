@@ -163,6 +163,8 @@ def _check_size(path: str, expected: FileSum) -> None:
         size = os.stat(path).st_size
     except OSError as error:
         raise UserError(f"{path} is in the manifest but can't be read: {error.strerror}") from error
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise UserError(f"{path} is in the manifest but is no file")
     if size != expected.bytes:
         raise UserError(f"{path} is damaged or not copied whole: it has {size} bytes, {expected.bytes} in the manifest")
 
@@ -190,6 +192,8 @@ def read_manifest(path: Path, what: str) -> tuple[str, list[str], dict[str, Spli
         UserError: It is missing or wrong; ``what`` is what it is the manifest of.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{what!r} holds no {MANIFEST} that can be read: it is no file")
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise UserError(f"{what!r}: {MANIFEST} is larger than {MAX_MANIFEST_BYTES} bytes, so it isn't one")
         content = json.loads(path.read_bytes())
