@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 import timm
@@ -298,6 +299,43 @@ def test_push_to_hub_passes_the_hubs_refusal_on(monkeypatch, run):
     monkeypatch.setattr(hub, "HfApi", api)
     with pytest.raises(UserError, match=r"the hub refused a/b/c: Repo id must be in the form"):
         push_to_hub(run, "a/b/c")
+
+
+@pytest.mark.parametrize(
+    "error", [httpx.ReadError("cut off"), OSError(28, "No space left on device"), httpx.ConnectTimeout("")]
+)
+def test_a_hub_that_is_cut_off_is_one_line(monkeypatch, run, error):
+    def cut(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", cut)
+    with pytest.raises(UserError, match=r"a/b is no folder, and the hub doesn't give it: .+"):
+        from_pretrained("a/b")
+    api = Hub(False)
+    monkeypatch.setattr(api, "create_repo", cut)
+    monkeypatch.setattr(hub, "HfApi", api)
+    with pytest.raises(UserError, match="the hub refused a/b: "):
+        push_to_hub(run, "a/b")
+
+
+def test_a_disk_that_is_full_leaves_the_folder_as_it_was(monkeypatch, run, tmp_path):
+    """Weights are written once, beside their place; from then on nothing more is written, but put in place."""
+    folder = save_pretrained(run, tmp_path / "x")
+    before = {path.name: path.stat().st_ino for path in folder.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    for name in ("copyfile", "copyfileobj", "copy"):
+        monkeypatch.setattr(f"shutil.{name}", full)
+    save_pretrained(run, folder)
+    assert not {path.stat().st_ino for path in folder.iterdir()} & {*before.values()}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        after = {path.name: path.stat().st_ino for path in folder.iterdir()}
+        with pytest.raises(UserError, match="No space left"):
+            save_pretrained(run, folder)
+    assert {path.name: path.stat().st_ino for path in folder.iterdir()} == after
 
 
 def test_clear_errors(run, tmp_path):

@@ -15,16 +15,15 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
@@ -97,7 +96,7 @@ def save_pretrained(
             Path(temporary, CARD).write_text(card, encoding="utf-8")
             for name in (WEIGHTS, CONFIG, CARD):
                 path = Path(temporary, name)
-                atomic_write(folder / name, lambda target, path=path: shutil.copyfile(path, target))
+                atomic_write(folder / name, partial(os.replace, path))  # which needs no room on the disk any more
     except (OSError, SafetensorError) as error:
         raise UserError(f"can't write to {folder}: {getattr(error, 'strerror', None) or error}") from error
     return folder
@@ -155,7 +154,7 @@ def push_to_hub(
             api.upload_folder(
                 repo_id=repo.repo_id, folder_path=folder, commit_message=commit_message, ignore_patterns=kept
             )
-        except (HfHubHTTPError, HFValidationError) as error:
+        except Exception as error:  # the hub's own, and those of the network and the disk on the way to it
             raise UserError(f"the hub refused {repo_id}: {' '.join(str(error).split())}") from error
     return str(repo)
 

@@ -24,7 +24,7 @@ LARGEST = 9_000_000  # bytes
 WEIGHTS = Path(__file__).parent.parent / "weights"
 KEPT = ("model", "model_args", "task", "class_names", "data_config", "data", "epoch", "val_top1", "settings")
 LICENCE = "apache-2.0"  # of this package
-PLACES = ("data", "out", "resume", "init_from")  # settings that name a machine's folders
+PLACES = ("data", "out", "resume", "init_from", "distill", "table")  # settings that name a machine's folders
 
 
 def pack(
