@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -129,6 +130,12 @@ def test_training_and_memory():
     assert row["engine"] == "train"
     assert row["images_per_s"] > 0
     assert held.numel() / 2**20 > row["peak_mb"] > row["above_mb"] > 0
+
+
+def test_the_process_that_takes_memory_runs_nothing_of_the_working_folder(tmp_path):
+    (tmp_path / "colorsys.py").write_text("raise SystemExit('run')")
+    code = measuring.CHILD.partition("from ")[0] + "import colorsys"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
 @pytest.mark.parametrize("engine", ["eager", "optimize"])

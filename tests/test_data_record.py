@@ -50,6 +50,26 @@ def test_the_record_names_each_image_with_label_and_size(began, tmp_path):
     assert read_record(tmp_path) is None
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda record: record["splits"].update(train=None),
+        lambda record: record["splits"]["train"].pop("sha256"),
+        lambda record: record["splits"]["val"].update(files=3),
+        lambda record: record["splits"]["val"].update(files={"a": 1}),
+        lambda record: record["splits"]["val"]["files"].append("x"),
+        lambda record: record["splits"]["val"]["files"].append([]),
+        lambda record: record["splits"]["val"]["files"].append([["x"], 1, 2]),
+        lambda record: record.update(splits=[]),
+    ],
+)
+def test_a_damaged_record_is_none(began, tmp_path, damage):
+    _, record = began
+    damage(record)
+    (tmp_path / "data.json").write_text(json.dumps(record))
+    assert read_record(tmp_path) is None
+
+
 @pytest.mark.parametrize("change", ["add", "remove", "replace", "relabel", "rename a class", "add a class"])
 def test_every_change_is_named(began, change, class_image):
     folder, record = began

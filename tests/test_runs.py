@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
 import stat
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,9 +19,10 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
+from torch import nn
 
 from transcnn.checkpoints import loading
-from transcnn.checkpoints.files import atomic_write
+from transcnn.checkpoints.files import atomic_write, check_writable
 from transcnn.data.sets.classify import open_splits
 from transcnn.distributed import runtime
 from transcnn.errors import UserError
@@ -78,6 +81,43 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
         os.umask(before)
     assert path.read_text() == "new"
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_pipes_and_devices_keep_their_place(tmp_path, linked):
+    """``--csv /dev/stdout`` of root put a file in its place."""
+    pipe = path = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    if linked:
+        path = tmp_path / "link"
+        path.symlink_to(pipe)
+    came = []
+    reader = threading.Thread(target=lambda: came.append(pipe.read_text()), daemon=True)
+    reader.start()
+    check_writable(path)
+    atomic_write(path, lambda target: target.write_text("rows"))
+    reader.join(10)
+    assert came == ["rows"]
+    assert pipe.is_fifo()
+    assert path.is_symlink() == linked
+    assert sorted(os.listdir(tmp_path)) == sorted({pipe.name, path.name})
+    with pytest.raises(UserError, match="No space left on device"):
+        atomic_write(Path("/dev/full"), lambda target: target.write_text("rows"))
+
+
+def test_what_went_wrong_is_noted_whatever_names_hold(tmp_path):
+    checkpointing.note(tmp_path, "can't read caf\udce9\n2026-01-01 00:00:00  all is well")
+    assert (tmp_path / "faults.log").read_text().count("\n") == 1
+    assert "caf\\xe9\\n2026" in (tmp_path / "faults.log").read_text()
+
+
+def test_a_batch_that_is_not_finite_is_listed_whatever_its_names(tmp_path):
+    learner: Any = SimpleNamespace(model=nn.Sequential(), loss=lambda batch: None, last_loss=float("nan"))
+    loader = SimpleNamespace(names=lambda index: ["caf\udce9.png"])
+    trainer: Any = SimpleNamespace(train_dataloader=loader, current_epoch=0, global_step=2, is_global_zero=True)
+    trainer.optimizers = [SimpleNamespace(param_groups=[{"lr": 0.1}])]
+    faults.SkipNonFinite(tmp_path, SimpleNamespace(hold=False))._report(trainer, learner)  # pyright: ignore
+    assert json.loads((tmp_path / "nonfinite.json").read_text(encoding="utf-8"))["files"] == ["caf\udce9.png"]
 
 
 def test_run_directories_are_fresh(tmp_path, monkeypatch):

@@ -15,9 +15,17 @@ __all__ = ["atomic_write", "check_writable", "make_folder", "remove_stale_tempor
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file under a temporary name, then put it in place: whole, or not at all.
 
+    A pipe or a device (``/dev/stdout``, ``/dev/null``) is written to as it is: nothing may take its place.
+
     Raises:
         UserError: The disk is full or can't be written; what was there before is untouched.
     """
+    if _is_device(path):
+        try:
+            write(path)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"can't write {path}: {getattr(error, 'strerror', None) or first_line(error)}") from error
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -45,6 +53,10 @@ def check_writable(path: Path, inputs: Iterable[str] = ()) -> None:
         raise UserError(f"can't write {path}: it is one of the inputs; give another name")
     if not path.parent.is_dir():
         raise UserError(f"can't write {path}: there is no folder {path.parent}")
+    if _is_device(path):
+        if not os.access(path, os.W_OK):
+            raise UserError(f"can't write {path}: permission denied")
+        return
     probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         probe.touch()
@@ -73,6 +85,11 @@ def remove_stale_temporaries(folder: Path) -> None:
     """Remove what a killed process left half written (see :func:`atomic_write`)."""
     for temporary in folder.glob(".*.tmp"):
         temporary.unlink(missing_ok=True)
+
+
+def _is_device(path: Path) -> bool:
+    """Whether there is something that is neither a file nor a folder, such as a pipe."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -65,6 +65,8 @@ PAPER: dict[str, float | None] = {
     "localvit_t": None,
 }
 REFERENCE = "reference"
+# Python would look for modules in the working folder first, where anything may lie.
+CHILD = "import sys; sys.path[:] = filter(None, sys.path); from transcnn.compare.measuring import _child; _child()"
 
 
 @dataclass
@@ -141,7 +143,7 @@ def measure(runs: list[tuple[Case, Callable[[Tensor], Any], Tensor]], rounds: in
 def peak_memory(case: Case, reference: str | None) -> None:
     """Fills in the case's memory, as a process of its own measures it."""
     what = {**asdict(case), "times": [], "reference": reference, "threads": torch.get_num_threads()}
-    child = [sys.executable, "-c", "from transcnn.compare.measuring import _child; _child()"]
+    child = [sys.executable, "-c", CHILD]
     done = subprocess.run(child, input=json.dumps(what), capture_output=True, text=True)
     if done.returncode:
         case.note = (case.note + " memory not measured").strip()

@@ -23,6 +23,7 @@ from ..checkpoints.loading import read_info, save_weights
 from ..distributed.processes import first_decides
 from ..distributed.sharding import full_state
 from ..errors import UserError
+from ..text import printable
 
 __all__ = ["KeepWeights", "can_save", "newest_good", "note", "store"]
 
@@ -85,7 +86,7 @@ def newest_good(run_dir: Path) -> tuple[Path, str]:
 def note(run_dir: Path, what: str) -> None:
     """Add a line to the run's ``faults.log``, as far as the disk allows it."""
     with suppress(OSError), (run_dir / "faults.log").open("a", encoding="utf-8") as file:
-        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {what}\n")
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {printable(what)}\n")
 
 
 def can_save(trainer: L.Trainer, batch_idx: int) -> bool:

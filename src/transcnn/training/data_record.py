@@ -54,9 +54,20 @@ def read_record(run_dir: Path) -> dict[str, Any] | None:
     """The record of a run; None of a run of an earlier version, or where it is damaged."""
     try:
         record = json.loads((run_dir / RECORD).read_text(encoding="utf-8"))
-        return record if isinstance(record["splits"], dict) and isinstance(record["class_names"], list) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return record if _is_record(record) else None
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return None
+
+
+def _is_record(record: Any) -> bool:
+    """Whether this is what :func:`record_of` gives."""
+    return isinstance(record["class_names"], list) and all(
+        isinstance(split["images"], int)
+        and isinstance(split["sha256"], str)
+        and isinstance(split["files"], list | None)
+        and all(isinstance(entry[0], str) and len(entry) == 3 for entry in split["files"] or ())
+        for split in record["splits"].values()
+    )
 
 
 def names_and_sizes(run_dir: Path, split: str) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from ..checkpoints.files import atomic_write
 from ..distributed.processes import gather
 from ..errors import UserError
+from ..text import json_text
 from .checkpointing import LAST, KeepWeights, note
 
 __all__ = ["Rollback", "SkipNonFinite", "first_not_finite"]
@@ -139,7 +139,7 @@ class SkipNonFinite(Callback):
         found |= {"lr": trainer.optimizers[0].param_groups[0]["lr"], "loss": str(float(pl_module.last_loss))}  # pyright: ignore
         found |= {"module": module, "files": files}
         if trainer.is_global_zero:
-            text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+            text = json_text(found, indent=2) + "\n"
             path = self.run_dir / "nonfinite.json"
             atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         return found
