@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
 import os
 import re
@@ -287,6 +288,15 @@ def test_examples_are_those_named_or_the_runs_own(class_folder: Path, tmp_path: 
     assert len(found) == EXAMPLES
     own = {read_image(file).tobytes() for file in class_folder.rglob("*.png")}
     assert all(read_image(file).tobytes() in own for file in found)
+    for i in range(3):  # of 12 bits, which a run sees from 0 to 4095
+        (tmp_path / "deep" / f"class_{i}").mkdir(parents=True)
+        for j in range(2):
+            pixels = np.full((8, 8), 2048, np.uint16)
+            Image.fromarray(pixels).save(tmp_path / "deep" / f"class_{i}" / f"{j}.png")
+    deep = dataclasses.replace(loaded, preprocessing={"pixel_range": [0, 4095]})
+    settings["data"] = str(tmp_path / "deep")
+    found = find_examples(deep, None, tmp_path / "deep_own", tmp_path)
+    assert {read_image(file).getpixel((0, 0)) for file in found} == {128}
     settings["data"] = str(tmp_path / "moved")
     pytest.importorskip("gradio")
     assert all(Path(file).is_file() for file in find_examples(loaded, None, tmp_path / "b", tmp_path))

@@ -261,6 +261,13 @@ def test_a_table_without_labels_names_files(class_folder, tmp_path):
         find_items([str(table)], True, {})
 
 
+def test_a_table_in_parquet_is_no_file_of_vectors(class_folder):
+    files = [f"class_{i % 2}/00{i}.png" for i in range(6)]
+    pq.write_table(pa.table({"file": files, "label": [i % 2 for i in range(6)]}), class_folder / "t.parquet")
+    found = embed(PACKAGED, class_folder / "t.parquet", knn=1, **QUIET)
+    assert (found["images"], found["knn"]["images"]) == (6, 6)
+
+
 def test_what_was_not_meant_is_said_in_one_line(class_folder, monkeypatch):
     for settings, message in (
         ({}, "say what for"),

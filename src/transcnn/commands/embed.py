@@ -18,7 +18,7 @@ from ..imports import gc_paused
 from ..predictor.loading import FEW, load
 from ..report.answers import Embedding
 from ..text import csv_cell, printable, rich_text, stdout_console
-from ..vectors.file import SUFFIXES, Vectors, is_vector_file, read_vectors, write_vectors
+from ..vectors.file import SUFFIXES, Vectors, holds_vectors, is_vector_file, read_vectors, write_vectors
 from ..vectors.items import Item, find_items
 from ..vectors.neighbours import Pair, duplicates, knn_accuracy, nearest
 from ..weights import NOTES
@@ -145,7 +145,8 @@ def _stored(first: str, names: list[str]) -> Path | None:
     if len(names) == 1 and is_vector_file(names[0]) and os.path.isfile(names[0]):
         from ..data.sources.parquet import holds_images
 
-        return None if holds_images(Path(names[0])) else Path(names[0])
+        path = Path(names[0])
+        return None if holds_images(path) or not holds_vectors(path) else path
     return None
 
 

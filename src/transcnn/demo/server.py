@@ -191,6 +191,7 @@ def _own_examples(loaded: Any, folder: Path) -> list[str]:
             seed=settings["seed"],
             strict=False,
         )
+        split.pixel_range = loaded.preprocessing.get("pixel_range")  # as the network was taught to see them
         images = [split.read(i)[0] for i in _spread(range(len(split)))]
     except (ValueError, OSError, KeyError):
         return []  # the data changed since; examples are a nicety

@@ -16,7 +16,7 @@ from ..data.sources.parquet import read_bounded, refuse_bombs
 from ..errors import UserError, first_line, require
 from ..text import csv_cell, csv_text
 
-__all__ = ["SUFFIXES", "Vectors", "is_vector_file", "read_vectors", "write_vectors"]
+__all__ = ["SUFFIXES", "Vectors", "holds_vectors", "is_vector_file", "read_vectors", "write_vectors"]
 
 SUFFIXES = (".parquet", ".npy")
 ABOUT = b"transcnn"  # the key of what a Parquet file says of its vectors
@@ -49,6 +49,14 @@ class Vectors:
 def is_vector_file(name: str | os.PathLike[str]) -> bool:
     """Whether a file's name says that it holds vectors."""
     return os.fspath(name).lower().endswith(SUFFIXES)
+
+
+def holds_vectors(path: Path) -> bool:
+    """Whether a Parquet file has a column of vectors; else it is a table, or a data set. True of a damaged file."""
+    try:
+        return "vector" in require("pyarrow.parquet", "train").read_schema(path).names
+    except (ValueError, OSError, NotImplementedError):  # as PyArrow's errors are
+        return True
 
 
 def write_vectors(path: Path, vectors: Vectors) -> None:
