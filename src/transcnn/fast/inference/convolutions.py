@@ -303,7 +303,7 @@ class FastMaxPool2d(nn.MaxPool2d):
 
 
 def _pair(given: Any) -> tuple[int, int]:
-    return (given, given) if isinstance(given, int) else tuple(given)  # pyright: ignore
+    return (given, given) if isinstance(given, int) else tuple(given) * (2 // len(given))  # pyright: ignore
 
 
 def make_fast(model: nn.Module) -> None:

@@ -29,15 +29,11 @@ def fold_batchnorms(model: nn.Module) -> list[str]:
     They are found by symbolic tracing; where a network can't be traced, its children are. Modules with hooks are left
     alone. Returns the names of the folded norms, which identities replace.
     """
-    modules = dict(model.named_modules())
-    folded = []
-    for conv_name, norm_name in _pairs(model):
-        conv, norm = modules[conv_name], modules[norm_name]
-        parent, _, child = norm_name.rpartition(".")
-        conv_parent, _, conv_child = conv_name.rpartition(".")
-        setattr(modules[conv_parent], conv_child, fuse_conv_bn_eval(conv, norm))  # pyright: ignore
-        setattr(modules[parent], child, _after_norm(norm))
-        folded.append(norm_name)
+    names, folded = _Names(model), []
+    for conv, norm in _pairs(model, names):
+        names.exchange(conv, fuse_conv_bn_eval(conv, norm))  # pyright: ignore
+        names.exchange(norm, _after_norm(norm))
+        folded.append(names.of[norm][0])
     return folded
 
 
@@ -46,12 +42,9 @@ def fold_layer_scales(model: nn.Module) -> list[str]:
 
     Returns the names of the folded parameters, which are gone.
     """
-    modules = dict(model.named_modules())
-    folded = []
-    for layer_name, name in _scaled(model):
-        owner_name, _, own_name = name.rpartition(".")
-        layer, owner = modules[layer_name], modules[owner_name]
-        gamma = getattr(owner, own_name).detach().double().flatten()
+    names, folded = _Names(model), []
+    for layer, owner in _scaled(model, names):
+        gamma = owner.gamma.detach().double().flatten()  # pyright: ignore
         weight = layer.weight.detach().double() * gamma.view(-1, *(1,) * (layer.weight.ndim - 1))  # pyright: ignore
         layer.weight = constant(weight, layer.weight)  # pyright: ignore
         if layer.bias is not None:
@@ -59,10 +52,30 @@ def fold_layer_scales(model: nn.Module) -> list[str]:
         if type(owner).__name__ == "ConvNeXtBlock":
             owner.gamma = None  # pyright: ignore
         else:
-            parent, _, child = owner_name.rpartition(".")
-            setattr(modules[parent], child, nn.Identity())
-        folded.append(name)
+            names.exchange(owner, nn.Identity())
+        folded.append(f"{names.of[owner][0]}.gamma")
     return folded
+
+
+class _Names:
+    """Every name of each module in a network: some have several."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self.of: dict[nn.Module, list[str]] = {}
+        for name, module in network.named_modules(remove_duplicate=False):
+            self.of.setdefault(module, []).append(name)
+
+    def only_in(self, part: nn.Module, *modules: nn.Module) -> bool:
+        """Whether each of these modules is a part of the network, or in it and nowhere else, however it is reached."""
+        parts = tuple(f"{name}." if name else "" for name in self.of[part])
+        return all(name.startswith(parts) for module in modules if module is not part for name in self.of[module])
+
+    def exchange(self, module: nn.Module, new: nn.Module) -> None:
+        """Put another module in the place of one, under each of its names."""
+        for name in self.of[module]:
+            parent, _, child = name.rpartition(".")
+            setattr(self._network.get_submodule(parent), child, new)
 
 
 class _Tracer(torch.fx.Tracer):
@@ -73,23 +86,21 @@ class _Tracer(torch.fx.Tracer):
         return isinstance(m, own) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _graphs(
-    model: nn.Module, wanted: Callable[[nn.Module], bool], prefix: str = ""
-) -> Iterator[tuple[str, nn.Module, torch.fx.Graph]]:
-    """What computes any that are ``wanted``: the model, or those of its parts that can be traced, with their prefix."""
+def _graphs(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> Iterator[tuple[nn.Module, torch.fx.Graph]]:
+    """What computes any that are ``wanted``: the model, or those of its parts that can be traced."""
     if isinstance(model, InferenceOnly) or not any(map(wanted, model.modules())):
         return
     graph = graph_of(model, _Tracer())
     if graph is not None:
-        yield prefix, model, graph
+        yield model, graph
         return
-    for name, child in model.named_children():
-        yield from _graphs(child, wanted, f"{prefix}{name}.")
+    for child in model.children():
+        yield from _graphs(child, wanted)
 
 
-def _pairs(network: nn.Module) -> Iterator[tuple[str, str]]:
-    """Names of each convolution and the BatchNorm that is the only one to read it."""
-    for prefix, model, graph in _graphs(network, lambda m: isinstance(m, nn.modules.batchnorm._BatchNorm)):
+def _pairs(network: nn.Module, names: _Names) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Each convolution and the BatchNorm that is the only one to read it."""
+    for model, graph in _graphs(network, lambda m: isinstance(m, nn.modules.batchnorm._BatchNorm)):
         modules = dict(model.named_modules())
         calls = [node.target for node in graph.nodes if node.op == "call_module"]
         read = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
@@ -108,13 +119,14 @@ def _pairs(network: nn.Module) -> Iterator[tuple[str, str]]:
                 and _foldable(norm)
                 and not hooked(conv)
                 and not hooked(norm)
+                and names.only_in(model, conv, norm)
             ):
-                yield prefix + str(source.target), prefix + str(node.target)
+                yield conv, norm
 
 
-def _scaled(network: nn.Module) -> Iterator[tuple[str, str]]:
-    """Names of each layer and of the parameter that scales its channels and can be left out."""
-    for prefix, model, graph in _graphs(network, _is_scale):
+def _scaled(network: nn.Module, names: _Names) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Each layer and the module that scales its channels by a parameter ``gamma``, which can be left out."""
+    for model, graph in _graphs(network, _is_scale):
         modules = dict(model.named_modules())
         calls = Counter(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
         for node in graph.nodes:
@@ -127,8 +139,11 @@ def _scaled(network: nn.Module) -> Iterator[tuple[str, str]]:
                 continue
             if any(calls[str(one.target)] > 1 for one in (layer, gamma)):
                 continue
-            if not any(name.startswith(f"{layer.target}.") for name in calls):  # its weights, by something else
-                yield prefix + str(layer.target), prefix + str(gamma.target)
+            if any(name.startswith(f"{layer.target}.") for name in calls):  # its weights, by something else
+                continue
+            scaled = modules[str(layer.target)]
+            if names.only_in(model, scaled, owner):
+                yield scaled, owner
 
 
 def _is_scale(module: nn.Module) -> bool:
