@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.layers import LayerScale2d
 from torch import Tensor, nn
 
 from test_other_cnns import randomised, relative
+from transcnn import HMHSA
+from transcnn.errors import UserError
 from transcnn.fast import fold_batchnorms, optimize
 
 CHANNELS = 16
@@ -93,3 +97,101 @@ def test_pooling_with_one_number_for_both_sides():
     x = torch.randn(1, CHANNELS, 8, 7).to(memory_format=torch.channels_last)
     pool = nn.MaxPool2d((3,), (2,), (1,))  # pyright: ignore
     assert torch.equal(optimize(nn.Sequential(pool))(x), pool(x))
+
+
+def inverted_residual() -> nn.Sequential:
+    """What kernels compute as a whole, so that it is replayed from the third call on."""
+    middle = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=CHANNELS)
+    return nn.Sequential(conv(1), nn.ReLU(), middle, nn.ReLU(), nn.Dropout(0.5), conv(1))
+
+
+def often(module: nn.Module, x: Tensor) -> Tensor:
+    """The result of the fourth call, which replays what it can."""
+    with torch.no_grad():
+        return [module(x) for _ in range(4)][-1]
+
+
+@pytest.fixture
+def sequence() -> tuple[nn.Module, nn.Module, Tensor]:
+    """A sequence, the same as a part of an optimized network that has been called, and an input."""
+    plain, x = randomised(inverted_residual()), torch.randn(1, CHANNELS, 8, 8)
+    fast = optimize(nn.Sequential(plain))[0]  # pyright: ignore
+    assert relative(often(fast, x), often(plain, x)) <= 2e-6
+    return plain, fast, x
+
+
+def test_sequences_that_grow_shrink_and_are_cut(sequence):
+    plain, fast, x = sequence
+    for change in (
+        lambda row: row.append(nn.Tanh()),
+        lambda row: row.insert(1, nn.Tanh()),
+        lambda row: row.pop(0),
+        lambda row: row.extend([nn.Hardswish(), conv().requires_grad_(False).eval()]) if len(row) < 7 else row.pop(-1),
+    ):
+        for row in (plain, fast):
+            change(row)
+        assert relative(often(fast, x), often(plain, x)) <= 2e-6
+    assert relative(often(fast[1:3], x), often(plain[1:3], x)) <= 2e-6
+    stages = optimize(timm.create_model("transcnn_test", dims=(32, 32, 32, 64), head_dim=32).eval()).stages
+    x = torch.randn(1, 32, 16, 16)
+    assert torch.equal(often(stages[:2], x), often(stages[1], often(stages[0], x)))
+
+
+def test_dropout_that_is_switched_on_again(sequence):
+    _, fast, x = sequence
+    expected = often(fast, x)
+    fast[4].train()
+    with torch.no_grad():
+        assert len({float(fast(x).sum()) for _ in range(4)}) == 4
+    fast[4].eval()
+    assert torch.equal(often(fast, x), expected)
+
+
+def test_parts_alone_have_gradients_or_say_that_they_have_none(sequence):
+    plain, fast, x = sequence
+    others = [nn.MaxPool2d(2), nn.LayerNorm(8), nn.Linear(8, 3), conv()]
+    others = list(zip(others, optimize(nn.Sequential(*others)), strict=True))  # pyright: ignore
+    x = x.to(memory_format=torch.channels_last)
+    for theirs, ours in ((plain, fast), *others):
+        expected, found = x.clone().requires_grad_(), x.clone().requires_grad_()
+        ours(found).square().sum().backward()
+        theirs(expected).square().sum().backward()
+        assert relative(found.grad, expected.grad) <= 1e-5, type(theirs)
+    fast[0].weight.requires_grad_()  # by the weights alone
+    fast(x).square().sum().backward()
+    plain.zero_grad()
+    plain(x).square().sum().backward()
+    assert relative(fast[0].weight.grad, plain[0].weight.grad) <= 1e-5
+    stages = optimize(timm.create_model("transcnn_test", dims=(32, 32, 32, 64), head_dim=32).eval()).stages
+    often(stages, x := torch.randn(1, 32, 16, 16))
+    with pytest.raises(UserError, match="inference-only"):
+        stages(x.requires_grad_())
+
+
+class Watch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x
+        return x
+
+
+def test_modules_that_keep_what_they_see_see_each_call():
+    fast = optimize(timm.create_model("transcnn_test", dims=(32, 32, 32, 64), head_dim=32).eval())
+    fast.stages[1] = nn.Sequential(fast.stages[1], watch := Watch())
+    for _ in range(4):
+        x = torch.randn(1, 3, 32, 32)
+        with torch.no_grad():
+            fast(x)
+            assert torch.equal(watch.seen, fast.stages[:2](fast.stem(x)))
+
+
+def test_shallow_copies_with_weights_of_their_own():
+    block = optimize(nn.Sequential(HMHSA(32, head_dim=16, grid_sizes=[4], pool_ratios=[2]).eval()))[0]  # pyright: ignore
+    x = torch.randn(1, 32, 8, 8)
+    expected, copied = often(block, x), copy.copy(block)
+    copied._modules = copied._modules | {"proj": copy.deepcopy(block.proj)}
+    copied.proj.weight.mul_(2)
+    copied.proj.bias.mul_(2)
+    assert relative(often(copied, x), 2 * expected) <= 1e-6
+    assert torch.equal(often(block, x), expected)
+    with torch.no_grad():
+        assert torch.equal(block(x=x, mask=None), expected)  # by keyword, as the plain one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -107,7 +108,9 @@ class FastBlock(InferenceOnly):
 class FastStages(nn.Sequential):
     """The stages of a network for inference, (B, C, *S) -> (B, C', *S')."""
 
-    _replays: Replays
+    def __init__(self, *args: Any) -> None:  # of a slice, too
+        super().__init__(*args)
+        self._replays = Replays()
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, *S) -> (B, C', *S')."""

@@ -23,7 +23,7 @@ from ..cpu.inverted_residual import InvertedResiduals, Layers, pack_inverted_res
 from ..cpu.passes import squeeze as run_squeeze
 from ..dispatch import fits_cpu, hooked, to_nchw, to_nhwc
 from .activations import kernel_activation
-from .convolutions import FastConv2d, FastLinear
+from .convolutions import FastConv2d, FastLinear, needs_gradients
 from .plan import Ref, Step, mapped, submodule
 from .tracing import Tracer, activation_of, graph_of, passes
 
@@ -66,6 +66,8 @@ class Chain:
         """
         given = [x] if other is None else [x, other]
         if not all(isinstance(t, Tensor) and t.dtype == x.dtype and fits_cpu(t, gemm=False) for t in given):
+            return None
+        if needs_gradients(*given):
             return None
         layers: list[Any] = [None if name is None else submodule(block, name) for name in self.names]
         weights = [w for layer in layers for w in ((None, None) if layer is None else (layer.weight, layer.bias))]
@@ -110,6 +112,8 @@ class Squeeze:
         """(B, C, H, W) -> (B, C, H, W), written over x if that may be reused; None where the kernel can't."""
         if not (isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] == self.channels and fits_cpu(x, gemm=False)):
             return None
+        if needs_gradients(x):
+            return None
         layers = [submodule(block, name) for name in self.names]
         weights = [w for layer in layers for w in (layer.weight, layer.bias)]
         if not _alike(weights, x.dtype):
@@ -120,7 +124,8 @@ class Squeeze:
 
 def _alike(weights: list[Tensor | None], dtype: torch.dtype) -> bool:
     """Whether a kernel that computes in this dtype can take all of these."""
-    return all(w is None or (w.dtype == dtype and w.is_cpu and not w.is_inference()) for w in weights)
+    alike = all(w is None or (w.dtype == dtype and w.is_cpu and not w.is_inference()) for w in weights)
+    return alike and not needs_gradients(*weights)
 
 
 def _packed_squeeze(*weights: Tensor | None) -> Any:

@@ -32,6 +32,7 @@ __all__ = [
     "Fused",
     "by_kernel",
     "make_fast",
+    "needs_gradients",
     "onednn_fits",
 ]
 
@@ -43,9 +44,19 @@ def onednn_fits(x: Tensor) -> bool:
     """Whether oneDNN's operations with fused sums and activations can run; tracers don't know them."""
     if not isinstance(x, Tensor) or not eager_cpu(x) or traced():  # a proxy of a trace
         return False
+    if needs_gradients(x):
+        return False
     if x.dtype != torch.float32 and (x.dtype != torch.bfloat16 or not _bf16()):
         return False
     return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether gradients of any of these are asked for, which neither our kernels nor oneDNN's fused operations have.
+
+    An optimized network refuses them, but a part of it may be called by itself.
+    """
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 @functools.cache
@@ -129,6 +140,8 @@ class Convolution(nn.Module):
             return None
         if other is not None and (other.shape != shape or other.dtype != x.dtype or not fits_cpu(other, gemm=False)):
             return None
+        if needs_gradients(other):
+            return None
         other = None if other is None else to_nhwc(other)
         matrix, out, size = self._pack(weight, bias), other if reuse else None, weight.shape[2]
         return to_nchw(
@@ -138,7 +151,7 @@ class Convolution(nn.Module):
     def by_onednn(self, x: Tensor, act: Activation, other: Tensor | None = None, reuse: bool = False) -> Tensor | None:
         """act(conv(x) + other) by oneDNN, which packs the weights once and not at each call."""
         weight, bias = self.weight, self.bias
-        shape = self._result(x, weight) if onednn_fits(x) else None
+        shape = self._result(x, weight) if onednn_fits(x) and not needs_gradients(weight, bias, other) else None
         if shape is None:
             return None
         if other is not None and not (
@@ -173,7 +186,7 @@ class Convolution(nn.Module):
 
 def _kernel_fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether C++ kernels run on this map and with these weights; not while anything is traced."""
-    if not isinstance(x, Tensor) or weight.is_inference():
+    if not isinstance(x, Tensor) or weight.is_inference() or needs_gradients(x, weight, bias):
         return False
     return (bias is None or bias.dtype == weight.dtype) and fits_cpu(x, len(weight), gemm=False)
 
@@ -231,7 +244,7 @@ class FastLinear(Fused, nn.Linear):
     def fused(self, x: Tensor, other: Tensor | None, act: Activation, reuse: bool = False) -> Tensor | None:
         """act(linear(x) + other), (..., C) and (..., C') -> (..., C'); None where that can't be fused."""
         fits = onednn_fits(x) and x.ndim > 1 and x.dtype == self.weight.dtype and x.numel()
-        if not fits or x.shape[-1] != self.in_features:
+        if not fits or x.shape[-1] != self.in_features or needs_gradients(self.weight, self.bias, other):
             return None
         op = torch.ops.mkldnn._linear_pointwise
         if other is None:
@@ -255,6 +268,7 @@ class FastLayerNorm(nn.LayerNorm):
         """(..., C) -> (..., C)."""
         fits = isinstance(input, Tensor) and input.ndim > 1 and input.shape[-1:] == self.normalized_shape
         fits = fits and input.dtype == self.weight.dtype and not self.weight.is_inference()
+        fits = fits and not needs_gradients(input, self.weight, self.bias)
         if not fits or not fits_cpu(input, gemm=False):
             return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
         scale, shift = self._fp32(self.weight, self.bias)
@@ -285,7 +299,7 @@ class FastMaxPool2d(nn.MaxPool2d):
 
     def _window(self, x: Tensor) -> Window | None:
         """What the kernel takes; None where it doesn't fit."""
-        if not isinstance(x, Tensor) or x.ndim != 4 or not fits_cpu(x, gemm=False):
+        if not isinstance(x, Tensor) or x.ndim != 4 or needs_gradients(x) or not fits_cpu(x, gemm=False):
             return None
         (size, *sizes), (stride, *strides), (above, before) = (
             {*_pair(given)} if i < 2 else _pair(given)

@@ -64,12 +64,15 @@ def entry(method: Method) -> Method:
     """
 
     @functools.wraps(method)
-    def enter(self: InferenceOnly, *args: Any) -> Any:
-        _refuse_gradients(self, args)
+    def enter(self: InferenceOnly, *args: Any, **kwargs: Any) -> Any:
+        _refuse_gradients(self, (args, kwargs))
         like = self.weight_like()
         with ExitStack() as stack:
             _enter(stack, like)
-            return method(self, *(_cast(x, like.dtype) if like is not None else x for x in args))
+            if like is None:
+                return method(self, *args, **kwargs)
+            named = {name: _cast(x, like.dtype) for name, x in kwargs.items()}
+            return method(self, *(_cast(x, like.dtype) for x in args), **named)
 
     return enter  # pyright: ignore
 

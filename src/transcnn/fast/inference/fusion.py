@@ -3,7 +3,8 @@
 A block's forward pass is traced, and with it that of the modules in it where they can be traced, too; where it reads
 ``act(conv(x) + y)`` or ``act(conv(x))``, the block runs a plan in which that is one operation. Its modules and
 attributes stay what and where they are, and its own forward pass runs wherever the plan doesn't fit: in traces, on a
-GPU, with other arguments, and when one of the modules that were fused got a hook or was replaced.
+GPU, with other arguments, where gradients are asked for, and when one of the modules that were fused got a hook or a
+child, was replaced, or is in training mode again.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def fuse_blocks(model: nn.Module, left: list[nn.Module]) -> int:
     count = 0
     for module in list(model.modules()):
         if isinstance(module, _Planned):  # of a network that is optimized again
-            del module._plan
+            vars(module).pop("_plan", None)
             object.__setattr__(module, "__class__", module._plain_class)
         skipped = isinstance(module, InferenceOnly | Fused | torch.jit.ScriptModule) or squeeze_of(module) is not None
         if module is model or skipped or any(module is other for other in left) or hooked(module):
@@ -99,7 +100,8 @@ def _plan(block: nn.Module) -> Plan | None:
         *_skipped(nodes, inner | set(ends), modules),
         *(name for step in steps for name in chain_names(step, modules)),
     }
-    plan = Plan(steps, output, [(name, plain_class(modules[name])) for name in sorted(skipped)])
+    kept = [(name, plain_class(modules[name]), len(modules[name]._modules)) for name in ("", *sorted(skipped))]
+    plan = Plan(steps, output, kept)
     free(plan, modules)
     return plan
 
@@ -213,7 +215,7 @@ class _Planned(nn.Module):
     """A block with a plan; its class was ``_plain_class``."""
 
     _plain_class: type[nn.Module]
-    _plan: Plan
+    _plan: Plan | None = None  # of a slice of a sequence, say, which is made as one of this class
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = super().__reduce_ex__(2)[2]  # pyright: ignore
@@ -228,13 +230,13 @@ def _rebuild(plain: type[nn.Module]) -> nn.Module:
 @functools.cache
 def _class(plain: type[nn.Module]) -> type[nn.Module]:
     def run(self: _Planned, *args: Any, **kwargs: Any) -> Any:
-        if self._plan.fits(self, args, kwargs):
+        if self._plan is not None and self._plan.fits(self, args, kwargs):
             return self._plan.run(self, args[0])
         return plain.forward(self, *args, **kwargs)
 
     @functools.wraps(plain.forward)
     def forward(self: _Planned, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+        if self._plan is None or len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
             return run(self, *args, **kwargs)
         return self._plan.replays(self, functools.partial(run, self), args[0])
 

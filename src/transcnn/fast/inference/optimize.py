@@ -68,7 +68,7 @@ def optimize(
 
     Returns:
         The copy, which is inference-only: it can't be trained, no gradient flows through it, and its state dict isn't
-        the model's.
+        the model's. Weights, modules and hooks of it may change; other attributes (a stride, a slope) are read once.
 
     Raises:
         UserError: ``dtype`` is none of those above.
@@ -85,7 +85,7 @@ def optimize(
     fold_batchnorms(fast)
     if torch.float16 not in (kind, *(p.dtype for p in fast.parameters())):  # a scale of 1e-6 is below its numbers
         fold_layer_scales(fast)
-    make_fast(fast)
+    make_fast(fast.eval())  # new modules, too
     _to_channels_last(fast)
     parts = _computing(fast)
     fuse_blocks(fast, left=parts)

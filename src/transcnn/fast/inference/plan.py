@@ -49,14 +49,15 @@ class Step:
 
 @dataclass
 class Plan:
-    """A block's forward pass of one tensor, as steps; and the modules that must have no hooks, by name and class.
+    """A block's forward pass of one tensor, as steps; and the modules that must stay what they are.
 
-    Those are the modules that the steps don't call, and the layers whose results may be written over.
+    Those are the block (its name is ""), the modules that the steps don't call, and the layers whose results may be
+    written over: by name, class and number of children. All but the block must have no hooks, either.
     """
 
     steps: list[Step]
     output: Any
-    skipped: list[tuple[str, type[nn.Module]]]
+    skipped: list[tuple[str, type[nn.Module], int]]
     replays: Replays = field(default_factory=Replays)
 
     def __post_init__(self) -> None:
@@ -67,8 +68,14 @@ class Plan:
         """Whether the plan computes what the block does now."""
         if len(args) != 1 or kwargs or not onednn_fits(args[0]) or (self.skipped and globally_hooked()):
             return False
-        modules = ((submodule(block, name), kind) for name, kind in self.skipped)
-        return all(plain_class(module) is kind and not hooked(module) for module, kind in modules)
+        modules = ((name, submodule(block, name), kind, children) for name, kind, children in self.skipped)
+        return all(
+            plain_class(module) is kind
+            and len(module._modules) == children
+            and not module.training  # dropout that is switched on again
+            and not (name and hooked(module))
+            for name, module, kind, children in modules
+        )
 
     def run(self, block: nn.Module, x: Tensor) -> Any:
         """The block's result."""
@@ -179,7 +186,7 @@ def submodule(block: nn.Module, name: str) -> Any:
 
 @functools.cache
 def _parts(name: str) -> list[str]:
-    return name.split(".")
+    return name.split(".") if name else []
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:

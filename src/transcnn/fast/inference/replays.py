@@ -19,13 +19,17 @@ __all__ = ["Replays"]
 _SIZES = 8  # of inputs that are remembered
 _UNKNOWN = object()
 _HOOKS = [itemgetter(f"_{name}_hooks") for name in ("forward", "forward_pre", "backward", "backward_pre")]
-_version, _pointer = attrgetter("_version"), methodcaller("data_ptr")
+_version, _pointer, _training = attrgetter("_version"), methodcaller("data_ptr"), attrgetter("training")
+_SAME_IN_TRAINING = tuple(f"torch.nn.modules.{name}" for name in ("activation", "container", "linear", "pooling"))
+_SAME_IN_TRAINING += ("transcnn.fast.inference.",)
+_LIBRARIES = ("torch", "torchvision", "timm", "transcnn")  # whose modules keep nothing of a call
 
 
 class _State:
     """What a module and those in it compute with: weights, modules, classes. Reading all of it must be quick."""
 
     def __init__(self, module: nn.Module) -> None:
+        self.module = module
         self._modules = list(module.modules())
         self._classes = list(map(type, self._modules))
         self._vars = list(map(vars, self._modules))
@@ -42,6 +46,9 @@ class _State:
         self.counts = not any(x.is_inference() for x in self._tensors)
         self._versions = list(map(_version, self._tensors)) if self.counts else []
         self._pointers = list(map(_pointer, self._tensors))
+        self._may_train = [m for m in self._modules if not type(m).__module__.startswith(_SAME_IN_TRAINING)]
+        # Others may keep what they see, as a module does that is put between two to watch them.
+        self.keeps_nothing = all(map(_keeps_nothing, self._classes))
 
     def same(self) -> bool:
         """Whether all of it is as it was."""
@@ -54,10 +61,18 @@ class _State:
         )
 
     def hooked(self) -> bool:
-        """Whether anything wants to see the modules' calls."""
+        """Whether anything wants to see the modules' calls, or dropout is switched on again."""
         own = any(any(map(hooks, self._vars)) for hooks in _HOOKS)
         own = own or any(map(dict.__contains__, self._vars, repeat("forward")))
-        return own or globally_hooked()
+        return own or any(map(_training, self._may_train)) or globally_hooked()
+
+    def differentiated(self) -> bool:
+        """Whether gradients of the weights are asked for."""
+        return torch.is_grad_enabled() and any(weight.requires_grad for weight in self._tensors)
+
+
+def _keeps_nothing(kind: type[nn.Module]) -> bool:
+    return hasattr(kind, "_plain_class") or kind.__module__.partition(".")[0] in _LIBRARIES
 
 
 class Replays:
@@ -71,10 +86,10 @@ class Replays:
     def fresh(self, module: nn.Module) -> bool:
         """Whether recorded calls of this module's kernels can be made, for nothing has changed since."""
         state = self._state
-        if state is None or not state.same():
+        if state is None or state.module is not module or not state.same():
             state = _State(module)
-            self._state, self._known, self._seen = state, {}, set()
-        return state.counts and not state.hooked()
+            self._known, self._seen, self._state = {}, set(), state  # another thread reads the state first
+        return state.counts and not state.hooked() and not state.differentiated()
 
     def __call__(self, module: nn.Module, function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
         """function(*maps), which computes with the weights of ``module`` and keeps nothing."""
@@ -82,7 +97,9 @@ class Replays:
             return function(*maps)
         key = _key(None, maps)
         never = self._known.get(key, _UNKNOWN) is None
-        return function(*maps) if never or not self.fresh(module) else self._run(key, function, maps)
+        if never or not self.fresh(module) or not self._state.keeps_nothing:  # pyright: ignore
+            return function(*maps)
+        return self._run(key, function, maps)
 
     def part(self, name: Hashable, function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
         """The same of a part of the module, which must be :meth:`fresh`."""
@@ -109,7 +126,9 @@ class Replays:
 
 
 def _usable(maps: Sequence[Tensor]) -> bool:
-    """Whether kernels run on these maps, and nobody records their calls."""
+    """Whether kernels run on these maps, whose gradients nobody asks for, and nobody records their calls."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in maps):
+        return False
     return not recording() and all(fits_cpu(x, gemm=False) for x in maps)
 
 
