@@ -139,3 +139,24 @@ def test_what_a_graph_is_valid_for():
     assert not any(map(cuda_graphs.hooked, model.modules()))
     model.stem.register_forward_hook(lambda *a: None)
     assert any(map(cuda_graphs.hooked, model.modules()))
+
+
+def test_a_capture_leaves_the_parameters_where_they_are():
+    """However many names a module or a parameter has."""
+    layer, tied = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+    tied.weight = layer.weight
+    model = nn.Sequential(layer, tied, nn.ModuleList([layer, tied]), nn.Linear(4, 2))
+    model.again = model[3]
+    model[3].bias.requires_grad_(False)
+    run = nn.Sequential(layer, tied, layer, model[3])
+    model.forward = run.forward
+    x, before = torch.randn(3, 4), dict(model.named_parameters(remove_duplicate=False))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    shadows = cuda_graphs._Shadows(model, trainable)
+    (y,), _ = shadows.call((x,))
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert all(after[name] is p for name, p in before.items())
+    grads = torch.autograd.grad(y.sum(), shadows.parameters)
+    assert torch.equal(y, run(x))
+    for found, expected in zip(grads, torch.autograd.grad(run(x).sum(), trainable), strict=True):
+        torch.testing.assert_close(found, expected)

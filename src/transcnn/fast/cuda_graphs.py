@@ -173,9 +173,25 @@ def _capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any =
         raise RuntimeError(f"this network can't be captured as a CUDA graph ({reason}); run it without") from error
 
 
-def _shadows(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """New parameters that share the memory of these."""
-    return {name: nn.Parameter(p.detach()) for name, p in parameters.items()}
+class _Shadows:
+    """New parameters that share the memory of a network's trainable ones, and calls of it with these."""
+
+    def __init__(self, model: nn.Module, parameters: list[nn.Parameter]) -> None:
+        self._model = model
+        made = {id(p): nn.Parameter(p.detach()) for p in parameters}
+        self.parameters = list(made.values())
+        # By one name of each module: functional_call's own ties would exchange those of a module with several names
+        # once for each, and so leave the network with the new parameters.
+        self._named: dict[str, Tensor] = {
+            f"{name}.{key}".lstrip("."): made[id(p)]
+            for name, part in model.named_modules()
+            for key, p in part.named_parameters(recurse=False, remove_duplicate=False)
+            if id(p) in made
+        }
+
+    def call(self, inputs: tuple[Tensor, ...]) -> tuple[list[Any], Any]:
+        """The network's output, flattened, and what :func:`tree_unflatten` takes to restore it."""
+        return tree_flatten(functional_call(self._model, self._named, inputs, tie_weights=False))
 
 
 def _differentiable(outputs: list[Tensor]) -> list[Tensor]:
@@ -210,8 +226,7 @@ class _Training:
 
     def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.inputs = _static(inputs)
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.parameters = list(trainable.values())
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self.passes = 0  # forward passes so far: a backward pass belongs to the last of them
         stream = torch.cuda.Stream(inputs[0].device)
@@ -220,10 +235,10 @@ class _Training:
         rng_state = torch.cuda.get_rng_state(inputs[0].device)
 
         with torch.cuda.stream(stream), _autocast():  # once for what is made at the first use on a stream
-            shadows = _shadows(trainable)
-            outputs, _ = tree_flatten(functional_call(model, shadows, self.inputs))
+            shadows = _Shadows(model, self.parameters)
+            outputs, _ = shadows.call(self.inputs)
             torch.autograd.grad(
-                _differentiable(outputs), list(shadows.values()), _differentiable(outputs), allow_unused=True
+                _differentiable(outputs), shadows.parameters, _differentiable(outputs), allow_unused=True
             )
             del outputs, shadows
         torch.cuda.current_stream().wait_stream(stream)
@@ -231,14 +246,14 @@ class _Training:
             buffer.copy_(before)
         torch.cuda.set_rng_state(rng_state, inputs[0].device)
 
-        shadows = _shadows(trainable)
+        shadows = _Shadows(model, self.parameters)
         with _capture(self.forward, stream), _autocast():
-            outputs, self.spec = tree_flatten(functional_call(model, shadows, self.inputs))
+            outputs, self.spec = shadows.call(self.inputs)
         self.outputs: list[Tensor] = outputs
         self.output_grads = [torch.zeros_like(x) for x in _differentiable(outputs)]
         with _capture(self.backward, stream, self.forward.pool()):
             self.parameter_grads = torch.autograd.grad(
-                _differentiable(outputs), list(shadows.values()), self.output_grads, allow_unused=True
+                _differentiable(outputs), shadows.parameters, self.output_grads, allow_unused=True
             )
 
     def __call__(self, inputs: tuple[Tensor, ...]) -> Any:
