@@ -195,7 +195,9 @@ class _Network:
         """A line on standard error where the network that was named isn't the one that a file says it is of."""
         name = about.get("network")
         if self.name and isinstance(name, str) and not same_path(name, self.name):
-            line = f"{self.path} says that its vectors are of {name}: those of another network can't be compared"
+            line = (
+                f"{self.path} says that its vectors are of {name}; if {self.name} is another, similarities mean nothing"
+            )
             print(f"transcnn: {printable(line)}", file=sys.stderr)
 
     def embed(self, items: list[Item], batch_size: int, errors: dict[str, str], quiet: bool) -> Vectors:
