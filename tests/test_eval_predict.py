@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,9 @@ def test_eval_leaves_broken_files_out_and_lists_them(run, class_folder):
         evaluate(str(run), str(class_folder), accelerator="cpu", strict_data=True, quiet=True)
 
 
-def test_eval_scores_what_the_run_held_back_whatever_the_data_is_now(run, class_folder, class_image, tmp_path, capsys):
+def test_eval_scores_what_the_run_held_back_whatever_the_data_is_now(
+    run, class_folder, class_image, tmp_path, capsys, monkeypatch
+):
     loaded = load(run)
     settings = {"data": str(class_folder), "val_fraction": 0.25, "seed": 0}
     save_weights(run / "best.safetensors", loaded.model, {**loaded.info, "settings": settings})
@@ -118,6 +121,10 @@ def test_eval_scores_what_the_run_held_back_whatever_the_data_is_now(run, class_
     shutil.copytree(class_folder, tmp_path / "moved")
     assert evaluate(str(run), str(tmp_path / "moved"), accelerator="cpu")["images"] == 32
     assert "18 of these 32 images have names and sizes of images that the run learnt from" in capsys.readouterr().err
+    monkeypatch.setattr("transcnn.commands.evaluate.load", lambda *_: replace(loaded, source="transcnn_tiny"))
+    monkeypatch.chdir(run)  # published weights didn't learn from what lies where the command is run
+    evaluate("transcnn_tiny", tmp_path / "moved", accelerator="cpu")
+    assert "learnt from" not in capsys.readouterr().err
 
 
 def test_eval_says_which_part_it_took(run, split_folder):

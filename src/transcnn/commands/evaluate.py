@@ -188,7 +188,8 @@ def _say_if_learnt(loaded: Loaded, data: str | None, part: Any, split: str) -> N
         line = f"the run learnt from these images ({split}): scores of new ones are lower"
         print(f"transcnn: {line}", file=sys.stderr)
         return
-    learnt = names_and_sizes(Path(loaded.source).parent, "train")
+    source = Path(loaded.source)  # of published weights a name, which lies in no folder
+    learnt = names_and_sizes(source.parent, "train") if source.is_file() else {}
     if len({*learnt.values()}) > len(learnt) / 2:  # else sizes say little: of images without compression they are equal
         entries = (part.entry(i) for i in range(len(part)))
         if count := sum(learnt.get(name) == size > 0 for name, _, size in entries):

@@ -56,7 +56,7 @@ def find_items(names: Sequence[str], labelled: bool, errors: dict[str, str]) -> 
         except UserError:
             if labelled:
                 raise
-            if is_table(names[0]):
+            if is_table(names[0]) and not Path(names[0]).is_dir():
                 return [Item(file, "", "", file) for file in list_files(Path(names[0]), None, None).files]
     if labelled:
         raise UserError(f"labels come with one data set (a folder of class folders, a table, ...), got {len(names)}")
