@@ -48,6 +48,8 @@ def work(rank: int, folder: str) -> None:
         outcome(lambda: processes.first_here(download)),
         outcome(lambda: processes.first_here(fail(0, OSError("no network")))),
         outcome(lambda: processes.first_here(fail(1, UserError("a wrong name")))),
+        outcome(lambda: processes.all_or_none(processes.rank)),
+        outcome(lambda: processes.all_or_none(fail(1, MemoryError()))),
         outcome(lambda: processes.first_decides(lambda: processes.rank())),
         outcome(lambda: processes.first_decides(fail(0, OSError("no space")))),
         outcome(lambda: processes.first_decides(fail(0, UserError("not empty")))),
@@ -65,6 +67,8 @@ def test_one_process_goes_first_and_its_error_is_everybodys(tmp_path):
         "OSError no network False",
         "UserError a wrong name False",
         "0",
+        "UserError MemoryError False",
+        "0",
         "OSError no space False",
         "UserError not empty False",
     ]
@@ -72,6 +76,8 @@ def test_one_process_goes_first_and_its_error_is_everybodys(tmp_path):
         "found",
         "UserError no network True",
         "UserError a wrong name True",
+        "1",
+        "UserError MemoryError True",
         "0",
         "UserError no space True",
         "UserError not empty True",
@@ -87,7 +93,9 @@ def test_other_numbers_than_the_launcher_has_started_are_one_clear_line(monkeypa
 
 
 def test_alone_a_process_does_it_at_once():
-    assert processes.first_here(lambda: 3) == processes.first_decides(lambda: 3) == 3
+    assert (
+        processes.first_here(lambda: 3) == processes.first_decides(lambda: 3) == processes.all_or_none(lambda: 3) == 3
+    )
 
 
 def test_auto_is_a_gpu_of_nvidias_or_the_cpu(monkeypatch):

@@ -349,6 +349,9 @@ def test_a_damaged_table_of_epochs_ends_no_run(whole, tmp_path):
     run = shutil.copytree(whole[1], tmp_path / "run")
     rows = (run / "metrics.csv").read_bytes().splitlines(keepends=True)
     (run / "metrics.csv").write_bytes(rows[0] + b"one,\xff\0\n" + rows[1] + b"\n,,\n" + rows[2][:9])
+    odd = [rows[1].replace(rows[1].rstrip().rpartition(b",")[2], seconds) for seconds in (b"nan", b"inf", b"-1")]
+    with (run / "metrics.csv").open("ab") as file:
+        file.write(b"\n" + b"".join(odd))
     train(resume=str(run), epochs=4, quiet=True)
     assert [row["epoch"] for row in rows_of(run)] == ["1", "3", "4"]
 

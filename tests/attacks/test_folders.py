@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +191,31 @@ def test_a_run_that_is_resumed(run, sealed, name):
     info = {**run["transcnn"], **header}
     torch.save({**run, "transcnn": {**info, "settings": {**info["settings"], **settings}}}, "x.ckpt")
     refused(lambda: train(resume="x.ckpt", epochs=2, out="again", quiet=True), seconds=5)
+
+
+STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "version": lambda run: run.pop("pytorch-lightning_version"),
+    "version-text": lambda run: run.update({"pytorch-lightning_version": "../x"}),
+    "loops": lambda run: run.update(loops=3),
+    "loops-inside": lambda run: run.update(loops={"fit_loop": {"epoch_progress": {"current": {"processed": "x"}}}}),
+    "weights": lambda run: run.pop("state_dict"),
+    "average": lambda run: run.update(averaging_state={}),
+    "callbacks": lambda run: run.update(callbacks=[1]),
+    "scores": lambda run: run["callbacks"]["KeepWeights"].update(figures={"val_top1": "x"}),
+    "time": lambda run: run["callbacks"]["KeepWeights"].update(seconds="x"),
+    "rate": lambda run: run["callbacks"]["SkipNonFinite"].update(lr_factor="x"),
+    "groups": lambda run: run["optimizer_states"][0]["param_groups"].pop(),
+    "moments": lambda run: run["optimizer_states"][0]["state"][0].update(exp_avg=torch.zeros(3)),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_states_of_a_run_that_are_made_up(run, sealed, name):
+    """What the trainer, the optimizer and our own callbacks restore."""
+    changed = copy.deepcopy(run)
+    STATES[name](changed)
+    torch.save(changed, "x.ckpt")
+    refused(lambda: train(resume="x.ckpt", epochs=2, out="again", quiet=True), "can't go on from x.ckpt", seconds=9)
 
 
 @pytest.mark.parametrize(

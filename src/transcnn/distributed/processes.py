@@ -18,6 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 from ..errors import UserError
 
 __all__ = [
+    "all_or_none",
     "first_decides",
     "first_here",
     "gather",
@@ -154,19 +155,31 @@ def first_here(work: Callable[[], T]) -> T:
 
     So what it downloads or unpacks is there for them. All processes call this, and an error of one is everybody's.
     """
+    if rank() % per_machine() != 0:
+        all_or_none(lambda: None)
+        return all_or_none(work)
+    found = all_or_none(work)
+    all_or_none(lambda: None)
+    return found
+
+
+def all_or_none(work: Callable[[], T]) -> T:
+    """What ``work`` returns in each process, which do it at the same time; an error of one is everybody's.
+
+    All processes call this: one that failed alone would leave the others waiting for it, or ending for no reason that
+    they know.
+    """
     if world() == 1:
         return work()
     results: list[T] = []
     failure: Exception | None = None
-    for turn in (True, False):
-        if (rank() % per_machine() == 0) == turn:
-            try:
-                results.append(work())
-            except Exception as error:  # whatever it is, the others wait for this process
-                failure = error
-        failed = [text for text in gather("" if failure is None else str(failure) or type(failure).__name__) if text]
-        if failed:
-            raise failure if failure is not None and rank() == 0 else _told(failed[0])
+    try:
+        results.append(work())
+    except Exception as error:  # whatever it is, the others wait for this process
+        failure = error
+    failed = [text for text in gather("" if failure is None else str(failure) or type(failure).__name__) if text]
+    if failed:
+        raise failure if failure is not None and rank() == 0 else _told(failed[0])
     return results[0]
 
 

@@ -197,7 +197,8 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     with suppress(csv.Error, OSError), path.open(newline="", encoding="utf-8", errors="replace") as file:
         for row in csv.DictReader(file):
             with suppress(ValueError, KeyError, TypeError):
-                _ = int(row["epoch"]), float(row["seconds"])
+                if int(row["epoch"]) < 1 or not 0 <= float(row["seconds"]) < 1e12:  # nor NaN
+                    continue
                 rows.append({name: value for name, value in row.items() if name is not None})
     return rows
 

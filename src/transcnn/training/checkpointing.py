@@ -164,6 +164,7 @@ class KeepWeights(Checkpoint):
         best_epoch: The epoch that reached the metric's best value (from 1); 0 while none had a finite one.
         figures: The metric and the task's score at that epoch, by name.
         hold: While True, no checkpoint is written: the run is in trouble, and the last good one is to stay.
+        went_on: Whether a step was done since the trainer began.
     """
 
     def __init__(
@@ -184,6 +185,7 @@ class KeepWeights(Checkpoint):
         self.figures: dict[str, float] = {}
         self.best_epoch = 0
         self.hold = False
+        self.went_on = False
         self._seconds_before = 0.0
         self._began = time.monotonic()
 
@@ -196,10 +198,11 @@ class KeepWeights(Checkpoint):
         return {"best_epoch": self.best_epoch, "figures": self.figures, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_epoch = state_dict["best_epoch"]
+        self.best_epoch = int(state_dict["best_epoch"])
         known = state_dict.get("figures")
-        self.figures = {self.metric: state_dict["best"]} if known is None else known  # earlier versions had one figure
-        self._seconds_before = state_dict.get("seconds", 0.0)
+        known = {self.metric: state_dict["best"]} if known is None else known  # earlier versions had one figure
+        self.figures = {str(name): float(value) for name, value in known.items()}
+        self._seconds_before = float(state_dict.get("seconds", 0.0))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["transcnn"] = {**self.info, "settings": self.settings}
@@ -231,6 +234,7 @@ class KeepWeights(Checkpoint):
             save_weights(self.run_dir / BEST, state, info)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.went_on = True
         updates = (batch_idx + 1) // trainer.accumulate_grad_batches
         if self.every and can_save(trainer, batch_idx) and updates % self.every == 0:
             self.save(trainer)

@@ -72,7 +72,7 @@ class SkipNonFinite(Callback):
         return {"skipped": self.skipped, "lr_factor": self.lr_factor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.skipped, self.lr_factor = state_dict["skipped"], state_dict["lr_factor"]
+        self.skipped, self.lr_factor = int(state_dict["skipped"]), float(state_dict["lr_factor"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.new_factor is not None:  # what the optimizer was restored with is the rate from before

@@ -20,6 +20,7 @@ from ..checkpoints.files import atomic_write
 from ..checkpoints.loading import data_config_of, load, read_info
 from ..data.sets.channels import Channels
 from ..distributed.processes import (
+    all_or_none,
     first_decides,
     first_here,
     gather,
@@ -32,7 +33,7 @@ from ..distributed.processes import (
 )
 from ..distributed.runtime import choose_precision, keep_freed_memory
 from ..distributed.sharding import choose_strategy
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..inspection.copies import copies_between_splits
 from ..plain import dump_plain
 from ..settings import TrainSettings, as_plain
@@ -83,9 +84,9 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None, lock: R
         info = read_info(resumed)
         splits.read_as(Channels.of(info["data_config"]))
         s = replace(s, img_size=info["settings"].get("img_size"))
-    network, args = make_network(s, splits, task_args, resumed)
+    network, args = all_or_none(lambda: make_network(s, splits, task_args, resumed))
     config = splits.channels.added_to(data_config_of(network, splits.in_chans, s.img_size or args.get("img_size")))
-    learner = make_learner(s, splits, network, config, task_args)
+    learner = all_or_none(lambda: make_learner(s, splits, network, config, task_args))
     check_metric(s, learner.measured)
     loaders: Any = None if assumed else _loaders(s, task_class, splits, config, task_args)
     if s.dry_run:
@@ -114,7 +115,7 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None, lock: R
             _announce(s, splits, network, config, run_dir, trainer)
             for line in (*remarks_on_schedule(s), *copies_between_splits(splits)):
                 print(f"transcnn: {printable(line)}", file=sys.stderr)
-    _fit(trainer, learner, loaders, resumed)
+    _fit(trainer, learner, loaders, resumed, keep)
     return _finish(s, task_class, splits, run_dir, trainer, keep)
 
 
@@ -151,18 +152,17 @@ def _check_memory(s: TrainSettings, learner: Task, splits: Any, task_args: dict[
     height, width = (learner.largest_size(splits, task_args) if s.task == "detect" else None) or crop
     dtype = torch.bfloat16 if "bf16" in choose_precision(s.precision, s.accelerator) else None
     images = min(s.batch_size, len(splits.train)) // world()
-    try:
-        check_memory(learner.model, images, (channels, height, width), processes=per_machine(), dtype=dtype)
-    except UserError as error:
-        error.reported = rank() > 0
-        raise
+    shape = (channels, height, width)
+    all_or_none(lambda: check_memory(learner.model, images, shape, processes=per_machine(), dtype=dtype))
 
 
 def _check_epochs(resumed: Path, epochs: int) -> None:
     """Raise UserError where a checkpoint has learnt for more epochs than are asked for."""
-    loops = torch.load(resumed, mmap=True, map_location="cpu", weights_only=True).get("loops", {})
-    done = loops.get("fit_loop", {}).get("epoch_progress", {}).get("current", {}).get("processed", 0)
-    if done > epochs:
+    content = torch.load(resumed, mmap=True, map_location="cpu", weights_only=True)
+    for name in ("loops", "fit_loop", "epoch_progress", "current"):
+        content = content.get(name) if isinstance(content, dict) else None
+    done = content.get("processed", 0) if isinstance(content, dict) else 0
+    if isinstance(done, int) and done > epochs:  # what else it is shows when it is restored
         error = UserError(
             f"{resumed} has learnt for {done} epochs already: epochs must be {done} or more, got {epochs}"
         )
@@ -199,7 +199,7 @@ def _loaders(
     )
 
 
-def _fit(trainer: L.Trainer, learner: Task, loaders: Any, resumed: Path | None) -> None:
+def _fit(trainer: L.Trainer, learner: Task, loaders: Any, resumed: Path | None, keep: KeepWeights) -> None:
     try:
         trainer.fit(learner, datamodule=loaders, ckpt_path=resumed, weights_only=True)
     except cb.Stop as stop:
@@ -214,10 +214,17 @@ def _fit(trainer: L.Trainer, learner: Task, loaders: Any, resumed: Path | None) 
         raise UserError(str(error).splitlines()[0]) from error
     except SystemExit:  # Lightning's answer to a KeyboardInterrupt
         raise cb.Interrupted("at once", signal.SIGINT) from None
-    except RuntimeError as error:
-        if not (lost := lost_process(error)):
+    except UserError:
+        raise
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, RuntimeError) and (lost := lost_process(error)):
+            raise UserError(f"{lost}; go on from the last checkpoint with --resume") from error
+        if resumed is None or keep.went_on or "memory" in str(error):
             raise
-        raise UserError(f"{lost}; go on from the last checkpoint with --resume") from error
+        # The states of optimizer, loops and callbacks are as many things as there are versions and libraries.
+        told = UserError(f"can't go on from {resumed}, which is damaged or of other versions: {first_line(error)}")
+        told.reported = rank() > 0
+        raise told from error
 
 
 def _trainer(
