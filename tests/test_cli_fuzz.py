@@ -169,6 +169,8 @@ def test_commands_end_with_one_line(name, made, tmp_path, monkeypatch, capsys):
             "images and target are for tables of labelled images",
         ),
         (["train", "photos", *QUICK, "--model", "dla46_c", "--grad_checkpointing"], "has no gradient checkpointing"),
+        (["train", "--resume", "run", "--dry_run"], "dry_run tells what a new run would take"),
+        (["train", "photos", *QUICK, "--init_from", "transcnn_nano"], "weights: --model transcnn_nano --pretrained"),
         (["export", "run", "--static", "0"], "static must be from 1 to 8,192, got 0"),
         (["models", "transcnn_test", "--csv", "x" * 300], "File name too long"),
     ],
@@ -187,6 +189,25 @@ def test_what_ended_with_a_traceback_is_one_line(argv, message, made, tmp_path, 
     assert error.count("\n") == 1
     assert message in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "run"]
+
+
+def test_data_that_has_moved_or_is_packed(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").symlink_to(made / "run")
+    (tmp_path / "photos.zip").touch()
+    (made / "photos").rename(made / "elsewhere")
+    try:
+        for argv, told in (
+            (["eval", "run", "--accelerator", "cpu"], "isn't here: give the data, transcnn eval run DATA"),
+            (["train", "--resume", "run"], "isn't there: say where it is, transcnn train DATA --resume run"),
+            (["train", "photos.zip", *QUICK], "photos.zip' is an archive: unpack it, and give the folder"),
+        ):
+            assert cli.main(argv) == 2
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1
+            assert told in error
+    finally:
+        (made / "elsewhere").rename(made / "photos")
 
 
 def test_published_weights_that_can_not_be_fetched(tmp_path, monkeypatch, capsys):

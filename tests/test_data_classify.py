@@ -281,13 +281,17 @@ def test_unusable_data(tmp_path: Path, make_class_folder: Callable[..., Path]) -
     refused("torch/", "no such data")
     refused(str(tmp_path), "no images in")
     (tmp_path / "a.zip").touch()
-    refused(str(tmp_path / "a.zip"), "neither a folder nor a Parquet file")
+    refused(str(tmp_path / "a.zip"), "a.zip' is an archive: unpack it, and give the folder")
+    (tmp_path / "a.xyz").touch()
+    refused(str(tmp_path / "a.xyz"), "neither a folder nor a Parquet file")
     refused(str(make_class_folder(classes=1, name="one")), r"one class only \('class_0'\); 2 or more")
     refused(str(make_class_folder(splits=("val", "test"), name="no train")), "no train split")
     refused(str(make_class_folder(per_class=1, name="few")), "too few to split off")
     folder = make_class_folder(splits=("train", "val"), name="more")
     (folder / "val" / "class_1").rename(folder / "val" / "stranger")
     refused(str(folder), "classes that training has not: 'stranger'; allowed: 'class_0'")
+    (folder / "val" / "stranger").rename(folder / "val" / "Class_1")
+    refused(str(folder), r"'Class_1'; allowed: 'class_0', 'class_1', 'class_2' \(the case of letters counts\)$")
     refused(None, "val_fraction must be between 0 and 1, got 1.5", val_fraction=1.5)
     refused(None, "none of 64 images .* with 7 channels; .* it has 1 channel, 7 are wanted", in_chans=7)
 
@@ -333,6 +337,17 @@ def test_open_set_chooses_its_split(make_class_folder: Callable[..., Path]) -> N
             open_set(data, split)
 
 
+def test_a_folder_above_the_class_folders_is_told(
+    make_class_folder: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_class_folder(name="photos/animals")
+    for root, told in ((folder.parent, "lie in folders within, such as animals/class_0"), (folder, "")):
+        caplog.clear()
+        open_set(str(root))
+        assert told in caplog.text
+        assert bool(caplog.text) == bool(told)
+
+
 def test_open_set_uses_the_models_classes(make_class_folder: Callable[..., Path]) -> None:
     folder = str(make_class_folder(classes=3, per_class=2))
     names = ["class_2", "other", "class_0", "class_1"]
@@ -341,6 +356,8 @@ def test_open_set_uses_the_models_classes(make_class_folder: Callable[..., Path]
     assert dataset.labels.tolist() == [2, 2, 3, 3, 0, 0]
     with pytest.raises(UserError, match=r"has 3 classes, of which the model does not know 'class_1'.*knows 2"):
         open_set(folder, class_names=["class_0", "class_2"])
+    with pytest.raises(UserError, match=r"knows 3: .*'Class_2' \(the case of letters counts\)$"):
+        open_set(folder, class_names=["class_0", "class_1", "Class_2"])
     assert open_set(None, class_names=[f"digit {i}" for i in range(10)]).class_names[3] == "digit 3"
     with pytest.raises(UserError, match="10 classes, of which the model does not know"):
         open_set(None, class_names=["a", "b"])

@@ -23,6 +23,7 @@ from torch import nn
 
 from transcnn.checkpoints import loading
 from transcnn.checkpoints.files import atomic_write, check_writable
+from transcnn.checkpoints.published import load_checkpoint
 from transcnn.data.sets.classify import open_splits
 from transcnn.distributed import runtime
 from transcnn.errors import UserError
@@ -185,14 +186,27 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
             return (os.mkdir, (str(marker),))
 
     torch.save({"state_dict": {}, "transcnn": Evil()}, tmp_path / "last.ckpt")
-    with pytest.raises(UserError, match="can't read"):
+    with pytest.raises(UserError, match=r"can't read .*last.ckpt: reading it would run code \(\w+.mkdir\)"):
         loading.load(tmp_path)
     assert not marker.exists()
 
 
 def test_names_and_folders_that_are_nothing(tmp_path):
-    with pytest.raises(UserError, match="is no run directory"):
+    with pytest.raises(UserError, match=r"is no run directory: it holds neither best.safetensors nor last.ckpt$"):
         loading.load(tmp_path)
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "best.safetensors").touch()
+    os.utime(tmp_path / "old", (0, 0))
+    with pytest.raises(UserError, match=r"is no run directory: .*; did you mean .*/new\?$"):
+        loading.load(tmp_path)
+    with pytest.raises(UserError, match=r"nothing to resume: .*; did you mean .*/new\?$"):
+        checkpointing.newest_good(tmp_path)
+    with pytest.raises(UserError, match=r"no checkpoint file at .*/new, which is a folder: give .*/best.safetensors$"):
+        load_checkpoint(torch.nn.Identity(), tmp_path / "new")
+    (tmp_path / "config.yaml").write_text("model: transcnn_nano")
+    with pytest.raises(UserError, match=r"can't read .*config.yaml: torch.save did not write it$"):
+        loading.load(tmp_path / "config.yaml")
     with pytest.raises(UserError, match=r"no file or folder transcnn_tini, and no model .* near .*: transcnn_tiny"):
         loading.load("transcnn_tini")
     with pytest.raises(UserError, match="can't make transcnn_test"):  # there are no published weights of it

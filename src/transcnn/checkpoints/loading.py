@@ -27,16 +27,18 @@ from torch import nn
 from ..data.names import distinct_names, imagenet_names
 from ..data.paths import same_path
 from ..dense.build import build_network
-from ..errors import UserError, first_line
+from ..errors import UserError
 from ..plugging.build import build_model
 from .arguments import short
 from .bounded import build_bounded, registered
 from .files import atomic_write
 from .folders import CONFIG, from_pretrained
 from .header import check_header
-from .published import load_checkpoint, sizes_of, torch_load
+from .published import load_checkpoint, sizes_of, torch_load, why_unreadable
 
-__all__ = ["Loaded", "class_names_of", "data_config_of", "load", "save_weights"]
+__all__ = ["Loaded", "class_names_of", "data_config_of", "hint_at_run", "load", "save_weights"]
+
+RUN_WEIGHTS = ("best.safetensors", "last.ckpt")  # of a run directory, what is used first
 
 
 @dataclass
@@ -129,9 +131,10 @@ def load(source: str | os.PathLike[str], model: str | None = None) -> Loaded:
     if path.is_dir():
         if (path / CONFIG).is_file():
             return _load_pretrained(path)
-        found = [path / name for name in ("best.safetensors", "last.ckpt") if (path / name).is_file()]
+        found = [path / name for name in RUN_WEIGHTS if (path / name).is_file()]
         if not found:
-            raise UserError(f"{path} is no run directory: it holds neither best.safetensors nor last.ckpt")
+            wanted = " nor ".join(RUN_WEIGHTS)
+            raise UserError(f"{path} is no run directory: it holds neither {wanted}{hint_at_run(path)}")
         path = found[0]
     if path.is_file():
         return _load_file(path, model)
@@ -163,7 +166,14 @@ def read_info(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, AttributeError):
         return {}
     except Exception as error:  # damaged files fail in many ways; torch's refusal of code has a long text
-        raise UserError(f"can't read {path}: {first_line(error)}") from error
+        raise UserError(f"can't read {path}: {why_unreadable(error)}") from error
+
+
+def hint_at_run(folder: Path) -> str:
+    """For the end of a message about a folder that is no run's: the newest run in it, if there is one."""
+    runs = [file.parent for name in RUN_WEIGHTS for file in folder.glob(f"*/{name}")]
+    newest = max(runs, key=lambda run: run.stat().st_mtime, default=None)
+    return "" if newest is None else f"; did you mean {newest}?"
 
 
 def _load_file(path: Path, model_name: str | None) -> Loaded:

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 
 from ..errors import UserError, first_line
 
-__all__ = ["Classes", "convert_state_dict", "load_body", "load_checkpoint", "sizes_of", "torch_load"]
+__all__ = ["Classes", "convert_state_dict", "load_body", "load_checkpoint", "sizes_of", "torch_load", "why_unreadable"]
 
 Model = TypeVar("Model", bound=nn.Module)
 _logger = logging.getLogger(__name__)
 
+RUNS_CODE = "reading it would run code"
 # Where training scripts put a model's tensors in what they save; averaged weights come first, as in timm.
 _NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
@@ -338,22 +339,28 @@ def _read_for(model: nn.Module, path: str | Path) -> dict[str, Any]:
     return content
 
 
+def why_unreadable(error: Exception) -> str:
+    """What keeps a file of weights from being read, in one line. (torch's own text advises to let it run code.)"""
+    if isinstance(error, pickle.UnpicklingError) and (asks := re.search(r"GLOBAL (\S+)", str(error))):
+        return f"{RUNS_CODE} ({asks[1]}), weights need none"
+    says_why = isinstance(error, RuntimeError | ValueError | OSError | SafetensorError) and str(error)
+    return first_line(error) if says_why else "torch.save did not write it"
+
+
 def _read(path: Path) -> dict[str, Any]:
     """The dictionary that a file holds, without running any code of it."""
     if not path.is_file():
-        raise UserError(f"no checkpoint file at {path}")
+        best = path / "best.safetensors"
+        raise UserError(f"no checkpoint file at {path}{f', which is a folder: give {best}' if best.is_file() else ''}")
     try:
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
             content = torch_load(path)
     except Exception as error:  # a broken file makes the readers raise almost anything
-        asks = re.search(r"GLOBAL (\S+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and asks:
-            raise UserError(f"{path} is refused: reading it would run code ({asks[1]}), weights need none") from error
-        says_why = isinstance(error, RuntimeError | ValueError | OSError | SafetensorError) and str(error)
-        reason = first_line(error) if says_why else "torch.save did not write it"
-        raise UserError(f"{path} is no checkpoint that can be read: {reason}") from error
+        reason = why_unreadable(error)
+        what = "refused" if reason.startswith(RUNS_CODE) else "no checkpoint that can be read"
+        raise UserError(f"{path} is {what}: {reason}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UserError(f"{path} holds no weights by name, but a {type(content).__name__}")
     return content

@@ -11,7 +11,7 @@ from ..checkpoints.available import check_resizable
 from ..checkpoints.files import make_folder
 from ..checkpoints.loading import Loaded, load
 from ..checkpoints.memory import check_forward
-from ..data.paths import StrPath, as_text, is_fetched
+from ..data.paths import StrPath, as_text, check_data_exists, is_fetched
 from ..data.sources.opening import columns_for
 from ..data.sources.source import check_fraction
 from ..distributed.processes import first_decides, first_here, gather_lists, launch, rank, world
@@ -177,6 +177,12 @@ def _data_of(loaded: Loaded, checkpoint: StrPath, data: StrPath | None) -> str |
             f"{loaded.source} names data from elsewhere, {chosen!r}; if that may be fetched, give it: "
             f"transcnn eval {checkpoint} {chosen}"
         )
+    if data is None and chosen is not None:
+        try:
+            check_data_exists(chosen)
+        except UserError as error:
+            where = f"{loaded.source} learnt from {chosen!r}, which isn't here"
+            raise UserError(f"{where}: give the data, transcnn eval {checkpoint} DATA") from error
     return chosen
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.paths import check_data_exists
+from ..errors import UserError
 from ..imports import gc_paused
 from ..settings import TrainSettings, takes_settings
 from ..training.check import check_meant, check_named
@@ -37,6 +38,8 @@ def train(settings: TrainSettings) -> TrainResult:
     check_named(settings)
     if not settings.resume:
         check_meant(settings)
+    elif settings.dry_run:
+        raise UserError("dry_run tells what a new run would take: leave out --resume, or --dry_run")
     if not settings.dry_run:
         check_data_exists(settings.data)
     # Importing these takes seconds; what is wrong with the words of a command is said before.
@@ -44,7 +47,14 @@ def train(settings: TrainSettings) -> TrainResult:
         from ..distributed.processes import first_decides, launch
         from ..distributed.runtime import lasting_output, quiet_libraries
         from ..training.faults import Rollback
-        from ..training.resume import check_seen_by_all, find_resumed, find_start, located, resumed_settings
+        from ..training.resume import (
+            check_not_moved,
+            check_seen_by_all,
+            find_resumed,
+            find_start,
+            located,
+            resumed_settings,
+        )
         from ..training.run import run
         from ..training.run_dir import RunLock
 
@@ -56,6 +66,7 @@ def train(settings: TrainSettings) -> TrainResult:
         if resumed:
             check_seen_by_all(resumed)
             settings = resumed_settings(settings, resumed)
+            check_not_moved(settings, resumed)
         settings = located(settings)
         lr_factor = None
         while True:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["alike_but_for_case", "distinct_names", "imagenet_names", "match_names", "normalise"]
+__all__ = ["alike_but_for_case", "case_hint", "distinct_names", "imagenet_names", "match_names", "normalise"]
 
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,12 @@ def alike_but_for_case(names: Iterable[str]) -> list[list[str]]:
     for name in names:
         folded.setdefault(name.casefold(), []).append(name)
     return [same for same in folded.values() if len(same) > 1]
+
+
+def case_hint(unknown: Iterable[str], known: Iterable[str]) -> str:
+    """For the end of a message about names that aren't known: whether they are, but for the case of their letters."""
+    folded = {name.casefold() for name in known}
+    return " (the case of letters counts)" if all(name.casefold() in folded for name in unknown) else ""
 
 
 def imagenet_names() -> list[str]:

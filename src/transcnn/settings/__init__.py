@@ -81,8 +81,8 @@ class TrainSettings:
             others than before; the schedule is then that of all of them.
         accept_changed_data: Go on with a run whose data has changed since it began. What was held back from learning
             stays so; new images are learnt from.
-        init_from: Weights to start from: a run's directory, a checkpoint of this package or a published one. To segment
-            or detect, those of a classifier (or of another decoder) are taken for the backbone.
+        init_from: Weights to start from: a run's directory, or a file of this package or of the authors. To segment or
+            detect, those of a classifier (or of another decoder) are taken for the backbone.
         pretrained: Start from the model's published weights.
         freeze: What of the backbone stays as it is: all (only the last layer, or a decoder, learns), a number of
             stages, or patterns of names such as stages.0*. Norms of frozen parts stay in evaluation mode.

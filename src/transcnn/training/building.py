@@ -236,4 +236,8 @@ def _find_weights(source: str) -> Path:
     path = Path(source)
     if (path / CONFIG).is_file():
         return path / WEIGHTS
+    if not path.exists() and get_pretrained_cfg(source) is not None:
+        raise UserError(
+            f"init_from is a file or a run's directory; the published weights: --model {source} --pretrained"
+        )
     return Path(load(path).source) if path.is_dir() else path

@@ -19,7 +19,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
 from ..checkpoints.files import atomic_write
-from ..checkpoints.loading import read_info, save_weights
+from ..checkpoints.loading import hint_at_run, read_info, save_weights
 from ..distributed.processes import first_decides
 from ..distributed.sharding import full_state
 from ..errors import UserError
@@ -80,7 +80,7 @@ def newest_good(run_dir: Path) -> tuple[Path, str]:
         problems.append(f"{path} is damaged: {problem}")
     if problems:
         raise UserError(f"no checkpoint to go on from: {'; '.join(problems)}")
-    raise UserError(f"nothing to resume: there is no {run_dir / LAST}")
+    raise UserError(f"nothing to resume: there is no {run_dir / LAST}{hint_at_run(run_dir)}")
 
 
 def note(run_dir: Path, what: str) -> None:

@@ -13,14 +13,14 @@ from ..checkpoints.bounded import registered
 from ..checkpoints.files import remove_stale_temporaries
 from ..checkpoints.header import check_header
 from ..checkpoints.loading import read_info
-from ..data.paths import is_fetched
+from ..data.paths import check_data_exists, is_fetched
 from ..distributed.processes import gather, rank, restarts, world
 from ..errors import UserError
 from ..settings import TrainSettings
 from .checkpointing import LAST, PREVIOUS, newest_good, note
 from .run_dir import made_by_this_launch
 
-__all__ = ["check_seen_by_all", "find_resumed", "find_start", "located", "resumed_settings"]
+__all__ = ["check_not_moved", "check_seen_by_all", "find_resumed", "find_start", "located", "resumed_settings"]
 
 # What a resumed run may have otherwise than the run it goes on with; all else decides what is learnt.
 FREE = {
@@ -128,6 +128,17 @@ def _refuse_to_fetch(given: TrainSettings, saved: TrainSettings, checkpoint: Pat
                 f"{checkpoint} names {name} from elsewhere, {value!r}; if that may be fetched, give it again: "
                 f"transcnn train --resume {checkpoint.parent} --{name} {value}"
             )
+
+
+def check_not_moved(s: TrainSettings, checkpoint: Path) -> None:
+    """Raise UserError where the data is what the run names, and isn't there any more."""
+    try:
+        check_data_exists(s.data if s.origin_of("data") == str(checkpoint) else None)
+    except UserError:
+        where = f"the run's data was {s.data!r}, which isn't there"
+        error = UserError(f"{where}: say where it is, transcnn train DATA --resume {checkpoint.parent}")
+        error.reported = rank() > 0
+        raise error from None
 
 
 def located(s: TrainSettings) -> TrainSettings:

@@ -16,7 +16,7 @@ from ...errors import UserError
 from ...text import printable
 from ..images import read_bytes, read_image
 from ..listing import folders_in, images_in, is_image_name, list_images
-from ..names import alike_but_for_case, normalise
+from ..names import alike_but_for_case, case_hint, normalise
 from .source import SPLITS, Source, SourceSplits, abbreviate
 
 __all__ = ["open_folder", "split_folder"]
@@ -144,6 +144,7 @@ def _class_folders(root: Path, class_names: Sequence[str] | None = None) -> Sour
     if unknown:
         raise UserError(
             f"{str(root)!r} holds classes that training has not: {abbreviate(unknown)}; allowed: {abbreviate(classes)}"
+            f"{case_hint(unknown, classes)}"
         )
     labels = np.repeat([classes.index(label) for label in found], [counts[label] for label in found])
     broken = [(printable(path[len(paths.root) + 1 :]), "not an image by its name") for path in others]
@@ -170,8 +171,8 @@ def _warn_of_names(root: Path, counts: dict[str, int]) -> None:
 def _warn_of_layout(root: Path, labels: Sequence[str]) -> None:
     """Log images that are of no class, and class folders that are a level too high: ``photos/{fold_1,fold_2}/cat``.
 
-    Folders within class folders are no fault (``cat/2019/1.jpg``), unless all have the same ones and no image beside
-    them, or each has only one of its own name, as archives are unpacked into.
+    Folders within class folders are no fault (``cat/2019/1.jpg``), unless all (or the only one) have the same ones and
+    no image beside them, or each has only one of its own name, as archives are unpacked into.
     """
     if loose := images_in(root):
         logger.warning("%s: images beside the class folders are left out: %s", root, abbreviate(loose))
@@ -180,7 +181,7 @@ def _warn_of_layout(root: Path, labels: Sequence[str]) -> None:
     inner = [{*folders_in(root / label)} for label in labels]
     if all(folders == {label} for label, folders in zip(labels, inner, strict=True)):
         found = f"{labels[0]}/{labels[0]}"
-    elif len(shared := sorted(set.intersection(*inner))) > 1 and len(labels) > 1:
+    elif len(shared := sorted(set.intersection(*inner))) > 1:  # of one folder all that it has
         found = f"{labels[0]}/{shared[0]}"
     else:
         return

@@ -26,6 +26,8 @@ from .webdataset import open_shards
 
 __all__ = ["columns_for", "open_source"]
 
+ARCHIVES = (".zip", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+
 
 def open_source(data: str | None, table: Table | None = None, targets: Targets = CLASSES) -> SourceSplits:
     """Find out what kind of data it is, and open its splits.
@@ -111,6 +113,8 @@ def _open(data: str | None) -> SourceSplits:
         return open_parquet(path, [path])
     if path.suffix.lower() == ".tar":
         return open_shards(data)
+    if path.name.lower().endswith(ARCHIVES):
+        raise UserError(f"{data!r} is an archive: unpack it, and give the folder")
     raise UserError(f"{data!r} is neither a folder nor a Parquet file nor a table nor a tar of samples")
 
 

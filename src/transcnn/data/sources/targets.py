@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ...errors import UserError
-from ..names import alike_but_for_case, distinct_names, match_names, normalise
+from ..names import alike_but_for_case, case_hint, distinct_names, match_names, normalise
 from .source import MAX_CLASSES, abbreviate
 
 __all__ = ["CLASSES", "Cells", "Classes", "Labels", "Numbers", "Targets"]
@@ -112,9 +112,10 @@ class Classes:
         """By name, as :func:`~transcnn.data.names.match_names` finds them."""
         order, unknown = match_names(names, model_names)
         if unknown:
+            known = abbreviate(distinct_names(model_names))
             raise UserError(
                 f"{what} has {len(names)} classes, of which the model does not know {abbreviate(unknown)}; "
-                f"it knows {len(model_names)}: {abbreviate(distinct_names(model_names))}"
+                f"it knows {len(model_names)}: {known}{case_hint(unknown, model_names)}"
             )
         return np.array(order)[labels]
 
@@ -198,7 +199,7 @@ class Labels:
         if unknown:
             raise UserError(
                 f"{what} has labels that the model does not know: {abbreviate(unknown)}; it knows {len(model_names)}: "
-                f"{abbreviate(distinct_names(model_names))}"
+                f"{abbreviate(distinct_names(model_names))}{case_hint(unknown, model_names)}"
             )
         found = np.full((len(labels), len(model_names)), 0.0 if self._complete else math.nan, np.float32)
         found[:, order] = labels

@@ -163,7 +163,10 @@ def _shards_split(files: list[str], names: list[str] | None) -> Source:
             members.names.append(f"{os.path.basename(path)}/{stem}")
             labels.append(contents.classes[stem])
     if not labels:
-        raise UserError(f"no samples in {abbreviate(files)}; expected images with a .cls file each")
+        raise UserError(
+            f"no samples in {abbreviate(files)}; expected images with a .cls file each (class folders in a tar must be "
+            "unpacked)"
+        )
     if names is None:
         indices, names = number_classes(np.array(labels), abbreviate(files))
     elif max(labels) >= len(names):
