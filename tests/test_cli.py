@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -245,3 +247,19 @@ def test_tables_cut_no_name_at_80_columns(monkeypatch, capsys):
     assert long in capsys.readouterr().out
     assert cli.main(["plug", "test_resnet", "--img_size", "64"]) == 0
     assert " layer2 " in capsys.readouterr().out
+
+
+def test_closed_streams_lead_nowhere(tmp_path):
+    """A service or ``>&-``: Python's streams are None, and the next file would get what libraries print."""
+    code = """
+import os, sys
+from transcnn import cli
+cli.main(["--version"])
+with open(sys.argv[1], "w") as file:
+    os.write(1, b"noise")
+    os.write(2, b"noise")
+    print(file.fileno() > 2, sys.stdout.isatty(), sys.stderr.isatty(), sys.stdin.read(), file=file)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], check=True)
+    assert (tmp_path / "out").read_text() == "True False False \n"

@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 or 2 for what the user can mend, 130 after Ctrl-C."""
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
+    _replace_closed_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that the terminal's encoding lacks ends no command
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -90,6 +91,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "predict" and all("error" in row for row in result):
         return _fail(f"no file can be read; the first: {result[0]['file']}: {result[0]['error']}")
     return 0
+
+
+def _replace_closed_streams() -> None:
+    """Let output lead nowhere where a stream was closed before (``>&-``, a service), of which Python makes None.
+
+    The descriptors are taken, too: else the next file that is opened gets one, and what libraries print is in it.
+    """
+    names = ("stdin", "stdout", "stderr")
+    for number, name in enumerate(names):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+    for number, name in enumerate(names):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
 
 
 # Of PyTorch, Python, the C++ library, and of the system's loader, whose libraries are the first to find no room.
