@@ -459,6 +459,20 @@ def test_no_input_and_no_other_output_is_written_over(tmp_path):
     assert (tmp_path / "predictions-2.json").is_file()
 
 
+def test_of_thousands_of_one_name_none_is_tried_twice(tmp_path, monkeypatch):
+    """Frames of videos, each video's in a folder of its own."""
+    tried = []
+    is_free = OutputFolder._is_free
+    monkeypatch.setattr(OutputFolder, "_is_free", lambda self, *args: tried.append(1) or is_free(self, *args))
+    out = OutputFolder(tmp_path, coco=True)
+    names = [out.stem_for(f"{i}/x.png").name for i in range(200)]
+    assert names == ["x", *(f"x-{i}" for i in range(2, 201))]
+    assert len(tried) < 500
+    assert [out.stem_for(f"{i}/predictions.png").name for i in range(2)] == ["predictions", "predictions-2"]
+    out.finish()
+    assert (tmp_path / "predictions.json").is_file()
+
+
 def test_outputs_of_an_earlier_call_are_replaced_elsewhere(tmp_path):
     for _ in range(2):
         out = OutputFolder(tmp_path / "out", [str(tmp_path / "x.png")])

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from transcnn.checkpoints import loading
-from transcnn.checkpoints.files import atomic_write, check_writable
+from transcnn.checkpoints.files import atomic_write, check_writable, remove_stale_temporaries
 from transcnn.checkpoints.published import load_checkpoint
 from transcnn.data.sets.classify import open_splits
 from transcnn.distributed import runtime
@@ -82,6 +82,13 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
         os.umask(before)
     assert path.read_text() == "new"
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_stale_temporaries_that_stay_end_nothing(tmp_path):
+    (tmp_path / ".a.1.tmp").write_bytes(b"half")
+    (tmp_path / ".b.2.tmp").mkdir()  # can't be unlinked, as nothing can in a folder that is read only
+    remove_stale_temporaries(tmp_path)
+    assert os.listdir(tmp_path) == [".b.2.tmp"]
 
 
 @pytest.mark.parametrize("linked", [False, True])

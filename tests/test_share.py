@@ -175,6 +175,9 @@ def test_a_card_claims_neither_scores_nor_a_licence_that_it_does_not_know(run, t
         config = json.loads((folder / "config.json").read_text())
         assert "license" not in config["pretrained_cfg"]
     assert "apache-2.0" in str(ModelCard.load(save_pretrained(model, "x", licence="apache-2.0") / "README.md"))
+    (tmp_path / "metrics.json").write_text('{"top1": "x", "top5": [1], "images": null, "split": "[a](http://b)<b>"}')
+    save_weights(tmp_path / "best.safetensors", loaded.model, loaded.info)
+    assert "http://b" not in ModelCard.load(save_pretrained(tmp_path, tmp_path / "y") / "README.md").text
     (tmp_path / "metrics.json").write_text("{")
     save_weights(tmp_path / "best.safetensors", loaded.model, loaded.info)
     with pytest.raises(UserError, match=r"can't read .*metrics.json: "):

@@ -340,6 +340,27 @@ def test_what_is_written_reads_back_as_it_was(tmp_path, kind):
         DatasetWriter(tmp_path / "out" / kind, kind, names, [3, 1, 7])
 
 
+def test_a_data_set_of_images_of_one_name(tmp_path):
+    """None of the names is tried twice, and what an image is called on the disk isn't taken over with escapes."""
+
+    class Counted(set):
+        asked = 0
+
+        def __contains__(self, name: object) -> bool:
+            self.asked += 1
+            return super().__contains__(name)
+
+    image = Image.new("RGB", (8, 8))
+    odd = tmp_path / "x.p\x1b[31mng"
+    image.save(odd, format="PNG")
+    writer = DatasetWriter(tmp_path / "out", "coco", ["a"], [1])
+    writer.taken = Counted()
+    for file in (str(odd), *(f"{i}/x.png" for i in range(99))):
+        writer.add(Detections(file=file, image=image, boxes=(), class_names=["a"], label_ids=[1]))
+    assert [row["file_name"] for row in writer.images] == ["x.png", *(f"x-{i}.png" for i in range(2, 101))]
+    assert writer.taken.asked < 300
+
+
 def test_predict_writes_a_data_set(tmp_path):
     put(tmp_path, "photos/a.png", "photos/b.png", text=None)
     (tmp_path / "photos" / "bad.png").write_bytes(b"no image")

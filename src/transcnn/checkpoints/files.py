@@ -82,9 +82,10 @@ def make_folder(folder: Path, *names: str) -> None:
 
 
 def remove_stale_temporaries(folder: Path) -> None:
-    """Remove what a killed process left half written (see :func:`atomic_write`)."""
+    """Remove what a killed process left half written (see :func:`atomic_write`), where it can be removed."""
     for temporary in folder.glob(".*.tmp"):
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _is_device(path: Path) -> bool:

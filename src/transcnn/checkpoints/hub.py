@@ -182,7 +182,7 @@ def model_card(
             task_type="image-classification",
             dataset_type=hub_data or "imagefolder",
             dataset_name=printable(info.get("data")) if hub_data is None else data,
-            dataset_split=metrics.get("split"),
+            dataset_split=printable(metrics["split"]) if "split" in metrics else None,
             metric_type="accuracy",
             metric_name={"top1": "top-1 accuracy", "top5": "top-5 accuracy"}[key],
             metric_value=round(value, 2),
@@ -267,7 +267,9 @@ def _metrics_of(source: str) -> dict[str, Any]:
         return {}
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        return metrics if isinstance(metrics, dict) else {}
+        kinds = {"top1": int | float, "top5": int | float, "images": int, "split": str}
+        known = metrics if isinstance(metrics, dict) else {}
+        return {name: known[name] for name, kind in kinds.items() if isinstance(known.get(name), kind)}
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"can't read {path}: {first_line(error)}") from error
 
@@ -336,7 +338,7 @@ def _scores(info: dict[str, Any], metrics: dict[str, Any]) -> str:
         figures = [f"top-1 {metrics['top1']:.2f} %"]
         figures += [f"top-5 {metrics['top5']:.2f} %"] if "top5" in metrics else []
         where = f"on {metrics['images']:,} images" if "images" in metrics else ""
-        split = f"({metrics['split']} split)" if "split" in metrics else ""
+        split = f"({markdown(metrics['split'])} split)" if "split" in metrics else ""
         return f"## Measured\n\n{', '.join(figures)} {where} {split}".rstrip()
     if "val_top1" in info:
         return f"## Measured\n\ntop-1 {info['val_top1']:.2f} % on the validation images that chose these weights"

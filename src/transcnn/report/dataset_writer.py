@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +49,7 @@ class DatasetWriter:
         self.folder, self.kind = folder, kind
         self.class_names, self.label_ids = list(class_names), [int(value) for value in label_ids]
         self.taken: set[str] = set()
+        self.numbers: dict[str, int] = {}
         self.images: list[dict[str, Any]] = []
         self.annotations: list[dict[str, Any]] = []
         self.image_folder = folder / ("JPEGImages" if kind == "voc" else "images")
@@ -90,9 +91,12 @@ class DatasetWriter:
         source = Path(prediction.file)
         is_file = "\0" not in prediction.file and source.is_file()
         stem = shortened(printable(source.stem).replace("/", "-") or "image")
-        suffix = source.suffix if is_file and source.suffix else ".png"
-        names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
-        free = next(name for name in names if name.casefold() not in self.taken)  # one text belongs to one stem
+        suffix = source.suffix if is_file and re.fullmatch(r"\.\w{1,16}", source.suffix) else ".png"
+        free, number = stem, self.numbers.get(stem.casefold(), 1)
+        while free.casefold() in self.taken:  # one text belongs to one stem
+            number += 1
+            free = f"{stem}-{number}"
+        self.numbers[stem.casefold()] = number  # of thousands of one name, none is tried twice
         self.taken.add(free.casefold())
         target = self.image_folder / f"{free}{suffix}"
         if is_file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +36,7 @@ class OutputFolder:
         self.inputs = {os.path.realpath(file) for file in inputs}
         self.replace = os.path.realpath(folder) not in {os.path.dirname(file) for file in self.inputs}
         self.taken: set[str] = set()
+        self.numbers: dict[tuple[str, ...], int] = {}
         self.coco = coco
         self.detections: dict[str, list[dict[str, Any]]] = {}  # of each image, in the order of the images
 
@@ -104,8 +104,12 @@ class OutputFolder:
     def _free(self, stem: str, endings: Sequence[str]) -> Path:
         """A path without ending that is no input's and no other output's with any of the endings."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
-        name = next(name for name in names if self._is_free(name, endings))
+        kind = (stem.casefold(), *endings)
+        number = self.numbers.get(kind, 1)
+        while not self._is_free(stem if number == 1 else f"{stem}-{number}", endings):
+            number += 1
+        self.numbers[kind] = number  # of thousands of one name, none is tried twice
+        name = stem if number == 1 else f"{stem}-{number}"
         self.taken |= {f"{name}{ending}".casefold() for ending in endings}
         return self.folder / name
 
