@@ -20,7 +20,17 @@ from transcnn.arguments import Command, describe_type, read_settings
 from transcnn.commands.train import train
 from transcnn.errors import UserError
 from transcnn.plain import Arguments, dump_plain, load_plain
-from transcnn.settings import HELP_GROUPS, Distill, Optim, Segment, Table, TrainSettings, as_plain, takes_settings
+from transcnn.settings import (
+    HELP_GROUPS,
+    Augment,
+    Distill,
+    Optim,
+    Segment,
+    Table,
+    TrainSettings,
+    as_plain,
+    takes_settings,
+)
 from transcnn.tasks import TASKS, get_task
 from transcnn.tasks.classify import Classify
 from transcnn.training.check import check_meant, remarks_on_schedule
@@ -62,6 +72,7 @@ def test_python_gives_settings_as_keywords():
     assert settings.origin_of("optim.clip_grad") == "call"
     assert settings.origin_of("lr") == "default"
     assert [show(freeze=given).freeze for given in ("all", 2, ["stem"])] == [["all"], ["2"], ["stem"]]  # pyright: ignore
+    assert show(optim={"opt": "sgd"}).optim == Optim(opt="sgd")  # pyright: ignore
     assert Table(target="count").target == ["count"]  # pyright: ignore
     assert list(inspect.signature(train).parameters) == [item.name for item in dataclasses.fields(TrainSettings)]
     with pytest.raises(TypeError, match="epoch"):
@@ -366,6 +377,22 @@ def test_settings_of_another_task_or_without_effect_are_refused(argv, problem, c
 )
 def test_a_flag_may_switch_off_what_a_recipe_has_settings_for(recipe, flags, problem, root):
     settings = settings_of("--config", str(root / "recipes" / f"{recipe}.yaml"), *flags)
+    with pytest.raises(UserError, match=problem) if problem else contextlib.nullcontext():
+        check_meant(settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"augment": Augment(mix_prob=0.5)}, "mix_prob has no effect without mixup or cutmix"),
+        ({"augment": Augment(degrees=5), "task": "segment"}, "degrees is for the task classify, multilabel or regress"),
+        ({"optim": Optim(sched="none", warmup_epochs=3)}, "warmup_epochs has no effect with sched none"),
+        ({"segment": Segment(flip=True)}, "segment is for the task segment, not for classify"),
+        ({"augment": Augment(mixup=0.2, mix_prob=0.5), "optim": Optim(decay_rate=0.5, sched="step")}, ""),
+    ],
+)
+def test_groups_from_python_are_checked_as_flags_are(given, problem):
+    settings = TrainSettings(**given, origins=dict.fromkeys(given, "call"))
     with pytest.raises(UserError, match=problem) if problem else contextlib.nullcontext():
         check_meant(settings)
 

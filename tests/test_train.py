@@ -569,7 +569,7 @@ def test_precision_words():
         (dict(lr=0.0), "lr must be above 0"),
         (dict(model="transcnn3d_nano"), "transcnn3d_nano takes no images"),
         (dict(model="transcnn_tinny"), "no model is named 'transcnn_tinny'; near ones: transcnn_tiny"),
-        (dict(augment=Augment(smoothing=2)), "smoothing must be from 0 to 1"),
+        (dict(augment=Augment(smoothing=2)), "smoothing must be from 0 to below 1, got 2"),
         (dict(augment=Augment(sizes=[16])), r"size_ends must have one entry for each of sizes, got \[\] for \[16\]"),
         (dict(augment=Augment(sizes=[16, 0], size_ends=[0.1, 1])), r"sizes must be 1 or more, got \[16, 0\]"),
         (

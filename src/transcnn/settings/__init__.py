@@ -187,6 +187,9 @@ class TrainSettings:
         for name in ("data", "out", "resume", "init_from"):
             if isinstance(value := getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
+        for item in fields(self):
+            if is_dataclass(item.default) and isinstance(value := getattr(self, item.name), Mapping):
+                object.__setattr__(self, item.name, type(item.default)(**value))  # optim={"opt": "sgd"} from Python
         if isinstance(self.freeze, str | int):  # freeze="all" and freeze=2 from Python
             object.__setattr__(self, "freeze", [str(self.freeze)])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 
 from ..data.bands import MAX_CHANNELS
 from ..errors import MAX_SEED, MAX_SIDE, UserError, check_range
@@ -91,7 +92,10 @@ def check_meant(s: TrainSettings) -> None:
     if s.task not in TASKS:  # refused where it is looked up
         return
     default = TrainSettings()
-    for name in s.origins:
+    groups = {item.name: fields(item.default) for item in fields(s) if is_dataclass(item.default)}
+    # From Python whole groups are given; the task's own says more than what is in it.
+    inner = [f"{name}.{item.name}" for name in s.origins for item in groups.get(name, ())]
+    for name in (*s.origins, *inner):
         value = s.value_of(name)
         if value == default.value_of(name) or not value or value == "none":
             continue
@@ -165,7 +169,10 @@ def _check_schedule(s: TrainSettings) -> None:
     """Raise UserError for a schedule by which the rate is never what is asked for, however long the run."""
     if s.optim.sched == "tanh" and s.optim.warmup_epochs >= s.epochs:  # it warms up to its rate at the warm-up's end
         raise UserError(f"sched tanh needs a warm-up shorter than the run, got warmup_epochs {s.optim.warmup_epochs:g}")
-    warms_up = "optim.warmup_epochs" in s.origins and s.optim.warmup_epochs not in (0, Optim().warmup_epochs)
+    warms_up = s.origin_of("optim.warmup_epochs") != "default" and s.optim.warmup_epochs not in (
+        0,
+        Optim().warmup_epochs,
+    )
     for name, given in (("layer_decay", s.optim.layer_decay is not None), ("warmup_epochs", warms_up)):
         if s.optim.sched == "none" and given and not _overruled(s, f"optim.{name}", ("optim.sched",)):
             raise UserError(f"{name} has no effect with sched none: give --sched constant")  # timm's schedules heed it
