@@ -1,8 +1,9 @@
-"""Parts of networks: modules of several names when a network is optimized, and what becomes of parts later."""
+"""Networks as people write and use them: modules of several names, views of maps, parts by themselves, transforms."""
 
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -195,3 +196,61 @@ def test_shallow_copies_with_weights_of_their_own():
     assert torch.equal(often(block, x), expected)
     with torch.no_grad():
         assert torch.equal(block(x=x, mask=None), expected)  # by keyword, as the plain one
+
+
+class Views(nn.Module):
+    """As many a tutorial has it; and with a view in another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(conv(), nn.BatchNorm2d(CHANNELS), nn.ReLU(), nn.MaxPool2d(2))
+        self.head = nn.Linear(CHANNELS * 12, 5)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = self.features(x)
+        x = x.view(torch.int32).view(x.dtype) if x.dtype == torch.float32 else x
+        return self.head(x.view(x.size(0), -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_views_that_only_contiguous_maps_have(dtype):
+    model, x = randomised(Views()), torch.randn(3, CHANNELS, 8, 6)
+    fast, bound = optimize(model, dtype), 2e-6 if dtype == torch.float32 else 2e-2
+    for calls in (2, 3, 4):  # the first is tried twice
+        assert relative(fast(x), model(x)) <= bound
+        assert fast.calls == calls
+    assert relative(pickle.loads(pickle.dumps(fast))(x), model(x)) <= bound
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        fast(torch.randn(1, CHANNELS, 8, 8))
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "transcnn": {},
+    "three levels": dict(grid_sizes=((4, 2), (4, 2), 4, None), pool_ratios=((2, 2), (2, 3), 2, None)),
+    "hatnet": dict(design="hatnet", norm_layer="groupnorm1"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of some operations under vmap
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_batch_of_batches(kind):
+    model = randomised(timm.create_model("transcnn_test", num_classes=5, **KINDS[kind]))
+    fast, x = optimize(model), torch.randn(3, 1, 3, 39, 32)
+    often(fast, x[0])
+    assert relative(torch.vmap(fast)(x), torch.stack([model(images) for images in x])) <= 1e-5
+
+
+@torch.no_grad()
+def test_hooks_on_the_attention_of_an_optimized_block_are_called():
+    model, x = randomised(timm.create_model("transcnn_test", num_classes=5)), torch.randn(1, 3, 32, 32)
+    fast = optimize(model)
+    expected = often(fast, x)
+    for net in (model, fast):
+        handle = net.stages[1].blocks[0].attn.register_forward_hook(lambda module, args, y: 2 * y)
+    assert relative(often(fast, x), model(x)) <= 1e-5 < relative(fast(x), expected)
+    handle.remove()
+    assert torch.equal(often(fast, x), expected)

@@ -18,7 +18,7 @@ from ...grids import Size, channels_first, cut_into_grids, join_grids, merge, pe
 from ..cpu import inference as cpu
 from ..cpu.call import MAX_HEAD_DIM
 from ..cpu.passes import average_pool as average_pool_on_cpu
-from ..dispatch import fits_cpu, fits_triton, to_nchw, to_nhwc, uses_triton_grids
+from ..dispatch import fits_cpu, fits_triton, to_nchw, to_nhwc, traced, uses_triton_grids
 from .attend import attend
 from .entry import InferenceOnly, entry, refuse_mask
 from .layers import FastGroupNorm, Pointwise, affine, constant, fuse, gemm_fits
@@ -120,6 +120,9 @@ class FastLocalStep(InferenceOnly):
             mask = mask.repeat(batch, 1)[:, None, None]  # (B·G, 1, 1, N)
         out = self._attend_rows(grids(normed).reshape(-1, g * h, channels), mask)
         out = out.reshape(batch, rows, columns, g, h, channels)
+        if traced():  # transforms have no operations that write into views
+            a = self._add(out, grids(x)).transpose(2, 3).reshape(x.shape)
+            return a[:, :height, :width].contiguous()
         a = torch.empty_like(x)  # sum and join in one pass: results are written to their positions in the map
         if self.scale is None:
             torch.add(out, grids(x), out=grids(a))

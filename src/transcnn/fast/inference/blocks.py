@@ -11,7 +11,7 @@ from ...attention import HMHSA
 from ..cpu import inference as cpu
 from ..cpu.call import KERNEL_SIZES
 from ..cpu.inverted_residual import InvertedResiduals, pack_inverted_residual
-from ..dispatch import fits_cpu, to_nchw, to_nhwc
+from ..dispatch import fits_cpu, hooked, to_nchw, to_nhwc
 from .attention import FastHMHSA
 from .convolutions import FastMaxPool2d
 from .entry import InferenceOnly, entry, refuse_mask
@@ -93,7 +93,10 @@ class FastBlock(InferenceOnly):
 
     def forward_nhwc(self, x: Tensor) -> Tensor:
         """(B, *S, C) -> (B, *S, C)."""
-        x = self.attn.forward_nhwc(x, residual=x)
+        if hooked(self.attn):  # by those who know a plain block
+            x = to_nhwc(self.attn(to_nchw(x))).add(x)
+        else:
+            x = self.attn.forward_nhwc(x, residual=x)
         *first, last = self.irb
         y = x
         for layer in first:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...errors import UserError
@@ -99,6 +100,7 @@ class _Network(InferenceOnly):
 
     _plain_class: type[nn.Module]
     _casts: bool
+    _reshapes = False  # whether its code has been found to take views of maps that no channels-last one has
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = super().__reduce_ex__(2)[2]  # pyright: ignore
@@ -118,7 +120,35 @@ def _class(plain: type[nn.Module], cast: bool) -> type[nn.Module]:
     return type(plain.__name__, (_Network, plain), members)
 
 
+class _Reshape(TorchFunctionMode):
+    """Has ``x.view(...)`` copy where it must: networks are written for contiguous maps, and these are channels-last."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        sizes = func is Tensor.view and not kwargs and not isinstance(args[-1], torch.dtype)
+        return (Tensor.reshape if sizes else func)(*args, **(kwargs or {}))
+
+
+def _with_views(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method of a network, tried again, and from then on run, with :class:`_Reshape` where it fails without."""
+
+    @functools.wraps(method)
+    def run(self: _Network, *args: Any, **kwargs: Any) -> Any:
+        if not self._reshapes:
+            try:
+                return method(self, *args, **kwargs)
+            except RuntimeError as error:
+                if not str(error).startswith("view size is not compatible") or torch.compiler.is_compiling():
+                    raise
+            self._reshapes = True
+        with _Reshape():
+            return method(self, *args, **kwargs)
+
+    return run
+
+
 def _network_entry(method: Callable[..., Any], cast: bool) -> Callable[..., Any]:
+    method = _with_views(method)
+
     @functools.wraps(method)
     def enter(self: InferenceOnly, *args: Any, **kwargs: Any) -> Any:
         _refuse_gradients(self, (args, kwargs))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from ..dispatch import eager_cpu
+from ..dispatch import eager_cpu, traced
 
 __all__ = ["Tile", "in_tiles"]
 
@@ -32,7 +32,7 @@ def in_tiles(
 
     Tiles are some images, rows of one image (a multiple of ``multiple``, but for the last), or, where ``halo`` is
     given and rows would be too few, rows and columns of one image, so that a map of ``channels`` fits the cache. On a
-    GPU, and where operations are traced, everything is one tile.
+    GPU, and where operations are traced or transformed, everything is one tile.
 
     Args:
         compute: Returns the result (b, h, w, C') of a tile; ``x[tile]`` is its part of ``x``.
@@ -56,7 +56,7 @@ def in_tiles(
 
 def _tiles(x: Tensor, channels: int, multiple: int, halo: int) -> Iterator[Tile]:
     batch, height, width, _ = x.shape
-    if not eager_cpu(x) or not x.numel():
+    if not eager_cpu(x) or traced() or not x.numel():
         yield slice(0, batch), slice(0, height), slice(0, width)
         return
     positions = max(1, CACHE // (channels * x.element_size()))  # that fit the cache
