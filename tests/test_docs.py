@@ -15,17 +15,24 @@ from transcnn.cli import load_command, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+SPAN = re.compile(r"`(transcnn \w+ [^`]+)`")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[tuple[str, str]]:
-    """Each line of the pages that calls our command, with its page."""
+    """Each line of README, pages and recipes that calls our command, also within the text, with where it stands."""
     found = []
-    for page in PAGES:
-        for language, block in FENCE.findall(page.read_text(encoding="utf-8")):
+    for page in (ROOT / "README.md", *PAGES):
+        text = page.read_text(encoding="utf-8")
+        for language, block in FENCE.findall(text):
             lines = block.splitlines() if language in ("sh", "bash", "") else []
             found += [(page.name, line.removeprefix("$ ")) for line in lines if re.match(r"(\$ )?transcnn ", line)]
-    return found
+        found += [(page.name, " ".join(line.split())) for line in SPAN.findall(FENCE.sub("", text))]
+    for recipe in sorted((ROOT / "recipes").glob("*.yaml")):
+        lines = re.findall(r"^# (?:command)? +(transcnn .*)$", recipe.read_text(encoding="utf-8"), re.MULTILINE)
+        assert lines, f"{recipe.name} has no command"
+        found += [(recipe.name, line) for line in lines]
+    return sorted({(where, line) for where, line in found if "--help" not in line})
 
 
 @pytest.mark.parametrize(("page", "line"), commands())
