@@ -189,6 +189,8 @@ def test_resume_keeps_the_settings_but_can_train_longer(folder, tmp_path):
     with pytest.raises(UserError, match=r"lr is 0.001 there, got 0.5"):
         train(resume=str(run), lr=0.5)
     train(resume=str(run), epochs=3, quiet=True)
+    recipe = yaml.safe_load((run / "config.yaml").read_text())  # for a run of its own: it doesn't go on with this one
+    assert [recipe["epochs"], recipe["resume"]] == [3, None]
     assert [row["epoch"] for row in rows_of(run)] == ["1", "2", "3"]
     longer = rows_of(train(folder, **settings, epochs=3, out=str(tmp_path / "longer")).run_dir)
     rates, wanted = ([float(row["lr"]) for row in rows] for rows in (rows_of(run), longer))

@@ -108,7 +108,10 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None, lock: R
     skip = SkipNonFinite(run_dir, keep, s.max_nonfinite, s.nonfinite == "halve", lr_factor)
     trainer = _trainer(s, run_dir, [*averages, skip], keep, strategy)
     if trainer.is_global_zero:
-        atomic_write(run_dir / "config.yaml", lambda path: path.write_text(dump_plain(as_plain(s)), encoding="utf-8"))
+        asked = dump_plain(
+            as_plain(replace(s, resume=None, accept_changed_data=False))
+        )  # as a recipe it is a new run's
+        atomic_write(run_dir / "config.yaml", lambda path: path.write_text(asked, encoding="utf-8"))
         write_record(run_dir, record or {})
         write_samples(run_dir, learner, loaders.splits.train)
         if not s.quiet:
