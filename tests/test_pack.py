@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -367,6 +368,14 @@ def test_half_a_file_that_is_kept_is_no_file(served, packed, tmp_path, monkeypat
     index.unlink()
     open_splits(url, in_chans=3)
     assert order[-2:] == ["fsync", "replace"]
+
+
+def test_what_the_disk_cannot_hold_is_not_begun(served, monkeypatch):
+    url, asked = served
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(UserError, match=r"train\.index in .*: it has \d+ bytes, and 10 are free; TRANSCNN_CACHE names"):
+        open_splits(url, in_chans=3)
+    assert "train.index" not in asked
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "train.index", "train-000000.tar"])

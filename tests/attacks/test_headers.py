@@ -327,3 +327,14 @@ def test_weights_without_a_header_make_no_larger_network_than_they_hold(
     state = {name: value.numpy() for name, value in build_model("transcnn_test").state_dict().items()}
     path.write_bytes(save({**state, "head.fc.weight": np.zeros((rows, columns), np.float32)}))
     refused(lambda: load(path, "transcnn_test"), "holds no head.fc.weight" if not columns else "network of")
+
+
+def test_a_file_says_little_of_itself(tmp_path: Path) -> None:
+    """Empty lists, of which a hundred megabytes would be gigabytes of Python's."""
+    path = tmp_path / "inside" / "x.safetensors"
+    header = {key: json.dumps(value) for key, value in INFO.items()}
+    lists = "[" + "[]," * (6 << 20) + "[]]"
+    path.write_bytes(save({"x": np.zeros(3, np.float32)}, metadata={**header, "task_args": lists}))
+    refused(lambda: load(path), "characters of itself")
+    archive = zipped(tmp_path / "inside" / "x.ckpt", "data.pkl", b"\x80\x02" + b"]0" * (17 << 20) + b"}.")
+    refused(lambda: load(archive), "beside its tensors")

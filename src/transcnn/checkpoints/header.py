@@ -6,9 +6,10 @@ fetched, nor in a network or an image that doesn't fit into memory. (Needs no to
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,13 +18,21 @@ from ..errors import MAX_SIDE, UserError, first_line
 from ..plain import check_plain
 from .arguments import TASKS, check_task_args, short
 
-__all__ = ["check_class_names", "check_data_config", "check_header", "refused"]
+__all__ = ["check_class_names", "check_data_config", "check_header", "read_values", "refused"]
 
 MAX_CLASSES = 1 << 16
+MAX_HEADER = 16 << 20  # characters of JSON, which take forty times as many bytes as values
 MAX_RESIZED = 10_000  # pixels of a side before the margin is cropped
 MAX_NAME = 1000  # characters of a class's name
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random")
 CROP_MODES = ("center", "squash", "border")
+
+
+def read_values(stored: Mapping[str, str]) -> dict[str, Any]:
+    """What a file holds as JSON under several names; raises ValueError for what is none, or more than is read."""
+    if (length := sum(map(len, stored.values()))) > MAX_HEADER:
+        raise ValueError(f"it says {length:,} characters of itself, which no network needs")
+    return {key: json.loads(value) for key, value in stored.items()}
 
 
 def check_header(info: dict[str, Any], path: str | os.PathLike[str]) -> None:

@@ -33,7 +33,7 @@ from .arguments import short
 from .bounded import build_bounded, registered
 from .files import atomic_write
 from .folders import CONFIG, from_pretrained
-from .header import check_header
+from .header import check_header, read_values
 from .published import load_checkpoint, sizes_of, torch_load, why_unreadable
 
 __all__ = ["Loaded", "class_names_of", "data_config_of", "hint_at_run", "load", "save_weights"]
@@ -159,7 +159,7 @@ def read_info(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-            return {key: json.loads(value) for key, value in metadata.items() if key != "format"}
+            return read_values({key: value for key, value in metadata.items() if key != "format"})
         checkpoint = torch_load(path, mmap=True)
         info = checkpoint.get("transcnn", {}) if isinstance(checkpoint, dict) else {}
         return info if isinstance(info, dict) else {}

@@ -32,6 +32,8 @@ Model = TypeVar("Model", bound=nn.Module)
 _logger = logging.getLogger(__name__)
 
 RUNS_CODE = "reading it would run code"
+MAX_PICKLE = 32 << 20  # bytes of what stands beside tensors, each of which may make a list of 64
+
 # Where training scripts put a model's tensors in what they save; averaged weights come first, as in timm.
 _NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
@@ -379,6 +381,8 @@ def torch_load(path: Path, *, mmap: bool = False) -> Any:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("it is a compressed archive, as torch.save writes none")
+            if any(entry.file_size > MAX_PICKLE for entry in archive.infolist() if entry.filename.endswith(".pkl")):
+                raise ValueError("what it says beside its tensors is more than any network needs")
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
                 raise ValueError("its parts are larger than the file, as those of torch.save never are")
     # Training scripts of the time (DeiT's, which the authors follow) keep their arguments beside the weights.

@@ -6,7 +6,6 @@ image becomes its input. That way is gone here with Pillow and numpy, and ends a
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..checkpoints.header import check_header
+from ..checkpoints.header import check_header, read_values
 from ..data.images import MAX_ASPECT_RATIO, crop_extreme_aspect, to_channels
 from ..data.names import distinct_names
 from ..errors import MAX_SIDE, UserError, first_line, require
@@ -70,7 +69,7 @@ class OnnxModel:
         self.session = open_session(os.fspath(path), str(path), accelerator, threads)
         try:
             stored = self.session.get_modelmeta().custom_metadata_map
-            self.info: dict[str, Any] = {key: json.loads(value) for key, value in stored.items()}
+            self.info: dict[str, Any] = read_values(stored)
             self.class_names: list[str] = self.info["class_names"]  # equal ones get their index below
             self.data_config: dict[str, Any] = self.info["data_config"]
         except (ValueError, KeyError, RecursionError) as error:

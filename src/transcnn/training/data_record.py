@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 RECORD = "data.json"
+MAX_RECORD = 64 << 20  # bytes of data.json
 MAX_NAMED = 200_000  # images of all splits up to which each one's entry is kept; of more, a digest alone
 
 
@@ -53,6 +54,8 @@ def write_record(run_dir: Path, record: dict[str, Any]) -> None:
 def read_record(run_dir: Path) -> dict[str, Any] | None:
     """The record of a run; None of a run of an earlier version, or where it is damaged."""
     try:
+        if (run_dir / RECORD).stat().st_size > MAX_RECORD:
+            return None
         record = json.loads((run_dir / RECORD).read_text(encoding="utf-8"))
         return record if _is_record(record) else None
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):

@@ -17,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 
 from ..checkpoints.files import atomic_write
+from ..checkpoints.header import check_class_names
 from ..checkpoints.loading import data_config_of, load, read_info
 from ..data.sets.channels import Channels
 from ..distributed.processes import (
@@ -76,6 +77,7 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None, lock: R
     assumed = assumed_splits(s) if s.dry_run else None
     opened = {"val_fraction": s.val_fraction, "seed": s.seed, "strict": s.strict_data, "in_chans": s.in_chans}
     splits: Any = assumed or first_here(lambda: task_class.open_data(s.data, task_args, **opened))
+    _check_names(splits)
     record = None if s.dry_run else _check_data(s, splits, resumed)
     task_args = {**task_args, **splits.task_args}
     if resumed is None and assumed is None:
@@ -120,6 +122,14 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None, lock: R
                 print(f"transcnn: {printable(line)}", file=sys.stderr)
     _fit(trainer, learner, loaders, resumed, keep)
     return _finish(s, task_class, splits, run_dir, trainer, keep)
+
+
+def _check_names(splits: Any) -> None:
+    """Raise UserError for classes that no file of weights could hold, hours before one is written and read."""
+    try:
+        check_class_names(list(splits.class_names))
+    except ValueError as error:
+        raise UserError(f"{splits.name} can't be learnt: {error}") from error
 
 
 def _check_data(s: TrainSettings, splits: Any, resumed: Path | None) -> dict[str, Any]:

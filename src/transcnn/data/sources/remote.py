@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -96,6 +97,11 @@ class RemoteFolder:
     def fetch(self, name: str, target: Path) -> None:
         """Copy a file from there, whole and checked; tried several times."""
         size, _, digest = self.known.get(name, Expected())
+        if size is not None and size > (free := shutil.disk_usage(target.parent).free):
+            raise UserError(
+                f"can't keep {self.url}/{name} in {target.parent}: it has {size:,} bytes, and {free:,} are free; "
+                "TRANSCNN_CACHE names another folder"
+            )
         self.retry(name, lambda: _download(f"{self.url}/{name}", target, size, digest))
 
     def retry(self, name: str, action: Callable[[], None]) -> None:
