@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import pickle
 import random
@@ -39,6 +40,8 @@ from transcnn.data.sources.opening import open_source
 from transcnn.data.sources.source import Source, read_class_names, split_stratified
 from transcnn.data.transforms.classify import channel_stats, eval_transform, train_transform
 from transcnn.errors import UserError
+from transcnn.explain.image import _crop_box
+from transcnn.onnx.predict import to_input
 from transcnn.settings import Augment
 from transcnn.tasks.classify import Classify
 
@@ -756,6 +759,37 @@ def test_rotation_and_zoom_keep_the_centre(class_image: Callable[..., Image.Imag
     assert areas.min() == pytest.approx(0.64, abs=0.06)
     assert areas.max() == pytest.approx(1.44, abs=0.1)
     assert (results != results[0]).flatten(1).any(1).sum() == 63
+
+
+def test_rotation_keeps_angles_where_sides_differ() -> None:
+    image = Image.new("L", (128, 64))
+    image.paste(255, (24, 30, 104, 34))  # a bar of 80x4 pixels
+    options: dict[str, Any] = {"in_chans": 1, "mean": (0.0,), "std": (1.0,), "pad": 0, "hflip": 0.0, "policy": "small"}
+    transform = train_transform((64, 128), degrees=20, **options)
+    slopes = []
+    for seed in range(16):
+        turned = transform(image, seed)[0]
+        rows, columns = (turned > 0.5).nonzero().numpy().T
+        spread = np.linalg.eigvalsh(np.cov(columns, rows))
+        assert np.sqrt(12 * spread).tolist() == pytest.approx([4, 80], abs=2)  # as long and as thick as it was
+        slopes.append(abs(np.polyfit(columns, rows, 1)[0]))
+    assert max(slopes) == pytest.approx(math.tan(math.radians(20)), abs=0.05)
+
+
+def test_a_crop_of_more_than_eight_to_one_sees_all_of_an_image_of_its_shape() -> None:
+    image = Image.fromarray(np.tile(np.linspace(0, 255, 2048).astype(np.uint8), (64, 1)))  # 32:1
+    config = {"input_size": [1, 16, 512], "mean": [0.0], "std": [1 / 255], "interpolation": "bicubic"}
+    for crop_pct, (left, right) in ((1.0, (0, 255)), (0.875, (16, 239))):
+        options: dict[str, Any] = {"in_chans": 1, "mean": (0.0,), "std": (1 / 255,)}
+        ours = eval_transform((16, 512), crop_pct=crop_pct, **options)(image)
+        assert ours[0, 8, [0, -1]].tolist() == pytest.approx([left, right], abs=1.5)
+        by_file = to_input(image, {**config, "crop_pct": crop_pct, "crop_mode": "center"})
+        np.testing.assert_allclose(by_file, ours.numpy(), atol=1e-3)
+        assert _crop_box((64, 2048), (16, 512), {**config, "crop_pct": crop_pct})[1] == pytest.approx(
+            (2048 * left / 255, 2048 * right / 255), abs=12
+        )
+    learnt = train_transform((16, 512), policy="small", pad=0, hflip=0.0, **options)(image, 0)
+    assert learnt[0, 8, [0, -1]].tolist() == pytest.approx([0, 255], abs=1.5)
 
 
 @pytest.mark.parametrize("size", [(30000, 1), (1, 30000), (1, 1)])

@@ -17,7 +17,11 @@ from torchvision.ops import sigmoid_focal_loss
 
 from transcnn.commands.evaluate import evaluate
 from transcnn.commands.train import train
+from transcnn.data.loading.loader import make_loader
 from transcnn.data.loading.sampler import EpochSampler
+from transcnn.data.sets.classify import open_splits
+from transcnn.data.sets.fault_tolerant import Sample
+from transcnn.data.transforms.classify import train_transform
 from transcnn.errors import UserError
 from transcnn.settings import Classify as ClassifySettings
 from transcnn.tasks.classify import Classify
@@ -95,6 +99,29 @@ def test_a_balanced_epoch_has_all_classes_alike_whatever_the_processes(counts, e
         assert times.max() - times.min() <= 1
     whole.fast_forward(epoch, 2)
     assert [sample.i for sample in whole] == common[2:].tolist()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_image_that_a_balanced_epoch_repeats_is_augmented_in_another_way_each_time(make_class_folder, world):
+    folder = make_class_folder(classes=2, per_class=12)
+    for path in sorted((folder / "class_1").iterdir())[1:]:
+        path.unlink()
+    images = open_splits(str(folder), val_fraction=0.2).train.with_transform(train_transform(16, pad=4))
+    rare = int(np.flatnonzero(images.labels == 1)[0])
+    for cached in (False, True):
+        assert not cached or images.fill_cache()
+        seen = []
+        for rank in range(world):
+            loader = make_loader(images, 2, training=True, rank=rank, world_size=world, strata=images.labels)
+            samples = [sample for sample in loader.order if sample.i == rare]
+            seen += [image.numpy().tobytes() for image, _ in images.__getitems__(samples)]
+        assert len(seen) >= 4
+        assert len({*seen}) >= len(seen) - 1  # two may be shifted alike
+    again = make_loader(images, 2, training=True, strata=images.labels)
+    whole = list(again.order)
+    again.fast_forward(0, 2)  # a run that goes on draws the same
+    assert list(again.order) == whole[4:]
+    assert images[rare][0].equal(images[Sample(rare, 0)][0])  # the first time is as without repeats
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=60))

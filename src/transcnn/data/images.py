@@ -12,7 +12,7 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +26,7 @@ from .rasters import is_npy, is_tiff, read_npy, read_tiff
 
 __all__ = [
     "BrokenImage",
+    "aspect_limit",
     "crop_extreme_aspect",
     "decode",
     "fit_factor",
@@ -185,6 +186,17 @@ def to_channels(image: Any, in_chans: int) -> Any:
     elif mode == "RGBA" and image.mode == "LA":
         return image.convert("RGBA")
     return image.convert(mode)
+
+
+def aspect_limit(size: Sequence[int], crop_pct: float = 1.0) -> int:
+    """The aspect ratio beyond which a crop of the centre at ``size`` sees nothing of an image's ends.
+
+    Args:
+        size: Height and width of the crop.
+        crop_pct: The image is resized to cover ``size / crop_pct``.
+    """
+    short, long = sorted(math.floor(side / crop_pct) for side in size)
+    return max(MAX_ASPECT_RATIO, -(-long // short))
 
 
 def crop_extreme_aspect(image: Any, limit: int = MAX_ASPECT_RATIO) -> Any:

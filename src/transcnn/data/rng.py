@@ -12,12 +12,19 @@ import torch
 __all__ = ["CounterRNG", "sample_seeds", "seeded"]
 
 
-def sample_seeds(seed: int, epoch: int | np.ndarray, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-    """One uint64 for each sample from (seed, epoch, index), unrelated for neighbours (splitmix64, applied in turn)."""
+def sample_seeds(
+    seed: int, epoch: int | np.ndarray, indices: Sequence[int] | np.ndarray, repeats: int | np.ndarray = 0
+) -> np.ndarray:
+    """One uint64 for each sample from (seed, epoch, index), unrelated for neighbours (splitmix64, applied in turn).
+
+    ``repeats``: how often the epoch has had the sample before, where samples come more than once.
+    """
     with np.errstate(over="ignore"):
         mixed = _mix(np.asarray([seed], dtype=np.int64).astype(np.uint64))
         mixed = _mix(mixed ^ np.asarray(epoch, dtype=np.int64).astype(np.uint64))
-        return _mix(mixed ^ np.asarray(indices, dtype=np.int64).astype(np.uint64))
+        mixed = _mix(mixed ^ np.asarray(indices, dtype=np.int64).astype(np.uint64))
+        again = np.asarray(repeats, dtype=np.int64).astype(np.uint64)
+        return np.where(again > 0, _mix(mixed ^ again), mixed)
 
 
 class CounterRNG:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checkpoints.loading import Loaded
 from ..data.bands import Bands
-from ..data.images import to_channels
+from ..data.images import aspect_limit, to_channels
 from ..errors import UserError
 from ..onnx.answers import answers
 from .classes import grad_cam, gradient_attention
@@ -110,9 +110,12 @@ def _crop_box(image: tuple[int, int], size: tuple[int, int], config: dict[str, A
     scales = [side / had for side, had in zip(goal, image, strict=True)]
     if mode != "squash":
         scales = [(max if mode == "center" else min)(scales)] * 2
+    limit = aspect_limit(size, config["crop_pct"])
     box = []
     for had, n, scale in zip(image, size, scales, strict=True):
-        kept = min(had, 8 * min(image)) if mode == "center" else had  # of very long images the ends are cut off first
+        kept = (
+            min(had, limit * min(image)) if mode == "center" else had
+        )  # of very long images the ends are cut off first
         resized = int(scale * kept + 1e-6)
         first = round((resized - n) / 2)
         box.append(((had - kept) // 2 + first * kept / resized, (had - kept) // 2 + (first + n) * kept / resized))

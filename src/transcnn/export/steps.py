@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from ..data.bands import is_per_channel
-from ..data.images import MAX_ASPECT_RATIO, MIN_SHORT_SIDE
+from ..data.images import MAX_ASPECT_RATIO, MIN_SHORT_SIDE, aspect_limit
 
 __all__ = ["steps"]
 
@@ -104,7 +104,8 @@ def _whole_image(config: dict[str, Any]) -> list[str]:
     _, height, width = config["input_size"]
     tall, wide = (math.floor(side / config["crop_pct"]) for side in (height, width))
     mode = config.get("crop_mode") or "center"
-    limit = MAX_ASPECT_RATIO if mode == "center" else max(MAX_ASPECT_RATIO, height, width)
+    cut = aspect_limit((height, width), config["crop_pct"])
+    limit = cut if mode == "center" else max(MAX_ASPECT_RATIO, height, width)
     narrow = (
         f"where a side has more than {limit} times the pixels of the other, keep {limit} times, from (longer - "
         f"{limit} * shorter) / 2 on, rounded down"

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.header import check_header, read_values
-from ..data.images import MAX_ASPECT_RATIO, crop_extreme_aspect, to_channels
+from ..data.images import MAX_ASPECT_RATIO, aspect_limit, crop_extreme_aspect, to_channels
 from ..data.names import distinct_names
 from ..errors import MAX_SIDE, UserError, first_line, require
 
@@ -155,7 +155,7 @@ def to_input(image: Image.Image, data_config: dict[str, Any]) -> np.ndarray:
     mean, std = (np.array(data_config[key], np.float32) for key in ("mean", "std"))
     image, mode = to_channels(image, channels), data_config.get("crop_mode") or "center"
     if mode == "center":
-        image = crop_extreme_aspect(image)
+        image = crop_extreme_aspect(image, aspect_limit((height, width), data_config["crop_pct"]))
     elif mode == "border":
         image = crop_extreme_aspect(image, max(MAX_ASPECT_RATIO, height, width))
     resample = INTERPOLATIONS[data_config["interpolation"]]

@@ -26,7 +26,8 @@ class EpochSampler(DistributedSampler):
     samples in random order: few files need to have been fetched when an epoch begins.
 
     Where ``strata`` gives the class of each sample, a training epoch is as long as before but takes all classes equally
-    often: of large ones others in each epoch, of small ones each sample as often as the others.
+    often: of large ones others in each epoch, of small ones each sample as often as the others (``Sample.repeats`` says
+    which time it is).
 
     (A ``DistributedSampler``, so that Lightning leaves it in place.)
     """
@@ -66,15 +67,25 @@ class EpochSampler(DistributedSampler):
         self.epoch, self.start = epoch, samples
 
     def __iter__(self) -> Iterator[Sample]:
-        mine = self.mine()
+        order = self._order()
+        mine = self._share(order)
+        repeats = np.zeros_like(mine) if self.strata is None else self._share(_times_before(order))
         start, self.start = self.start, 0
-        for index in mine[start:].tolist():
-            yield Sample(index, self.epoch)
+        for index, before in zip(mine[start:].tolist(), repeats[start:].tolist(), strict=True):
+            yield Sample(index, self.epoch, repeats=before)
         for _ in range(self.num_samples - len(mine)):
             yield Sample(0, self.epoch, counts=False)
 
     def mine(self) -> np.ndarray:
         """The indices of this process in the present epoch, in order and without padding."""
+        return self._share(self._order())
+
+    def _share(self, order: np.ndarray) -> np.ndarray:
+        """What of something in the common order is this process's."""
+        return order[self.rank : self.num_samples * self.num_replicas : self.num_replicas]
+
+    def _order(self) -> np.ndarray:
+        """The indices of all processes in the present epoch."""
         order = np.arange(self.length)
         if self.training:
             rng = np.random.default_rng(int(sample_seeds(self.seed, self.epoch, [-1])[0]))
@@ -85,7 +96,7 @@ class EpochSampler(DistributedSampler):
                 order = np.lexsort((rng.random(self.length), position // WINDOW))
             else:
                 order = rng.permutation(order)
-        return order[self.rank : self.num_samples * self.num_replicas : self.num_replicas]
+        return order
 
 
 def _balanced(strata: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -98,3 +109,12 @@ def _balanced(strata: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         rounds = [rng.permutation(members) for _ in range(-(-count // len(members)))]
         chosen.append(np.concatenate(rounds)[:count] if rounds else members[:0])
     return rng.permutation(np.concatenate(chosen))
+
+
+def _times_before(order: np.ndarray) -> np.ndarray:
+    """How often each entry has occurred before its place."""
+    by = np.argsort(order, kind="stable")
+    alike = order[by]
+    times = np.empty_like(order)
+    times[by] = np.arange(len(order)) - np.searchsorted(alike, alike)
+    return times

@@ -102,7 +102,7 @@ class DenseDataset(FaultTolerantDataset):
         sample = i if isinstance(i, Sample) else Sample(range(len(self))[i], self.epoch)
         if not sample.counts:
             return self.transform.blank()
-        seed = int(sample_seeds(self.seed, sample.epoch, [sample.i])[0])
+        seed = int(sample_seeds(self.seed, sample.epoch, [sample.i], sample.repeats)[0])
         made = self._try(sample.i, seed)
         if made is not None:
             return made

@@ -29,6 +29,7 @@ class Sample(NamedTuple):
     i: int
     epoch: int
     counts: bool = True  # False: padding that makes processes equally long, not to be counted
+    repeats: int = 0  # how often the epoch has had this sample before: it is augmented in another way each time
 
 
 class FaultTolerantDataset(Dataset):

@@ -30,7 +30,7 @@ class ImageDataset(FaultTolerantDataset):
     A label is an int, or a float tensor where the source has a row of them for each image.
 
     ``i`` is an index, or a :class:`~.fault_tolerant.Sample` that also says the epoch, as the loaders send it. Whatever
-    ``transform`` draws at random depends on ``seed``, the epoch and the index only.
+    ``transform`` draws at random depends on ``seed``, the epoch, the index and how often the epoch has had it only.
 
     A file that can't be read is recorded in ``broken``. In a training set another sample takes its place (always
     the same one in an epoch); with ``replace=False``, as for evaluation, a black image does, labelled ``IGNORE`` (-1;
@@ -112,8 +112,8 @@ class ImageDataset(FaultTolerantDataset):
         """Samples for a whole batch: its last steps are done on all images together."""
         transform = self._need_transform()
         samples = [i if isinstance(i, Sample) else Sample(range(len(self))[i], self.epoch) for i in wanted]
-        indices, epochs = np.array([s.i for s in samples]), np.array([s.epoch for s in samples])
-        seeds = sample_seeds(self.seed, epochs, indices)
+        indices, epochs, repeats = (np.array([getattr(s, key) for s in samples]) for key in ("i", "epoch", "repeats"))
+        seeds = sample_seeds(self.seed, epochs, indices, repeats)
         if self._cache is not None and self._cached_for == transform.prepare_key and not self._is_broken.any():
             raw, labels = self._cache[torch.from_numpy(indices)], self.labels[indices]
         else:

@@ -31,7 +31,7 @@ from torchvision.transforms import functional as tvf
 
 from ...errors import UserError
 from ..bands import Bands
-from ..images import MAX_ASPECT_RATIO, crop_extreme_aspect, to_channels
+from ..images import MAX_ASPECT_RATIO, aspect_limit, crop_extreme_aspect, to_channels
 from ..rng import CounterRNG, seeded
 from .pixels import check_colours, to_pixels
 
@@ -110,12 +110,13 @@ def train_transform(
         )
         return Transform(size, in_chans, prepare, erase, bands=bands)
     prepare, key = _resize(size, in_chans, interpolation, 1.0)
+    whole: dict[str, Any] = dict(key=key, max_aspect=aspect_limit(size), bands=bands)
     if policy == "none":
-        return Transform(size, in_chans, prepare, Finish(mean, std), key=key, bands=bands)
+        return Transform(size, in_chans, prepare, Finish(mean, std), **whole)
     pad = max(1, min(size) // 8) if pad is None else pad
     finish = replace(erase, pad=pad, hflip=hflip, vflip=vflip, degrees=degrees, zoom=zoom)
     per_image = _per_image(size, mean, aa, color_jitter)
-    return Transform(size, in_chans, prepare, finish, per_image=per_image, key=key, bands=bands)
+    return Transform(size, in_chans, prepare, finish, per_image=per_image, **whole)
 
 
 def policy_for(policy: str, size: Sequence[int]) -> str:
@@ -149,7 +150,7 @@ def eval_transform(
     finish = Finish(channel_stats(mean, in_chans), channel_stats(std, in_chans, alpha=0.5))
     prepare, key = _resize(size, in_chans, interpolation, crop_pct, crop_mode, finish.mean)
     # What a crop of the centre doesn't look at needs no resizing; with borders the short side must keep a pixel.
-    max_aspect = {"center": MAX_ASPECT_RATIO, "border": max(MAX_ASPECT_RATIO, *size)}.get(crop_mode)
+    max_aspect = {"center": aspect_limit(size, crop_pct), "border": max(MAX_ASPECT_RATIO, *size)}.get(crop_mode)
     return Transform(size, in_chans, prepare, finish, key=key, max_aspect=max_aspect, bands=bands)
 
 
@@ -272,7 +273,8 @@ def _shift(images: Tensor, x: np.ndarray, y: np.ndarray, pad: int) -> Tensor:
 def _rotate_and_zoom(x: Tensor, angles: np.ndarray, zooms: np.ndarray) -> Tensor:
     cos, sin = np.cos(angles) / zooms, np.sin(angles) / zooms
     zero = np.zeros_like(cos)
-    matrices = np.stack([np.stack([cos, -sin, zero], 1), np.stack([sin, cos, zero], 1)], 1)  # (B, 2, 3)
+    aspect = x.shape[2] / x.shape[3]  # the grid goes from -1 to 1 along both sides, however long they are
+    matrices = np.stack([np.stack([cos, -sin * aspect, zero], 1), np.stack([sin / aspect, cos, zero], 1)], 1)
     grid = F.affine_grid(torch.from_numpy(matrices).float(), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, align_corners=False)
 
