@@ -28,6 +28,7 @@ __all__ = [
     "printable",
     "rich_text",
     "stdout_console",
+    "without_passwords",
 ]
 
 JOINERS = "\u200c\u200d"  # within words and emoji
@@ -76,6 +77,11 @@ def markdown(value: Any) -> str:
     text = re.sub(r"^(\s*\d*)([-+#=.)])", r"\1\\\2", text)  # no list, heading or rule where a line begins so
     text = re.sub(r"(?<=://)|(?<=www\.)|@", "\u200b\\g<0>", text)  # no link of its own
     return html_format.escape(text, quote=False)
+
+
+def without_passwords(text: str) -> str:
+    """A text whose URLs name neither users nor passwords (``https://me:secret@host/``): it is kept or handed on."""
+    return re.sub(r"(?<=://)[^/?#\s]*@", "", text)
 
 
 def csv_cell(value: Any) -> Any:

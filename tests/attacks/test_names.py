@@ -22,14 +22,19 @@ from rich.console import Console
 from rich.table import Table
 
 import fuzz
+from transcnn.data.paths import same_path
+from transcnn.data.sources import remote
+from transcnn.data.sources.opening import open_source
+from transcnn.errors import UserError
 from transcnn.report.answers import Detections
 from transcnn.report.classify import write_report
 from transcnn.report.output_folder import OutputFolder
 from transcnn.report.overlay import draw_detections, legend, palette
-from transcnn.report.page import html_table, write_rows
+from transcnn.report.page import heading, html_table, write_rows
 from transcnn.report.plots import plot_classes, style
 from transcnn.report.predictions import print_table, write_csv
-from transcnn.text import csv_cell, html, json_text, markdown, printable, rich_text
+from transcnn.settings import TrainSettings, as_plain
+from transcnn.text import csv_cell, html, json_text, markdown, printable, rich_text, without_passwords
 
 NASTY = [
     os.fsdecode(b"\xff.png"),
@@ -328,3 +333,31 @@ def test_class_names_of_an_onnx_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert harmless((tmp_path / "x.csv").read_text(encoding="utf-8"))
     found = json.loads(written)[0]["top"]
     assert {row["label"] for row in found} >= {name for name in NASTY if name}
+
+
+SECRET = "https://me:s3cr@t@203.0.113.7/photos"
+SHOWN = "https://203.0.113.7/photos"
+
+
+def test_passwords_in_urls_are_neither_kept_nor_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and reports are handed on."""
+    assert without_passwords(f"{SECRET}, s3://bucket/a@b and a@b.c") == f"{SHOWN}, s3://bucket/a@b and a@b.c"
+    assert as_plain(TrainSettings(data=SECRET))["data"] == SHOWN
+    assert as_plain(TrainSettings())["data"] is None
+    assert same_path(SECRET, SHOWN)
+    assert not same_path(SECRET, f"{SHOWN}2")
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/transcnn", "eval", "run", SECRET])
+    assert SHOWN in heading(tmp_path, {"model": "x"})[1]
+    assert "s3cr" not in heading(tmp_path, {"model": "x"})[1]
+    monkeypatch.setenv("TRANSCNN_CACHE", str(tmp_path))
+    monkeypatch.setattr(remote, "MAX_TRIES", 1)
+
+    def fail(url: str, *args: Any) -> None:
+        raise OSError(f"no answer from {url}")
+
+    monkeypatch.setattr("fsspec.open", fail)
+    monkeypatch.setattr("fsspec.core.url_to_fs", fail)
+    for data in (SECRET, f"{SECRET}/x.parquet"):
+        with pytest.raises(UserError, match="can't fetch https://203") as caught:
+            open_source(data)
+        assert "s3cr" not in str(caught.value)

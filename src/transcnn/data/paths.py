@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeAlias, overload
 
 from ..errors import UserError
+from ..text import without_passwords
 from .listing import list_images
 
 __all__ = ["StrPath", "as_text", "check_data_exists", "find_images", "is_fetched", "is_url", "same_path"]
@@ -71,7 +72,8 @@ def find_images(names: Sequence[str]) -> list[str]:
 
 
 def same_path(data: str | None, other: str | None) -> bool:
-    """Whether two names of data are the same, or mean the same folder or file."""
+    """Whether two names of data are the same, or mean the same folder or file; passwords in URLs don't count."""
+    data, other = (None if name is None else without_passwords(name) for name in (data, other))
     if data is None or other is None or data == other:
         return data == other
     return os.path.exists(data) and os.path.exists(other) and os.path.samefile(data, other)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.files import atomic_write
-from ..text import csv_cell, html
+from ..text import csv_cell, html, without_passwords
 
 __all__ = ["facts_of", "heading", "html_page", "html_table", "percent", "skipped_files", "write_rows"]
 
@@ -124,7 +124,7 @@ def _command() -> str:
     # Read here, not handed down: a heading alone shows it, and every function between would have to carry it.
     program = Path(sys.argv[0] if sys.argv else "")
     ours = program.stem == "transcnn" or program.parent.name == "transcnn"
-    return shlex.join(["transcnn", *sys.argv[1:]]) if ours else ""
+    return without_passwords(shlex.join(["transcnn", *sys.argv[1:]])) if ours else ""
 
 
 def facts_of(metrics: Mapping[str, Any]) -> list[list[str]]:

@@ -14,6 +14,7 @@ from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from ..plain import Arguments
+from ..text import without_passwords
 from .groups import Augment, Classify, Detect, Distill, Ema, Multilabel, Optim, Regress, Segment, Table
 
 __all__ = [
@@ -204,8 +205,9 @@ class TrainSettings:
 
 
 def as_plain(settings: TrainSettings) -> dict[str, Any]:
-    """Settings as ``config.yaml`` and checkpoints hold them: numbers, strings, lists and dictionaries."""
-    return {item.name: _plain(getattr(settings, item.name)) for item in fields(settings) if item.name != "origins"}
+    """Settings as ``config.yaml`` and checkpoints hold them: numbers, strings, lists and dictionaries; no passwords."""
+    plain = {item.name: _plain(getattr(settings, item.name)) for item in fields(settings) if item.name != "origins"}
+    return {**plain, "data": None if settings.data is None else without_passwords(plain["data"])}
 
 
 def takes_settings(make: Callable[P, TrainSettings]) -> Callable[[Callable[[TrainSettings], R]], Callable[P, R]]:

@@ -34,6 +34,7 @@ import numpy as np
 from PIL import Image
 
 from ...errors import UserError
+from ...text import without_passwords
 from ..images import BrokenImage, read_image, read_slice
 from ..paths import is_url
 from .remote import MAX_MANIFEST_BYTES, Expected, RemoteFolder
@@ -130,7 +131,7 @@ def open_packed(data: str) -> SourceSplits:
     """
     remote = RemoteFolder(data) if is_url(data) else None
     path_of: Callable[[str], str] = remote.path if remote else partial(os.path.join, data)
-    name, class_names, splits = read_manifest(Path(path_of(MANIFEST)), data)
+    name, class_names, splits = read_manifest(Path(path_of(MANIFEST)), without_passwords(data))
     if remote is not None:
         files = [file for split in splits.values() for file in (split.index, *split.shards)]
         remote.expect({file.file: Expected(file.bytes, file.sha256, file.sha256) for file in files})

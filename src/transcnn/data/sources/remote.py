@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock
 
 from ...errors import UserError, require
+from ...text import without_passwords
 from .source import first_line
 
 __all__ = ["Expected", "RemoteFolder", "translate_errors"]
@@ -42,6 +43,7 @@ class RemoteFolder:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
+        self.title = without_passwords(self.url)  # for messages
         root = os.environ.get("TRANSCNN_CACHE") or os.path.join(
             os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "transcnn"
         )
@@ -91,7 +93,7 @@ class RemoteFolder:
         except UserError:
             raise
         except OSError as error:
-            raise UserError(f"can't keep {self.url}/{name} in {self.folder}: {error.strerror or error}") from error
+            raise UserError(f"can't keep {self.title}/{name} in {self.folder}: {error.strerror or error}") from error
         return str(path)
 
     def fetch(self, name: str, target: Path) -> None:
@@ -99,7 +101,7 @@ class RemoteFolder:
         size, _, digest = self.known.get(name, Expected())
         if size is not None and size > (free := shutil.disk_usage(target.parent).free):
             raise UserError(
-                f"can't keep {self.url}/{name} in {target.parent}: it has {size:,} bytes, and {free:,} are free; "
+                f"can't keep {self.title}/{name} in {target.parent}: it has {size:,} bytes, and {free:,} are free; "
                 "TRANSCNN_CACHE names another folder"
             )
         self.retry(name, lambda: _download(f"{self.url}/{name}", target, size, digest))
@@ -116,7 +118,7 @@ class RemoteFolder:
                         raise
                     time.sleep(PAUSE * 2**attempt)
         except OSError as error:
-            raise UserError(f"can't fetch {self.url}/{name}: {first_line(error)}") from error
+            raise UserError(f"can't fetch {self.title}/{name}: {without_passwords(first_line(error))}") from error
 
 
 @contextmanager
@@ -127,7 +129,7 @@ def translate_errors(url: str) -> Iterator[None]:
     except (OSError, UserError):
         raise
     except (ImportError, ValueError) as error:  # a scheme whose library is not installed, or none at all
-        raise UserError(f"can't fetch {url}: {first_line(error)}") from error
+        raise UserError(without_passwords(f"can't fetch {url}: {first_line(error)}")) from error
     except Exception as error:  # each scheme's library has errors of its own
         raise OSError(first_line(error)) from error
 

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ...errors import UserError, require
+from ...text import without_passwords
 from ..images import read_image
 from .parquet import (
     ImageColumn,
@@ -61,7 +62,7 @@ def open_remote_parquet(url: str) -> SourceSplits:
     remote = RemoteFolder(folder if single else url)
     found = _find(remote, last if single else None)
     remote.expect(found)
-    warn_of_unsplit(found, split_of_path, url)
+    warn_of_unsplit(found, split_of_path, without_passwords(url))
     with ThreadPoolExecutor(MAX_CONCURRENT) as pool:
         asked = pool.map(lambda name: _label_column(remote, name), found)
         tables = with_progress(asked, "asking for labels", len(found) > MAX_CONCURRENT, len(found))
@@ -70,7 +71,7 @@ def open_remote_parquet(url: str) -> SourceSplits:
     for name in found:
         by_split.setdefault("train" if single else split_of_path(name), []).append(name)
     sources = {split: _source(remote, by_split[split], columns) for split in SPLITS if split in by_split}
-    return merge_splits(sources, last.removesuffix(".parquet"), url)
+    return merge_splits(sources, last.removesuffix(".parquet"), without_passwords(url))
 
 
 def _find(remote: RemoteFolder, single: str | None) -> dict[str, Expected]:
@@ -88,18 +89,18 @@ def _find(remote: RemoteFolder, single: str | None) -> dict[str, Expected]:
 
     remote.retry(single or "", look)
     if not listed:
-        raise UserError(f"{remote.url} holds neither a manifest.json of transcnn pack nor Parquet files")
+        raise UserError(f"{remote.title} holds neither a manifest.json of transcnn pack nor Parquet files")
     others = sorted(
         {folder for name in listed if (folder := name.rpartition("/")[0]) and not split_of_name(folder, "")}
     )
     if len(others) > 1:  # a data set's configurations, as a rule
         raise UserError(
-            f"{remote.url} has Parquet files in {abbreviate(others)}; name one of them: {remote.url}/{others[0]}"
+            f"{remote.title} has Parquet files in {abbreviate(others)}; name one of them: {remote.title}/{others[0]}"
         )
     unsized = [name for name, info in listed.items() if not isinstance(info.get("size"), int)]
     if unsized:
         raise UserError(
-            f"{remote.url} doesn't say how large {abbreviate(unsized)} are, so what comes couldn't be checked"
+            f"{remote.title} doesn't say how large {abbreviate(unsized)} are, so what comes couldn't be checked"
         )
     return {
         name: Expected(info["size"], hashlib.sha256(repr(sorted(info.items())).encode()).hexdigest())
@@ -118,8 +119,8 @@ def _label_column(remote: RemoteFolder, name: str) -> Any:
             with fs.open(path, "rb", block_size=BLOCK, cache_type="bytes") as file:
                 opened = parquet.ParquetFile(file)
                 _, label = find_columns(opened.schema_arrow.names, name)
-                refuse_bombs([f"{remote.url}/{name}"], remote.known[name].size or 0, [opened])
-                parquet.write_table(read_bounded(opened, [label], f"{remote.url}/{name}"), target)
+                refuse_bombs([f"{remote.title}/{name}"], remote.known[name].size or 0, [opened])
+                parquet.write_table(read_bounded(opened, [label], f"{remote.title}/{name}"), target)
 
     def make(target: Path) -> None:
         remote.retry(name, lambda: ask(target))
@@ -135,12 +136,12 @@ def _source(remote: RemoteFolder, names: list[str], columns: dict[str, Any]) -> 
     tables = [columns[name] for name in names]
     label = tables[0].column_names[0]
     if len({(table.column_names[0], table.schema.types[0]) for table in tables}) > 1:
-        raise UserError(f"{abbreviate(names)} of {remote.url} have labels of different kinds")
+        raise UserError(f"{abbreviate(names)} of {remote.title} have labels of different kinds")
     chunks = [chunk for table in tables for chunk in table.column(0).chunks]
     column = arrow.chunked_array(chunks, type=tables[0].schema.types[0])
-    labels, class_names = label_values(column, feature_names(tables[0].schema, label), f"{remote.url}/{names[0]}")
+    labels, class_names = label_values(column, feature_names(tables[0].schema, label), f"{remote.title}/{names[0]}")
     if not len(labels):
-        raise UserError(f"no rows in {abbreviate(names)} of {remote.url}")
+        raise UserError(f"no rows in {abbreviate(names)} of {remote.title}")
     if (labels < 0).all():
         return None
     files = RemoteFiles(remote, names, [len(table) for table in tables])
@@ -210,10 +211,10 @@ def _unpack(remote: RemoteFolder, name: str, target: Path) -> None:
             image, _ = find_columns(opened.schema_arrow.names, name)
             schema = arrow.schema([opened.schema_arrow.field(image)])
             with ipc.new_file(str(target), schema) as writer:
-                for batch in batches_of(opened, [image], f"{remote.url}/{name}", use_threads=False):
+                for batch in batches_of(opened, [image], f"{remote.title}/{name}", use_threads=False):
                     writer.write_batch(batch)
     except arrow.ArrowException as error:
-        raise UserError(f"can't read {remote.url}/{name} as Parquet: {first_line(error)}") from error
+        raise UserError(f"can't read {remote.title}/{name} as Parquet: {first_line(error)}") from error
     finally:
         with suppress(OSError):
             packed.unlink(missing_ok=True)
