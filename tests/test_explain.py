@@ -195,6 +195,43 @@ def test_images_and_files_are_normalised(tmp_path: Path, class_image: Any) -> No
             torch.testing.assert_close(m.weights, want.weights)
 
 
+def test_an_image_in_memory_is_read_as_its_file_is(tmp_path: Path, class_image: Any) -> None:
+    model = shake(timm.create_model("transcnn_test"))
+    pixels = np.asarray(class_image(1, size=(50, 37)))
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 200).save(tmp_path / "deep.png")  # of 16 bits
+    see_through = Image.fromarray(np.dstack([pixels, np.full(pixels.shape[:2], 90, np.uint8)]))
+    see_through.convert("P").save(tmp_path / "palette.png", transparency=3)
+    for name in ("turned.png", "deep.png", "palette.png"):
+        with Image.open(tmp_path / name) as image:
+            found = attention_maps(model, image, (36, 36), stage=0)
+        for m, want in zip(found, attention_maps(model, tmp_path / name, (36, 36), stage=0), strict=True):
+            assert m.size == want.size
+            torch.testing.assert_close(m.weights, want.weights)
+
+
+class Masked(Net):
+    """A network that tells its attention which positions are real."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        mask = x.new_ones(1, 1, *x.shape[2:]).bool()
+        mask[..., self.real :] = False
+        return self.head(self.blocks[0](x, mask=mask).mean((2, 3)))
+
+
+def test_attention_with_a_mask_is_not_shown_as_if_it_had_none() -> None:
+    model, image = shake(Masked(TWO)), torch.randn(3, 6, 6)
+    model.real = 4
+    for method in (attention_rollout, grad_cam, gradient_attention):
+        with pytest.raises(UserError, match=r"blocks\.0 runs with a mask; maps are of inputs without padding"):
+            method(model, image)
+    model.real = 6  # all are real
+    torch.testing.assert_close(attention_rollout(model, image).sum(), torch.tensor(1.0))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

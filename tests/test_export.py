@@ -24,7 +24,7 @@ from transcnn.data.images import read_image
 from transcnn.data.sets.classify import open_splits
 from transcnn.data.transforms.classify import eval_transform
 from transcnn.errors import UserError
-from transcnn.export import export_model, exporting
+from transcnn.export import export_model, exporting, int8
 from transcnn.export.check import Row, _made_image, check, comparisons, refuse_beyond
 from transcnn.export.exporting import FORMATS, Exported, Format, _capture
 from transcnn.export.int8 import read
@@ -219,14 +219,17 @@ def test_other_formats(program, trained, tmp_path):
     assert stored.inputs[0].any_name == "images"
 
 
-def test_static_size_and_a_plugged_cnn(tmp_path):
+def test_static_size_and_a_plugged_cnn(tmp_path, monkeypatch):
     torch.manual_seed(0)
     host = build_model("test_resnet", num_classes=3).eval()
     example = torch.zeros(1, 3, 40, 40)
     plug(host, at="layer2", grid_sizes=(4,), pool_ratios=(2,), example=example)
     nn.init.constant_(host.layer2.get_submodule("hmhsa").scale, 0.5)
-    loaded = Loaded(host, "classify", NAMES, {**CONFIG, "input_size": [3, 40, 40]}, "", {"model": "test_resnet"})
-    result = export_model(loaded, tmp_path / "plugged.onnx", static=40)
+    loaded = Loaded(host, "classify", NAMES, {**CONFIG, "input_size": [3, 48, 48]}, "", {"model": "test_resnet"})
+    sizes = []  # of the images that would calibrate: the file takes no others
+    monkeypatch.setattr(int8, "to_int8", lambda loaded, *_: sizes.append(loaded.preprocessing["input_size"]))
+    result = export_model(loaded, tmp_path / "plugged.onnx", static=40, calibrate="images")
+    assert sizes == [[3, 40, 40]]
     assert [(row.batch, row.height, row.width) for row in result.rows] == [(1, 40, 40), (2, 40, 40), (3, 40, 40)]
     model = OnnxModel(result.file, accelerator="cpu", threads=1)
     assert model.info["plug"][0]["at"] == "layer2"

@@ -103,7 +103,7 @@ def test_numbers_are_read_as_people_write_them():
     assert names == ["p", "q"]
     np.testing.assert_array_equal(labels, np.array([[1.5, 1], [2.25, 2], [-300, NAN], [NAN, NAN]], np.float32))
     assert missing.tolist() == [False, False, False, True]
-    for odd in ("high", "inf", "1 000"):
+    for odd in ("high", "inf", "1 000", "2020_01"):
         with pytest.raises(UserError, match=f"the column 'p' must hold numbers, got '{odd}'"):
             Numbers().of_cells({"p": ["1", odd]}, "t.csv")
     assert Numbers().merged(np.array([[1, 2], [1, 3]])) is None
@@ -129,6 +129,10 @@ def test_class_folders_are_labels_and_numbers_too(make_class_folder):
     assert source.labels.tolist() == [[1, 0], [0, 1]]
     with pytest.raises(UserError, match="its class folders must be named as numbers, got 'class_0', 'class_1'"):
         open_source(str(folder), None, Numbers())
+    (folder / "class_0").rename(folder / "nan")
+    with pytest.raises(UserError, match="must be named as numbers, got 'class_1', 'nan'"):
+        open_source(str(folder), None, Numbers())
+    (folder / "nan").rename(folder / "class_0")
     for i, name in enumerate(("2.5", "-1")):
         (folder / f"class_{i}").rename(folder / name)
     source = open_source(str(folder), None, Numbers()).train

@@ -366,5 +366,7 @@ def test_fonts_are_sought_for_names_of_files_too(tmp_path: Path, monkeypatch: py
 
 
 def test_what_is_no_number_is_a_dash() -> None:
+    chosen = facts_of({"val_macro_f1": 83.25, "val_map50": 61.0, "val_auroc": 0.9, "val_loss": 0.5})
+    assert [value for _, value in chosen] == ["83.2 %", "61.0 %", "0.9", "0.5000"]
     facts = facts_of({"top1": float("nan"), "seconds": float("nan"), "loss": 0.5})
     assert facts == [["top-1", "–"], ["seconds", "–"], ["loss", "0.5000"]]

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from ..attention import HMHSA, SIZES
 from ..checkpoints.loading import Loaded, data_config_of
 from ..data.bands import Bands
-from ..data.images import BrokenImage, read_image
+from ..data.images import BrokenImage
+from ..data.inputs import input_name, read_input
 from ..errors import UserError
 from ..grids import Size, cut_into_grids
 from ..plugging.running import eval_mode
@@ -74,20 +75,20 @@ class Record:
 def as_input(model: nn.Module | Loaded, image: ImageLike) -> tuple[nn.Module, Tensor]:
     """The module and its input (1, C, H, W), on the module's device; (1, C, L) or (1, C, D, H, W) as its H-MHSA takes.
 
-    A tensor is taken as normalised already. A PIL image or a file is normalised as the model wants it and keeps its
-    size: any size works.
+    A tensor is taken as normalised already. A PIL image or a file is made upright and normalised as the model wants it,
+    and keeps its size: any size works.
 
     Raises:
         UserError: The file can't be read, or the tensor isn't one image.
     """
     module = model.model if isinstance(model, Loaded) else model
     x: Any = image
-    if isinstance(image, str | os.PathLike):
+    if isinstance(image, str | os.PathLike | Image.Image):
         try:
             pixel_range = model.preprocessing.get("pixel_range") if isinstance(model, Loaded) else None
-            x = read_image(Path(image), pixel_range)
+            x = read_input(image if isinstance(image, Image.Image) else Path(image), pixel_range)
         except BrokenImage as error:
-            raise UserError(f"can't read {os.fspath(image)}: {error}") from error
+            raise UserError(f"can't read {input_name(image, 1)}: {error}") from error
     if isinstance(x, Image.Image | Bands):
         from torchvision.transforms import functional as tvf
 
@@ -147,8 +148,11 @@ def _watch(name: str, attn: HMHSA, owner: nn.Module, records: list[Record]) -> l
     def latest() -> Record:
         return next(r for r in reversed(records) if r.attn is attn)
 
-    def begin(_: nn.Module, args: Any) -> None:
-        records.append(Record(name, attn, owner, args[0]))
+    def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        x, mask = (*args, *(kwargs[key] for key in ("x", "mask") if key in kwargs), None)[:2]
+        if mask is not None and not bool(mask.all()):
+            raise UserError(f"{name or 'the network'} runs with a mask; maps are of inputs without padding: cut it off")
+        records.append(Record(name, attn, owner, x))
 
     def keep(put: Callable[[Record, Tensor], None]) -> Callable[..., None]:
         return lambda module, args, output: put(latest(), output)
@@ -171,7 +175,7 @@ def _watch(name: str, attn: HMHSA, owner: nn.Module, records: list[Record]) -> l
     def mixed(_: nn.Module, args: Any) -> None:
         latest().mixed.append(args[0])
 
-    handles = [attn.register_forward_pre_hook(begin), attn.proj.register_forward_pre_hook(summed)]
+    handles = [attn.register_forward_pre_hook(begin, with_kwargs=True), attn.proj.register_forward_pre_hook(summed)]
     for step in attn.local:
         handles.append(step.qkv.register_forward_hook(keep(lambda r, out: r.qkv.append(out))))  # pyright: ignore
         handles.append(step.grid_norm.register_forward_pre_hook(mixed))  # pyright: ignore

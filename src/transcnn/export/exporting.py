@@ -103,7 +103,8 @@ def export_model(
             if calibrate is not None:
                 from .int8 import note, to_int8
 
-                info["int8"] = to_int8(loaded, file, calibrate, max_loss, torch.get_num_threads())
+                sized = replace(loaded, preprocessing=info["data_config"])  # of the one size that a file may take
+                info["int8"] = to_int8(sized, file, calibrate, max_loss, torch.get_num_threads())
                 note(file, info)
                 rows = check(model, kind.open(file), comparisons(info["data_config"], static, images))
             text = json_text(info, indent=2) + "\n"

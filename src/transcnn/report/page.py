@@ -30,10 +30,7 @@ PERCENT = (
     "macro_f1",
     "micro_f1",
     "exact_match",
-    "val_top1",
-    "val_miou",
-    "val_map",
-)
+)  # and the same of the epoch that was chosen: val_...
 NAMES = {
     "top1": "top-1",
     "top5": "top-5",
@@ -145,7 +142,7 @@ def _name_of(key: str) -> str:
 def _fact(key: str, value: str | float) -> str:
     if isinstance(value, float) and math.isnan(value):
         return "–"
-    if isinstance(value, float) and (key in PERCENT or key.startswith(("map", "mask_map"))):
+    if isinstance(value, float) and _is_percent(key.removeprefix("val_")):
         return f"{value:.1f} %"
     if key in ("seconds", "train_seconds"):
         return _duration(float(value))
@@ -154,6 +151,10 @@ def _fact(key: str, value: str | float) -> str:
     if isinstance(value, float):
         return f"{value:.4f}" if key.endswith("loss") else f"{value:,.4g}"
     return f"{value:,}" if isinstance(value, int) and key != "seed" else str(value)
+
+
+def _is_percent(key: str) -> bool:
+    return key in PERCENT or key.startswith(("map", "mask_map"))
 
 
 def _duration(seconds: float) -> str:

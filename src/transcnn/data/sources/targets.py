@@ -233,7 +233,9 @@ class Numbers:
     def of_classes(self, labels: np.ndarray, class_names: list[str], what: str) -> tuple[np.ndarray, list[str]]:
         """The classes' names are the numbers."""
         numbers = [_number(name) for name in class_names]
-        if odd := [name for name, number in zip(class_names, numbers, strict=True) if number is None]:
+        if odd := [
+            n for n, number in zip(class_names, numbers, strict=True) if number is None or not math.isfinite(number)
+        ]:
             raise UserError(
                 f"{what}: to learn numbers, its class folders must be named as numbers, got {abbreviate(odd)}; or give "
                 "a table and --target COLUMN"
@@ -308,6 +310,8 @@ def _text(cell: Any) -> str:
 
 
 def _number(text: str) -> float | None:
+    if "_" in text:  # Python would take 2020_01 for 202001
+        return None
     try:
         return float(text.replace(",", ".") if COMMA.fullmatch(text) else text)
     except ValueError:
