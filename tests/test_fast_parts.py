@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.layers import LayerScale2d
+from timm.layers import LayerNorm2d, LayerScale2d
 from torch import Tensor, nn
 
 from test_other_cnns import randomised, relative
 from transcnn import HMHSA
+from transcnn.checkpoints.loading import Loaded
+from transcnn.compare.engines import prepare_training
 from transcnn.errors import UserError
+from transcnn.export.exporting import _as_exported
 from transcnn.fast import fold_batchnorms, optimize
 
 CHANNELS = 16
@@ -254,3 +257,33 @@ def test_hooks_on_the_attention_of_an_optimized_block_are_called():
     assert relative(often(fast, x), model(x)) <= 1e-5 < relative(fast(x), expected)
     handle.remove()
     assert torch.equal(often(fast, x), expected)
+
+
+class Frozen(nn.Sequential):
+    """Whose ``train`` forgets to return the network, as many do that keep norms as they are."""
+
+    def train(self, mode: bool = True) -> None:  # pyright: ignore
+        super().train(mode)
+        self[1].eval()
+
+
+@torch.no_grad()
+def test_a_network_whose_train_returns_nothing():
+    model, x = Frozen(conv(), nn.BatchNorm2d(CHANNELS), nn.ReLU()), torch.randn(1, CHANNELS, 5, 5)
+    randomised(model)
+    fast = optimize(model)
+    assert fast.eval() is fast
+    assert relative(fast(x), model(x)) <= 2e-6
+    prepare_training(nn.Sequential(model, nn.Flatten()), "fp32")
+    exported = _as_exported(Loaded(model.double(), "classify", [], {}, "", {}))
+    assert exported.model is not None
+    assert not any(module.training for module in exported.model.modules())
+
+
+@torch.no_grad()
+def test_optimized_networks_are_one_graph_to_a_compiler():
+    attention = HMHSA(CHANNELS, head_dim=8, grid_sizes=[4], pool_ratios=[2])
+    model = randomised(nn.Sequential(attention, LayerNorm2d(CHANNELS), inverted_residual(), nn.MaxPool2d(2)))
+    fast, x = optimize(model), torch.randn(1, CHANNELS, 9, 8)
+    often(fast, x)
+    assert relative(torch.compile(fast, backend="eager", fullgraph=True)(x), model(x)) <= 1e-5

@@ -112,7 +112,8 @@ def _task_of(loaded: Loaded) -> dict[str, Any]:
 
 def _to_share(model: nn.Module, licence: str | None) -> nn.Module:
     """A copy for evaluation, of float32 on the CPU, that says nothing about weights that these were trained from."""
-    model = copy.deepcopy(model).cpu().float().eval()
+    model = copy.deepcopy(model).cpu().float()
+    model.eval()
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.contiguous()  # safetensors takes no other; channels_last training leaves others
     cfg: Any = model.pretrained_cfg

@@ -102,7 +102,8 @@ def load_reference(spec: str) -> nn.Module:
     model = getattr(module, factory)()
     if not isinstance(model, nn.Module):
         raise UserError(f"{spec} must make a torch.nn.Module, got {type(model).__name__}")
-    return model.eval()
+    model.eval()
+    return model
 
 
 def same_weights(reference: nn.Module, model: nn.Module) -> bool:
@@ -125,7 +126,8 @@ def prepare_training(model: nn.Module, dtype: str, channels_last: bool = True, a
 
     ``accelerate`` has what is ours in the network train with kernels of our own, as ``transcnn train`` does.
     """
-    model = copy.deepcopy(model).train()
+    model = copy.deepcopy(model)
+    model.train()
     if accelerate:
         accelerate_training(model)
     if channels_last:

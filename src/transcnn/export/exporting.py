@@ -275,7 +275,9 @@ def _as_exported(loaded: Loaded) -> Loaded:
     moved = any(t.device.type != "cpu" or (t.is_floating_point() and t.dtype != torch.float32) for t in tensors)
     if not moved and not any(module.training for module in model.modules()):
         return loaded
-    return replace(loaded, model=copy.deepcopy(model).cpu().float().eval())
+    model = copy.deepcopy(model).cpu().float()
+    model.eval()
+    return replace(loaded, model=model)
 
 
 def _graph_of(loaded: Loaded) -> nn.Module:

@@ -120,7 +120,7 @@ class FastLocalStep(InferenceOnly):
             mask = mask.repeat(batch, 1)[:, None, None]  # (B·G, 1, 1, N)
         out = self._attend_rows(grids(normed).reshape(-1, g * h, channels), mask)
         out = out.reshape(batch, rows, columns, g, h, channels)
-        if traced():  # transforms have no operations that write into views
+        if torch.compiler.is_compiling() or traced():  # which know no operations that write into views
             a = self._add(out, grids(x)).transpose(2, 3).reshape(x.shape)
             return a[:, :height, :width].contiguous()
         a = torch.empty_like(x)  # sum and join in one pass: results are written to their positions in the map

@@ -186,9 +186,10 @@ class Convolution(nn.Module):
 
 def _kernel_fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether C++ kernels run on this map and with these weights; not while anything is traced."""
-    if not isinstance(x, Tensor) or weight.is_inference() or needs_gradients(x, weight, bias):
-        return False
-    return (bias is None or bias.dtype == weight.dtype) and fits_cpu(x, len(weight), gemm=False)
+    if not isinstance(x, Tensor) or not fits_cpu(x, len(weight), gemm=False):
+        return False  # first of all: torch.compile knows no is_inference
+    plain = not weight.is_inference() and not needs_gradients(x, weight, bias)
+    return plain and (bias is None or bias.dtype == weight.dtype)
 
 
 class FastConv2d(Fused, Convolution, nn.Conv2d):
@@ -267,9 +268,8 @@ class FastLayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
         fits = isinstance(input, Tensor) and input.ndim > 1 and input.shape[-1:] == self.normalized_shape
-        fits = fits and input.dtype == self.weight.dtype and not self.weight.is_inference()
-        fits = fits and not needs_gradients(input, self.weight, self.bias)
-        if not fits or not fits_cpu(input, gemm=False):
+        fits = fits and input.dtype == self.weight.dtype and fits_cpu(input, gemm=False)
+        if not fits or self.weight.is_inference() or needs_gradients(input, self.weight, self.bias):
             return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
         scale, shift = self._fp32(self.weight, self.bias)
         return layer_norm(input, scale, shift, self.eps)

@@ -35,7 +35,8 @@ class InferenceOnly(nn.Module):
         """Refuses ``mode=True``."""
         if mode:
             raise UserError(NO_TRAINING)
-        return super().train(False)
+        super().train(False)
+        return self
 
     def requires_grad_(self, requires_grad: bool = True) -> InferenceOnly:
         """Refuses ``requires_grad=True``."""

@@ -76,7 +76,8 @@ def optimize(
     kind = _NAMES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and kind not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(_NAMES)} or None, got {dtype!r}")
-    fast = copy.deepcopy(model).eval()
+    fast = copy.deepcopy(model)
+    fast.eval()  # which many a train() of its own makes return nothing
     restore_classes(fast)
     merge_branches(fast)
     for parameter in fast.parameters():
@@ -85,7 +86,8 @@ def optimize(
     fold_batchnorms(fast)
     if torch.float16 not in (kind, *(p.dtype for p in fast.parameters())):  # a scale of 1e-6 is below its numbers
         fold_layer_scales(fast)
-    make_fast(fast.eval())  # new modules, too
+    fast.eval()  # new modules, too
+    make_fast(fast)
     _to_channels_last(fast)
     parts = _computing(fast)
     fuse_blocks(fast, left=parts)
