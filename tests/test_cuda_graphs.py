@@ -160,3 +160,11 @@ def test_a_capture_leaves_the_parameters_where_they_are():
     assert torch.equal(y, run(x))
     for found, expected in zip(grads, torch.autograd.grad(run(x).sum(), trainable), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("change", ["loaded", "cast"])
+def test_a_graph_is_forgotten_with_the_weights_that_it_reads(change):
+    network = cuda_graphs.CapturedInference(nn.Linear(4, 3))
+    network._cache.put("key", "graph")
+    network.load_state_dict(network.state_dict(), assign=True) if change == "loaded" else network.double()
+    assert network._cache.get("key") is None

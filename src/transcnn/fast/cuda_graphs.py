@@ -32,7 +32,8 @@ class CapturedInference(InferenceOnly):
     """A network for inference, ``module``, whose launches are replayed on a GPU.
 
     A shape is captured when it is seen for the second time. Outputs are copies, which later calls don't change. Weights
-    may change in place; hooks that are registered after a capture don't fire.
+    may change in place, and be moved, cast or exchanged by this module's own methods; what ``module`` is given by itself
+    after a capture, other weights or hooks, is not seen.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -52,6 +53,11 @@ class CapturedInference(InferenceOnly):
     def _apply(self, fn: Any, recurse: bool = True) -> CapturedInference:
         self._cache = _GraphCache()  # weights move
         return super()._apply(fn, recurse)  # pyright: ignore
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As ever; with ``assign=True`` weights are others afterwards."""
+        self._cache = _GraphCache()
+        return super().load_state_dict(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CapturedInference, (self.module,)  # a copy captures its own
