@@ -32,7 +32,7 @@ class CapturedInference(InferenceOnly):
     """A network for inference, ``module``, whose launches are replayed on a GPU.
 
     A shape is captured when it is seen for the second time. Outputs are copies, which later calls don't change. Weights
-    may change in place, and be moved, cast or exchanged by this module's own methods; what ``module`` is given by itself
+    may change in place, and be moved, cast or exchanged by this module's own methods; what ``module`` itself is given
     after a capture, other weights or hooks, is not seen.
     """
 
