@@ -137,10 +137,24 @@ def test_groups_are_held_back_whole(photos, seed):
     group = {name: who for name, _, who in rows}
     train, val = ({group[part.name(i)] for i in range(len(part))} for part in (splits.train, splits.val))
     assert len(splits.val) == 3
+    assert splits.class_names == ["cat", "dog"]
     assert not train & val
     again = open_splits(table, table=Table(group="patient"), val_fraction=0.25, seed=seed)
     assert record_of(again) == record_of(splits)
     assert open_set(table, "val", val_fraction=0.25, seed=seed, table=Table(group="patient")).name(0) in group
+
+
+@pytest.mark.parametrize("nothing", ["", "nan", None])
+def test_images_without_a_group_are_no_group(photos, nothing, caplog):
+    rows = [(name, label, "p" if i < 4 else nothing) for i, (name, label) in enumerate(ROWS)]
+    table = photos / "labels.jsonl"
+    table.write_text("\n".join(json.dumps(dict(zip(("file", "label", "patient"), row, strict=True))) for row in rows))
+    splits = open_splits(str(table), table=Table(group="patient"), val_fraction=0.25)
+    train, val = ([int(Path(part.name(i)).stem) for i in range(len(part))] for part in (splits.train, splits.val))
+    assert {*range(4)} <= {*train} or {*range(4)} <= {*val}  # those of p stay together
+    assert {*range(4, 12)} & {*train}  # the others are no group
+    assert {*range(4, 12)} & {*val}
+    assert "in more than one split" not in caplog.text
 
 
 def test_a_folder_with_metadata_is_a_table(photos):

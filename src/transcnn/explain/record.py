@@ -149,10 +149,10 @@ def _watch(name: str, attn: HMHSA, owner: nn.Module, records: list[Record]) -> l
         return next(r for r in reversed(records) if r.attn is attn)
 
     def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        x, mask = (*args, *(kwargs[key] for key in ("x", "mask") if key in kwargs), None)[:2]
-        if mask is not None and not bool(mask.all()):
+        given: list[Any] = [*args, *(kwargs[key] for key in ("x", "mask") if key in kwargs)]
+        if len(given) > 1 and given[1] is not None and not bool(given[1].all()):
             raise UserError(f"{name or 'the network'} runs with a mask; maps are of inputs without padding: cut it off")
-        records.append(Record(name, attn, owner, x))
+        records.append(Record(name, attn, owner, given[0]))
 
     def keep(put: Callable[[Record, Tensor], None]) -> Callable[..., None]:
         return lambda module, args, output: put(latest(), output)

@@ -18,7 +18,7 @@ from ..images import read_bytes, read_image
 from .parquet import ImageColumn
 from .source import SPLITS, Source, SourceSplits, abbreviate, first_reasons
 from .table import FileFinder, TableRows, find_column, names_of_rows, read_table
-from .targets import Targets
+from .targets import Targets, text_of
 
 __all__ = ["NO_LABEL", "Row", "TableImages", "open_table", "rows_of", "target_names"]
 
@@ -230,7 +230,10 @@ def _source(rows: list[Row], labels: np.ndarray, names: list[str], broken: list[
     images = TableImages(paths, [row.name for row in rows], [row.image for row in rows] if embedded else None)
     groups = None
     if any(row.group is not None for row in rows):
-        groups = np.unique([str(row.group) for row in rows], return_inverse=True)[1].reshape(-1)
+        called = [text_of(row.group) for row in rows]
+        groups = np.unique(called, return_inverse=True)[1].reshape(-1)
+        alone = np.array([not group for group in called], bool)  # of no group: each may be held back by itself
+        groups[alone] = len(rows) + np.arange(alone.sum())
     return Source(
         labels,
         names,
@@ -245,7 +248,8 @@ def _source(rows: list[Row], labels: np.ndarray, names: list[str], broken: list[
 
 def _warn_of_leaks(rows: Sequence[Row], members: dict[str, dict[str, list[int]]]) -> None:
     """Log images, and groups of them, that are in more than one split."""
-    groups = Counter(group for group, _ in {(str(row.group), row.split) for row in rows if row.group not in (None, "")})
+    places = {(group, row.split) for row in rows if (group := text_of(row.group))}
+    groups = Counter(group for group, _ in places)
     if torn := [group for group, count in groups.items() if count > 1]:
         logger.warning("%d groups are in more than one split: %s", len(torn), abbreviate(torn))
     counts = Counter(key for keys in members.values() for key in keys)

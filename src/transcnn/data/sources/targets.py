@@ -20,7 +20,7 @@ from ...errors import UserError
 from ..names import alike_but_for_case, case_hint, distinct_names, match_names, normalise
 from .source import MAX_CLASSES, abbreviate
 
-__all__ = ["CLASSES", "Cells", "Classes", "Labels", "Numbers", "Targets"]
+__all__ = ["CLASSES", "Cells", "Classes", "Labels", "Numbers", "Targets", "text_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Classes:
                 f"{what}: one class an image is learnt from one column, got target {abbreviate(list(cells))}; several "
                 "labels an image: --task multilabel; numbers: --task regress"
             )
-        texts = [_text(cell) for cell in next(iter(cells.values()))]
+        texts = [text_of(cell) for cell in next(iter(cells.values()))]
         missing = np.array([not text for text in texts], dtype=bool)
         distinct = {text for text in texts if text}
         if len(distinct) > MAX_CLASSES:
@@ -133,7 +133,9 @@ class Labels:
         self, cells: Cells, what: str, separator: str | None = None
     ) -> tuple[np.ndarray, list[str], np.ndarray]:
         """One column of lists or of names with separators, or columns of 0 and 1 that are named as their labels."""
-        texts = {name: [_text(cell) if not isinstance(cell, list) else "," for cell in c] for name, c in cells.items()}
+        texts = {
+            name: [text_of(cell) if not isinstance(cell, list) else "," for cell in c] for name, c in cells.items()
+        }
         if len(cells) == 1 and not all(text.casefold() in {*FLAGS, ""} for text in next(iter(texts.values()))):
             return self._of_lists(next(iter(cells.values())), what, separator)
         self._complete = False
@@ -216,13 +218,13 @@ class Numbers:
         """Each column's numbers, with a decimal point or comma; refused where commas may be meant otherwise."""
         columns = []
         for name, column in cells.items():
-            commas = [text for text in map(_text, column) if COMMA.fullmatch(text)]
+            commas = [text for text in map(text_of, column) if COMMA.fullmatch(text)]
             if commas and all(THOUSANDS.fullmatch(text) for text in commas):
                 raise UserError(
                     f"{what}: the column {name!r} has {commas[0]!r}, which may be {commas[0].replace(',', '.')} or "
                     f"{commas[0].replace(',', '')}; write numbers with a decimal point, and no mark between thousands"
                 )
-            found = [_number(_text(cell)) if _text(cell) else math.nan for cell in column]
+            found = [_number(text_of(cell)) if text_of(cell) else math.nan for cell in column]
             for cell, number in zip(column, found, strict=True):
                 if number is None or math.isinf(number):
                     raise UserError(f"{what}: the column {name!r} must hold numbers, got {str(cell)[:60]!r}")
@@ -275,7 +277,7 @@ def _names(cell: Any, mark: str) -> list[str] | None:
     if isinstance(cell, str) and cell.strip().casefold() in ("nan", "null"):
         return None
     parts = cell if isinstance(cell, list) else str(cell).split(mark)
-    return [text for part in parts if (text := _text(part))]
+    return [text for part in parts if (text := text_of(part))]
 
 
 def _list_of(cell: Any, what: str) -> Any:
@@ -299,7 +301,7 @@ def _warn_of_case(names: Sequence[str], what: str) -> None:
         logger.warning("%s: labels %s differ only in case and are kept apart", what, abbreviate(same))
 
 
-def _text(cell: Any) -> str:
+def text_of(cell: Any) -> str:
     """A cell as the name of a class; "" where it has none."""
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return ""
