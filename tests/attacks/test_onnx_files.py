@@ -33,7 +33,7 @@ def write(seed: int, **info: Any) -> None:
 
 def look() -> Any:
     Image.new("RGB", (9, 9)).save("x.png")
-    return predict("x.onnx", ["x.png"], quiet=True, accelerator="cpu", out="out")
+    return predict("x.onnx", ["x.png"], quiet=True, accelerator="cpu")
 
 
 CHANGES: list[tuple[int, dict[str, Any]]] = [

@@ -108,10 +108,8 @@ def _until_signal() -> Iterator[None]:
     """Ctrl-C, SIGTERM and SIGHUP (a closed terminal) end it alike, with what was stored removed."""
 
     def stop(*_: Any) -> None:
-        for number in wanted:
-            signal.signal(
-                number, signal.SIG_IGN
-            )  # a second one must not interrupt the removal, which is inside of this
+        for number in wanted:  # a second one must not interrupt the removal, which is inside of this
+            signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
