@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from transcnn.checkpoints.loading import load, read_info
 from transcnn.commands.train import train
 from transcnn.data.sets.classify import open_set, open_splits
 from transcnn.data.sets.detect import open_set as detect_set
@@ -160,6 +161,21 @@ def test_a_run_that_goes_on_refuses_changed_data_unless_told(make_class_folder, 
     shutil.rmtree(folder / "class_1")
     with pytest.raises(UserError, match="images of one class only"):
         train(resume=str(run), epochs=3, quiet=True)
+
+
+def test_a_run_that_goes_on_keeps_the_scale_of_its_numbers(tmp_path, class_image, no_report):
+    lines = ["file,price"]
+    for i in range(10):
+        class_image(i % 2, i, 16).save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png,{i}")
+    table = tmp_path / "prices.csv"
+    table.write_text("\n".join(lines[:-1]))
+    options: dict[str, Any] = {**QUICK, "task": "regress", "table": Table(target=["price"])}
+    run = train(str(table), **options, epochs=1, out=str(tmp_path / "run")).run_dir
+    scale = {name: load(run).info["task_args"][name] for name in ("mean", "std")}
+    table.write_text("\n".join([*lines[:-1], "9.png,5000"]))
+    train(resume=str(run), epochs=4, accept_changed_data=True, quiet=True)
+    assert read_info(run / "last.ckpt")["task_args"].items() >= scale.items()  # else all answers were others at once
 
 
 def test_boxes_and_label_maps_count_as_labels_and_are_held_back_too(tmp_path):

@@ -16,11 +16,12 @@ import transcnn.attention
 from transcnn import cli
 from transcnn.attention import HMHSA, merge, spread
 from transcnn.checkpoints.loading import Loaded, data_config_of, load, save_weights
+from transcnn.data.transforms.classify import eval_transform
 from transcnn.errors import UserError
 from transcnn.explain import attention_maps, attention_rollout, deletion_insertion, grad_cam, gradient_attention
 from transcnn.explain.figure import draw
 from transcnn.explain.geometry import carry, cell_of, edges, smooth
-from transcnn.explain.image import _in_crop, explain_image, find_class
+from transcnn.explain.image import _crop_box, _in_crop, explain_image, find_class
 from transcnn.plugging.build import build_model
 from transcnn.plugging.plug import plug
 from transcnn.tasks import get_task
@@ -599,16 +600,35 @@ def test_what_the_picture_says(checkpoint: Path, class_image: Any) -> None:
 
 def test_a_pixel_of_the_image_is_found_in_what_the_network_sees() -> None:
     config = {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
-    for width, height, crop_pct in ((200, 150, 0.875), (150, 420, 1.0), (90, 90, 0.9)):
-        transform = get_task("classify").image_transform({**config, "crop_pct": crop_pct})
+    cases = [("center", 200, 150, 0.875), ("center", 150, 420, 1.0), ("center", 90, 90, 0.9)]
+    cases += [("border", 101, 150, 1.0), ("squash", 200, 150, 0.9)]
+    for mode, width, height, crop_pct in cases:
+        sized = {"crop_pct": crop_pct, "crop_mode": mode}
+        transform = get_task("classify").image_transform({**config, **sized})
         for dy, dx in ((0, 0), (-34, 30), (30, -25)):  # the marks lie inside each crop
             query = (height // 2 + dy, width // 2 + dx)
             pixels = np.zeros((height, width, 3), np.uint8)
             pixels[query[0] - 3 : query[0] + 4, query[1] - 3 : query[1] + 4] = 255
             seen = transform.prepare(Image.fromarray(pixels))[0].double().numpy()
+            seen[seen < 140] = 0  # the mean beside an image with borders
             middle = [(seen.sum(1 - i) * np.arange(64)).sum() / seen.sum() for i in range(2)]
-            place = _in_crop(query, (height, width), (64, 64), {"crop_pct": crop_pct})
+            place = _in_crop(query, (height, width), (64, 64), sized)
             np.testing.assert_allclose(place, middle, atol=1)
+
+
+@pytest.mark.parametrize("mode", ["center", "border", "squash"])
+@pytest.mark.parametrize("goal", [(64, 64), (48, 80)])
+def test_what_the_network_sees_begins_and_ends_where_the_crop_does(mode: str, goal: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    for width, height in rng.integers(60, 200, (24, 2)).tolist():
+        image = Image.fromarray(np.full((height, width), 255, np.uint8))
+        config = {"crop_pct": 1.0, "crop_mode": mode}
+        seen = eval_transform(goal, in_chans=1, mean=(0.0,), std=(1.0,), **config).prepare(image)[0].numpy()
+        for axis, (first, last) in enumerate(_crop_box((height, width), goal, config)):
+            had, inside = (height, width)[axis], np.flatnonzero(seen.any(1 - axis))
+            scale = goal[axis] / (last - first)
+            assert inside[0] == pytest.approx(max(0, -first) * scale, abs=1e-6)
+            assert inside[-1] + 1 == pytest.approx(min(goal[axis], (had - first) * scale), abs=1e-6)
 
 
 def test_finding_classes() -> None:

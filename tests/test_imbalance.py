@@ -24,9 +24,11 @@ from transcnn.data.sets.fault_tolerant import Sample
 from transcnn.data.transforms.classify import train_transform
 from transcnn.errors import UserError
 from transcnn.settings import Classify as ClassifySettings
+from transcnn.settings import TrainSettings
 from transcnn.tasks.classify import Classify
 from transcnn.tasks.imbalance import class_figures, macro_figures, remarks_on_classes
 from transcnn.tasks.losses import ImbalancedCrossEntropy, weights_of
+from transcnn.training.check import remarks_on_balance
 
 LOGITS = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3, 0, 0, 0, 1, 2])
@@ -147,6 +149,16 @@ def test_rare_classes_are_told_with_what_to_do():
         "balanced_accuracy chooses the epoch by all classes alike",
     ]
     assert not remarks_on_classes({"train": np.repeat([0, 1], [99, 10])}, ["a", "b"])
+
+
+def test_making_up_for_rare_classes_twice_is_told():
+    def told(**settings: Any) -> list[str]:
+        return remarks_on_balance(TrainSettings(classify=ClassifySettings(**settings)))
+
+    assert told(sampler="balanced") == told(logit_adjustment=1.0, class_weights="sqrt") == []
+    assert told(sampler="balanced", class_weights={"a": 2}) == []
+    (line,) = told(sampler="balanced", logit_adjustment=1.0, class_weights="balanced")
+    assert "with logit_adjustment 1 and class_weights balanced rare ones are made up for twice" in line
 
 
 def test_a_run_with_all_of_it(make_class_folder, class_image, tmp_path, capsys):

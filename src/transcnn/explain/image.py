@@ -116,8 +116,9 @@ def _crop_box(image: tuple[int, int], size: tuple[int, int], config: dict[str, A
         kept = (
             min(had, limit * min(image)) if mode == "center" else had
         )  # of very long images the ends are cut off first
-        resized = int(scale * kept + 1e-6)
-        first = round((resized - n) / 2)
+        cut = mode == "center" and goal[0] == goal[1]  # torchvision rounds the longer side down, timm to the nearest
+        resized = int(scale * kept + 1e-6) if cut else max(1, round(scale * kept))
+        first = round((resized - n) / 2) if resized >= n else -((n - resized) // 2)
         box.append(((had - kept) // 2 + first * kept / resized, (had - kept) // 2 + (first + n) * kept / resized))
     return box
 

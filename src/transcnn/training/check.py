@@ -12,7 +12,7 @@ from ..errors import MAX_SEED, MAX_SIDE, UserError, check_range
 from ..settings import Optim, TrainSettings
 from ..tasks import TASKS
 
-__all__ = ["check", "check_meant", "check_metric", "check_named", "remarks_on_schedule"]
+__all__ = ["check", "check_meant", "check_metric", "check_named", "remarks_on_balance", "remarks_on_schedule"]
 
 BY_HAND = ("command line", "call")  # where settings come from that somebody gave to this very run
 CLASSIFY = ("classify",)
@@ -163,6 +163,19 @@ def remarks_on_schedule(s: TrainSettings) -> list[str]:
     if o.sched == "multistep" and not any(0 < epoch < s.epochs for epoch in o.milestones or ()):
         found.append(f"no milestone of {o.milestones} is below {s.epochs} epochs: the learning rate never falls")
     return found
+
+
+def remarks_on_balance(s: TrainSettings) -> list[str]:
+    """A line where rare classes are made up for twice: what is drawn equally often needs no more weight."""
+    c = s.classify
+    again = [f"logit_adjustment {c.logit_adjustment:g}"] * bool(c.logit_adjustment)
+    again += [f"class_weights {c.class_weights}"] * (c.class_weights in ("balanced", "sqrt"))
+    if s.task != "classify" or c.sampler != "balanced" or not again:
+        return []
+    return [
+        f"sampler balanced draws all classes equally often: with {_either(again).replace(' or ', ' and ')} rare ones are "
+        "made up for twice, and predicted too often"
+    ]
 
 
 def _check_schedule(s: TrainSettings) -> None:

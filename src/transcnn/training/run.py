@@ -44,7 +44,7 @@ from ..tasks.samples import write_samples
 from ..text import printable
 from . import callbacks as cb
 from .building import make_learner, make_network
-from .check import check, check_metric, remarks_on_schedule
+from .check import check, check_metric, remarks_on_balance, remarks_on_schedule
 from .checkpointing import BEST, KeepWeights, note
 from .data_record import check_unchanged, keep_split, read_record, record_of, write_record
 from .dryrun import assumed_splits, dry_run
@@ -57,6 +57,9 @@ from .progress import TrainBar
 from .run_dir import RunLock, new_run_dir
 
 __all__ = ["TrainResult", "run"]
+
+# What training data is measured for once: by it a network's weights, and its answers, mean what they do.
+MEASURED = ("mean", "std", "image_mean", "image_std", "anchor_size")
 
 
 @dataclass
@@ -85,6 +88,8 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None, lock: R
     if resumed is not None and assumed is None:  # as the data was when the run began, and the size that suited it
         info = read_info(resumed)
         splits.read_as(Channels.of(info["data_config"]))
+        before = info.get("task_args") or {}
+        task_args |= {name: before[name] for name in MEASURED if name in before and name in splits.task_args}
         s = replace(s, img_size=info["settings"].get("img_size"))
     network, args = all_or_none(lambda: make_network(s, splits, task_args, resumed))
     config = splits.channels.added_to(data_config_of(network, splits.in_chans, s.img_size or args.get("img_size")))
@@ -118,7 +123,7 @@ def run(s: TrainSettings, resumed: Path | None, lr_factor: float | None, lock: R
         write_samples(run_dir, learner, loaders.splits.train)
         if not s.quiet:
             _announce(s, splits, network, config, run_dir, trainer)
-            for line in (*remarks_on_schedule(s), *copies_between_splits(splits)):
+            for line in (*remarks_on_schedule(s), *remarks_on_balance(s), *copies_between_splits(splits)):
                 print(f"transcnn: {printable(line)}", file=sys.stderr)
     _fit(trainer, learner, loaders, resumed, keep)
     return _finish(s, task_class, splits, run_dir, trainer, keep)
