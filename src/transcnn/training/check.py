@@ -172,9 +172,10 @@ def remarks_on_balance(s: TrainSettings) -> list[str]:
     again += [f"class_weights {c.class_weights}"] * (c.class_weights in ("balanced", "sqrt"))
     if s.task != "classify" or c.sampler != "balanced" or not again:
         return []
+    both = " and ".join(again)
     return [
-        f"sampler balanced draws all classes equally often: with {_either(again).replace(' or ', ' and ')} rare ones are "
-        "made up for twice, and predicted too often"
+        f"sampler balanced draws all classes equally often: with {both} rare ones are made up for twice, and predicted too "
+        "often"
     ]
 
 
