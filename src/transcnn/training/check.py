@@ -174,8 +174,8 @@ def remarks_on_balance(s: TrainSettings) -> list[str]:
         return []
     both = " and ".join(again)
     return [
-        f"sampler balanced draws all classes equally often: with {both} rare ones are made up for twice, and predicted too "
-        "often"
+        f"sampler balanced draws all classes equally often: with {both} rare ones are made up for twice, and predicted "
+        "too often"
     ]
 
 
