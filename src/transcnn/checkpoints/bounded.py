@@ -50,7 +50,7 @@ def build_bounded(build: Callable[[], nn.Module], path: Path) -> nn.Module:
         with torch.device("meta"), _limited(path, most, None):
             weights = sum(parameter.numel() for parameter in build().parameters())
         if weights > size:
-            raise UserError(f"{path} has {size:,} bytes, but says it is for a network of {weights:,} weights")
+            raise UserError(f"{path} has {size:,} bytes, too few for a network of {weights:,} weights")
         with _limited(path, most, WEIGHTS_PER_BYTE * size + SPARE_WEIGHTS):
             return build()
     except UserError:

@@ -104,6 +104,8 @@ def predict(
     predictor.resize_input(img_size)
     predictor.check_memory(min(batch_size, len(files)), chosen=img_size is not None)
     predictor.check_min_score(min_score)
+    if format is not None and predictor.task != "detect":
+        raise UserError(f"format is for detectors; this network is for the task {predictor.task}")
     if out is not None and predictor.task not in DENSE:
         raise UserError(f"out is for networks that segment or detect, this one is to {predictor.task}: give --csv FILE")
     outputs = _Outputs(predictor, Path(out or "predictions"), files, format)
@@ -162,8 +164,6 @@ def _dataset_writer(predictor: Any, out: Path, format: Any) -> DatasetWriter | N
     """What writes detections as a data set; None where nothing is to."""
     if format is None:
         return None
-    if predictor.task != "detect":
-        raise UserError(f"format is for detectors; this network is for the task {predictor.task}")
     names = predictor.class_names
     ids = (predictor.info.get("task_args") or {}).get("label_ids") or list(range(1, len(names) + 1))
     return DatasetWriter(out / format, format, names, ids)
