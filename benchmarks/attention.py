@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 from attention_variants import VARIANTS
+from cost_plot import plot_accuracy
 from seeds import beside, mean_and_spread, read_runs, run_missing, train_or_resume, write_rows
 from timm.models import create_model
 
 from transcnn.commands.compare import compare
 from transcnn.compare.engines import prepare, prepare_training
 from transcnn.plugging.cost import count, seconds_per_call
-from transcnn.report.plots import BLUE, GREY, new_figure, style
 from transcnn.settings import Augment, Ema, Optim
 
 HERE = Path(__file__).resolve().parent
@@ -201,26 +201,8 @@ def write_table(options: argparse.Namespace, runs: list[dict[str, Any]]) -> list
     if table:
         columns = list(dict.fromkeys(name for row in table for name in row))
         write_rows(options.out, table, columns)
-        with style():
-            draw(options.out.with_suffix(".png"), table)
+        plot_accuracy(options.out.with_suffix(".png"), table, f"{options.host}, only attention exchanged", "top-1 (%)")
     return table
-
-
-def draw(path: Path, table: list[dict[str, Any]]) -> None:
-    """Accuracy over multiply-adds, a bar for the spread; ours are blue, others grey."""
-    figure = new_figure(6, 4)
-    axes = figure.subplots()
-    for row in table:
-        at, colour = (int(row["macs"]) / 1e6, row["top1_mean"]), BLUE if "hmhsa" in row["variant"] else GREY
-        axes.errorbar(*at, row["top1_spread"] or None, fmt="o", capsize=3, color=colour)
-        axes.annotate(row["variant"], at, (6, 4), textcoords="offset points", color=colour)
-    seeds = max(row["seeds"] for row in table)
-    title = (
-        f"{table[0]['host']}, only attention exchanged: {table[0]['epochs']} epochs, {seeds} seed{'s' * (seeds > 1)}"
-    )
-    axes.set(xlabel="multiply-adds of one image (M)", ylabel="top-1 (%)", title=title)
-    axes.margins(x=0.15, y=0.1)
-    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from attention_layers import BAM, SCA, botnet_attention
+from cost_plot import plot_accuracy
 from seeds import beside, mean_and_spread, run_missing, train_or_resume, write_rows
 from timm.layers import create_attn
 from timm.models import create_model, register_model
@@ -30,7 +31,6 @@ from torch import Tensor, nn
 
 from transcnn.commands.plug import cost
 from transcnn.plugging.plug import plug, plugged
-from transcnn.report.plots import BLUE, GREY, new_figure, style
 from transcnn.settings import Augment, Ema, Optim
 
 STAGES = ("layer1", "layer2", "layer3")  # maps of 32x32, 16x16, 8x8
@@ -185,8 +185,8 @@ def write_table(options: argparse.Namespace, runs: list[dict[str, Any]]) -> list
     variants = [v for v in VARIANTS if any(r["variant"] == v for r in runs)]
     table = [summary(variant, [r for r in runs if r["variant"] == variant]) for variant in variants]
     write_rows(options.out, table, COLUMNS)
-    with style():
-        draw(options.figure or options.out.with_suffix(".png"), table)
+    figure = options.figure or options.out.with_suffix(".png")
+    plot_accuracy(figure, table, "ResNet-20 and attention", "CIFAR-10 top-1 (%)")
     return table
 
 
@@ -205,25 +205,6 @@ def summary(variant: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "top1_mean": mean,
         "top1_spread": spread,
     }
-
-
-def draw(path: Path, table: list[dict[str, Any]]) -> None:
-    """Accuracy over multiply-adds, a bar for the spread; ours are blue, others grey."""
-    figure = new_figure(6, 4)
-    axes = figure.subplots()
-    drawn: list[tuple[float, float]] = []
-    for row in table:
-        at, colour = (row["macs"] / 1e6, row["top1_mean"]), BLUE if "hmhsa" in row["variant"] else GREY
-        taken = any(abs(at[0] - x) < 1 and abs(at[1] - y) < 0.05 for x, y in drawn)
-        drawn.append(at)
-        axes.errorbar(*at, row["top1_spread"] or None, fmt="o", capsize=3, color=colour)
-        axes.annotate(row["variant"], at, (6, -11 if taken else 4), textcoords="offset points", color=colour)
-    fewest, most = min(row["seeds"] for row in table), max(row["seeds"] for row in table)
-    seeds = f"{most} seed{'s' * (most > 1)}" if fewest == most else f"{fewest} to {most} seeds"
-    title = f"ResNet-20 and attention, {table[0]['epochs']} epochs, {seeds}"
-    axes.set(xlabel="multiply-adds of one image (M)", ylabel="CIFAR-10 top-1 (%)", title=title)
-    axes.margins(x=0.15, y=0.1)
-    figure.savefig(path)
 
 
 if __name__ == "__main__":
