@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torchvision.ops import nms
 
 from transcnn.checkpoints.loading import Loaded, load, save_weights
 from transcnn.commands.predict import predict
@@ -20,7 +21,7 @@ from transcnn.dense.detectors import DETECTORS, build
 from transcnn.errors import UserError
 from transcnn.export import export_model
 from transcnn.export.check import _of_detections, check, check_detections
-from transcnn.export.detect import DetectorGraph
+from transcnn.export.detect import DetectorGraph, _suppress
 from transcnn.onnx.dense import bilinear, class_map, detections, window_starts
 from transcnn.onnx.predict import OnnxModel
 from transcnn.report.overlay import largest
@@ -121,6 +122,19 @@ def test_predict_finds_the_same_by_the_checkpoint_and_by_the_graph(detector, mon
         assert (boxes[:, 2:] > boxes[:, :2]).all()  # none without an area
         assert (boxes >= 0).all()
         assert (boxes <= [image.width, image.height] * 2).all()
+
+
+def test_suppression_is_as_exact_in_a_large_batch_as_in_a_single_image():
+    rng = np.random.default_rng(0)
+    count, images, classes = 4000, 32, 80
+    corners = rng.integers(0, 1300 * 64, (count // 8, 1, 2)) + rng.integers(0, 300, (count // 8, 8, 2))
+    sides = rng.integers(6 * 64, 12 * 64, (count // 8, 8, 2))
+    boxes = torch.from_numpy(np.concatenate([corners, corners + sides], -1).reshape(-1, 4) / 64).float()
+    scores = torch.from_numpy(rng.permutation(count) / count).float()
+    image, label = (torch.from_numpy(rng.integers(0, n, count // 8).repeat(8)) for n in (images, classes))
+    kept = _suppress(boxes, scores, label, image, 0.5)
+    alone = [nms(boxes[i : i + 8], scores[i : i + 8], 0.5) + i for i in range(0, count, 8)]  # of one class each
+    assert sorted(kept.tolist()) == sorted(torch.cat(alone).tolist())
 
 
 def test_nothing_found_is_an_answer():

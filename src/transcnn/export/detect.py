@@ -77,7 +77,7 @@ class DetectorGraph(nn.Module):
         flat = (found[0].reshape(-1, 4), found[1].reshape(-1), found[2].reshape(-1), image.reshape(-1))
         sure = _where(flat[1] > net.score_thresh)
         boxes, scores, labels, image = (part[sure] for part in flat)
-        kept = _suppress(boxes, scores, image * classes + labels, net.nms_thresh)
+        kept = _suppress(boxes, scores, labels, image, net.nms_thresh)
         kept = _first(kept, image[kept], net.detections_per_img, batch)
         return boxes[kept], scores[kept], labels[kept], image[kept]
 
@@ -95,7 +95,7 @@ class DetectorGraph(nn.Module):
         image = image[:, None].expand(image.shape[0], classes).reshape(-1)
         sure = _where((scores > heads.score_thresh) & _large(boxes, SMALLEST["box"]))
         boxes, scores, label, image = boxes[sure], scores[sure], label[sure], image[sure]
-        kept = _suppress(boxes, scores, image * classes + label, heads.nms_thresh)
+        kept = _suppress(boxes, scores, label, image, heads.nms_thresh)
         kept = _first(kept, image[kept], heads.detections_per_img, batch)
         boxes, scores, label, image = boxes[kept], scores[kept], label[kept], image[kept]
         if not heads.has_mask():
@@ -122,7 +122,7 @@ class DetectorGraph(nn.Module):
         box, score, level, image = box.reshape(-1, 4), score.reshape(-1), level.reshape(-1), image.reshape(-1)
         real = _where(_large(box, SMALLEST["rpn"]) & (score >= rpn.score_thresh))
         box, score, level, image = box[real], score[real], level[real], image[real]
-        kept = _suppress(box, score, image * len(maps) + level, rpn.nms_thresh)
+        kept = _suppress(box, score, level, image, rpn.nms_thresh)
         kept = _first(kept, image[kept], rpn.post_nms_top_n(), batch)
         return box[kept], image[kept]
 
@@ -156,10 +156,15 @@ def _large(boxes: Tensor, side: float) -> Tensor:
     return (boxes[:, 2] - boxes[:, 0] >= side) & (boxes[:, 3] - boxes[:, 1] >= side)
 
 
-def _suppress(boxes: Tensor, scores: Tensor, group: Tensor, threshold: float) -> Tensor:
-    """Non-maximum suppression within each group; what stays, most confident first."""
-    apart = group.to(boxes.dtype) * (torch.cat([boxes.reshape(-1), boxes.new_zeros(1)]).max() + 1)
-    return _counted(nms(boxes + apart[:, None], scores, threshold))
+def _suppress(boxes: Tensor, scores: Tensor, kind: Tensor, image: Tensor, threshold: float) -> Tensor:
+    """Non-maximum suppression within each kind (a class, a level) of each image; what stays, most confident first.
+
+    Kinds lie side by side and images one below the other: in one line the many boxes of a batch would come to
+    coordinates of which float32 holds quarters of a pixel.
+    """
+    side = torch.cat([boxes.reshape(-1), boxes.new_zeros(1)]).max() + 1
+    apart = torch.stack([kind, image, kind, image], 1).to(boxes.dtype) * side
+    return _counted(nms(boxes + apart, scores, threshold))
 
 
 def _first(kept: Tensor, image: Tensor, most: int, batch: Any) -> Tensor:
