@@ -12,6 +12,7 @@ import math
 import re
 import types
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import yaml
@@ -184,31 +185,37 @@ def check_plain(value: Any, name: str) -> None:
             raise ValueError(f"{name} has too many digits")
 
 
+@dataclass
+class _Open:
+    """A list or a mapping of YAML that hasn't ended yet."""
+
+    is_mapping: bool
+    key_next: bool = True  # of a mapping: whether a key comes, not its value
+    keys: set[str] = field(default_factory=set)
+
+
 def _check_events(text: str) -> None:
     """Refuse what would take long or much memory, before any value is made of it."""
     if len(text) > MAX_CHARACTERS:
         raise yaml.YAMLError(f"longer than {MAX_CHARACTERS:,} characters")
-    depth = 0
-    inside: list[tuple[set[str], list[bool]] | None] = []  # of mappings the keys, and whether another comes next
+    inside: list[_Open] = []
     for event in yaml.parse(text, Loader=_Loader):
-        if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and inside and inside[-1] is not None:
-            keys, turn = inside[-1]
-            if turn[0] and isinstance(event, yaml.ScalarEvent):
-                if event.value in keys:
+        if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and inside and inside[-1].is_mapping:
+            around = inside[-1]
+            if around.key_next and isinstance(event, yaml.ScalarEvent):
+                if event.value in around.keys:
                     raise yaml.YAMLError(f"{short(event.value)} is given twice")
-                keys.add(event.value)
-            turn[0] = not turn[0]
+                around.keys.add(event.value)
+            around.key_next = not around.key_next
         if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not read: write the value where it is needed")
         if getattr(event, "tag", None) not in _TAGS:
             raise yaml.YAMLError(f"tags are not read: {event.tag[:80]}")
         if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-            inside.append((set(), [True]) if isinstance(event, yaml.MappingStartEvent) else None)
+            inside.append(_Open(isinstance(event, yaml.MappingStartEvent)))
         elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
             inside.pop()
-        if depth > MAX_DEPTH:
+        if len(inside) > MAX_DEPTH:
             raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep")
 
 

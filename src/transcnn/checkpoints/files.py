@@ -20,12 +20,17 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         UserError: The disk is full or can't be written; what was there before is untouched.
     """
-    if _is_device(path):
-        try:
+    try:
+        if _is_device(path):
             write(path)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"can't write {path}: {getattr(error, 'strerror', None) or first_line(error)}") from error
-        return
+        else:
+            _replace(path, write)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"can't write {path}: {reason}") from error
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -34,9 +39,6 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
         temporary.chmod(0o666 & ~_umask())  # safetensors lets only its owner read what it writes
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"can't write {path}: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)  # there only if something failed
 

@@ -113,9 +113,8 @@ def _crop_box(image: tuple[int, int], size: tuple[int, int], config: dict[str, A
     limit = aspect_limit(size, config["crop_pct"])
     box = []
     for had, n, scale in zip(image, size, scales, strict=True):
-        kept = (
-            min(had, limit * min(image)) if mode == "center" else had
-        )  # of very long images the ends are cut off first
+        # Of very long images the ends are cut off first.
+        kept = min(had, limit * min(image)) if mode == "center" else had
         cut = mode == "center" and goal[0] == goal[1]  # torchvision rounds the longer side down, timm to the nearest
         resized = int(scale * kept + 1e-6) if cut else max(1, round(scale * kept))
         first = round((resized - n) / 2) if resized >= n else -((n - resized) // 2)

@@ -183,10 +183,8 @@ def _check_schedule(s: TrainSettings) -> None:
     """Raise UserError for a schedule by which the rate is never what is asked for, however long the run."""
     if s.optim.sched == "tanh" and s.optim.warmup_epochs >= s.epochs:  # it warms up to its rate at the warm-up's end
         raise UserError(f"sched tanh needs a warm-up shorter than the run, got warmup_epochs {s.optim.warmup_epochs:g}")
-    warms_up = s.origin_of("optim.warmup_epochs") != "default" and s.optim.warmup_epochs not in (
-        0,
-        Optim().warmup_epochs,
-    )
+    usual = (0, Optim().warmup_epochs)
+    warms_up = s.origin_of("optim.warmup_epochs") != "default" and s.optim.warmup_epochs not in usual
     for name, given in (("layer_decay", s.optim.layer_decay is not None), ("warmup_epochs", warms_up)):
         if s.optim.sched == "none" and given and not _overruled(s, f"optim.{name}", ("optim.sched",)):
             raise UserError(f"{name} has no effect with sched none: give --sched constant")  # timm's schedules heed it

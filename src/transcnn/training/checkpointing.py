@@ -209,10 +209,8 @@ class KeepWeights(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.best_epoch and not first_decides((self.run_dir / BEST).is_file):
-            self.best_epoch, self.figures = (
-                0,
-                {},
-            )  # a better epoch than these would be needed, for weights that are gone
+            # A better epoch than these would be needed, for weights that are gone.
+            self.best_epoch, self.figures = 0, {}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         value = float(trainer.callback_metrics[self.metric])
