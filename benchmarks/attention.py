@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from attention_variants import VARIANTS
 from cost_plot import plot_accuracy
-from seeds import beside, mean_and_spread, read_runs, run_missing, train_or_resume, write_rows
+from seeds import beside, mean_and_spread, read_runs, run_missing, train_or_resume, training_dtype, write_rows
 from timm.models import create_model
 
 from transcnn.commands.compare import compare
@@ -161,16 +161,16 @@ def network(options: argparse.Namespace, variant: str) -> torch.nn.Module:
 
 
 def speed(options: argparse.Namespace, variant: str) -> dict[str, Any]:
-    """Of a network as ``transcnn train`` and an eager, channels-last forward pass run it, in bf16."""
-    model = network(options, variant)
+    """Of a network as ``transcnn train`` and an eager, channels-last forward pass run it here."""
+    model, dtype = network(options, variant), training_dtype()
     images = torch.randn(options.batch, 3, options.img_size, options.img_size)
     counts = count(model, torch.empty(1, 3, options.img_size, options.img_size, device="meta"))
     times = {
-        "training": seconds_per_call(prepare_training(model, "bf16"), images, options.seconds),
-        "inference": seconds_per_call(prepare("channels_last", model, "bf16", images), images, options.seconds),
+        "training": seconds_per_call(prepare_training(model, dtype), images, options.seconds),
+        "inference": seconds_per_call(prepare("channels_last", model, dtype, images), images, options.seconds),
     }
     rates = {f"{name}_images_per_s": round(options.batch / value, 1) for name, value in times.items()}
-    return {"params": counts.params, "macs": counts.macs, **rates}
+    return {"params": counts.params, "macs": counts.macs, "dtype": dtype, **rates}
 
 
 def large(options: argparse.Namespace, variant: str, side: int) -> dict[str, Any]:

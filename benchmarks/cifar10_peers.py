@@ -24,7 +24,16 @@ from typing import Any
 
 import torch
 from plug_cifar10 import ResNet20
-from seeds import beside, best_rate, mean_and_spread, read_runs, run_missing, train_or_resume, write_rows
+from seeds import (
+    beside,
+    best_rate,
+    mean_and_spread,
+    read_runs,
+    run_missing,
+    train_or_resume,
+    training_dtype,
+    write_rows,
+)
 from timm.models import create_model, register_model
 from torch import nn
 
@@ -123,20 +132,20 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """Training images a CPU second of each network in bf16, measured once and kept."""
+    """Training images a CPU second of each network, in the type that training takes here, measured once and kept."""
     torch.set_num_threads(1)
     path = beside(options.out, "speed")
     rows = read_runs(path, ("images_per_s",))
     images = torch.randn(BATCH, 3, 32, 32)
     for name in options.networks:
         if not any(row["network"] == name for row in rows):
-            step = prepare_training(create_model("cifar10_peer", network=name), "bf16")
+            step = prepare_training(create_model("cifar10_peer", network=name), dtype := training_dtype())
             times = []
             for _ in range(12):
                 begun = time.process_time()
                 step(images)
                 times.append(time.process_time() - begun)
-            rows.append({"network": name, "images_per_s": round(BATCH / statistics.median(times), 1)})
+            rows.append({"network": name, "dtype": dtype, "images_per_s": round(BATCH / statistics.median(times), 1)})
             write_rows(path, rows)
     return {row["network"]: row["images_per_s"] for row in rows}
 

@@ -9,8 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from transcnn.commands.train import train
+from transcnn.distributed.runtime import choose_precision
 
-__all__ = ["beside", "best_rate", "mean_and_spread", "read_runs", "run_missing", "train_or_resume", "write_rows"]
+__all__ = [
+    "beside",
+    "best_rate",
+    "mean_and_spread",
+    "read_runs",
+    "run_missing",
+    "train_or_resume",
+    "training_dtype",
+    "write_rows",
+]
+
+
+def training_dtype() -> str:
+    """The type that ``transcnn train`` computes in on this CPU: bf16 where it has instructions for it, else fp32."""
+    return "bf16" if choose_precision("auto", "cpu") == "bf16-mixed" else "fp32"
 
 
 def train_or_resume(folder: Path, data: str, **settings: Any) -> dict[str, Any]:

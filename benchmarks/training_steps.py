@@ -3,11 +3,11 @@
     python benchmarks/training_steps.py                        # about three minutes of one core
     python benchmarks/training_steps.py --groups nano --rounds 9
 
-Writes results/speed_training_steps.csv. A step is forward, cross-entropy, backward and AdamW in bf16 autocast,
-channels-last, as ``transcnn train`` takes it. All of a group take their steps in turns in one process with one thread,
-by the CPU's clock, which other work on the machine disturbs little. ``ratio`` is the median over rounds of the
-network's time by that of ours (above 1: ours is faster), ``least`` and ``most`` its smallest and largest; memory is the
-peak above the loaded network, of a fresh process each.
+Writes results/speed_training_steps.csv. A step is forward, cross-entropy, backward and AdamW, channels-last, in bf16
+autocast where the CPU has instructions for it and else in fp32, as ``transcnn train`` takes it. All of a group take
+their steps in turns in one process with one thread, by the CPU's clock, which other work on the machine disturbs
+little. ``ratio`` is the median over rounds of the network's time by that of ours (above 1: ours is faster), ``least``
+and ``most`` its smallest and largest; memory is the peak above the loaded network, of a fresh process each.
 
 ``plain`` is benchmarks/plain.py, the published layers written down as simply as they can be; ``eager`` is our network
 without ``accelerate_training``.
@@ -32,7 +32,7 @@ import torch
 from cifar10_peers import convnext
 from plain import plain
 from plug_cifar10 import ResNet20
-from seeds import read_runs, write_rows
+from seeds import read_runs, training_dtype, write_rows
 from torch import nn
 
 from transcnn.compare.engines import build, prepare_training
@@ -122,7 +122,7 @@ def measure(key: str, options: argparse.Namespace) -> list[dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default=training_dtype(), help="[as transcnn train here]")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=1, help="that a network takes in its turn")
     parser.add_argument("--machine", default=f"{platform.machine()}, one thread", help="its name in the table")
@@ -134,8 +134,8 @@ def main() -> None:
         key, name = options.memory_of
         print(memory(name, GROUPS[key], options.dtype))
         return
-    sizes = {str(GROUPS[key].size) for key in options.groups}
-    lines = [line for line in read_runs(options.out, ()) if line["size"] not in sizes]  # what isn't measured now stays
+    again = {(str(GROUPS[key].size), options.dtype) for key in options.groups}
+    lines = [line for line in read_runs(options.out, ()) if (line["size"], line["dtype"]) not in again]
     for key in options.groups:
         lines += measure(key, options)
         write_rows(options.out, lines, FIELDS)
