@@ -42,6 +42,13 @@ hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("default")
 
+# KERNELS_FOR=x86-64 pytest tests/test_chains.py: the kernels as they are compiled for other CPUs, with vectors of four
+# lanes (x86-64; NEON has them, too), eight (x86-64-v3) or sixteen (x86-64-v4).
+if _march := os.environ.get("KERNELS_FOR"):
+    from transcnn.fast.cpu import build
+
+    build.FLAGS[build.FLAGS.index("-march=native")] = f"-march={_march}"
+
 # With pytest-xdist each core has a process of its own; OMP_NUM_THREADS, which PyTorch reads, may ask for fewer.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 

@@ -362,3 +362,17 @@ def test_the_fastest_variant_that_a_cpu_can_run_is_taken(features, variant, pack
             shutil.copyfile(packaged, path)
             shutil.copyfile(packaged.with_suffix(".sha256"), path.with_suffix(".sha256"))
     assert build._packaged() == packaged.with_name(build._packaged_name(variant))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a compiler")
+@pytest.mark.parametrize("march", ["x86-64", pytest.param("x86-64-v3", marks=pytest.mark.slow)])
+def test_kernels_for_any_sizes_as_compiled_for_shorter_vectors(march):
+    """Maps whose channels fill no vector: sizes that are right with 16 lanes wrote elsewhere with 8 and with 4."""
+    if "avx2" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this CPU can't run what is compiled for it")
+    files = [f"tests/{name}.py" for name in ("test_chains", "test_training_norms")]
+    child = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *files]
+    env = {**os.environ, "KERNELS_FOR": march, "TRANSCNN_NATIVE": "compile"}
+    env = {name: value for name, value in env.items() if not name.startswith(("PYTEST", "COV"))}
+    done = subprocess.run(child, cwd=Path(__file__).resolve().parent.parent, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]

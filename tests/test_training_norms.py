@@ -39,13 +39,15 @@ def near(ours: Tensor, exact: Tensor, bound: float | None = None) -> bool:
     return ours.shape == exact.shape and bool(difference <= bound * exact.abs().max().clamp_min(1e-3))
 
 
-def learned(groups: int, x: Tensor, weight: Tensor, bias: Tensor, up: Tensor, silu: bool) -> list[Tensor]:
-    """The answer and the gradients in double precision, (B, *S, C); a BatchNorm where ``groups`` is 0."""
-    leaves = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+def learned(
+    groups: int, x: Tensor, weight: Tensor, bias: Tensor, up: Tensor, silu: bool, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """PyTorch's answer and gradients, computed in ``dtype``, (B, *S, C); a BatchNorm where ``groups`` is 0."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
     y = leaves[0].movedim(-1, 1)
     y = F.group_norm(y, groups, *leaves[1:]) if groups else F.batch_norm(y, None, None, *leaves[1:], True)
     y = (F.silu(y) if silu else y).movedim(1, -1)
-    return [y.detach(), *torch.autograd.grad(y, leaves, up.double())]
+    return [y.detach(), *torch.autograd.grad(y, leaves, up.to(dtype))]
 
 
 @settings(max_examples=60, deadline=None)
@@ -74,10 +76,11 @@ def test_any_map(data):
             y, statistics = cpu.batch_norm_forward(x, weight, bias, 1e-5, silu)
             found = cpu.batch_norm_backward(x, up, statistics, silu)
     assert y.dtype == found[0].dtype == dtype
-    assert near(y, exact)
-    # Gradients of few numbers cancel: dx of two numbers is next to nothing, times 1/σ.
-    few = 1e-3 if dtype == torch.float32 else 2e-2
-    assert all(near(*pair, few if x.numel() < 600 else None) for pair in zip(found, gradients, strict=True))
+    # Two close numbers give large factors, and gradients that cancel; fp32 loses as much in PyTorch's norms, too.
+    plain = learned(groups, x, weight, bias, up, silu, torch.float32)
+    for ours, theirs, right in zip((y, *found), plain, (exact, *gradients), strict=True):
+        own_error = (theirs.double() - right).abs().max() / right.abs().max().clamp_min(1e-3)
+        assert near(ours, right, max(BOUNDS[ours.dtype], 3 * float(own_error)))
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d(32), nn.GroupNorm(1, 32), nn.GroupNorm(4, 32)], ids=repr)

@@ -5,6 +5,7 @@ Whatever traces, compiles, exports or transforms a network is given PyTorch's op
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -29,6 +30,7 @@ __all__ = [
     "globally_hooked",
     "hooked",
     "interpreted",
+    "onednn_has_bf16",
     "own_nchw",
     "to_nchw",
     "to_nhwc",
@@ -41,6 +43,12 @@ TRITON_DTYPES = (*HALF_DTYPES, torch.float32)
 _best: dict[Hashable, int] = {}  # of autotuned implementations, by shapes and dtypes
 _works: dict[int | None, bool] = {}  # whether Triton's kernels run, by the GPU's index
 _log = logging.getLogger(__name__)
+
+
+@functools.cache
+def onednn_has_bf16() -> bool:
+    """Whether oneDNN convolves bf16 on this CPU, with sums in fp32; without it PyTorch adds in bf16."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def hooked(module: nn.Module) -> bool:

@@ -6,7 +6,6 @@ slow on CPUs that aren't Intel's.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ from ...grids import channels_last
 from ...layers import drop_columns, widen
 from ..cpu.inference import Packed, convolution, in_fp32, pack_convolution, pack_stem, stem
 from ..cpu.passes import Window, layer_norm, max_pool
-from ..dispatch import eager_cpu, fits_cpu, to_nchw, to_nhwc, traced
+from ..dispatch import eager_cpu, fits_cpu, onednn_has_bf16, to_nchw, to_nhwc, traced
 from .activations import NONE, Activation, kernel_activation
 
 __all__ = [
@@ -46,7 +45,7 @@ def onednn_fits(x: Tensor) -> bool:
         return False
     if needs_gradients(x):
         return False
-    if x.dtype != torch.float32 and (x.dtype != torch.bfloat16 or not _bf16()):
+    if x.dtype != torch.float32 and (x.dtype != torch.bfloat16 or not onednn_has_bf16()):
         return False
     return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
@@ -57,11 +56,6 @@ def needs_gradients(*tensors: Tensor | None) -> bool:
     An optimized network refuses them, but a part of it may be called by itself.
     """
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-@functools.cache
-def _bf16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Fused(nn.Module):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...attention import CONVS
-from ..dispatch import autocast_dtype
+from ..dispatch import HALF_DTYPES, autocast_dtype, onednn_has_bf16
 from ..limits import refuse_fx
 
 __all__ = [
@@ -111,12 +111,15 @@ class _Convolve(torch.autograd.Function):
 
 def _gradient_of_weight(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     size, around = weight.shape[-1], weight.shape[-1] // 2
-    x = F.pad(x, (around,) * 2 * (x.ndim - 2))
+    padded = F.pad(x, (around,) * 2 * (x.ndim - 2))
     if x.ndim < 5:
-        return _mosaic(grad, x, weight)
+        return _mosaic(grad, padded, weight)
+    # Without oneDNN each map's gradient is rounded before it is added to the others', and planes make many maps.
+    if x.dtype in HALF_DTYPES and not (x.dtype == torch.bfloat16 and onednn_has_bf16()):
+        return _gradient_of_weight(grad.float(), x.float(), weight.float()).to(weight.dtype)
     # Items' planes in one row of maps: each is as many planes of zeros longer than the gradient as padding has.
     grad = F.pad(grad, (0, 0, 0, 0, 0, size - 1))
-    grad, x = (_planes(y) for y in (grad, x))  # (B·(D + size - 1), C, H, W)
+    grad, x = (_planes(y) for y in (grad, padded))  # (B·(D + size - 1), C, H, W)
     count = len(x) - (size - 1)
     planes = [_mosaic(grad[:count], x[top : top + count], weight[:, :, top]) for top in range(size)]
     return torch.stack(planes, 2)

@@ -197,6 +197,8 @@ class Piece {
         }
         for (long c = 0; c < some; c += LANES) {
             T* own_to = to + c;
+            const long lanes = projects || maps ? LANES : s.outputs - first - c;
+            if (lanes <= 0) continue;  // padding to sixteen channels that fills a shorter vector
             if (first + c >= s.used) {
                 for (long t = 0; (projects || maps) && t < rows * width; t++)
                     store(own_to + (t / width * across + t % width) * channels, Vec{});
@@ -205,7 +207,6 @@ class Piece {
             const auto from = [&, own = map + c / LANES * block](long j) { return own + offsets[j]; };
             const float* weight = w.depthwise + first + c;
             const Vec bias = load(w.depthwise_bias + first + c);
-            const long lanes = projects || maps ? LANES : s.outputs - first - c;
             Vec total{};
             const auto take = [&](long row, long x, long count, const Vec* sums) {
                 keep(w.convolved, sums, count, own_to + (row * across + x) * channels, channels, lanes, maps ? &total : nullptr);

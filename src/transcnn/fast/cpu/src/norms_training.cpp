@@ -18,14 +18,16 @@ namespace {
 
 // Of each channel, in fp32.
 struct Norm {
-    const float *mean, *scale, *shift;  // z = x * scale + shift
+    const float *mean, *scale, *shift;  // z = (x - mean)·scale + shift: x·scale alone may be far larger than z
+
+    Vec at(Vec x, long c) const { return (x - load(mean + c)) * load(scale + c) + load(shift + c); }
 };
 
 template <bool SILU, class T>
 void normalise(const T* x, T* y, long positions, long channels, Norm norm) {
     for (long i = 0; i < positions * channels; i += channels)
         for (long c = 0; c < channels; c += LANES) {
-            Vec z = load(x + i + c) * load(norm.scale + c) + load(norm.shift + c);
+            Vec z = norm.at(load(x + i + c), c);
             if (SILU) z = silu<T>(z);
             store(y + i + c, z);
         }
@@ -36,7 +38,7 @@ template <bool SILU, class T>
 inline Vec before_activation(const T* dy, Vec x, Norm norm, long c) {
     if (!SILU) return load(dy);
     Vec value;
-    return load(dy) * silu_gradient<T>(x * load(norm.scale + c) + load(norm.shift + c), value);
+    return load(dy) * silu_gradient<T>(norm.at(x, c), value);
 }
 
 // Adds sums of dz and of dz·(x - mean) over some positions to ``sums`` (2, channels).
@@ -106,8 +108,8 @@ void for_each_image(Shape s, long arrays, long threads, Run run) {
 template <bool SILU, class T>
 void group_norm_forward(const T* x, T* y, const float* weight, const float* bias, float* statistics, float eps, Shape s,
                         long threads) {
-    for_each_image(s, 2, threads, [&](long image, float* scale, double* sums) {
-        float *shift = scale + s.channels, *own = statistics + image * s.groups * 2;
+    for_each_image(s, 3, threads, [&](long image, float* middle, double* sums) {
+        float *scale = middle + s.channels, *shift = scale + s.channels, *own = statistics + image * s.groups * 2;
         add_sums(x + image * s.size(), s.positions, s.channels, sums);
         for (long group = 0; group < s.groups; group++) {
             const long start = group * s.each(), end = start + s.each();
@@ -115,9 +117,13 @@ void group_norm_forward(const T* x, T* y, const float* weight, const float* bias
             for (long c = start; c < end; c++) sum += sums[c], square += sums[s.channels + c];
             find_statistics(sum, square, double(s.positions) * s.each(), eps, mean, variance, inverse);
             own[2 * group] = mean, own[2 * group + 1] = inverse;
-            for (long c = start; c < end; c++) scale[c] = weight[c] * inverse, shift[c] = bias[c] - mean * weight[c] * inverse;
+            const double rounding = own[2 * group] - mean;
+            for (long c = start; c < end; c++) {
+                middle[c] = mean, scale[c] = weight[c] * inverse;
+                shift[c] = bias[c] + rounding * weight[c] * inverse;
+            }
         }
-        normalise<SILU>(x + image * s.size(), y + image * s.size(), s.positions, s.channels, {nullptr, scale, shift});
+        normalise<SILU>(x + image * s.size(), y + image * s.size(), s.positions, s.channels, {middle, scale, shift});
     });
 }
 
@@ -125,15 +131,15 @@ void group_norm_forward(const T* x, T* y, const float* weight, const float* bias
 template <bool SILU, class T>
 void group_norm_backward(const T* x, const T* dy, T* dx, const float* weight, const float* bias, const float* statistics,
                          double* found, Shape s, long threads) {
-    for_each_image(s, 5, threads, [&](long image, float* mean, double* sums) {
+    for_each_image(s, 4, threads, [&](long image, float* mean, double* sums) {
         const long channels = s.channels, start = image * s.size();
-        float *scale = mean + channels, *shift = scale + channels, *by_x = shift + channels, *rest = by_x + channels;
+        float *scale = mean + channels, *by_x = scale + channels, *rest = by_x + channels;
         const float* own = statistics + image * s.groups * 2;
         for (long c = 0; c < channels; c++) {
             const double middle = own[c / s.each() * 2], inverse = own[c / s.each() * 2 + 1];
-            mean[c] = middle, scale[c] = weight[c] * inverse, shift[c] = bias[c] - middle * weight[c] * inverse;
+            mean[c] = middle, scale[c] = weight[c] * inverse;
         }
-        add_gradient_sums<SILU>(x + start, dy + start, s.positions, channels, {mean, scale, shift}, sums);
+        add_gradient_sums<SILU>(x + start, dy + start, s.positions, channels, {mean, scale, bias}, sums);
         double* total = found + omp_get_thread_num() * 2 * channels;
         const double n = double(s.positions) * s.each();
         for (long first = 0; first < channels; first += s.each()) {
@@ -146,7 +152,7 @@ void group_norm_backward(const T* x, const T* dy, T* dx, const float* weight, co
             for (long c = first; c < first + s.each(); c++)
                 by_x[c] = -inverse * inverse * inverse * products / n, rest[c] = -inverse * sum / n;
         }
-        gradient<SILU>(x + start, dy + start, dx + start, s.positions, channels, {mean, scale, shift}, by_x, rest);
+        gradient<SILU>(x + start, dy + start, dx + start, s.positions, channels, {mean, scale, bias}, by_x, rest);
     });
 }
 
@@ -178,11 +184,11 @@ void batch_norm_forward(const T* x, T* y, const float* weight, const float* bias
                 double mean, variance, inverse;
                 find_statistics(sums[c], sums[channels + c], positions, eps, mean, variance, inverse);
                 statistics[c] = mean, statistics[channels + c] = inverse, statistics[2 * channels + c] = variance;
-                scale[c] = weight[c] * inverse, shift[c] = bias[c] - mean * weight[c] * inverse;
+                scale[c] = weight[c] * inverse, shift[c] = bias[c] + (statistics[c] - mean) * weight[c] * inverse;
             }
         }
         for_pieces(positions, [&](long i, long count) {
-            normalise<SILU>(x + i * channels, y + i * channels, count, channels, {nullptr, scale, shift});
+            normalise<SILU>(x + i * channels, y + i * channels, count, channels, {statistics, scale, shift});
         });
     }
 }
