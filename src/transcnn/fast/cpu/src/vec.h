@@ -10,7 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -106,6 +106,8 @@ inline void store_some(T* p, Vec x, long n) {
 inline Vec larger(Vec x, Vec y) {
 #if defined(__AVX512F__)
     return as<Vec>(_mm512_max_ps(as<__m512>(x), as<__m512>(y)));
+#elif defined(__AVX2__)
+    return as<Vec>(_mm256_max_ps(as<__m256>(x), as<__m256>(y)));
 #else
     return x > y ? x : y;
 #endif
@@ -114,6 +116,8 @@ inline Vec larger(Vec x, Vec y) {
 inline Vec smaller(Vec x, Vec y) {
 #if defined(__AVX512F__)
     return as<Vec>(_mm512_min_ps(as<__m512>(x), as<__m512>(y)));
+#elif defined(__AVX2__)
+    return as<Vec>(_mm256_min_ps(as<__m256>(x), as<__m256>(y)));
 #else
     return x < y ? x : y;
 #endif
