@@ -6,7 +6,8 @@
 // k is a multiple of 16, in bf16 at least 32: AMX takes 32 at a time.
 //
 // The product is computed tile by tile, and each tile (ROWS x 32 sums in fp32) is passed to ``take`` while it is in the L1
-// cache: the epilogue (bias, activation, residual, rounding).
+// cache: the epilogue (bias, activation, residual, rounding). With shorter vectors than AVX-512's, what a tile has beyond the
+// columns asked for may be left out.
 
 #pragma once
 
@@ -28,24 +29,24 @@ struct InRegisters {
 
     static long fitting(long rows) { return rows > 8 ? 12 : rows > 4 ? 8 : 4; }
 
-    static void multiply(long rows, const T* a, long lda, const T* panel, const Tail&, long k, float* c) {
-        if (rows == 12) return Own::template multiply_rows<12>(a, lda, panel, k, c);
-        if (rows == 8) return Own::template multiply_rows<8>(a, lda, panel, k, c);
-        Own::template multiply_rows<4>(a, lda, panel, k, c);
+    static void multiply(long rows, const T* a, long lda, const T* panel, const Tail&, long k, float* c, long columns = PANEL) {
+        if (rows == 12) return Own::template multiply_rows<12>(a, lda, panel, k, c, columns);
+        if (rows == 8) return Own::template multiply_rows<8>(a, lda, panel, k, c, columns);
+        Own::template multiply_rows<4>(a, lda, panel, k, c, columns);
     }
 };
 
 template <>
 struct Tile<float> : InRegisters<Tile<float>, float> {
     template <long COUNT>
-    static void multiply_rows(const float* a, long lda, const float* panel, long k, float* c) {
+    static void multiply_rows(const float* a, long lda, const float* panel, long k, float* c, long columns) {
 #if defined(__AVX512F__)
         constexpr long SOME = COUNT, WIDE = PANEL;  // rows and columns whose sums fill the registers
 #else
         constexpr long SOME = COUNT % 6 ? 4 : 6, WIDE = 2 * LANES;
 #endif
         for (long row = 0; row < COUNT; row += SOME)
-            for (long column = 0; column < PANEL; column += WIDE)
+            for (long column = 0; column < columns; column += WIDE)
                 block<SOME>(a + row * lda, lda, panel + column, k, c + row * PANEL + column);
     }
 
@@ -113,7 +114,7 @@ struct Tile<bf16> {
 
     static long fitting(long rows) { return rows > 16 ? 32 : 16; }
 
-    static void multiply(long rows, const bf16* a, long lda, const bf16* panel, const Tail& tail, long k, float* c) {
+    static void multiply(long rows, const bf16* a, long lda, const bf16* panel, const Tail& tail, long k, float* c, long = PANEL) {
         _tile_zero(0);
         _tile_zero(1);
         if (rows == 16) {
@@ -156,7 +157,7 @@ struct Tile<bf16> {
 template <>
 struct Tile<bf16> : InRegisters<Tile<bf16>, bf16> {
     template <long COUNT>
-    static void multiply_rows(const bf16* a, long lda, const bf16* panel, long k, float* c) {
+    static void multiply_rows(const bf16* a, long lda, const bf16* panel, long k, float* c, long) {
         __m512 sums[COUNT][2];
 #pragma GCC unroll 16
         for (auto& row : sums) row[0] = row[1] = _mm512_setzero_ps();
@@ -210,7 +211,7 @@ inline void multiply(const T* a, long lda, long m, const T* panels, long depth, 
             const long rows = Tile<T>::fitting(m - row), fresh = m - row < rows ? m - row : rows;
             const long start = row + fresh - rows;  // the last tile overlaps the one before
             if (start >= 0)
-                Tile<T>::multiply(rows, a + start * lda, lda, panel, tail, k, c);
+                Tile<T>::multiply(rows, a + start * lda, lda, panel, tail, k, c, columns);
             else
                 multiply_few(rows, a, lda, m, panel, k, c);
             take(row, fresh, column, columns, start >= 0 ? c + (rows - fresh) * PANEL : c);

@@ -154,7 +154,7 @@ class Piece {
 
     // Expands ``rows`` rows at y, whose input begins at ``own``: 1x1 convolution and activation.
     void expand(const T* own, long y, long rows) {
-        multiply(own, s.depth, rows * (right - left), w.expand + first * s.depth, s.depth, s.depth, some,
+        multiply(own, s.depth, rows * (right - left), w.expand + first * s.depth, s.depth, s.depth, std::min(some, s.used - first),
                  [&](long token, long tokens, long channel, long, const float* c) {
                      Vec bias[PANEL / LANES];
                      const long vectors = std::min(PANEL, s.used - first - channel) / LANES;
