@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
@@ -531,6 +532,20 @@ def test_two_processes_fill_one_file_of_runs(tmp_path: Path) -> None:
     assert fill() == [(2, 7.0), (0, 50.0), (1, 51.0)]
     assert fill() == [(2, 7.0), (0, 50.0), (1, 51.0)]
     assert (asked, told) == ([0, 1], [2, 3])  # nothing is run twice
+
+
+@pytest.mark.parametrize(("has_bf16", "dtype"), [(True, "bf16"), (False, "fp32")])
+def test_speed_of_peers_is_measured_in_the_type_that_training_takes(
+    has_bf16: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cifar10_peers
+
+    asked: list[str] = []
+    monkeypatch.setattr("transcnn.distributed.runtime._cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(cifar10_peers, "prepare_training", lambda model, kind: lambda images: asked.append(kind))
+    cifar10_peers.measure(argparse.Namespace(networks=["resnet"], out=tmp_path / "peers.csv"))
+    assert set(asked) == {dtype}
+    assert [row["dtype"] for row in rows_of(tmp_path / "peers_speed.csv")] == [dtype]
 
 
 def test_tuning_of_peers_gives_each_its_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
