@@ -1,6 +1,6 @@
 # Two commands are all a newcomer needs; each makes .venv first if need be, and a second call installs nothing again.
 #
-#   make demo      train on the embedded digits (under 4 minutes on two cores), print the test accuracy
+#   make demo      train on the embedded digits (2 to 6 minutes of two cores), print the test accuracy
 #   make test      run the test suite (some minutes on two cores)
 #   make coverage  the same with the coverage of src, which takes half as long again
 #   make bench     fail if the fast path isn't well ahead of the plain one on this machine (half a minute)

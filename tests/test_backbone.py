@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import reference
 import transcnn
+from timing import allowed
 from transcnn.backbone import TransCNN
 from transcnn.blocks import Block, ConvDownsample, DualDownsample
 from transcnn.fast import accelerate_training, optimize
@@ -678,7 +679,7 @@ def test_wrong_arguments_are_named(kwargs, message):
 
 
 def test_importing_is_light(fresh_imports):
-    assert fresh_imports["seconds"] < 1
+    assert fresh_imports["seconds"] < allowed(1)
     ours = fresh_imports["transcnn"] - fresh_imports["torch, timm"]
     assert "transcnn" in ours
     assert ours <= {"transcnn"} | set(sys.stdlib_module_names)

@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 
 import fuzz
+from timing import allowed
 from transcnn.data.images import BrokenImage, read_image
 from transcnn.data.listing import list_images
 from transcnn.data.names import distinct_names, match_names
@@ -49,7 +50,7 @@ def bounded() -> Iterator[None]:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < MEMORY
-    assert time.process_time() - began < SECONDS
+    assert time.process_time() - began < allowed(SECONDS)
 
 
 def png(grey: int = 9) -> bytes:
@@ -283,7 +284,7 @@ def test_a_table_of_many_names_and_many_short_lines(tmp_path: Path, name: str) -
     began = time.process_time()
     with pytest.raises(UserError, match="far more cells than text"):
         read_table(tmp_path / name)
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < allowed(5)
     (tmp_path / name).write_text("\n".join([head, *[line] * 9]))
     assert len(read_table(tmp_path / name)) == (10 if name == "x.jsonl" else 9)
 

@@ -20,6 +20,7 @@ import torch
 import yaml
 
 import fuzz
+from timing import allowed
 from transcnn import cli
 from transcnn.commands.train import train
 from transcnn.errors import UserError
@@ -271,7 +272,7 @@ def test_a_bomb_is_refused_at_once_with_one_line(watch, name):
     (watch.folder / "recipe.yaml").write_text(BOMBS[name])
     began = time.process_time()
     parsed = parse("nowhere", "--config", "recipe.yaml")
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < allowed(5)
     assert isinstance(parsed, str)
     assert len(parsed) < 2000
 
