@@ -76,11 +76,13 @@ def test_any_map(data):
             y, statistics = cpu.batch_norm_forward(x, weight, bias, 1e-5, silu)
             found = cpu.batch_norm_backward(x, up, statistics, silu)
     assert y.dtype == found[0].dtype == dtype
-    # Two close numbers give large factors, and gradients that cancel; fp32 loses as much in PyTorch's norms, too.
-    plain = learned(groups, x, weight, bias, up, silu, torch.float32)
-    for ours, theirs, right in zip((y, *found), plain, (exact, *gradients), strict=True):
-        own_error = (theirs.double() - right).abs().max() / right.abs().max().clamp_min(1e-3)
-        assert near(ours, right, max(BOUNDS[ours.dtype], 3 * float(own_error)))
+    assert near(y, exact)
+    # Gradients of few numbers cancel: dx of two numbers is next to nothing, times 1/σ. PyTorch's in fp32 lose as much.
+    few = (1e-3 if dtype == torch.float32 else 2e-2) if x.numel() < 600 else 0.0
+    _, *plain = learned(groups, x, weight, bias, up, silu, torch.float32)
+    for ours, theirs, right in zip(found, plain, gradients, strict=True):
+        lost = (theirs.double() - right).abs().max() / right.abs().max().clamp_min(1e-3)
+        assert near(ours, right, max(few, BOUNDS[ours.dtype], 3 * float(lost)))
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d(32), nn.GroupNorm(1, 32), nn.GroupNorm(4, 32)], ids=repr)
